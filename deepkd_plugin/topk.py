@@ -1,0 +1,116 @@
+"""Which non-target classes a student learns from: the top-K mask and its schedule over training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def non_target_index(target: Tensor, num_classes: int) -> Tensor:
+    """Class indices other than the target's, in ascending order.
+
+    target: (B,) integers in [0, C). Returns (B, C − 1). Made by arithmetic rather than by a boolean
+    selection, whose data-dependent shape would stop a GPU for every batch.
+    """
+    others = torch.arange(num_classes - 1, device=target.device)
+    return others + (others >= target.unsqueeze(1))
+
+
+def top_k_index(teacher_logits: Tensor, target: Tensor, k: int) -> Tensor:
+    """Class indices of the k non-target classes with the largest teacher logits.
+
+    teacher_logits: (B, C); target: (B,); 1 ≤ k ≤ C − 1. Returns (B, k), largest first. The target is
+    never among them (the authors' release counts it as one of the k).
+    """
+    num_classes = teacher_logits.shape[1]
+    check_k(k, num_classes)
+    rest = non_target_index(target, num_classes)
+    best = teacher_logits.gather(1, rest).topk(k, dim=1).indices
+    return rest.gather(1, best)
+
+
+def top_k_mask(teacher_logits: Tensor, target: Tensor, k: int) -> Tensor:
+    """The static mask of top_k_index as booleans (B, C): True for the k kept classes."""
+    mask = torch.zeros_like(teacher_logits, dtype=torch.bool)
+    return mask.scatter_(1, top_k_index(teacher_logits, target, k), True)
+
+
+def check_k(k: int, num_classes: int) -> None:
+    """Raise ValueError unless k is an integer with 1 ≤ k ≤ num_classes − 1."""
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= num_classes - 1:
+        raise ValueError(
+            f"K must be an integer from 1 to {num_classes - 1} (the non-target classes of {num_classes}), "
+            f"got {k!r}"
+        )
+
+
+def count_classes(value: float, num_classes: int) -> int:
+    """A number of non-target classes, given as a count (int) or as a fraction of all classes (float).
+
+    Fractions lie in (0, 1] and are rounded to the nearest count within 1 … C − 1. Counts outside
+    1 … C − 1 and fractions outside (0, 1] raise ValueError.
+    """
+    if isinstance(value, int):
+        check_k(value, num_classes)
+        return value
+    if not 0.0 < value <= 1.0:
+        raise ValueError(
+            f"a fraction of the classes must lie in (0, 1], got {value!r}; a count is written as an int"
+        )
+    return min(max(round(value * num_classes), 1), num_classes - 1)
+
+
+class TopKSchedule:
+    """The dynamic top-K mask (DTM): how many non-target classes count at a point of training.
+
+    Three phases over progress u in [0, 1] with ends φ1 < φ2 (paper section on the dynamic top-K mask):
+    easy, K grows linearly from `initial` to `optimal`; transition, K stays at `optimal`; hard, K grows
+    linearly from `optimal` to C − 1, which is plain NCKD.
+
+    num_classes: C ≥ 2. initial, optimal: a fraction of the classes (float) or a count (int), with
+    initial ≤ optimal. phases: (φ1, φ2), 0 ≤ φ1 < φ2 ≤ 1; φ1 = 0 leaves out the easy phase and φ2 = 1 the
+    hard one. The paper's values for `optimal` and `phases` are not public; the defaults are ours.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        initial: float = 0.05,
+        optimal: float = 0.5,
+        phases: Sequence[float] = (1 / 3, 2 / 3),
+    ) -> None:
+        if num_classes < 2:
+            raise ValueError(f"num_classes must be at least 2, got {num_classes!r}")
+        if len(phases) != 2 or not 0.0 <= phases[0] < phases[1] <= 1.0:
+            raise ValueError(
+                f"phases must be two ends in order, 0 <= phi1 < phi2 <= 1, got {tuple(phases)!r}"
+            )
+        self.num_classes = num_classes
+        self.initial = count_classes(initial, num_classes)
+        self.optimal = count_classes(optimal, num_classes)
+        if self.initial > self.optimal:
+            raise ValueError(
+                f"the mask must not shrink: initial K {self.initial} (from {initial!r}) exceeds "
+                f"optimal K {self.optimal} (from {optimal!r})"
+            )
+        self.phases = (float(phases[0]), float(phases[1]))
+
+    def __call__(self, progress: float) -> int:
+        """K at `progress`, the share of training that is done, in [0, 1]."""
+        if not 0.0 <= progress <= 1.0:
+            raise ValueError(f"progress must lie in [0, 1], got {progress!r}")
+        first, second = self.phases
+        if progress < first:
+            return round(self.initial + (self.optimal - self.initial) * progress / first)
+        if progress <= second:
+            return self.optimal
+        share = (progress - second) / (1.0 - second)
+        return round(self.optimal + (self.num_classes - 1 - self.optimal) * share)
+
+    def __repr__(self) -> str:
+        return (
+            f"TopKSchedule(num_classes={self.num_classes}, initial={self.initial}, "
+            f"optimal={self.optimal}, phases={self.phases})"
+        )
