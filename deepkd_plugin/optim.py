@@ -1,0 +1,362 @@
+"""Stochastic gradient descent with one momentum buffer for each gradient stream (DeepKD, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .streams import Sets, backward_by_set, merge_streams
+
+
+class Coefficients(NamedTuple):
+    """How one stream's buffer moves: v ← momentum · v + (1 − dampening) · g."""
+
+    momentum: float
+    dampening: float
+
+
+class DecoupledMomentumSGD(Optimizer):
+    """SGD in which every named stream of the gradient has a momentum of its own.
+
+    For stream i with gradient g_i, momentum m_i and dampening d_i (the paper's update is d_i = 0)::
+
+        v_i ← m_i · v_i + (1 − d_i) · g_i          then  θ ← θ − lr · Σ_i v_i
+
+    with v_i = g_i in a parameter's first step, as in torch.optim.SGD. With one stream it is that
+    optimizer; with two it is DOT (Zhao et al., 2023); with `tog`, `tcg` and `ncg` it is DeepKD's.
+
+    momentum: stream name → m_i in [0, 1). dampening: a number in [0, 1], or "ema" for d_i = m_i; without
+    momentum (m_i = 0) it is ignored, as in torch.optim.SGD. weight_decay: λ · θ is added to the gradient
+    of the one stream `weight_decay_stream`, which may be left out where there is only one. foreach: use
+    the multi-tensor update (default) or the single-tensor one that reads like the formula.
+
+    Use::
+
+        opt.zero_grad()
+        opt.backward({"tog": loss_a, "tcg": loss_b, "ncg": loss_c})   # instead of loss.backward()
+        opt.step()
+
+    `backward` may be called several times before a step; gradients add up. `p.grad` holds the sum of the
+    streams. With a single stream (or all coefficients equal) p.grad is what `step` reads, so gradient
+    clipping and plain `loss.backward()` work as with any optimizer; with several, `step` reads and uses
+    up the streams' own gradients, and p.grad is for looking at.
+
+    merge: let streams with equal coefficients share a buffer and a backward pass (the same result up to
+    rounding). Coefficients may be changed between steps through `param_groups[i]["momentum"]`. Streams
+    that become equal have their buffers added, exactly. Streams that stop being equal take equal shares
+    of the buffer that they had in common: the sum, and so the update, is continuous, but which of them
+    the past belonged to is no longer known, and that difference fades with their momenta. Where a
+    schedule will separate them and the history must be exact from the first step, pass merge=False.
+
+    Raises ValueError for a learning rate or decay below 0, a coefficient outside its range, group streams
+    that differ from the first group's, or an unknown stream; RuntimeError for a step without gradients by
+    stream or with sparse gradients.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        momentum: Mapping[str, float],
+        weight_decay: float = 0.0,
+        weight_decay_stream: str | None = None,
+        dampening: float | str = 0.0,
+        *,
+        merge: bool = True,
+        foreach: bool = True,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "weight_decay_stream": weight_decay_stream,
+            "dampening": dampening,
+            "merge": merge,
+            "foreach": foreach,
+        }
+        self._forget_gradients()
+        super().__init__(params, defaults)
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The streams' names, in order."""
+        return tuple(self.param_groups[0]["momentum"])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            if not isinstance(group["momentum"], Mapping) or not group["momentum"]:
+                raise ValueError(f"momentum must map stream names to numbers, got {group['momentum']!r}")
+            group["momentum"] = dict(group["momentum"])  # groups must not share one mapping
+            if tuple(group["momentum"]) != self.streams:
+                raise ValueError(
+                    f"every parameter group needs the streams {self.streams}, got {tuple(group['momentum'])}"
+                )
+            if group["weight_decay_stream"] is None and (len(self.streams) == 1 or not group["weight_decay"]):
+                group["weight_decay_stream"] = self.streams[0]
+            _check_group(group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def backward(self, losses: Mapping[str, Tensor], retain_graph: bool = False) -> None:
+        """Add the gradients of `losses` (stream → scalar) to the streams' gradients and their sum to p.grad.
+
+        One backward pass is made for each set of streams with equal coefficients. A stream may be left
+        out; its gradient then counts as zero.
+        """
+        params = [p for p in self._params() if p.requires_grad]
+        sets = self._merged(self.param_groups)
+        if self._sets is None:
+            self._sets = sets
+            self._gradients = [{} for _ in sets]
+        elif self._sets != sets:
+            raise RuntimeError("coefficients changed between two backward calls of one step")
+        for mine, new in zip(self._gradients, backward_by_set(losses, sets, params, retain_graph)):
+            taking = {p: g for p, g in zip(params, new) if g is not None}
+            if len(sets) > 1:
+                _add(mine, taking)
+            grads = {p: p.grad for p in taking if p.grad is not None}
+            # with several sets p.grad is a sum beside them and must not share their memory
+            _add(grads, taking, copy=len(sets) > 1)
+            for p in taking:
+                p.grad = grads[p]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Update the parameters. `closure`, if given, must call `backward` and return the loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._step_group(group)
+        self._forget_gradients()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self._forget_gradients()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As any optimizer's; pending gradients are not part of it.
+
+        Each parameter's state holds one buffer for each entry of its group's "buffers", which names the
+        streams that the buffer belongs to.
+        """
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what state_dict gave; buffers take the device and dtype of the parameters here."""
+        for group in state_dict["param_groups"]:
+            if tuple(group["momentum"]) != self.streams:
+                raise ValueError(
+                    f"the state has the streams {tuple(group['momentum'])}, this optimizer {self.streams}"
+                )
+        super().load_state_dict(state_dict)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget_gradients()
+
+    def _forget_gradients(self) -> None:
+        self._sets: Sets | None = None
+        self._gradients: list[dict[Tensor, Tensor]] = []
+
+    def _params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _merged(self, groups: Sequence[dict[str, Any]]) -> Sets:
+        if not all(group["merge"] for group in groups):
+            return tuple((name,) for name in self.streams)
+        return merge_streams([_coefficients(group) for group in groups])
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        _check_group(group)
+        sets = self._merged([group])
+        self._regroup(group, sets)
+        gradients = self._gradients_of(group, sets)
+        params = [p for p in group["params"] if any(p in mine for mine in gradients)]
+        if any(mine[p].is_sparse for mine in gradients for p in mine):
+            raise RuntimeError("DecoupledMomentumSGD does not take sparse gradients")
+        coefficients = _coefficients(group)
+        update = _update_foreach if group["foreach"] else _update_single
+        new = update(
+            params,
+            [[mine.get(p) for p in params] for mine in gradients],
+            [self.state[p].get("buffers") for p in params],
+            [coefficients[names[0]] for names in sets],
+            group["lr"],
+            [group["weight_decay"] if group["weight_decay_stream"] in names else 0.0 for names in sets],
+            consume=len(sets) > 1,
+        )
+        for p, buffers in zip(params, new):
+            self.state[p]["buffers"] = buffers
+
+    def _gradients_of(self, group: dict[str, Any], sets: Sets) -> list[dict[Tensor, Tensor]]:
+        """For each of a group's sets its parameters' gradients, added up from the finer sets of backward."""
+        total = {p: p.grad for p in group["params"] if p.grad is not None}
+        if self._sets is None and total and len(sets) > 1:
+            raise RuntimeError(
+                f"p.grad is set but the gradients by stream are not: call the optimizer's backward() with "
+                f"one loss for each of {self.streams}"
+            )
+        for names in self._sets or ():
+            if not any(set(names) <= set(members) for members in sets):
+                raise RuntimeError(
+                    f"the coefficients of {names} came to differ after backward had merged their gradients: "
+                    f"change them after step() and before backward()"
+                )
+        if len(sets) == 1:
+            return [total]
+        merged: list[dict[Tensor, Tensor]] = [{} for _ in sets]
+        for names, gradients in zip(self._sets or (), self._gradients):
+            home = next(s for s, members in enumerate(sets) if set(names) <= set(members))
+            mine = {p: gradients[p] for p in group["params"] if p in gradients}
+            # a sum of several sets must leave each of them as it is
+            merged[home] = {p: merged[home][p] + g if p in merged[home] else g for p, g in mine.items()} | {
+                p: g for p, g in merged[home].items() if p not in mine
+            }
+        return merged
+
+    def _regroup(self, group: dict[str, Any], sets: Sets) -> None:
+        """Bring the buffers of a group into the partition `sets`; what they add up to stays the same."""
+        held = tuple(tuple(names) for names in group.get("buffers", ()))
+        group["buffers"] = [list(names) for names in sets]
+        if not held or held == sets:
+            return
+        for p in group["params"]:
+            old = self.state[p].get("buffers") if p in self.state else None
+            if old is None:
+                continue
+            new: list[Tensor | None] = [None] * len(sets)
+            for names, buffer in zip(held, old):
+                for name in names:
+                    s = next(s for s, members in enumerate(sets) if name in members)
+                    share = buffer / len(names)
+                    new[s] = share if new[s] is None else new[s].add_(share)
+            self.state[p]["buffers"] = new
+
+
+def _coefficients(group: Mapping[str, Any]) -> dict[str, Coefficients]:
+    """Stream → (m_i, d_i). Without momentum dampening has nothing to damp, as in torch.optim.SGD."""
+    dampening = group["dampening"]
+    return {
+        name: Coefficients(m, m if dampening == "ema" else float(dampening) if m else 0.0)
+        for name, m in group["momentum"].items()
+    }
+
+
+def _check_group(group: Mapping[str, Any]) -> None:
+    """Raise ValueError for the first value of a parameter group that is out of range."""
+    if not group["lr"] >= 0.0:
+        raise ValueError(f"lr must be at least 0, got {group['lr']!r}")
+    if not group["weight_decay"] >= 0.0:
+        raise ValueError(f"weight_decay must be at least 0, got {group['weight_decay']!r}")
+    for name, m in group["momentum"].items():
+        if not 0.0 <= m < 1.0:
+            raise ValueError(f"momentum of stream {name!r} must lie in [0, 1), got {m!r}")
+    dampening = group["dampening"]
+    if dampening != "ema" and (isinstance(dampening, str) or not 0.0 <= dampening <= 1.0):
+        raise ValueError(f'dampening must be a number in [0, 1] or "ema", got {dampening!r}')
+    if group["weight_decay_stream"] not in group["momentum"]:
+        raise ValueError(
+            f"weight_decay_stream must name one of {tuple(group['momentum'])}, got "
+            f"{group['weight_decay_stream']!r}"
+        )
+
+
+def _add(total: dict[Tensor, Tensor], new: Mapping[Tensor, Tensor], copy: bool = False) -> None:
+    """Add gradients by parameter in place; one that has none yet gets the new one itself, or a copy."""
+    both = [p for p in new if p in total]
+    if both:
+        torch._foreach_add_([total[p] for p in both], [new[p] for p in both])
+    for p, gradient in new.items():
+        if p not in total:
+            total[p] = gradient.clone() if copy else gradient
+
+
+Gradients = Sequence[Sequence["Tensor | None"]]
+Buffers = Sequence["list[Tensor] | None"]
+
+
+def _update_single(
+    params: Sequence[Tensor],
+    gradients: Gradients,
+    buffers: Buffers,
+    coefficients: Sequence[Coefficients],
+    lr: float,
+    weight_decay: Sequence[float],
+    consume: bool,
+) -> list[list[Tensor]]:
+    """One parameter after the other: the specification that the foreach version is tested against.
+
+    gradients: [set][parameter]; buffers: [parameter][set], None before the first step; coefficients and
+    weight_decay: [set]. consume: whether the gradients' memory may be used up (nothing here does).
+    Updates params in place and returns the buffers.
+    """
+    updated = []
+    for i, p in enumerate(params):
+        new = []
+        for s, (m, d) in enumerate(coefficients):
+            g = torch.zeros_like(p) if gradients[s][i] is None else gradients[s][i]
+            g = g + weight_decay[s] * p if weight_decay[s] else g
+            new.append(g.clone() if buffers[i] is None else m * buffers[i][s] + (1 - d) * g)
+        for v in new:
+            p.sub_(lr * v)
+        updated.append(new)
+    return updated
+
+
+def _update_foreach(
+    params: Sequence[Tensor],
+    gradients: Gradients,
+    buffers: Buffers,
+    coefficients: Sequence[Coefficients],
+    lr: float,
+    weight_decay: Sequence[float],
+    consume: bool,
+) -> list[list[Tensor]]:
+    """The same update in multi-tensor operations, for the parameters of each device and dtype at once.
+
+    Gradients that may be consumed become the new buffers, which saves a pass over the memory of each;
+    a lone p.grad belongs to the caller and is left as it is, in torch.optim.SGD's order of operations.
+    """
+    updated: list[list[Tensor]] = [[] for _ in params]
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for i, p in enumerate(params):
+        present = tuple(g[i] is not None for g in gradients)
+        alike.setdefault((p.device, p.dtype, buffers[i] is None, present), []).append(i)
+    for (_, _, first, present), members in alike.items():
+        ps = [params[i] for i in members]
+        for s, (m, d) in enumerate(coefficients):
+            if present[s]:
+                gs = [gradients[s][i] for i in members]
+            else:
+                gs = [torch.zeros_like(p) for p in ps]
+            owned = consume or not present[s]
+            if weight_decay[s] and owned:
+                torch._foreach_add_(gs, ps, alpha=weight_decay[s])
+            elif weight_decay[s]:
+                gs = torch._foreach_add(gs, ps, alpha=weight_decay[s])
+            if first:
+                vs = gs if owned else [g.clone() for g in gs]
+            elif owned:
+                vs = gs
+                if d:
+                    torch._foreach_mul_(vs, 1 - d)
+                torch._foreach_add_(vs, [buffers[i][s] for i in members], alpha=m)
+            else:
+                vs = [buffers[i][s] for i in members]
+                torch._foreach_mul_(vs, m)
+                torch._foreach_add_(vs, gs, alpha=1 - d)
+            for i, v in zip(members, vs):
+                updated[i].append(v)
+        for s in range(len(coefficients)):
+            torch._foreach_add_(ps, [updated[i][s] for i in members], alpha=-lr)
+    return updated

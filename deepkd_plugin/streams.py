@@ -1,0 +1,80 @@
+"""From losses by stream to gradients by stream, with no backward pass that is not needed.
+
+A stream is a named part of the loss whose gradient gets a momentum of its own (DeepKD: task TOG, target
+class TCG, non-target class NCG). Momentum is linear in the gradient, so streams with equal coefficients
+may share one backward pass and one buffer without changing the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+Sets = tuple[tuple[str, ...], ...]
+"""A partition of the stream names, in their order: each inner tuple is handled as one."""
+
+
+def merge_streams(coefficients: Sequence[Mapping[str, Hashable]]) -> Sets:
+    """Partition the streams into sets that have equal coefficients in every one of several groups.
+
+    coefficients: for each parameter group, stream name → coefficients, all with the same names.
+    """
+    sets: dict[tuple[Hashable, ...], list[str]] = {}
+    for name in coefficients[0]:
+        sets.setdefault(tuple(group[name] for group in coefficients), []).append(name)
+    return tuple(tuple(names) for names in sets.values())
+
+
+def assign_losses(
+    losses: Mapping[str, Tensor], streams: Sequence[str], assignment: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """Sum a distiller's named losses into streams.
+
+    losses: name → scalar, or one value per device as DataParallel returns it (averaged). assignment: loss
+    name → stream; a loss that is not in it goes to the stream of its own name, and where there is only
+    one stream, to that one. Raises ValueError for a loss that no stream takes.
+    """
+    by_stream: dict[str, Tensor] = {}
+    for name, loss in losses.items():
+        stream = streams[0] if len(streams) == 1 else assignment.get(name, name)
+        if stream not in streams:
+            raise ValueError(
+                f"loss {name!r} belongs to no stream: it is neither one of {tuple(streams)} nor assigned "
+                f"to one of them"
+            )
+        value = loss.mean()
+        by_stream[stream] = by_stream[stream] + value if stream in by_stream else value
+    return by_stream
+
+
+def backward_by_set(
+    losses: Mapping[str, Tensor], sets: Sets, params: Sequence[Tensor], retain_graph: bool = False
+) -> list[list[Tensor | None]]:
+    """One backward pass for each set of streams that has a loss.
+
+    losses: stream → scalar. Returns, for each set, the gradients of its summed losses with respect to
+    `params`, in their order; None where a parameter does not take part. The graph is kept between the
+    passes and, with `retain_graph`, after the last. Raises ValueError for an unknown stream or a loss
+    that is not a scalar.
+    """
+    known = [name for names in sets for name in names]
+    for name, loss in losses.items():
+        if name not in known:
+            raise ValueError(f"unknown stream {name!r}; the streams are {known}")
+        if loss.ndim != 0:
+            raise ValueError(f"the loss of stream {name!r} must be a scalar, got shape {tuple(loss.shape)}")
+    totals: list[Tensor | None] = []
+    for names in sets:
+        parts = [losses[name] for name in names if name in losses and losses[name].requires_grad]
+        totals.append(sum(parts[1:], parts[0]) if parts else None)
+    last = max((i for i, total in enumerate(totals) if total is not None), default=-1)
+    gradients: list[list[Tensor | None]] = []
+    for i, total in enumerate(totals):
+        if total is None:
+            gradients.append([None] * len(params))
+        else:
+            keep = retain_graph or i < last
+            gradients.append(list(torch.autograd.grad(total, params, retain_graph=keep, allow_unused=True)))
+    return gradients

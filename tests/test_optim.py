@@ -1,0 +1,520 @@
+import copy
+import itertools
+
+import pytest
+import torch
+
+from deepkd_plugin.optim import DecoupledMomentumSGD
+
+F64 = torch.float64
+SHAPES = ((2, 3), (4,), (2, 2, 2))
+
+
+def golden_params():
+    """tests/data/optimizers.npz starts at sin(0, 1, 2, …)."""
+    return [
+        torch.sin(torch.arange(n, dtype=F64)).reshape(s).requires_grad_() for s, n in zip(SHAPES, (6, 4, 8))
+    ]
+
+
+def golden_gradient(p, stream, step):
+    return torch.cos(0.3 * torch.arange(p.numel(), dtype=F64) + step + 2 * stream).reshape(p.shape)
+
+
+def linear_loss(params, gradients):
+    """A loss whose gradients are exactly `gradients`."""
+    return sum((p * g).sum() for p, g in zip(params, gradients))
+
+
+def random_params(seed=0, dtype=F64):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(s, generator=generator, dtype=F64).to(dtype).requires_grad_() for s in SHAPES]
+
+
+def random_gradients(step, stream):
+    generator = torch.Generator().manual_seed(100 * step + stream + 7)
+    return [torch.randn(s, generator=generator, dtype=F64) for s in SHAPES]
+
+
+def one_step(opt, params, step, streams=None):
+    opt.zero_grad()
+    streams = opt.streams if streams is None else streams
+    losses = {
+        s: linear_loss(params, [g.to(p.dtype) for p, g in zip(params, random_gradients(step, i))])
+        for i, s in enumerate(opt.streams)
+        if s in streams
+    }
+    opt.backward(losses)
+    opt.step()
+
+
+def formula(params, momentum, dampening, weight_decay, decay_stream, lr, steps):
+    """The update written out per stream: the oracle that knows of no merging."""
+    params = [p.detach().clone() for p in params]
+    buffers = {}
+    for step in range(steps):
+        start = [p.clone() for p in params]
+        for i, (stream, m) in enumerate(momentum(step).items()):
+            d = m if dampening == "ema" else dampening
+            for j, g in enumerate(random_gradients(step, i)):
+                g = g + weight_decay * start[j] if stream == decay_stream else g
+                buffers[stream, j] = m * buffers[stream, j] + (1 - d) * g if (stream, j) in buffers else g
+                params[j] -= lr * buffers[stream, j]
+    return params
+
+
+def assert_equal_params(ours, theirs, tolerance=1e-12):
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a.detach(), b.detach(), rtol=tolerance, atol=tolerance)
+
+
+def golden_run(golden, name, momentum, weight_decay, stream, foreach, late_lr=0.005):
+    """The largest distance from a golden trajectory, over its 8 steps."""
+    params = golden_params()
+    opt = DecoupledMomentumSGD(params, 0.05, momentum, weight_decay, stream, foreach=foreach)
+    distance = 0.0
+    for step in range(8):
+        opt.param_groups[0]["lr"] = 0.05 if step < 5 else late_lr
+        opt.zero_grad()
+        opt.backward(
+            {
+                s: linear_loss(params, [golden_gradient(p, i, step) for p in params])
+                for i, s in enumerate(opt.streams)
+            }
+        )
+        opt.step()
+        for i, p in enumerate(params):
+            distance = max(distance, (p.detach() - golden[f"{name}_step{step}_p{i}"]).abs().max().item())
+    return distance
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+class TestGolden:
+    @staticmethod
+    def release(tcg, ncg):
+        """The release's task stream decays with the target-class coefficient (config.momenta, `release`)."""
+        return {"tog": tcg, "tcg": tcg, "ncg": ncg}
+
+    def test_release_without_decay(self, golden_optimizers, foreach):
+        momentum = self.release(0.825, 0.95)
+        assert golden_run(golden_optimizers, "release_no_decay", momentum, 0.0, "tcg", foreach) < 1e-12
+
+    @pytest.mark.parametrize(("name", "ncg"), [("release_kd_recipe", 0.975), ("release_dkd_recipe", 0.95)])
+    def test_release_with_decay_departs(self, golden_optimizers, foreach, name, ncg):
+        """The release decays weights that TOG and NCG have already moved; we decay θ as the step found it.
+
+        The departure is lr · decay · (how far the step moved θ): at most 1.5e-5 in 8 steps here.
+        """
+        distance = golden_run(golden_optimizers, name, self.release(0.825, ncg), 5e-4, "tcg", foreach)
+        assert 1e-5 < distance < 1.5e-5
+
+    def test_dot(self, golden_optimizers, foreach):
+        """mdistiller's DOT decays before anything moves, as we do. Its trajectory has one learning rate."""
+        momentum = {"task": 0.825, "distillation": 0.975}
+        assert golden_run(golden_optimizers, "dot", momentum, 5e-4, "task", foreach, late_lr=0.05) < 1e-12
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+@pytest.mark.parametrize(
+    ("momentum", "dampening"), [(0.9, 0.0), (0.9, 0.3), (0.9, "ema"), (0.0, 0.0), (0.0, 0.5)]
+)
+def test_one_stream_is_sgd(foreach, weight_decay, momentum, dampening):
+    ours, theirs = random_params(), random_params()
+    opt = DecoupledMomentumSGD(
+        ours, 0.1, {"task": momentum}, weight_decay, dampening=dampening, foreach=foreach
+    )
+    damp = momentum if dampening == "ema" else dampening
+    sgd = torch.optim.SGD(theirs, 0.1, momentum, damp, weight_decay, foreach=foreach)
+    for step in range(6):
+        one_step(opt, ours, step)
+        for p, g in zip(theirs, random_gradients(step, 0)):
+            p.grad = g.clone()
+        sgd.step()
+        if foreach:
+            assert all(
+                torch.equal(a, b) for a, b in zip(ours, theirs)
+            )  # the same operations in the same order
+        assert_equal_params(ours, theirs)
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("dampening", [0.0, 0.25, "ema"])
+@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("coefficients", [(0.9, 0.5, 0.9), (0.9, 0.9, 0.9), (0.3, 0.5, 0.9), (0.0, 0.5, 0.0)])
+def test_follows_the_formula(foreach, dampening, merge, coefficients):
+    momentum = dict(zip(("tog", "tcg", "ncg"), coefficients))
+    if dampening == 0.25 and 0.0 in coefficients:
+        pytest.skip("without momentum a number's dampening is ignored, as in torch.optim.SGD")
+    params = random_params()
+    start = [p.detach().clone() for p in params]
+    opt = DecoupledMomentumSGD(params, 0.1, momentum, 0.02, "ncg", dampening, merge=merge, foreach=foreach)
+    for step in range(5):
+        one_step(opt, params, step)
+    assert_equal_params(params, formula(start, lambda _: momentum, dampening, 0.02, "ncg", 0.1, 5))
+    buffers = {len(opt.state[p]["buffers"]) for p in params}
+    assert buffers == {len(set(coefficients)) if merge else 3}
+
+
+def test_equal_streams_cost_one_backward_pass(monkeypatch):
+    calls = []
+    original = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: calls.append(1) or original(*a, **k))
+    for coefficients, passes in (((0.9, 0.9, 0.9), 1), ((0.9, 0.5, 0.9), 2), ((0.1, 0.5, 0.9), 3)):
+        params = random_params()
+        calls.clear()
+        one_step(DecoupledMomentumSGD(params, 0.1, dict(zip("abc", coefficients))), params, 0)
+        assert len(calls) == passes
+
+
+class TestChangingCoefficients:
+    def run(self, schedule, merge, steps=9, foreach=True, weight_decay=0.02):
+        params = random_params()
+        start = [p.detach().clone() for p in params]
+        opt = DecoupledMomentumSGD(
+            params, 0.1, schedule(0), weight_decay, "tcg", merge=merge, foreach=foreach
+        )
+        for step in range(steps):
+            opt.param_groups[0]["momentum"].update(schedule(step))
+            one_step(opt, params, step)
+        return params, formula(start, schedule, 0.0, weight_decay, "tcg", 0.1, steps), opt
+
+    @staticmethod
+    def joining(step):
+        return {"tog": 0.9, "tcg": 0.5 if step < 4 else 0.9, "ncg": 0.9}
+
+    @staticmethod
+    def parting(step):
+        return {"tog": 0.9, "tcg": 0.9 if step < 4 else 0.5, "ncg": 0.9}
+
+    @pytest.mark.parametrize("foreach", [True, False])
+    def test_streams_that_become_equal_are_exact(self, foreach):
+        params, expected, opt = self.run(self.joining, merge=True, foreach=foreach)
+        assert_equal_params(params, expected)
+        assert opt.param_groups[0]["buffers"] == [["tog", "tcg", "ncg"]]
+
+    @pytest.mark.parametrize("foreach", [True, False])
+    def test_without_merging_any_schedule_is_exact(self, foreach):
+        for schedule in (self.joining, self.parting):
+            params, expected, _ = self.run(schedule, merge=False, foreach=foreach)
+            assert_equal_params(params, expected)
+
+    def test_streams_that_part_share_their_past_equally(self):
+        """From the split on, the formula with the common buffer's third as each stream's v."""
+        params, _, opt = self.run(self.parting, merge=True, steps=4)
+        past = [opt.state[p]["buffers"][0].clone() for p in params]
+        start = [p.detach().clone() for p in params]
+        opt.param_groups[0]["momentum"]["tcg"] = 0.5
+        one_step(opt, params, 4)
+        gradients = [random_gradients(4, i) for i in range(3)]
+        for j, p in enumerate(params):
+            tcg = 0.5 * past[j] / 3 + gradients[1][j] + 0.02 * start[j]
+            rest = 0.9 * 2 * past[j] / 3 + gradients[0][j] + gradients[2][j]
+            torch.testing.assert_close(p.detach(), start[j] - 0.1 * (tcg + rest), rtol=1e-12, atol=1e-12)
+
+    def test_the_difference_of_a_split_fades(self):
+        """After n steps apart at most 0.9^n of it is left; at the split it is there."""
+
+        def difference(steps):
+            runs = [self.run(self.parting, merge, steps, weight_decay=0.0)[2] for merge in (True, False)]
+            (merged, apart) = (
+                [opt.state[p]["buffers"] for p in opt.param_groups[0]["params"]] for opt in runs
+            )
+            return max((a[0] + a[2] - m[0]).abs().max().item() for a, m in zip(apart, merged))
+
+        assert difference(5) > 0.1
+        assert difference(65) < 0.9**60 * difference(5) * (1 + 1e-6)
+
+    def test_changing_them_between_backward_and_step_is_refused(self):
+        params = random_params()
+        opt = DecoupledMomentumSGD(params, 0.1, {"tog": 0.9, "tcg": 0.9, "ncg": 0.5})
+        opt.backward({s: linear_loss(params, random_gradients(0, 0)) for s in opt.streams})
+        opt.param_groups[0]["momentum"]["tcg"] = 0.5
+        with pytest.raises(RuntimeError, match="change them after step"):
+            opt.step()
+        with pytest.raises(RuntimeError, match="between two backward calls"):
+            opt.backward({"tog": linear_loss(params, random_gradients(0, 0))})
+
+    def test_merging_between_backward_and_step_is_fine(self):
+        """What backward kept apart can still be added."""
+        params = random_params()
+        start = [p.detach().clone() for p in params]
+        opt = DecoupledMomentumSGD(params, 0.1, {"tog": 0.9, "tcg": 0.5, "ncg": 0.7})
+        opt.backward({s: linear_loss(params, random_gradients(0, i)) for i, s in enumerate(opt.streams)})
+        opt.param_groups[0]["momentum"]["tcg"] = 0.9
+        opt.step()
+        total = [sum(random_gradients(0, i)[j] for i in range(3)) for j in range(3)]
+        assert_equal_params(params, [p - 0.1 * g for p, g in zip(start, total)])
+
+
+@pytest.mark.parametrize("coefficients", [(0.9, 0.5, 0.9), (0.9, 0.9, 0.9)])
+def test_gradients_add_up_over_several_backward_calls(coefficients):
+    momentum = dict(zip(("tog", "tcg", "ncg"), coefficients))
+    once, twice = random_params(), random_params()
+    a, b = (DecoupledMomentumSGD(p, 0.1, momentum) for p in (once, twice))
+    for step in range(3):
+        a.zero_grad()
+        b.zero_grad()
+        gradients = [[0.0 * g for g in random_gradients(0, 0)] for _ in range(3)]
+        for micro in range(2):
+            for i in range(3):
+                new = random_gradients(10 * step + micro, i)
+                gradients[i] = [g + n for g, n in zip(gradients[i], new)]
+            b.backward(
+                {
+                    s: linear_loss(twice, random_gradients(10 * step + micro, i))
+                    for i, s in enumerate(b.streams)
+                }
+            )
+        a.backward({s: linear_loss(once, gradients[i]) for i, s in enumerate(a.streams)})
+        for p, q, *g in zip(once, twice, *gradients):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(p.grad, sum(g), rtol=1e-12, atol=1e-12)
+        a.step()
+        b.step()
+        assert_equal_params(once, twice)
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+def test_grad_is_kept_by_a_step(foreach):
+    """p.grad is the user's: a step leaves the sum of the streams as it was."""
+    for coefficients in ((0.9, 0.5), (0.9, 0.9)):
+        params = random_params()
+        opt = DecoupledMomentumSGD(params, 0.1, dict(zip("ab", coefficients)), 0.1, "a", foreach=foreach)
+        for step in range(2):
+            one_step(opt, params, step)
+            for j, p in enumerate(params):
+                expected = random_gradients(step, 0)[j] + random_gradients(step, 1)[j]
+                torch.testing.assert_close(p.grad, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_clipping_works_where_streams_are_merged():
+    params = random_params()
+    start = [p.detach().clone() for p in params]
+    opt = DecoupledMomentumSGD(params, 0.1, {"a": 0.9, "b": 0.9})
+    opt.backward({s: linear_loss(params, random_gradients(0, i)) for i, s in enumerate("ab")})
+    torch.nn.utils.clip_grad_norm_(params, 1e-3)
+    opt.step()
+    moved = torch.cat([(p.detach() - s).flatten() for p, s in zip(params, start)]).norm()
+    assert abs(moved.item() - 1e-4) < 1e-9
+
+
+@pytest.mark.parametrize("coefficients", [(0.9, 0.5, 0.2), (0.9, 0.5, 0.9)])
+def test_foreach_equals_single(coefficients):
+    """Streams come and go, one parameter never takes part, dtypes are mixed."""
+    runs = []
+    for foreach in (True, False):
+        params = random_params()
+        params[1] = params[1].detach().float().requires_grad_()
+        idle = torch.ones(3, dtype=F64, requires_grad=True)
+        momentum = dict(zip(("tog", "tcg", "ncg"), coefficients))
+        opt = DecoupledMomentumSGD([*params, idle], 0.1, momentum, 0.02, "tcg", foreach=foreach)
+        for step, streams in enumerate((("tog",), ("tog", "tcg", "ncg"), ("ncg",), ("tcg", "ncg"), ())):
+            one_step(opt, params, step, streams)
+        assert torch.equal(idle, torch.ones(3, dtype=F64))
+        assert not opt.state[idle]
+        runs.append(params)
+    for a, b in zip(*runs):
+        tolerance = 1e-12 if a.dtype == F64 else 1e-6
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_a_stream_without_gradient_counts_as_zero():
+    params, expected = random_params(), random_params()
+    a = DecoupledMomentumSGD(params, 0.1, {"x": 0.9, "y": 0.5}, 0.01, "y")
+    b = DecoupledMomentumSGD(expected, 0.1, {"x": 0.9, "y": 0.5}, 0.01, "y")
+    for step in range(4):
+        streams = ("x", "y") if step % 2 else ("x",)
+        one_step(a, params, step, streams)
+        b.zero_grad()
+        zero = 0.0 * linear_loss(expected, random_gradients(0, 0))
+        b.backward(
+            {
+                s: linear_loss(expected, random_gradients(step, i)) if s in streams else zero
+                for i, s in enumerate(b.streams)
+            }
+        )
+        b.step()
+    assert_equal_params(params, expected)
+
+
+def test_parameter_groups_have_their_own_settings():
+    slow, fast = random_params(1), random_params(2)
+    oracle_slow = formula(slow, lambda _: {"a": 0.9, "b": 0.9}, 0.0, 0.0, None, 0.01, 4)
+    oracle_fast = formula(fast, lambda _: {"a": 0.5, "b": 0.9}, 0.0, 0.1, "a", 0.1, 4)
+    opt = DecoupledMomentumSGD(
+        [
+            {"params": slow, "lr": 0.01, "momentum": {"a": 0.9, "b": 0.9}, "weight_decay": 0.0},
+            {"params": fast, "momentum": {"a": 0.5, "b": 0.9}},
+        ],
+        0.1,
+        {"a": 0.5, "b": 0.5},
+        0.1,
+        "a",
+    )
+    for step in range(4):
+        opt.zero_grad()
+        opt.backward(
+            {
+                s: linear_loss(slow, random_gradients(step, i)) + linear_loss(fast, random_gradients(step, i))
+                for i, s in enumerate("ab")
+            }
+        )
+        opt.step()
+    assert_equal_params(slow, oracle_slow)
+    assert_equal_params(fast, oracle_fast)
+    assert [len(opt.state[p]["buffers"]) for p in (slow[0], fast[0])] == [1, 2]
+
+
+def test_default_momenta_of_groups_are_not_shared():
+    a, b = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
+    opt = DecoupledMomentumSGD([{"params": [a]}, {"params": [b]}], 0.1, {"x": 0.9})
+    opt.param_groups[0]["momentum"]["x"] = 0.5
+    assert opt.param_groups[1]["momentum"]["x"] == 0.9
+
+
+@pytest.mark.parametrize("coefficients", [(0.9, 0.5), (0.9, 0.9)])
+def test_state_dict_continues_bitwise_and_survives_a_change_of_dtype(coefficients, tmp_path):
+    momentum = dict(zip("ab", coefficients))
+    params = random_params()
+    opt = DecoupledMomentumSGD(params, 0.1, momentum, 0.01, "b")
+    for step in range(3):
+        one_step(opt, params, step)
+    torch.save(opt.state_dict(), tmp_path / "opt")
+    held = torch.load(tmp_path / "opt", weights_only=True)
+    twin = [p.detach().clone().requires_grad_() for p in params]
+    again = DecoupledMomentumSGD(twin, 0.5, {"a": 0.1, "b": 0.2})
+    again.load_state_dict(held)
+    narrow = [p.detach().float().requires_grad_() for p in params]
+    other = DecoupledMomentumSGD(narrow, 0.5, {"a": 0.1, "b": 0.2})
+    other.load_state_dict(held)
+    assert all(v.dtype == torch.float32 for p in narrow for v in other.state[p]["buffers"])
+    for step in range(3, 6):
+        one_step(opt, params, step)
+        one_step(again, twin, step)
+        one_step(other, narrow, step)
+        assert all(torch.equal(p, q) for p, q in zip(params, twin))
+    assert_equal_params([p.double() for p in narrow], params, 1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_state_dict_survives_a_change_of_device():
+    params = random_params()
+    opt = DecoupledMomentumSGD(params, 0.1, {"a": 0.9, "b": 0.5})
+    one_step(opt, params, 0)
+    there = [p.detach().cuda().requires_grad_() for p in params]
+    moved = DecoupledMomentumSGD(there, 0.1, {"a": 0.9, "b": 0.5})
+    moved.load_state_dict(opt.state_dict())
+    assert all(v.is_cuda for p in there for v in moved.state[p]["buffers"])
+
+
+def test_state_dict_moves_to_the_parameters_device():
+    """The same rule without a GPU: buffers take the parameters' device, here the meta device."""
+    params = random_params()
+    opt = DecoupledMomentumSGD(params, 0.1, {"a": 0.9, "b": 0.5})
+    one_step(opt, params, 0)
+    there = [p.detach().to("meta").requires_grad_() for p in params]
+    moved = DecoupledMomentumSGD(there, 0.1, {"a": 0.9, "b": 0.5})
+    moved.load_state_dict(opt.state_dict())
+    assert all(v.is_meta for p in there for v in moved.state[p]["buffers"])
+
+
+def test_state_of_other_streams_is_refused():
+    held = DecoupledMomentumSGD(random_params(), 0.1, {"x": 0.9}).state_dict()
+    opt = DecoupledMomentumSGD(random_params(), 0.1, {"a": 0.9, "b": 0.5})
+    with pytest.raises(ValueError, match=r"streams \('x',\), this optimizer \('a', 'b'\)"):
+        opt.load_state_dict(held)
+
+
+def test_deepcopy_and_scheduler():
+    params = random_params()
+    opt = DecoupledMomentumSGD(params, 0.1, {"a": 0.9, "b": 0.5})
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(opt, [2], 0.1)
+    for step in range(3):
+        one_step(opt, params, step)
+        scheduler.step()
+    assert opt.param_groups[0]["lr"] == pytest.approx(0.01)
+    twins, twin = copy.deepcopy((params, opt))
+    one_step(opt, params, 3)
+    one_step(twin, twins, 3)
+    assert all(torch.equal(p, q) for p, q in zip(params, twins))
+
+
+def test_closure():
+    params = random_params()
+    opt = DecoupledMomentumSGD(params, 0.1, {"a": 0.9, "b": 0.5})
+
+    def closure():
+        opt.zero_grad()
+        loss = linear_loss(params, random_gradients(0, 0))
+        opt.backward({"a": loss})
+        return loss
+
+    before = linear_loss(params, random_gradients(0, 0)).item()
+    assert opt.step(closure).item() == before
+
+
+def test_plain_backward_serves_one_stream_only():
+    params = random_params()
+    linear_loss(params, random_gradients(0, 0)).backward()
+    DecoupledMomentumSGD(params, 0.1, {"a": 0.9, "b": 0.9}).step()
+    with pytest.raises(RuntimeError, match=r"call the optimizer's backward\(\)"):
+        DecoupledMomentumSGD(params, 0.1, {"a": 0.9, "b": 0.5}).step()
+
+
+def test_sparse_gradients_are_refused():
+    table = torch.nn.Embedding(4, 2, sparse=True)
+    opt = DecoupledMomentumSGD(table.parameters(), 0.1, {"a": 0.9})
+    opt.backward({"a": table(torch.tensor([1])).sum()})
+    with pytest.raises(RuntimeError, match="sparse"):
+        opt.step()
+
+
+GOOD = {"lr": 0.1, "momentum": {"a": 0.9, "b": 0.5}, "weight_decay": 0.1, "weight_decay_stream": "a"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": -1.0}, "lr must be at least 0, got -1.0"),
+        ({"lr": float("nan")}, "lr must be at least 0, got nan"),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0, got -0.1"),
+        ({"momentum": {"a": 1.0, "b": 0.5}}, r"momentum of stream 'a' must lie in \[0, 1\), got 1.0"),
+        ({"momentum": {"a": 0.5, "b": -0.1}}, "momentum of stream 'b'"),
+        ({"momentum": {}}, "momentum must map stream names"),
+        ({"momentum": 0.9}, "momentum must map stream names"),
+        ({"dampening": 1.5}, "dampening must be a number"),
+        ({"dampening": "nesterov"}, "dampening must be a number"),
+        ({"weight_decay_stream": "c"}, r"weight_decay_stream must name one of \('a', 'b'\), got 'c'"),
+        ({"weight_decay_stream": None}, "weight_decay_stream must name one of"),
+    ],
+)
+def test_bad_settings(change, message):
+    with pytest.raises(ValueError, match=message):
+        DecoupledMomentumSGD(random_params(), **(GOOD | change))
+
+
+def test_groups_need_the_same_streams():
+    opt = DecoupledMomentumSGD(random_params(), **GOOD)
+    with pytest.raises(ValueError, match="every parameter group needs the streams"):
+        opt.add_param_group({"params": random_params(1), "momentum": {"a": 0.9}})
+    assert len(opt.param_groups) == 1
+
+
+def test_a_coefficient_that_leaves_its_range_later_is_refused():
+    params = random_params()
+    opt = DecoupledMomentumSGD(params, **GOOD)
+    opt.param_groups[0]["momentum"]["a"] = 1.2
+    with pytest.raises(ValueError, match="got 1.2"):
+        one_step(opt, params, 0)
+
+
+def test_every_partition_of_four_streams_is_one_formula():
+    for coefficients in itertools.product((0.5, 0.9), repeat=4):
+        momentum = dict(zip(("tog", "tcg", "ncg", "features"), coefficients))
+        params = random_params()
+        start = [p.detach().clone() for p in params]
+        opt = DecoupledMomentumSGD(params, 0.1, momentum, 0.02, "features")
+        for step in range(3):
+            one_step(opt, params, step)
+        assert_equal_params(params, formula(start, lambda _, m=momentum: m, 0.0, 0.02, "features", 0.1, 3))
