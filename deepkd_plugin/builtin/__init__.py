@@ -1,0 +1,30 @@
+"""The host used where mdistiller is not installed: its names and protocols, our code.
+
+The dictionaries below have mdistiller's names and shapes, so that `registry` can treat both alike.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+from yacs.config import CfgNode
+
+from ..data import get_dataset
+from ..distillers import DKD, KD
+from ..trainer import Trainer
+from .models import cifar_model_dict, imagenet_model_dict, tiny_imagenet_model_dict
+from .vanilla import Vanilla
+
+__all__ = [
+    "CFG",
+    "cifar_model_dict",
+    "distiller_dict",
+    "get_dataset",
+    "imagenet_model_dict",
+    "tiny_imagenet_model_dict",
+    "trainer_dict",
+]
+
+CFG = CfgNode.load_cfg(files(__package__).joinpath("defaults.yaml").read_text(encoding="utf-8"))
+distiller_dict = {"NONE": Vanilla, "KD": KD, "DKD": DKD}
+trainer_dict = {"base": Trainer}
