@@ -1,0 +1,100 @@
+"""Reading and writing checkpoints: whole files or none, and never any code from them."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UserError
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Let `write` fill a file so that `path` holds either its old content or all of the new.
+
+    The content goes to a temporary name beside it, is synced to disk and renamed.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(state: Mapping[str, Any], path: Path) -> None:
+    """Write a checkpoint whole."""
+    write_whole(path, lambda file: torch.save(state, file))
+
+
+def load(path: str | Path, key: str) -> Any:
+    """What a checkpoint holds, on the CPU. Only tensors and plain containers are ever unpickled.
+
+    `key` is the config key or option that named the file, for the UserError that a missing file, a file
+    that is no checkpoint and a checkpoint that would run code raise.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; {key} must name a checkpoint")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, OSError, ValueError) as error:
+        reason = str(error).split("\n")[0].split(". ")[0].strip()
+        raise UserError(
+            f"{path}: {key} must name a checkpoint of tensors and plain containers, and this file is not one "
+            f"({type(error).__name__}: {reason})"
+        ) from None
+
+
+def load_weights(module: nn.Module, path: str | Path, key: str, network: str) -> None:
+    """Load a network's weights from a file.
+
+    The file holds a state dictionary, bare or under "model" or "state_dict", its names with or without
+    DataParallel's "module." in front. Raises UserError, with the first differences, for a file of another
+    network or another number of classes; the module is then unchanged.
+    """
+    held = load(path, key)
+    for name in ("model", "state_dict"):
+        if isinstance(held, Mapping) and isinstance(held.get(name), Mapping):
+            held = held[name]
+    if not isinstance(held, Mapping) or not all(isinstance(value, Tensor) for value in held.values()):
+        raise UserError(f"{path}: {key} must hold a network's state dictionary, holds {_kind(held)}")
+    held = {name.removeprefix("module."): value for name, value in held.items()}
+    wanted = module.state_dict()
+    missing = [name for name in wanted if name not in held]
+    extra = [name for name in held if name not in wanted]
+    other = [name for name in wanted if name in held and wanted[name].shape != held[name].shape]
+    if missing or extra:
+        example = f"no {missing[0]}" if missing else f"an unknown {extra[0]}"
+        raise UserError(
+            f"{path}: {key} holds another network than {network}: {len(missing)} of its {len(wanted)} "
+            f"tensors are missing and {len(extra)} are unknown to it ({example})"
+        )
+    if other:
+        first = other[0]
+        rows = {wanted[name].shape[0] for name in other}, {held[name].shape[0] for name in other}
+        only_classes = all(wanted[name].shape[1:] == held[name].shape[1:] for name in other)
+        if only_classes and len(rows[0]) == len(rows[1]) == 1 and other == list(wanted)[-len(other) :]:
+            raise UserError(
+                f"{path}: {key} holds a {network} of {rows[1].pop()} classes; this run has {rows[0].pop()}"
+            )
+        raise UserError(
+            f"{path}: {key} holds another network than {network}: {first} is "
+            f"{tuple(held[first].shape)}, not {tuple(wanted[first].shape)}"
+        )
+    module.load_state_dict(held)
+
+
+def _kind(held: Any) -> str:
+    if isinstance(held, Mapping):
+        return f"a mapping with {', '.join(map(str, list(held)[:4])) or 'nothing'}"
+    return f"a {type(held).__name__}"

@@ -1,0 +1,276 @@
+"""Every config key that the plugin adds, and how a config is read and checked.
+
+mdistiller keeps its settings in a yacs tree whose keys must exist before a file is merged. KEYS adds ours
+to that tree; `load` merges a file and KEY VALUE pairs with errors that name the file, and remembers where
+each value came from, so that `check` can name it too.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from yacs.config import CfgNode
+
+from .distillers.deepkd import BASES, mask_size
+from .errors import UserError
+from .losses import MASKS
+
+HOW = ("DATASET.ROOT", "DATASET.NUM_WORKERS", "DATASET.TEST.BATCH_SIZE", "DISTILLER.TEACHER_WEIGHTS")
+"""Keys that say where a run finds things and how it is carried out, not what it computes."""
+
+STREAMS = ("tog", "tcg", "ncg")
+"""DeepKD's streams: task, target class, non-target class."""
+
+
+class Key(NamedTuple):
+    """One config key: its path, default, meaning (with unit and source), and which values it takes."""
+
+    path: str
+    default: Any
+    meaning: str
+    allowed: str
+    valid: Callable[[Any], bool]
+
+
+def _one_of(*names: str) -> tuple[str, Callable[[Any], bool]]:
+    return "one of " + ", ".join(names), lambda value: value in names
+
+
+_ANY = ("any text", lambda value: True)
+_FLAG = ("True or False", lambda value: isinstance(value, bool))
+_POSITIVE = ("a number above 0", lambda value: value > 0)
+_NOT_NEGATIVE = ("a number from 0 on", lambda value: value >= 0)
+_FRACTION = ("a number in [0, 1)", lambda value: 0 <= value < 1)
+_DELTA = ("a number in (-1, 1)", lambda value: -1 < value < 1)
+_CLASSES = (
+    "a fraction of the classes in (0, 1), or a whole number of classes from 1 on",
+    lambda value: 0 < value < 1 or (value >= 1 and value == int(value)),
+)
+_PHASES = (
+    "two ends in order, 0 <= phi1 < phi2 <= 1",
+    lambda value: len(value) == 2 and 0 <= value[0] < value[1] <= 1,
+)
+_ASSIGNMENT = (
+    f"a list of 'loss:stream' with a stream of {', '.join(STREAMS)}",
+    lambda value: all(isinstance(v, str) and v.count(":") == 1 and v.split(":")[1] in STREAMS for v in value),
+)
+
+KEYS = (
+    Key("DeepKD.BASE", "KD", "the method whose loss is taken apart", *_one_of(*BASES)),
+    Key("DeepKD.CE_WEIGHT", 1.0, "alpha, weight of the cross-entropy (TOG)", *_NOT_NEGATIVE),
+    Key("DeepKD.TCG_WEIGHT", 1.0, "beta, weight of the target-class loss (TCG)", *_NOT_NEGATIVE),
+    Key("DeepKD.NCG_WEIGHT", 1.0, "gamma, weight of the non-target-class loss (NCG)", *_NOT_NEGATIVE),
+    Key("DeepKD.TEMPERATURE", 4.0, "softmax temperature of both networks", *_POSITIVE),
+    Key("DeepKD.WARMUP", 0, "epochs of linear warm-up of TCG and NCG (DKD: 20)", *_NOT_NEGATIVE),
+    Key(
+        "DeepKD.MASK.TYPE",
+        "dynamic",
+        "top-K mask on the non-target classes",
+        *_one_of("none", "static", "dynamic"),
+    ),
+    Key("DeepKD.MASK.K", 0.5, "classes kept by the static mask", *_CLASSES),
+    Key("DeepKD.MASK.INITIAL", 0.05, "classes kept at the start of the dynamic mask (paper)", *_CLASSES),
+    Key("DeepKD.MASK.OPTIMAL", 0.5, "classes kept in its middle phase (ours; not published)", *_CLASSES),
+    Key("DeepKD.MASK.PHASES", (1 / 3, 2 / 3), "ends of its first two phases, of training", *_PHASES),
+    Key("DeepKD.MASK.READING", "renormalise", "how the mask enters NCKD, see losses.py", *_one_of(*MASKS)),
+    Key(
+        "SOLVER.DECOUPLED.VARIANT",
+        "paper",
+        "assignment of momenta, see momenta()",
+        *_one_of("paper", "release"),
+    ),
+    Key("SOLVER.DECOUPLED.DELTA.TOG", 0.0, "added to MOMENTUM for the task stream", *_DELTA),
+    Key("SOLVER.DECOUPLED.DELTA.TCG", 0.0, "added to MOMENTUM for the target-class stream", *_DELTA),
+    Key("SOLVER.DECOUPLED.DELTA.NCG", 0.0, "added to MOMENTUM for the non-target-class stream", *_DELTA),
+    Key(
+        "SOLVER.DECOUPLED.WEIGHT_DECAY_STREAM",
+        "tcg",
+        "the stream that decays the weights",
+        *_one_of(*STREAMS),
+    ),
+    Key("SOLVER.DECOUPLED.DAMPENING", "none", "none, or ema for 1 - momentum", *_one_of("none", "ema")),
+    Key("SOLVER.DECOUPLED.LOSS_STREAMS", [], "streams of losses not named like one", *_ASSIGNMENT),
+    Key(
+        "SOLVER.LR_SCHEDULE",
+        "step",
+        "step: mdistiller's rule; cosine: the release's",
+        *_one_of("step", "cosine"),
+    ),
+    Key("SOLVER.WARMUP_EPOCHS", 0, "epochs of linear warm-up from 0.1 x LR", *_NOT_NEGATIVE),
+    Key("SOLVER.MIN_LR", 0.0, "the cosine schedule's floor (release: 5e-5)", *_NOT_NEGATIVE),
+    Key("SOLVER.AMP", False, "bfloat16 autocast of both networks; losses stay in float32", *_FLAG),
+    Key("SOLVER.CHANNELS_LAST", False, "memory format of networks and images", *_FLAG),
+    Key("SOLVER.SEED", 0, "seed of weights, order and augmentation", *_NOT_NEGATIVE),
+    Key("DISTILLER.TEACHER_WEIGHTS", "", "teacher file; empty: the zoo's; builtin:NAME: one we ship", *_ANY),
+    Key("DATASET.ROOT", "./data", "folder of the data sets", *_ANY),
+    Key(
+        "DATASET.TRAIN_PER_CLASS", 0, "training images of each class, the first ones; 0: all", *_NOT_NEGATIVE
+    ),
+    Key("DATASET.HOLDOUT", 0.0, "share of each class kept from training and tested on instead", *_FRACTION),
+)
+
+_HOST_KEYS = (
+    Key("SOLVER.LR", 0.05, "learning rate", *_POSITIVE),
+    Key("SOLVER.EPOCHS", 240, "epochs", *_POSITIVE),
+    Key("SOLVER.BATCH_SIZE", 64, "images in a step", *_POSITIVE),
+    Key("SOLVER.MOMENTUM", 0.9, "momentum", *_FRACTION),
+    Key("SOLVER.WEIGHT_DECAY", 1e-4, "weight decay", *_NOT_NEGATIVE),
+    Key("SOLVER.TYPE", "SGD", "optimizer", *_one_of("SGD")),
+    Key("DATASET.NUM_WORKERS", 2, "loader processes", *_NOT_NEGATIVE),
+    Key("DATASET.TEST.BATCH_SIZE", 64, "images in a test batch", *_POSITIVE),
+    Key("KD.TEMPERATURE", 4, "temperature", *_POSITIVE),
+    Key("DKD.T", 4.0, "temperature", *_POSITIVE),
+    Key("DKD.WARMUP", 20, "epochs", *_NOT_NEGATIVE),
+)
+"""mdistiller's own keys that would break a run far from where they were written."""
+
+
+def add_deepkd_config(cfg: CfgNode) -> list[str]:
+    """Add KEYS to a config tree, leaving what is there; returns the paths that were added."""
+    added = []
+    frozen = cfg.is_frozen()
+    cfg.defrost()
+    for key in KEYS:
+        *parents, leaf = key.path.split(".")
+        node = cfg
+        for name in parents:
+            if name not in node:
+                node[name] = CfgNode()
+            node = node[name]
+        if leaf not in node:
+            node[leaf] = key.default
+            added.append(key.path)
+    if frozen:
+        cfg.freeze()
+    return added
+
+
+def load(cfg: CfgNode, file: str | Path, options: Sequence[str] = ()) -> dict[str, str]:
+    """Merge a YAML file and then KEY VALUE pairs into `cfg`.
+
+    Returns where each value that was set came from. Raises UserError for a file that is missing or no
+    YAML mapping, an unknown key and a value of another type.
+    """
+    try:
+        tree = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read as a config file ({error})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{file}: is not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{file}: must hold a YAML mapping of config keys, holds {type(tree).__name__}")
+    origin = {}
+    for path, value in _leaves(tree):
+        _set(cfg, path, value, str(file))
+        origin[path] = str(file)
+    if len(options) % 2:
+        raise UserError(f"command line: options come in pairs KEY VALUE, {options[-1]!r} has no value")
+    for path, text in zip(options[::2], options[1::2]):
+        _set(cfg, path, text, "command line")
+        origin[path] = "command line"
+    return origin
+
+
+def check(cfg: CfgNode, origin: dict[str, str]) -> None:
+    """Raise UserError for the first value that is out of range, naming its key and where it came from."""
+    for key in KEYS + _HOST_KEYS:
+        value = get(cfg, key.path)
+        if not key.valid(value):
+            raise wrong(origin, key.path, value, key.allowed)
+    stages = list(cfg.SOLVER.LR_DECAY_STAGES)
+    if any(not isinstance(stage, int) for stage in stages) or stages != sorted(set(stages)):
+        raise wrong(origin, "SOLVER.LR_DECAY_STAGES", stages, "epochs in ascending order")
+    if cfg.SOLVER.MIN_LR > cfg.SOLVER.LR:
+        raise wrong(origin, "SOLVER.MIN_LR", cfg.SOLVER.MIN_LR, f"at most SOLVER.LR, {cfg.SOLVER.LR}")
+    if cfg.SOLVER.WARMUP_EPOCHS >= cfg.SOLVER.EPOCHS and cfg.SOLVER.LR_SCHEDULE == "cosine":
+        allowed = f"below SOLVER.EPOCHS, {cfg.SOLVER.EPOCHS}, with the cosine schedule"
+        raise wrong(origin, "SOLVER.WARMUP_EPOCHS", cfg.SOLVER.WARMUP_EPOCHS, allowed)
+    for stream in STREAMS:
+        path = f"SOLVER.DECOUPLED.DELTA.{stream.upper()}"
+        momentum = cfg.SOLVER.MOMENTUM + get(cfg, path)
+        if not 0 <= momentum < 1:
+            low, high = -cfg.SOLVER.MOMENTUM, 1 - cfg.SOLVER.MOMENTUM
+            allowed = f"in [{low:g}, {high:g}), so that SOLVER.MOMENTUM {cfg.SOLVER.MOMENTUM:g} plus it lies in [0, 1)"
+            raise wrong(origin, path, get(cfg, path), allowed)
+
+
+def check_mask(cfg: CfgNode, origin: dict[str, str], num_classes: int) -> None:
+    """Raise UserError where DeepKD.MASK does not fit a data set of `num_classes` classes."""
+    try:
+        mask_size(cfg.DeepKD.MASK, num_classes, 0.0)
+    except ValueError as error:
+        key = {"static": "K", "dynamic": "OPTIMAL"}[cfg.DeepKD.MASK.TYPE]
+        source = origin.get(f"DeepKD.MASK.{key}", "default")
+        raise UserError(f"{source}: DeepKD.MASK.{key}: {error}") from None
+
+
+def momenta(cfg: CfgNode) -> tuple[dict[str, float], str]:
+    """Each stream's momentum, and the stream that decays the weights.
+
+    `paper`: MOMENTUM + DELTA of each stream (DeepKD, section 3). `release`: what the authors' code does
+    when every parameter gets all three gradients: the task stream's buffer decays with the target-class
+    stream's coefficient, and weight decay enters through the target-class stream alone.
+    """
+    node = cfg.SOLVER.DECOUPLED
+    momentum = {s: cfg.SOLVER.MOMENTUM + getattr(node.DELTA, s.upper()) for s in STREAMS}
+    if node.VARIANT == "release":
+        return momentum | {"tog": momentum["tcg"]}, "tcg"
+    return momentum, node.WEIGHT_DECAY_STREAM
+
+
+def get(cfg: CfgNode, path: str) -> Any:
+    """The value at a dotted path."""
+    for name in path.split("."):
+        cfg = cfg[name]
+    return cfg
+
+
+def flatten(cfg: CfgNode) -> dict[str, Any]:
+    """Dotted path → value for every leaf."""
+    return dict(_leaves(cfg))
+
+
+def wrong(origin: dict[str, str], path: str, value: Any, allowed: str) -> UserError:
+    """The error for a config value: where it came from, which key, what it held, what is allowed."""
+    return UserError(f"{origin.get(path, 'default')}: {path} is {value!r}; it must be {allowed}")
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _set(cfg: CfgNode, path: str, value: Any, source: str) -> None:
+    """Set one leaf, with yacs's rules of type and whole numbers accepted for floats."""
+    node = cfg
+    *parents, leaf = path.split(".")
+    for name in parents:
+        node = node[name] if isinstance(node, CfgNode) and name in node else None
+    if not isinstance(node, CfgNode) or leaf not in node or isinstance(node[leaf], CfgNode):
+        near = difflib.get_close_matches(path, flatten(cfg), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"{source}: unknown config key {path}{hint}")
+    old = node[leaf]
+    if isinstance(value, str) and not isinstance(old, str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            pass
+    if isinstance(old, float) and type(value) is int:
+        value = float(value)
+    if isinstance(old, (list, tuple)) and isinstance(value, (list, tuple)):
+        value = type(old)(value)
+    if type(value) is not type(old):
+        raise UserError(
+            f"{source}: {path} is {value!r} ({type(value).__name__}); it must be {type(old).__name__}, "
+            f"like {old!r}"
+        )
+    node[leaf] = value

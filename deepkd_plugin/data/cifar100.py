@@ -1,0 +1,90 @@
+"""CIFAR-100 from disk: torchvision's layout, or class folders of PNG files."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..errors import UserError
+from .arrays import check_labels
+
+MEAN = (0.5071, 0.4867, 0.4408)
+STD = (0.2675, 0.2565, 0.2761)
+NUM_CLASSES = 100
+
+
+def load_cifar100(root: str | Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, 32, 32, 3) uint8 and fine labels (N,) int64 of "train" or "test".
+
+    Looked for under `root`: cifar-100-python/{train,test} as torchvision keeps it, else
+    {train,test}/<class>/*.png with classes in alphabetical order (the official numbering), else the same
+    below cifar100/. Raises UserError where there is neither, and for labels outside the classes.
+    """
+    root = Path(root)
+    if (root / "cifar-100-python" / split).is_file():
+        return _from_pickle(root / "cifar-100-python" / split)
+    for folder in (root / split, root / "cifar100" / split):
+        if folder.is_dir():
+            return _from_folders(folder)
+    raise UserError(
+        f"{root}: DATASET.ROOT holds no CIFAR-100; there must be cifar-100-python/{split} (torchvision's "
+        f"layout) or {split}/<class>/*.png"
+    )
+
+
+class _Plain(pickle.Unpickler):
+    """Unpickles numpy arrays and plain values; anything else in the file is refused, not run."""
+
+    _ALLOWED = frozenset({"_reconstruct", "ndarray", "dtype", "_frombuffer", "scalar"})
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.split(".")[0] == "numpy" and name in self._ALLOWED:
+            return super().find_class(module, name)
+        if (module, name) == ("_codecs", "encode"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+
+
+def _from_pickle(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        with open(path, "rb") as file:
+            held = _Plain(file, encoding="latin1").load()
+        images = np.asarray(held["data"], dtype=np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        labels = np.asarray(held["fine_labels"], dtype=np.int64)
+    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path}: DATASET.ROOT must hold CIFAR-100 in torchvision's layout, and this file is not it ({error})"
+        ) from None
+    if len(images) != len(labels):
+        raise UserError(f"{path}: DATASET.ROOT holds {len(images)} images but {len(labels)} labels")
+    check_labels(labels, NUM_CLASSES, str(path))
+    return np.ascontiguousarray(images), labels
+
+
+def _from_folders(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    classes = sorted(p for p in folder.iterdir() if p.is_dir())
+    if len(classes) != NUM_CLASSES:
+        raise UserError(
+            f"{folder}: DATASET.ROOT must hold {NUM_CLASSES} class folders for cifar100, holds {len(classes)}"
+        )
+    images, labels = [], []
+    for label, folder_of_class in enumerate(classes):
+        files = sorted(folder_of_class.glob("*.png"))
+        if not files:
+            raise UserError(f"{folder_of_class}: DATASET.ROOT has a class folder without PNG files")
+        for file in files:
+            try:
+                image = np.asarray(Image.open(file).convert("RGB"))
+            except OSError as error:
+                raise UserError(f"{file}: DATASET.ROOT has an image that cannot be read ({error})") from None
+            if image.shape != (32, 32, 3):
+                raise UserError(
+                    f"{file}: cifar100 images are 32 x 32, this one is {image.shape[1]} x {image.shape[0]}"
+                )
+            images.append(image)
+            labels.append(label)
+    return np.stack(images), np.asarray(labels, dtype=np.int64)

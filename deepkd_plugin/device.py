@@ -1,0 +1,55 @@
+"""The one place that knows which device a run is on."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def pick() -> torch.device:
+    """CUDA where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def describe(device: torch.device) -> str:
+    """The device's name, for the record of a run."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def place(module: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
+    """The module on the device, its weights in channels-last order if asked for."""
+    return module.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
+
+
+def place_batch(batch: Any, device: torch.device, channels_last: bool) -> Any:
+    """A batch (tensors, or lists of them) on the device; images (B, C, H, W) in channels-last order if asked for."""
+    if isinstance(batch, Tensor):
+        images = channels_last and batch.ndim == 4
+        order = torch.channels_last if images else torch.preserve_format
+        return batch.to(device, non_blocking=True, memory_format=order)
+    return [place_batch(part, device, channels_last) for part in batch]
+
+
+def autocast(device: torch.device, enabled: bool) -> contextlib.AbstractContextManager[Any]:
+    """bfloat16 autocast, or nothing."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def seed_everything(seed: int, epoch: int = 0) -> None:
+    """Seed Python, numpy and torch for one epoch (0: before the first).
+
+    Every epoch starts from a state of its own, so that a resumed run sees the same images in the same
+    order as one that was never interrupted, without any generator's state being stored.
+    """
+    words = np.random.SeedSequence((seed, epoch)).generate_state(3)
+    random.seed(int(words[0]))
+    # torchvision's and other people's transforms may draw from numpy's global generator
+    np.random.seed(int(words[1]))  # noqa: NPY002
+    torch.manual_seed(int(words[2]))

@@ -1,0 +1,312 @@
+"""From a config file to a trained student: loaders, networks, distiller, trainer."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import checkpoint, config, device
+from .errors import UserError
+from .registry import BUILTIN, Host, register
+from .trainer import evaluate
+
+RECORDED = ("torch", "torchvision", "numpy", "pillow", "matplotlib", "yacs", "tensorboardX", "deepkd_plugin")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`tools/train.py`: train the student of a config. Returns the exit code (2: a mistake of the user)."""
+    parser = argparse.ArgumentParser("tools/train.py", description="Train a student under a config.")
+    parser.add_argument(
+        "--cfg", required=True, help="YAML file, for example configs/glyphs100/res20_res8/deepkd.yaml"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="start again where a run already lies")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys to set, after the file's")
+    args = parser.parse_args(argv)
+    command = f"python tools/train.py --cfg {' '.join([args.cfg, *args.opts])}"
+    return guarded(lambda: train(args.cfg, args.opts, args.resume, args.overwrite, command))
+
+
+def guarded(work: Callable[[], None]) -> int:
+    """Run a command; a UserError becomes one line on stderr and exit code 2, an interruption 130 or 143."""
+    try:
+        with _terminable():
+            work()
+    except UserError as error:
+        print(f"deepkd: error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as interruption:
+        print(f"deepkd: {interruption}", file=sys.stderr)
+        return interruption.code
+    return 0
+
+
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM, with what is left of the run as its message."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, command: str) -> None:
+    """Check everything, then train; nothing is written before the networks and the data are in place."""
+    host = BUILTIN
+    cfg, origin = read_config(host, file, options)
+    name = experiment_name(cfg, options)
+    folder = Path(cfg.LOG.PREFIX) / name
+    if resume and not (folder / "latest").is_file():
+        raise UserError(
+            f"{folder}: --resume finds no checkpoint 'latest' there; leave it out to start the run"
+        )
+    if not resume and not overwrite and (folder / "run.json").exists():
+        raise UserError(
+            f"{folder}: holds a run already; go on with --resume, start again with --overwrite, or set "
+            f"EXPERIMENT.NAME"
+        )
+    at = device.pick()
+    device.seed_everything(cfg.SOLVER.SEED)
+    train_loader, val_loader, num_data, num_classes = host.get_dataset(cfg)
+    config.check_mask(cfg, origin, num_classes)
+    student = network(host, cfg.DATASET.TYPE, cfg.DISTILLER.STUDENT, num_classes)
+    make = host.distillers[cfg.DISTILLER.TYPE]
+    if cfg.DISTILLER.TYPE == "NONE":
+        distiller, teacher_acc = make(student), None
+    else:
+        key = "DISTILLER.TEACHER_WEIGHTS"
+        given = (cfg.DATASET.TYPE, cfg.DISTILLER.TEACHER, num_classes, cfg.DISTILLER.TEACHER_WEIGHTS)
+        teacher = device.place(trained_network(host, *given, key), at, cfg.SOLVER.CHANNELS_LAST)
+        teacher_acc = evaluate(Alone(teacher), val_loader, at, cfg.SOLVER)["test_acc"]
+        if teacher_acc < 2 * 100.0 / num_classes:
+            raise UserError(
+                f"{origin.get(key, 'default')}: the teacher {cfg.DISTILLER.TEACHER} from {key} is at chance on "
+                f"{cfg.DATASET.TYPE} ({teacher_acc:.2f} % top-1); it must be trained on this data set"
+            )
+        distiller = make(student, teacher, cfg)
+    distiller = device.place(distiller, at, cfg.SOLVER.CHANNELS_LAST)
+    teacher_line = "none" if teacher_acc is None else f"{cfg.DISTILLER.TEACHER} {teacher_acc:.2f} % top-1"
+    print(f"{name}: {cfg.DISTILLER.TYPE} on {cfg.DATASET.TYPE}, {num_data} images, {device.describe(at)}")
+    print(f"teacher {teacher_line}")
+    trainer = host.trainers[cfg.SOLVER.TRAINER](name, distiller, train_loader, val_loader, cfg)
+    if resume:
+        trainer.load(folder / "latest")
+    prepare_folder(folder, cfg, at, command, resume, teacher_acc)
+    started = time.perf_counter()
+    try:
+        result = trainer.train()
+    except KeyboardInterrupt as interruption:
+        code = interruption.args[0] if interruption.args else 130
+        again = (
+            f"Resume with: {command} --resume"
+            if trainer.epoch
+            else f"Start again with: {command} --overwrite"
+        )
+        message = f"interrupted in epoch {trainer.epoch + 1}. {trainer.resume_point()} {again}"
+        raise Interrupted(message, code) from None
+    minutes = (time.perf_counter() - started) / 60
+    note(folder, {"result": result, "minutes": round(minutes, 2), "finished": True})
+    print(
+        f"\nteacher   {teacher_line} on the test images\n"
+        f"student   {cfg.DISTILLER.STUDENT}: best {result['best']:.2f} % (epoch {result['best_epoch']}), last "
+        f"{result['last']:.2f} % (epoch {result['epochs']}), in {minutes:.1f} minutes\n"
+        f"files     {folder}/ (student_best, student_latest, metrics.jsonl, train.events)\n"
+        f"next      python tools/eval.py -m {cfg.DISTILLER.STUDENT} -c {folder / 'student_best'} "
+        f"-d {cfg.DATASET.TYPE}\n"
+        f"          {sibling(file)}"
+    )
+
+
+def read_config(host: Host, file: str, options: Sequence[str]) -> tuple[Any, dict[str, str]]:
+    """The host's config tree with a file and options merged, checked and frozen, and its values' origins."""
+    register(host)
+    cfg = host.cfg.clone()
+    origin = config.load(cfg, file, options)
+    cfg.LOG.WANDB = False  # this trainer writes TensorBoard events and metrics.jsonl, and no W&B
+    config.check(cfg, origin)
+    models = host.models(cfg.DATASET.TYPE)
+    known = [
+        ("DISTILLER.TYPE", host.distillers),
+        ("SOLVER.TRAINER", host.trainers),
+        ("DISTILLER.STUDENT", models),
+    ]
+    if cfg.DISTILLER.TYPE != "NONE":
+        known.append(("DISTILLER.TEACHER", models))
+    for path, names in known:
+        if config.get(cfg, path) not in names:
+            raise config.wrong(origin, path, config.get(cfg, path), f"one of {', '.join(names)}")
+    cfg.freeze()
+    return cfg, origin
+
+
+def experiment_name(cfg: Any, options: Sequence[str] = ()) -> str:
+    """PROJECT/NAME, or PROJECT/TAG with the options that change what is computed, as mdistiller names runs."""
+    pairs = [
+        f"{key}:{value}".replace("/", "_")
+        for key, value in zip(options[::2], options[1::2])
+        if key.split(".")[0] not in ("LOG", "EXPERIMENT") and key not in config.HOW
+    ]
+    name = cfg.EXPERIMENT.NAME or ",".join([cfg.EXPERIMENT.TAG, *pairs])
+    return f"{cfg.EXPERIMENT.PROJECT}/{name}"
+
+
+def network(host: Host, dataset: str, name: str, num_classes: int) -> nn.Module:
+    """A fresh network of the host's zoo."""
+    make = host.models(dataset)[name]
+    return make(pretrained=False) if dataset == "imagenet" else make[0](num_classes=num_classes)
+
+
+def trained_network(
+    host: Host, dataset: str, name: str, num_classes: int, weights: str, key: str
+) -> nn.Module:
+    """A network with weights: a file, one that the package ships (builtin:NAME), or the zoo's own ("").
+
+    `key` is the config key or option that gave `weights`, for errors.
+    """
+    path = weights_file(host, dataset, name, weights)
+    if not path and dataset == "imagenet":
+        return host.models(dataset)[name](pretrained=True).requires_grad_(False)
+    if not path:
+        raise UserError(
+            f"{key} names no file and the zoo has no weights of {name}; it must name a checkpoint"
+        )
+    made = network(host, dataset, name, num_classes)
+    checkpoint.load_weights(made, path, key, name)
+    return made.requires_grad_(False)
+
+
+def weights_file(host: Host, dataset: str, name: str, weights: str) -> str:
+    """The file that `weights` means, as in trained_network; "" where torchvision provides them or nobody does."""
+    if weights.startswith("builtin:"):
+        shipped = files("deepkd_plugin.builtin").joinpath("weights")
+        return str(shipped.joinpath(weights.removeprefix("builtin:") + ".pt"))
+    if weights or dataset == "imagenet":
+        return weights
+    return host.models(dataset)[name][1] or ""
+
+
+def prepare_folder(
+    folder: Path, cfg: Any, at: torch.device, command: str, resume: bool, teacher: float | None
+) -> None:
+    """Make a run's folder with its resolved config and run.json; a run that is started again is removed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: LOG.PREFIX must name a folder that can be written ({error})") from None
+    if resume:
+        note(folder, {"resumed": [*read_run(folder).get("resumed", []), time.strftime("%Y-%m-%d %H:%M:%S")]})
+        return
+    for path in (*folder.glob("*.jsonl"), *folder.glob("student_*"), *folder.glob("train.events/*")):
+        path.unlink()
+    for path in [folder / "best", folder / "latest", *folder.glob("epoch_*")]:
+        path.unlink(missing_ok=True)
+    text = cfg.dump()
+    checkpoint.write_whole(folder / "config.yaml", lambda file: file.write(text.encode()))
+    computed = {
+        key: value
+        for key, value in config.flatten(cfg).items()
+        if key.split(".")[0] not in ("LOG", "EXPERIMENT") and key not in config.HOW
+    }
+    run = {
+        "command": command,
+        "config_hash": hashlib.sha256(json.dumps(computed, sort_keys=True).encode()).hexdigest()[:16],
+        "seed": cfg.SOLVER.SEED,
+        "teacher_acc": teacher,
+        "device": device.describe(at),
+        "processor": processor(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in RECORDED},
+        "commit": commit(),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "finished": False,
+    }
+    write_run(folder, run)
+
+
+def note(folder: Path, entries: dict[str, Any]) -> None:
+    """Add entries to a run's run.json."""
+    write_run(folder, read_run(folder) | entries)
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "run.json").read_text())
+
+
+def write_run(folder: Path, run: dict[str, Any]) -> None:
+    text = json.dumps(run, indent=2) + "\n"
+    checkpoint.write_whole(folder / "run.json", lambda file: file.write(text.encode()))
+
+
+def commit() -> str:
+    """The commit of the code that runs, "+" where it was changed since, or "unknown" outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        ours = ["git", "-C", str(here), "ls-files", "--error-unmatch", "launch.py"]
+        subprocess.run(ours, capture_output=True, check=True)
+        describe = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--exclude=*"]
+        return subprocess.run(describe, capture_output=True, check=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def processor() -> str:
+    """The processor's name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def sibling(file: str) -> str:
+    """The command that trains the same pair with another method, for the end of a run."""
+    others = sorted(p.name for p in Path(file).parent.glob("*.yaml") if p.name != Path(file).name)
+    preferred = [name for name in ("kd.yaml", "dkd.yaml") if name in others] or others
+    return f"python tools/train.py --cfg {Path(file).parent / (preferred or [Path(file).name])[0]}"
+
+
+class Alone(nn.Module):
+    """A network under the protocol of `evaluate`."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.network(image)[0]
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end a run as Ctrl-C does, with the exit code that shells expect of it."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,103 @@
+"""What a run measures and where it writes it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensorboardX import SummaryWriter
+from torch import Tensor
+
+from .checkpoint import write_whole
+
+
+class Sums:
+    """Running sums of named tensors, kept on their device so that adding never waits for it."""
+
+    def __init__(self) -> None:
+        self._totals: dict[str, Tensor] = {}
+        self.count = 0
+
+    def add(self, values: Mapping[str, Tensor], count: int) -> None:
+        """Add scalars that already are sums over `count` samples."""
+        for name, value in values.items():
+            value = value.detach().double()
+            self._totals[name] = self._totals[name] + value if name in self._totals else value
+        self.count += count
+
+    def means(self) -> dict[str, float]:
+        """Each sum over the number of samples; this is where the device is waited for."""
+        if not self._totals:
+            return {}
+        totals = torch.stack(list(self._totals.values())).tolist()
+        return {name: total / self.count for name, total in zip(self._totals, totals)}
+
+
+def correct(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """How many of a batch are right at top-1 and top-5, in percent points times samples.
+
+    logits: (B, C); target: (B,). With fewer than five classes top-5 counts them all.
+    """
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    hits = best == target.unsqueeze(1)
+    return {"top1": 100.0 * hits[:, 0].sum(), "top5": 100.0 * hits.sum()}
+
+
+class RunLog:
+    """A run's records: metrics.jsonl, TensorBoard events and mdistiller's worklog.txt.
+
+    metrics.jsonl, one line an epoch, is the source: when a run resumes from `epoch`, later lines are
+    dropped from it and the worklog is written anew.
+    """
+
+    def __init__(self, folder: Path, epoch: int = 0) -> None:
+        self.folder = folder
+        self.lines = [line for line in read_metrics(folder) if line["epoch"] <= epoch] if epoch else []
+        self._write()
+        self._events = SummaryWriter(str(folder / "train.events"), purge_step=epoch + 1)
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Append one epoch's record and show its numbers in TensorBoard."""
+        self.lines.append(record)
+        self._write()
+        for name, value in _numbers(record):
+            self._events.add_scalar(name, value, record["epoch"])
+        self._events.flush()
+
+    def close(self) -> None:
+        self._events.close()
+
+    def _write(self) -> None:
+        text = "".join(json.dumps(line) + "\n" for line in self.lines)
+        write_whole(self.folder / "metrics.jsonl", lambda file: file.write(text.encode()))
+        work = "".join(_worklog(line) for line in self.lines)
+        write_whole(self.folder / "worklog.txt", lambda file: file.write(work.encode()))
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl, none where there is no such file."""
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _numbers(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    found: list[tuple[str, float]] = []
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            found += _numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)) and name != "epoch":
+            found.append((prefix + name, value))
+    return found
+
+
+def _worklog(record: Mapping[str, Any]) -> str:
+    """One epoch in the manner of mdistiller's worklog, with the learning rate unrounded."""
+    rule = "-" * 25 + "\n"
+    rows = "".join(
+        f"{name}: {value:.6g}\n" if name == "lr" else f"{name}: {value:.2f}\n"
+        for name, value in _numbers(record)
+    )
+    return f"{rule}epoch: {record['epoch']}\n{rows}{rule}"

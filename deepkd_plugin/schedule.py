@@ -1,0 +1,34 @@
+"""Learning rate by epoch, for torch's LambdaLR."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+WARMUP_START = 0.1
+"""Share of the learning rate that warm-up starts from, before its first epoch (the authors' release)."""
+
+
+def lr_factor(solver: Any, epoch: int) -> float:
+    """The share of SOLVER.LR in an epoch, counted from 1.
+
+    step: LR_DECAY_RATE to the power of the LR_DECAY_STAGES below the epoch (mdistiller). cosine: from the
+    end of warm-up to MIN_LR in the last epoch (the release's ImageNet and CRLD recipes). During warm-up,
+    with either: linear from 0.1 at epoch 0 to 1 at epoch WARMUP_EPOCHS.
+    """
+    warmup = solver.WARMUP_EPOCHS
+    if epoch < warmup:
+        return WARMUP_START + (1 - WARMUP_START) * epoch / warmup
+    if solver.LR_SCHEDULE == "cosine":
+        progress = (epoch - warmup) / (solver.EPOCHS - warmup)
+        floor = solver.MIN_LR / solver.LR
+        return floor + 0.5 * (1 - floor) * (1 + math.cos(math.pi * progress))
+    return solver.LR_DECAY_RATE ** sum(stage < epoch for stage in solver.LR_DECAY_STAGES)
+
+
+def make_scheduler(optimizer: Optimizer, solver: Any) -> LambdaLR:
+    """A scheduler whose step() after an epoch sets the next one's rate."""
+    return LambdaLR(optimizer, lambda done: lr_factor(solver, done + 1))

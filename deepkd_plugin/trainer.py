@@ -1,0 +1,240 @@
+"""The epoch loop: batches through a distiller, losses into streams, streams into the optimizer."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from . import checkpoint, config, device
+from .errors import UserError
+from .metrics import RunLog, Sums, correct
+from .optim import DecoupledMomentumSGD
+from .schedule import make_scheduler
+from .streams import assign_losses
+
+READ_EVERY = 20
+"""Iterations between two readings of the meters: reading them waits for the device."""
+
+
+class Trainer:
+    """Trains a distiller under mdistiller's protocol: `Trainer(name, distiller, loaders…, cfg).train(resume)`.
+
+    Losses are summed and take one momentum, SOLVER.MOMENTUM: mdistiller's base trainer. What a run leaves
+    in LOG.PREFIX/name is listed in docs/design.md.
+    """
+
+    def __init__(
+        self, experiment_name: str, distiller: nn.Module, train_loader: Any, val_loader: Any, cfg: Any
+    ) -> None:
+        self.cfg = cfg
+        self.folder = Path(cfg.LOG.PREFIX) / experiment_name
+        self.distiller = distiller
+        self.module = distiller.module if isinstance(distiller, nn.DataParallel) else distiller
+        self.train_loader = train_loader
+        self.val_loader = val_loader
+        self.device = next(self.module.parameters()).device
+        self.optimizer = self.make_optimizer(self.module.get_learnable_parameters())
+        self.scheduler = make_scheduler(self.optimizer, cfg.SOLVER)
+        self.assignment: dict[str, str] = {}
+        self.epoch = 0
+        self.best_acc = -1.0
+        self.best_epoch = 0
+
+    def make_optimizer(self, params: Iterable[nn.Parameter]) -> DecoupledMomentumSGD:
+        solver = self.cfg.SOLVER
+        return DecoupledMomentumSGD(params, solver.LR, {"task": solver.MOMENTUM}, solver.WEIGHT_DECAY)
+
+    def train(self, resume: bool = False) -> dict[str, Any]:
+        """Run the epochs that are left; returns {"best", "best_epoch", "last", "epochs"} (top-1 in percent)."""
+        if resume:
+            self.load(self.folder / "latest")
+        log = RunLog(self.folder, self.epoch)
+        try:
+            for epoch in range(self.epoch + 1, self.cfg.SOLVER.EPOCHS + 1):
+                device.seed_everything(self.cfg.SOLVER.SEED, epoch)
+                record = {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"]}
+                record |= self.train_epoch(epoch)
+                record |= evaluate(self.distiller, self.val_loader, self.device, self.cfg.SOLVER)
+                self.finish_epoch(epoch, record, log)
+        finally:
+            log.close()
+        last = log.lines[-1]["test_acc"]
+        return {"best": self.best_acc, "best_epoch": self.best_epoch, "last": last, "epochs": self.epoch}
+
+    def train_epoch(self, epoch: int) -> dict[str, Any]:
+        """One pass over the training set; returns the epoch's record."""
+        solver = self.cfg.SOLVER
+        self.distiller.train()
+        sums = Sums()
+        top_k = None
+        waited, start = 0.0, time.perf_counter()
+        with tqdm(total=len(self.train_loader), desc=f"epoch {epoch}/{solver.EPOCHS}", leave=False) as bar:
+            batches = iter(self.train_loader)
+            for step in range(1, len(self.train_loader) + 1):
+                asked = time.perf_counter()
+                batch = next(batches)
+                waited += time.perf_counter() - asked
+                image, target, *_ = device.place_batch(batch, self.device, solver.CHANNELS_LAST)
+                with device.autocast(self.device, solver.AMP):
+                    logits, losses = self.distiller(image=image, target=target, epoch=epoch)
+                self.optimizer.zero_grad()
+                by_stream = self.losses_by_stream(losses)
+                self.optimizer.backward(by_stream)
+                self.optimizer.step()
+                count = len(target)
+                sums.add({s: loss * count for s, loss in by_stream.items()} | correct(logits, target), count)
+                if step == 1 and hasattr(self.module, "top_k"):
+                    top_k = self.module.top_k(epoch, logits.shape[1])
+                if step % READ_EVERY == 0 or step == len(self.train_loader):
+                    seconds = time.perf_counter() - start
+                    means = self.read(sums, epoch, step)
+                    bar.update(step - bar.n)
+                    bar.set_postfix_str(_postfix(means, top_k, sums.count / seconds))
+        seconds = time.perf_counter() - start
+        accuracy = {f"train_{name}": means.pop(top) for name, top in (("acc", "top1"), ("acc_top5", "top5"))}
+        momenta = dict(self.optimizer.param_groups[0]["momentum"])
+        record = {"loss": means, "train_loss": sum(means.values())} | accuracy | {"momentum": momenta}
+        if top_k is not None:
+            record["top_k"] = top_k
+        return record | {
+            "images_per_second": sums.count / seconds,
+            "seconds": seconds,
+            "data_seconds": waited,
+        }
+
+    def losses_by_stream(self, losses: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return assign_losses(losses, self.optimizer.streams, self.assignment)
+
+    def read(self, sums: Sums, epoch: int, step: int) -> dict[str, float]:
+        """The meters' means so far; UserError where a loss is not finite, before anything is saved."""
+        means = sums.means()
+        for name, value in means.items():
+            if not math.isfinite(value):
+                raise UserError(
+                    f"{self.folder}: loss '{name}' became {value} in epoch {epoch}, by iteration {step}, at "
+                    f"learning rate {self.optimizer.param_groups[0]['lr']:g}; it must stay finite: lower "
+                    f"SOLVER.LR, or look at the images and the teacher. {self.resume_point()}"
+                )
+        return means
+
+    def resume_point(self) -> str:
+        """What is left to resume from, in a sentence."""
+        if not self.epoch:
+            return "No epoch was finished, so there is no checkpoint."
+        return f"The last checkpoint is whole: {self.folder / 'latest'} (epoch {self.epoch})."
+
+    def finish_epoch(self, epoch: int, record: dict[str, Any], log: RunLog) -> None:
+        """Log an epoch and save its checkpoints."""
+        self.scheduler.step()
+        self.epoch = epoch
+        better = record["test_acc"] > self.best_acc
+        if better:
+            self.best_acc, self.best_epoch = record["test_acc"], epoch
+        log.add(record)
+        student = {"model": self.module.student.state_dict()}
+        every = self.cfg.LOG.SAVE_CHECKPOINT_FREQ
+        names = [("best", "student_best")] if better else []
+        names += [(f"epoch_{epoch}", f"student_{epoch}")] if epoch % every == 0 else []
+        # `latest` comes last: an interruption before it resumes from the epoch before and overwrites the rest
+        for name, student_name in [*names, ("latest", "student_latest")]:
+            checkpoint.save(student, self.folder / student_name)
+            checkpoint.save(self.state(), self.folder / name)
+        tqdm.write(
+            f"epoch {epoch:3d}  loss {record['train_loss']:.4f}  train {record['train_acc']:.2f}  "
+            f"test {record['test_acc']:.2f}  best {self.best_acc:.2f}"
+            + (f"  K {record['top_k']}" if "top_k" in record else "")
+            + f"  lr {record['lr']:.4g}  {record['images_per_second']:.0f} images/s"
+        )
+
+    def state(self) -> dict[str, Any]:
+        """A checkpoint: everything a resumed run needs. The teacher, which never changes, is left out."""
+        model = {k: v for k, v in self.module.state_dict().items() if not k.startswith("teacher.")}
+        return {
+            "epoch": self.epoch,
+            "model": model,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "best_acc": self.best_acc,
+            "best_epoch": self.best_epoch,
+            "config": config.flatten(self.cfg),
+        }
+
+    def load(self, path: Path) -> None:
+        """Take up a checkpoint; UserError where it is of another config."""
+        state = checkpoint.load(path, "--resume")
+        if not isinstance(state, dict) or "config" not in state:
+            raise UserError(f"{path}: --resume needs a checkpoint that this trainer wrote")
+        ours = config.flatten(self.cfg)
+        for key in sorted(ours.keys() | state["config"].keys()):
+            held, given = state["config"].get(key), ours.get(key)
+            if key.split(".")[0] not in ("LOG", "EXPERIMENT") and key not in config.HOW and held != given:
+                raise UserError(
+                    f"{path}: --resume needs the run's own config: {key} was {held!r}, is {given!r}"
+                )
+        weights = {k: v for k, v in self.module.state_dict().items() if k.startswith("teacher.")}
+        self.module.load_state_dict(weights | state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.epoch, self.best_acc, self.best_epoch = state["epoch"], state["best_acc"], state["best_epoch"]
+
+
+class DecoupledMomentumTrainer(Trainer):
+    """The trainer of registry key DecoupledMomentumSGD: one momentum for each stream.
+
+    With all deltas 0 the streams share one buffer and one backward pass, and this is the base trainer for
+    every distiller. Otherwise a loss belongs to the stream of its own name or to the one that
+    SOLVER.DECOUPLED.LOSS_STREAMS gives it.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        pairs = (pair.split(":") for pair in self.cfg.SOLVER.DECOUPLED.LOSS_STREAMS)
+        self.assignment = {loss: stream for loss, stream in pairs}
+
+    def make_optimizer(self, params: Iterable[nn.Parameter]) -> DecoupledMomentumSGD:
+        solver = self.cfg.SOLVER
+        momentum, decay_stream = config.momenta(self.cfg)
+        dampening = "ema" if solver.DECOUPLED.DAMPENING == "ema" else 0.0
+        return DecoupledMomentumSGD(params, solver.LR, momentum, solver.WEIGHT_DECAY, decay_stream, dampening)
+
+    def losses_by_stream(self, losses: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        streams = self.optimizer.streams
+        assignment = self.assignment
+        if len(set(self.optimizer.param_groups[0]["momentum"].values())) == 1:
+            # no stream differs from another, so where a loss without a stream goes makes no difference
+            assignment = {name: streams[0] for name in losses if name not in streams} | assignment
+        try:
+            return assign_losses(losses, streams, assignment)
+        except ValueError as error:
+            raise UserError(
+                f"SOLVER.DECOUPLED.LOSS_STREAMS: {error}; add 'loss:stream' for each of {list(losses)}"
+            ) from None
+
+
+@torch.no_grad()
+def evaluate(distiller: nn.Module, loader: Any, at: torch.device, solver: Any) -> dict[str, float]:
+    """Top-1 and top-5 accuracy in percent and mean cross-entropy on a loader of (image, target)."""
+    distiller.eval()
+    sums = Sums()
+    for batch in tqdm(loader, desc="test", leave=False):
+        image, target, *_ = device.place_batch(batch, at, solver.CHANNELS_LAST)
+        with device.autocast(at, solver.AMP):
+            logits = distiller(image=image).float()
+        loss = F.cross_entropy(logits, target, reduction="sum")
+        sums.add(correct(logits, target) | {"loss": loss}, len(target))
+    means = sums.means()
+    return {"test_acc": means["top1"], "test_acc_top5": means["top5"], "test_loss": means["loss"]}
+
+
+def _postfix(means: dict[str, float], top_k: int | None, rate: float) -> str:
+    losses = " ".join(f"{s} {value:.3f}" for s, value in means.items() if not s.startswith("top"))
+    mask = "" if top_k is None else f" K {top_k}"
+    return f"{losses} top-1 {means['top1']:.2f}{mask} {rate:.0f} images/s"
