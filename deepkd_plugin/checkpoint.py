@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
+import signal
+import threading
+import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,6 +40,28 @@ def save(state: Mapping[str, Any], path: Path) -> None:
     write_whole(path, lambda file: torch.save(state, file))
 
 
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM take effect after the block instead of inside it.
+
+    An exception raised in the middle of torch.save surfaces as an error of its own, and an epoch's records
+    and checkpoints belong together. Signals reach Python's main thread only, so elsewhere nothing is done.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.signal(number, lambda got, frame: arrived.append(got)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, handlers):
+            signal.signal(number, handler)
+    if arrived:
+        signal.raise_signal(arrived[0])
+
+
 def load(path: str | Path, key: str) -> Any:
     """What a checkpoint holds, on the CPU. Only tensors and plain containers are ever unpickled.
 
@@ -46,7 +72,9 @@ def load(path: str | Path, key: str) -> Any:
     if not path.is_file():
         raise UserError(f"{path}: no such file; {key} must name a checkpoint")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # torch warns of foreign pickles; the error below says it in one line
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, OSError, ValueError) as error:
         reason = str(error).split("\n")[0].split(". ")[0].strip()
         raise UserError(

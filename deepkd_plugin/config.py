@@ -8,6 +8,7 @@ each value came from, so that `check` can name it too.
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -230,6 +231,11 @@ def get(cfg: CfgNode, path: str) -> Any:
     return cfg
 
 
+def computes(path: str) -> bool:
+    """Whether a key says what a run computes, rather than where it finds things and how it goes about it."""
+    return path.split(".")[0] not in ("LOG", "EXPERIMENT") and path not in HOW
+
+
 def flatten(cfg: CfgNode) -> dict[str, Any]:
     """Dotted path → value for every leaf."""
     return dict(_leaves(cfg))
@@ -260,10 +266,8 @@ def _set(cfg: CfgNode, path: str, value: Any, source: str) -> None:
         raise UserError(f"{source}: unknown config key {path}{hint}")
     old = node[leaf]
     if isinstance(value, str) and not isinstance(old, str):
-        try:
+        with contextlib.suppress(ValueError, SyntaxError):
             value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            pass
     if isinstance(old, float) and type(value) is int:
         value = float(value)
     if isinstance(old, (list, tuple)) and isinstance(value, (list, tuple)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from . import checkpoint, config, device
+from . import config, device
 from .errors import UserError
 from .launch import Alone, guarded, trained_network
 from .registry import BUILTIN, register

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
-import json
-import platform
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,12 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import checkpoint, config, device
+from . import checkpoint, config, device, record
 from .errors import UserError
 from .registry import BUILTIN, Host, register
 from .trainer import evaluate
-
-RECORDED = ("torch", "torchvision", "numpy", "pillow", "matplotlib", "yacs", "tensorboardX", "deepkd_plugin")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,7 +98,7 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
     trainer = host.trainers[cfg.SOLVER.TRAINER](name, distiller, train_loader, val_loader, cfg)
     if resume:
         trainer.load(folder / "latest")
-    prepare_folder(folder, cfg, at, command, resume, teacher_acc)
+    record.prepare_folder(folder, cfg, at, command, resume, teacher_acc)
     started = time.perf_counter()
     try:
         result = trainer.train()
@@ -119,9 +112,9 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
         message = f"interrupted in epoch {trainer.epoch + 1}. {trainer.resume_point()} {again}"
         raise Interrupted(message, code) from None
     minutes = (time.perf_counter() - started) / 60
-    note(folder, {"result": result, "minutes": round(minutes, 2), "finished": True})
+    record.note(folder, {"result": result, "minutes": round(minutes, 2), "finished": True})
     print(
-        f"\nteacher   {teacher_line} on the test images\n"
+        f"\nteacher   {teacher_line}\n"
         f"student   {cfg.DISTILLER.STUDENT}: best {result['best']:.2f} % (epoch {result['best_epoch']}), last "
         f"{result['last']:.2f} % (epoch {result['epochs']}), in {minutes:.1f} minutes\n"
         f"files     {folder}/ (student_best, student_latest, metrics.jsonl, train.events)\n"
@@ -158,7 +151,7 @@ def experiment_name(cfg: Any, options: Sequence[str] = ()) -> str:
     pairs = [
         f"{key}:{value}".replace("/", "_")
         for key, value in zip(options[::2], options[1::2])
-        if key.split(".")[0] not in ("LOG", "EXPERIMENT") and key not in config.HOW
+        if config.computes(key)
     ]
     name = cfg.EXPERIMENT.NAME or ",".join([cfg.EXPERIMENT.TAG, *pairs])
     return f"{cfg.EXPERIMENT.PROJECT}/{name}"
@@ -199,80 +192,6 @@ def weights_file(host: Host, dataset: str, name: str, weights: str) -> str:
     return host.models(dataset)[name][1] or ""
 
 
-def prepare_folder(
-    folder: Path, cfg: Any, at: torch.device, command: str, resume: bool, teacher: float | None
-) -> None:
-    """Make a run's folder with its resolved config and run.json; a run that is started again is removed."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: LOG.PREFIX must name a folder that can be written ({error})") from None
-    if resume:
-        note(folder, {"resumed": [*read_run(folder).get("resumed", []), time.strftime("%Y-%m-%d %H:%M:%S")]})
-        return
-    for path in (*folder.glob("*.jsonl"), *folder.glob("student_*"), *folder.glob("train.events/*")):
-        path.unlink()
-    for path in [folder / "best", folder / "latest", *folder.glob("epoch_*")]:
-        path.unlink(missing_ok=True)
-    text = cfg.dump()
-    checkpoint.write_whole(folder / "config.yaml", lambda file: file.write(text.encode()))
-    computed = {
-        key: value
-        for key, value in config.flatten(cfg).items()
-        if key.split(".")[0] not in ("LOG", "EXPERIMENT") and key not in config.HOW
-    }
-    run = {
-        "command": command,
-        "config_hash": hashlib.sha256(json.dumps(computed, sort_keys=True).encode()).hexdigest()[:16],
-        "seed": cfg.SOLVER.SEED,
-        "teacher_acc": teacher,
-        "device": device.describe(at),
-        "processor": processor(),
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in RECORDED},
-        "commit": commit(),
-        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "finished": False,
-    }
-    write_run(folder, run)
-
-
-def note(folder: Path, entries: dict[str, Any]) -> None:
-    """Add entries to a run's run.json."""
-    write_run(folder, read_run(folder) | entries)
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "run.json").read_text())
-
-
-def write_run(folder: Path, run: dict[str, Any]) -> None:
-    text = json.dumps(run, indent=2) + "\n"
-    checkpoint.write_whole(folder / "run.json", lambda file: file.write(text.encode()))
-
-
-def commit() -> str:
-    """The commit of the code that runs, "+" where it was changed since, or "unknown" outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        ours = ["git", "-C", str(here), "ls-files", "--error-unmatch", "launch.py"]
-        subprocess.run(ours, capture_output=True, check=True)
-        describe = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--exclude=*"]
-        return subprocess.run(describe, capture_output=True, check=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def processor() -> str:
-    """The processor's name where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def sibling(file: str) -> str:
     """The command that trains the same pair with another method, for the end of a run."""
     others = sorted(p.name for p in Path(file).parent.glob("*.yaml") if p.name != Path(file).name)
@@ -303,10 +222,3 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"

@@ -335,10 +335,7 @@ def _update_foreach(
     for (_, _, first, present), members in alike.items():
         ps = [params[i] for i in members]
         for s, (m, d) in enumerate(coefficients):
-            if present[s]:
-                gs = [gradients[s][i] for i in members]
-            else:
-                gs = [torch.zeros_like(p) for p in ps]
+            gs = [gradients[s][i] if present[s] else torch.zeros_like(params[i]) for i in members]
             owned = consume or not present[s]
             if weight_decay[s] and owned:
                 torch._foreach_add_(gs, ps, alpha=weight_decay[s])

@@ -63,7 +63,8 @@ class Trainer:
                 record = {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"]}
                 record |= self.train_epoch(epoch)
                 record |= evaluate(self.distiller, self.val_loader, self.device, self.cfg.SOLVER)
-                self.finish_epoch(epoch, record, log)
+                with checkpoint.uninterrupted():
+                    self.finish_epoch(epoch, record, log)
         finally:
             log.close()
         last = log.lines[-1]["test_acc"]
@@ -76,7 +77,9 @@ class Trainer:
         sums = Sums()
         top_k = None
         waited, start = 0.0, time.perf_counter()
-        with tqdm(total=len(self.train_loader), desc=f"epoch {epoch}/{solver.EPOCHS}", leave=False) as bar:
+        with tqdm(
+            total=len(self.train_loader), desc=f"epoch {epoch}/{solver.EPOCHS}", leave=False, disable=None
+        ) as bar:
             batches = iter(self.train_loader)
             for step in range(1, len(self.train_loader) + 1):
                 asked = time.perf_counter()
@@ -175,7 +178,7 @@ class Trainer:
         ours = config.flatten(self.cfg)
         for key in sorted(ours.keys() | state["config"].keys()):
             held, given = state["config"].get(key), ours.get(key)
-            if key.split(".")[0] not in ("LOG", "EXPERIMENT") and key not in config.HOW and held != given:
+            if config.computes(key) and held != given:
                 raise UserError(
                     f"{path}: --resume needs the run's own config: {key} was {held!r}, is {given!r}"
                 )
@@ -224,7 +227,7 @@ def evaluate(distiller: nn.Module, loader: Any, at: torch.device, solver: Any) -
     """Top-1 and top-5 accuracy in percent and mean cross-entropy on a loader of (image, target)."""
     distiller.eval()
     sums = Sums()
-    for batch in tqdm(loader, desc="test", leave=False):
+    for batch in tqdm(loader, desc="test", leave=False, disable=None):
         image, target, *_ = device.place_batch(batch, at, solver.CHANNELS_LAST)
         with device.autocast(at, solver.AMP):
             logits = distiller(image=image).float()

@@ -1,5 +1,6 @@
 """Fixtures that several test files use."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -25,3 +26,59 @@ def golden_optimizers():
 @pytest.fixture(autouse=True)
 def two_threads():
     torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory):
+    """A DATASET.ROOT with glyphs100 in its cache, drawn once for all tests."""
+    from deepkd_plugin.data.glyphs import load_glyphs100
+
+    root = tmp_path_factory.mktemp("data")
+    for split in ("train", "test"):
+        load_glyphs100(root, split)
+    return root
+
+
+@pytest.fixture
+def train(data_root, tmp_path, capsys):
+    """Run tools/train.py's main in this process: train("kd", "KEY", "VALUE", …) -> (exit code, stdout, stderr).
+
+    A short name stands for a file in configs/glyphs100/res20_res8. The run sees 200 images and 2 epochs.
+    """
+    from deepkd_plugin.launch import main
+
+    configs = Path(__file__).parents[1] / "configs" / "glyphs100" / "res20_res8"
+    small = {
+        "SOLVER.EPOCHS": "2",
+        "DATASET.TRAIN_PER_CLASS": "2",
+        "DATASET.HOLDOUT": "0.02",
+        "DATASET.ROOT": str(data_root),
+        "LOG.PREFIX": str(tmp_path / "output"),
+        "EXPERIMENT.NAME": "run",
+    }
+
+    def run(config, *options, flags=()):
+        file = config if "/" in str(config) else configs / f"{config}.yaml"
+        given = small | dict(zip(options[::2], options[1::2]))
+        pairs = [part for pair in given.items() for part in pair]
+        code = main(["--cfg", str(file), *flags, *pairs])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    run.folder = tmp_path / "output" / "glyphs100" / "run"
+    return run
+
+
+@pytest.fixture(scope="session")
+def cifar_root(tmp_path_factory, data_root):
+    """Glyphs in torchvision's CIFAR-100 layout: 3 training images and 1 test image of each class."""
+    from deepkd_plugin.data.glyphs import load_glyphs100
+
+    root = tmp_path_factory.mktemp("cifar")
+    (root / "cifar-100-python").mkdir()
+    for split, count in (("train", 300), ("test", 100)):
+        images, labels = load_glyphs100(data_root, split)
+        data = images[:count].transpose(0, 3, 1, 2).reshape(count, 3072)
+        held = {"data": data, "fine_labels": labels[:count].tolist()}
+        (root / "cifar-100-python" / split).write_bytes(pickle.dumps(held))
+    return root

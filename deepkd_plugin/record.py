@@ -1,0 +1,98 @@
+"""A run's folder and its run.json: which code, config and machine its numbers come from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import checkpoint, config, device
+from .errors import UserError
+
+RECORDED = ("torch", "torchvision", "numpy", "pillow", "matplotlib", "yacs", "tensorboardX", "deepkd_plugin")
+"""Distributions whose versions are written down."""
+
+
+def prepare_folder(
+    folder: Path, cfg: Any, at: torch.device, command: str, resume: bool, teacher: float | None
+) -> None:
+    """Make a run's folder with its resolved config and run.json; a run that is started again is removed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: LOG.PREFIX must name a folder that can be written ({error})") from None
+    if resume:
+        note(folder, {"resumed": [*read_run(folder).get("resumed", []), time.strftime("%Y-%m-%d %H:%M:%S")]})
+        return
+    for path in (*folder.glob("*.jsonl"), *folder.glob("student_*"), *folder.glob("train.events/*")):
+        path.unlink()
+    for path in [folder / "best", folder / "latest", *folder.glob("epoch_*")]:
+        path.unlink(missing_ok=True)
+    text = cfg.dump()
+    checkpoint.write_whole(folder / "config.yaml", lambda file: file.write(text.encode()))
+    computed = {key: value for key, value in config.flatten(cfg).items() if config.computes(key)}
+    run = {
+        "command": command,
+        "config_hash": hashlib.sha256(json.dumps(computed, sort_keys=True).encode()).hexdigest()[:16],
+        "seed": cfg.SOLVER.SEED,
+        "teacher_acc": teacher,
+        "device": device.describe(at),
+        "processor": processor(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in RECORDED},
+        "commit": commit(),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "finished": False,
+    }
+    _write(folder, run)
+
+
+def note(folder: Path, entries: dict[str, Any]) -> None:
+    """Add entries to a run's run.json."""
+    _write(folder, read_run(folder) | entries)
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """A run's run.json."""
+    return json.loads((folder / "run.json").read_text())
+
+
+def _write(folder: Path, run: dict[str, Any]) -> None:
+    text = json.dumps(run, indent=2) + "\n"
+    checkpoint.write_whole(folder / "run.json", lambda file: file.write(text.encode()))
+
+
+def commit() -> str:
+    """The commit of the code that runs, "+" where it was changed since, or "unknown" outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        ours = ["git", "-C", str(here), "ls-files", "--error-unmatch", "launch.py"]
+        subprocess.run(ours, capture_output=True, check=True)
+        describe = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--exclude=*"]
+        return subprocess.run(describe, capture_output=True, check=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def processor() -> str:
+    """The processor's name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,208 @@
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from yacs.config import CfgNode
+
+from deepkd_plugin.data import cifar100, get_dataset, imagenet
+from deepkd_plugin.data.arrays import ArrayDataset, check_labels, choose, small_image_transforms
+from deepkd_plugin.errors import UserError
+
+
+def cfg(kind, root, **node):
+    dataset = {
+        "TYPE": kind,
+        "ROOT": str(root),
+        "NUM_WORKERS": 0,
+        "TRAIN_PER_CLASS": 0,
+        "HOLDOUT": 0.0,
+        "TEST": {"BATCH_SIZE": 50},
+    }
+    return CfgNode({"DATASET": dataset | node, "SOLVER": {"BATCH_SIZE": 32}})
+
+
+def test_cifar100_in_torchvisions_layout(cifar_root):
+    train, test, count, classes = get_dataset(cfg("cifar100", cifar_root))
+    assert (count, classes, len(test.dataset)) == (300, 100, 100)
+    image, target, index = next(iter(train))
+    assert image.shape == (32, 3, 32, 32)
+    assert target.dtype == index.dtype == torch.int64
+    image, target = next(iter(test))
+    assert image.shape == (50, 3, 32, 32)
+
+
+def test_the_pixels_are_the_files_pixels(cifar_root):
+    images, labels = cifar100.load_cifar100(cifar_root, "train")
+    with open(cifar_root / "cifar-100-python" / "train", "rb") as file:
+        held = pickle.load(file)
+    assert labels.tolist() == held["fine_labels"]
+    red = held["data"][5].reshape(3, 32, 32)[0]
+    assert np.array_equal(images[5, :, :, 0], red)
+    _, test, _, _ = get_dataset(cfg("cifar100", cifar_root))
+    normal, label = test.dataset[3]
+    raw = test.dataset.images[3] / 255.0
+    expected = (raw - np.array(cifar100.MEAN)) / np.array(cifar100.STD)
+    assert np.allclose(normal.numpy(), expected.transpose(2, 0, 1), atol=1e-6)
+    assert label == test.dataset.labels[3]
+
+
+@pytest.mark.parametrize("below", ["", "cifar100"])
+def test_cifar100_in_class_folders(tmp_path, below):
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for label in range(100):
+            folder = tmp_path / below / split / f"class_{label:02d}"
+            folder.mkdir(parents=True)
+            pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "0001.png")
+    images, labels = cifar100.load_cifar100(tmp_path, "test")
+    assert labels.tolist() == list(range(100))
+    assert np.array_equal(images[99], pixels)
+    Image.fromarray(pixels[:30]).save(tmp_path / below / "test" / "class_07" / "0002.png")
+    with pytest.raises(UserError, match="0002.png: cifar100 images are 32 x 32, this one is 32 x 30"):
+        cifar100.load_cifar100(tmp_path, "test")
+    (tmp_path / below / "test" / "class_07" / "0002.png").write_bytes(b"broken")
+    with pytest.raises(UserError, match="0002.png: DATASET.ROOT has an image that cannot be read"):
+        cifar100.load_cifar100(tmp_path, "test")
+    (tmp_path / below / "train" / "one_more").mkdir()
+    with pytest.raises(UserError, match="must hold 100 class folders for cifar100, holds 101"):
+        cifar100.load_cifar100(tmp_path, "train")
+
+
+def write(root, **change):
+    folder = root / "cifar-100-python"
+    folder.mkdir(parents=True)
+    held = {"data": np.zeros((2, 3072), np.uint8), "fine_labels": [0, 99]} | change
+    (folder / "train").write_bytes(pickle.dumps(held))
+
+
+def test_bad_cifar100_files(tmp_path):
+    cases = {
+        "label": ({"fine_labels": [0, 100]}, "label 100 of image 1 is outside the classes; .* 0 … 99"),
+        "negative": ({"fine_labels": [-1, 5]}, "label -1 of image 0"),
+        "length": ({"fine_labels": [1]}, "holds 2 images but 1 labels"),
+        "shape": ({"data": np.zeros((2, 100), np.uint8)}, "this file is not it"),
+        "missing": ({"fine_labels": None}, "this file is not it"),
+    }
+    for name, (change, expected) in cases.items():
+        write(tmp_path / name, **change)
+        with pytest.raises(UserError, match=expected):
+            cifar100.load_cifar100(tmp_path / name, "train")
+    with pytest.raises(UserError, match="DATASET.ROOT holds no CIFAR-100"):
+        cifar100.load_cifar100(tmp_path, "train")
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_code_in_a_cifar100_file_is_not_run(tmp_path):
+    write(tmp_path, extra=Payload(tmp_path / "ran"))
+    with pytest.raises(UserError, match="this file is not it"):
+        cifar100.load_cifar100(tmp_path, "train")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_choosing_a_subset_and_a_holdout():
+    labels = np.array([0, 1] * 10)
+    train, held = choose(labels, 0, 0.2)
+    assert len(held) == 4
+    assert labels[held].tolist() == [0, 1, 0, 1]
+    assert held.tolist() == [16, 17, 18, 19]
+    assert set(train) | set(held) == set(range(20))
+    some, same_held = choose(labels, 3, 0.2)
+    assert some.tolist() == [0, 1, 2, 3, 4, 5]
+    assert same_held.tolist() == held.tolist()
+    everything, none = choose(labels, 0, 0.0)
+    assert len(everything) == 20
+    assert len(none) == 0
+
+
+def test_a_holdout_comes_from_the_training_images_unaugmented(cifar_root):
+    train, test, count, _ = get_dataset(cfg("cifar100", cifar_root, HOLDOUT=0.34))
+    assert (count, len(test.dataset)) == (200, 100)
+    images, _ = cifar100.load_cifar100(cifar_root, "train")
+    held = {image.tobytes() for image in test.dataset.images}
+    assert held <= {image.tobytes() for image in images}
+    assert not held & {image.tobytes() for image in train.dataset.images}
+    assert torch.equal(test.dataset[0][0], test.dataset[0][0])
+
+
+def test_labels_are_checked_by_class_count():
+    check_labels(np.array([0, 9]), 10, "x")
+    with pytest.raises(UserError, match="x: label 10 of image 1"):
+        check_labels(np.array([0, 10]), 10, "x")
+
+
+def test_augmentation_crops_and_flips_and_tests_do_neither():
+    image = np.zeros((1, 32, 32, 3), np.uint8)
+    image[0, :, :8] = 255
+    train, test = small_image_transforms((0.0,) * 3, (1.0,) * 3, flip=True)
+    torch.manual_seed(0)
+    data = ArrayDataset(image, np.array([3]), train, train=True)
+    drawn = torch.stack([data[0][0] for _ in range(60)])
+    bright_left = drawn[:, 0, 16, :8].mean(1) > drawn[:, 0, 16, -8:].mean(1)
+    assert 15 < bright_left.sum() < 45  # flipped about half the time
+    assert len({d.sum().item() for d in drawn}) > 3  # shifted by the crop
+    plain = ArrayDataset(image, np.array([3]), test, train=False)
+    assert torch.equal(plain[0][0], torch.from_numpy(image[0] / 255.0).permute(2, 0, 1).float())
+    assert plain[0][1] == 3
+
+
+def folders(root, classes):
+    for split in ("train", "val"):
+        for label in range(classes):
+            folder = root / "imagenet" / split / f"n{label:08d}"
+            folder.mkdir(parents=True)
+            Image.new("RGB", (40, 30), (label % 256, label // 256, 0)).save(folder / "a.jpeg")
+    return root
+
+
+def test_imagenet_from_class_folders(tmp_path):
+    train, test, count, classes = get_dataset(cfg("imagenet", folders(tmp_path, 1000)))
+    assert (count, classes) == (1000, 1000)
+    image, _, index = train.dataset[999]
+    assert image.shape == (3, 224, 224)
+    assert index == 999
+    image, target = test.dataset[7]
+    assert image.shape == (3, 224, 224)
+    assert target == 7
+    (tmp_path / "imagenet" / "val" / "n00000003" / "a.jpeg").unlink()
+    with pytest.raises(UserError, match="DATASET.ROOT is not ImageNet .*n00000003"):
+        get_dataset(cfg("imagenet", tmp_path))
+
+
+def test_imagenet_needs_a_thousand_classes(tmp_path):
+    with pytest.raises(UserError, match="must hold 1000 class folders for imagenet, holds 3"):
+        imagenet.load_imagenet(folders(tmp_path, 3), "train")
+    with pytest.raises(UserError, match="DATASET.ROOT holds no ImageNet"):
+        imagenet.load_imagenet(tmp_path / "none", "val")
+
+
+def test_an_unknown_data_set_lists_what_there_is():
+    with pytest.raises(
+        UserError, match="DATASET.TYPE is 'mnist'; it must be one of cifar100, glyphs100, imagenet"
+    ):
+        get_dataset(cfg("mnist", "x"))
+
+
+@pytest.mark.skipif(
+    not os.environ.get("CIFAR100_ROOT"), reason="CIFAR100_ROOT does not name a folder with CIFAR-100"
+)
+def test_real_cifar100():
+    """The official numbering and pixels: class sizes, per-channel statistics, and what mdistiller normalises by."""
+    images, labels = cifar100.load_cifar100(Path(os.environ["CIFAR100_ROOT"]), "train")
+    assert images.shape == (50_000, 32, 32, 3)
+    assert np.bincount(labels).tolist() == [500] * 100
+    mean = images.reshape(-1, 3).mean(0) / 255
+    std = images.reshape(-1, 3).std(0) / 255
+    assert np.allclose(mean, cifar100.MEAN, atol=1e-4)
+    assert np.allclose(std, cifar100.STD, atol=1e-3)

@@ -1,0 +1,161 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from deepkd_plugin import builtin
+from deepkd_plugin.builtin.vanilla import Vanilla
+from deepkd_plugin.config import add_deepkd_config
+from deepkd_plugin.distillers import DKD, KD, DeepKD
+from deepkd_plugin.losses import decoupled_kd
+from deepkd_plugin.optim import DecoupledMomentumSGD
+
+
+class Table(nn.Module):
+    """A network that gives stored logits: `image` is the row to look up."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = nn.Parameter(logits.clone())
+        self.norm = nn.BatchNorm1d(1)
+
+    def forward(self, image):
+        return self.logits[image], {}
+
+
+@pytest.fixture
+def cfg():
+    tree = builtin.CFG.clone()
+    add_deepkd_config(tree)
+    return tree
+
+
+@pytest.fixture
+def setting(golden_losses):
+    """(student, teacher, batch) that put the golden logits through a distiller."""
+    student, teacher = Table(golden_losses["student"]), Table(golden_losses["teacher"])
+    batch = {"image": torch.arange(12), "target": golden_losses["target"], "index": torch.arange(12)}
+    return student, teacher, batch
+
+
+def close(a, b, tolerance=1e-9):
+    torch.testing.assert_close(a.detach(), b, rtol=tolerance, atol=tolerance)
+
+
+def losses_and_gradients(distiller, batch, epoch):
+    distiller.train()
+    losses = distiller(**batch, epoch=epoch)[1]
+    table = distiller.student.logits
+    return losses, {k: torch.autograd.grad(v, table, retain_graph=True)[0] for k, v in losses.items()}
+
+
+def test_kd_losses_and_gradients(cfg, setting, golden_losses):
+    student, teacher, batch = setting
+    losses, gradients = losses_and_gradients(KD(student, teacher, cfg), batch, 1)
+    close(losses["loss_kd"], 0.9 * golden_losses["kd_T4"])
+    close(gradients["loss_kd"], 0.9 * golden_losses["kd_T4_grad"])
+    close(losses["loss_ce"], 0.1 * F.cross_entropy(golden_losses["student"], batch["target"]))
+
+
+@pytest.mark.parametrize(("epoch", "warmup"), [(1, 0.05), (10, 0.5), (20, 1.0), (100, 1.0)])
+def test_dkd_losses_and_gradients(cfg, setting, golden_losses, epoch, warmup):
+    student, teacher, batch = setting
+    losses, gradients = losses_and_gradients(DKD(student, teacher, cfg), batch, epoch)
+    close(losses["loss_kd"], warmup * golden_losses["dkd_T4_a1_b8"])
+    close(gradients["loss_kd"], warmup * golden_losses["dkd_T4_a1_b8_grad"])
+
+
+def test_deepkd_over_kd_sums_to_kd(cfg, setting):
+    student, teacher, batch = setting
+    cfg.DeepKD.update({"CE_WEIGHT": 0.1, "TCG_WEIGHT": 0.9, "NCG_WEIGHT": 0.9})
+    cfg.DeepKD.MASK.TYPE = "none"
+    losses, gradients = losses_and_gradients(DeepKD(student, teacher, cfg), batch, 1)
+    base_losses, base_gradients = losses_and_gradients(KD(student, teacher, cfg), batch, 1)
+    assert list(losses) == ["tog", "tcg", "ncg"]
+    close(sum(losses.values()), sum(base_losses.values()).detach(), 1e-12)
+    close(sum(gradients.values()), sum(base_gradients.values()), 1e-12)
+    close(losses["tog"], base_losses["loss_ce"].detach(), 1e-12)
+
+
+@pytest.mark.parametrize("epoch", [1, 7, 30])
+def test_deepkd_over_dkd_is_the_releases_decomposition(cfg, setting, golden_losses, epoch):
+    student, teacher, batch = setting
+    cfg.DeepKD.update({"BASE": "DKD", "NCG_WEIGHT": 8.0, "WARMUP": 20})
+    cfg.DeepKD.MASK.TYPE = "none"
+    losses, gradients = losses_and_gradients(DeepKD(student, teacher, cfg), batch, epoch)
+    warmup = min(epoch / 20, 1)
+    for stream, term in (("tcg", "tckd"), ("ncg", "nckd")):
+        golden = golden_losses[f"release_dkd_top0_T4_{term}"]
+        close(losses[stream], warmup * golden)
+        close(gradients[stream], warmup * golden_losses[f"release_dkd_top0_T4_{term}_grad"])
+
+
+def test_the_mask_grows_over_training(cfg, setting):
+    student, teacher, batch = setting
+    cfg.SOLVER.EPOCHS = 10
+    distiller = DeepKD(student, teacher, cfg)
+    assert [distiller.top_k(e, 100) for e in range(1, 11)] == [5, 20, 35, 50, 50, 50, 50, 66, 83, 99]
+    losses, _ = losses_and_gradients(distiller, batch, 2)
+    terms = decoupled_kd(student.logits, teacher.logits, batch["target"], 4.0, 20)
+    close(losses["ncg"], ((1 - terms.teacher_target_prob) * terms.nckd).mean().detach(), 1e-12)
+
+
+@pytest.mark.parametrize(("k", "count"), [(0.2, 20), (7.0, 7), (1.0, 1)])
+def test_a_static_mask(cfg, setting, k, count):
+    student, teacher, batch = setting
+    cfg.DeepKD.MASK.update({"TYPE": "static", "K": k, "READING": "multiply"})
+    distiller = DeepKD(student, teacher, cfg)
+    assert {distiller.top_k(e, 100) for e in (1, 100, 240)} == {count}
+    losses, _ = losses_and_gradients(distiller, batch, 1)
+    terms = decoupled_kd(student.logits, teacher.logits, batch["target"], 4.0, count, "multiply")
+    close(losses["ncg"], ((1 - terms.teacher_target_prob) * terms.nckd).mean().detach(), 1e-12)
+
+
+def test_one_epoch_is_a_whole_schedule(cfg, setting):
+    cfg.SOLVER.EPOCHS = 1
+    assert DeepKD(*setting[:2], cfg).top_k(1, 100) == 5
+
+
+@pytest.mark.parametrize("make", [KD, DKD, DeepKD])
+def test_the_teacher_stays_in_evaluation_and_learns_nothing(cfg, setting, make):
+    student, teacher, batch = setting
+    distiller = make(student, teacher, cfg)
+    assert distiller.train() is distiller
+    assert student.norm.training
+    assert not teacher.training
+    assert not teacher.norm.training
+    _, losses = distiller(**batch, epoch=1)
+    sum(losses.values()).backward()
+    assert teacher.logits.grad is None
+    assert student.logits.grad is not None
+    assert [id(p) for p in distiller.get_learnable_parameters()] == [id(p) for p in student.parameters()]
+    assert distiller.get_extra_parameters() == 0
+    assert torch.equal(distiller.eval()(image=batch["image"]), student.logits[batch["image"]])
+
+
+def test_equal_momenta_make_deepkd_its_base(cfg, setting):
+    """DeepKD without deltas, by streams, is KD under plain SGD: the ablation without decoupling."""
+    student, teacher, batch = setting
+    other = Table(student.logits.detach())
+    cfg.DeepKD.update({"CE_WEIGHT": 0.1, "TCG_WEIGHT": 0.9, "NCG_WEIGHT": 0.9})
+    cfg.DeepKD.MASK.TYPE = "none"
+    ours, theirs = DeepKD(student, teacher, cfg), KD(other, teacher, cfg)
+    opt = DecoupledMomentumSGD([student.logits], 0.1, {"tog": 0.9, "tcg": 0.9, "ncg": 0.9}, 1e-3, "tcg")
+    sgd = torch.optim.SGD([other.logits], 0.1, 0.9, weight_decay=1e-3)
+    for _ in range(5):
+        opt.zero_grad()
+        opt.backward(ours.train()(**batch, epoch=1)[1])
+        opt.step()
+        sgd.zero_grad()
+        sum(theirs.train()(**batch, epoch=1)[1].values()).backward()
+        sgd.step()
+    close(student.logits, other.logits.detach(), 1e-10)
+
+
+def test_vanilla_is_cross_entropy(setting):
+    student, _, batch = setting
+    distiller = Vanilla(student).train()
+    logits, losses = distiller(**batch, epoch=1)
+    close(losses["ce"], F.cross_entropy(student.logits, batch["target"]).detach(), 1e-12)
+    assert torch.equal(distiller.eval()(image=batch["image"]), logits)
+    assert distiller.get_extra_parameters() == 0

@@ -1,0 +1,247 @@
+"""Whole runs through tools/train.py and tools/eval.py: what a user sees, and every mistake in one line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from deepkd_plugin import checkpoint, evaluate
+from deepkd_plugin.builtin.models import cifar_model_dict
+from deepkd_plugin.metrics import read_metrics
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+def test_a_run_from_the_command_line(train, data_root):
+    code, out, err = train("deepkd")
+    assert code == 0, err
+    lines = out.strip().splitlines()
+    assert any(line.startswith("teacher   resnet20 ") for line in lines)
+    assert any(line.startswith("student   resnet8: best ") and " last " in line for line in lines)
+    assert any(line.startswith("files     ") and str(train.folder) in line for line in lines)
+    assert any(line.startswith("next      python tools/eval.py -m resnet8 -c ") for line in lines)
+    run = json.loads((train.folder / "run.json").read_text())
+    assert run["finished"]
+    assert run["seed"] == 0
+    assert run["versions"]["torch"] == torch.__version__.split("+")[0] or run["versions"]["torch"]
+    assert run["result"]["epochs"] == 2
+    assert run["teacher_acc"] > 80
+    resolved = yaml.safe_load((train.folder / "config.yaml").read_text())
+    assert resolved["SOLVER"]["EPOCHS"] == 2
+    assert resolved["DeepKD"]["BASE"] == "KD"
+    records = read_metrics(train.folder)
+    assert [r["top_k"] for r in records] == [5, 99]
+
+
+def test_the_student_file_is_read_by_eval(train, data_root, capsys):
+    assert train("vanilla")[0] == 0
+    arguments = ["-m", "resnet8", "-c", str(train.folder / "student_latest"), "-d", "glyphs100", "--root"]
+    assert evaluate.main([*arguments, str(data_root)]) == 0
+    assert "resnet8 on glyphs100: top-1 " in capsys.readouterr().out
+    assert evaluate.main(["-m", "resnet9", "-d", "glyphs100", "--root", str(data_root)]) == 2
+    assert "command line: -m is 'resnet9'; it must be one of" in capsys.readouterr().err
+    assert evaluate.main(["-m", "resnet8", "-d", "glyphs100", "--root", str(data_root)]) == 2
+    assert "-c names no file and the zoo has no weights of resnet8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
+def test_every_config_trains_one_step(train, file, tmp_path, monkeypatch, cifar_root):
+    monkeypatch.chdir(tmp_path)
+    options = ["SOLVER.EPOCHS", "1", "SOLVER.WARMUP_EPOCHS", "0", "DATASET.TRAIN_PER_CLASS", "1"]
+    config = yaml.safe_load(file.read_text())
+    if config["DATASET"]["TYPE"] == "cifar100":
+        options += ["DATASET.ROOT", str(cifar_root), "DATASET.HOLDOUT", "0.0"]
+        if config["DISTILLER"]["TYPE"] != "NONE":
+            options += ["DISTILLER.TEACHER_WEIGHTS", "builtin:glyphs100_resnet20"]
+    options += ["EXPERIMENT.PROJECT", "glyphs100", "SOLVER.BATCH_SIZE", "100"]
+    code, _, err = train(str(file), *options)
+    assert code == 0, err
+    (record,) = read_metrics(train.folder)
+    assert record["train_loss"] > 0
+    assert (train.folder / "student_latest").exists()
+
+
+def mistake(train, config, *options, flags=()):
+    """The one line that a mistake gets, with exit code 2 and nothing written."""
+    code, out, err = train(config, *options, flags=flags)
+    assert code == 2, err
+    (line,) = err.strip().splitlines()
+    assert line.startswith("deepkd: error: ")
+    assert "Traceback" not in out + err
+    assert not train.folder.exists()
+    return line.removeprefix("deepkd: error: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("SOLVER.LERNING", "1"), "command line: unknown config key SOLVER.LERNING"),
+        (("SOLVER.LR", "fast"), "command line: SOLVER.LR is 'fast' (str); it must be float"),
+        (
+            ("SOLVER.DECOUPLED.DELTA.TOG", "0.2"),
+            "command line: SOLVER.DECOUPLED.DELTA.TOG is 0.2; it must be in",
+        ),
+        (
+            ("DeepKD.MASK.TYPE", "static", "DeepKD.MASK.K", "100"),
+            "command line: DeepKD.MASK.K: K must be an integer from 1 to 99",
+        ),
+        (("DeepKD.MASK.PHASES", "(0.6, 0.4)"), "command line: DeepKD.MASK.PHASES is (0.6, 0.4); it must be"),
+        (
+            ("SOLVER.DECOUPLED.WEIGHT_DECAY_STREAM", "kd"),
+            "command line: SOLVER.DECOUPLED.WEIGHT_DECAY_STREAM is 'kd'; it must be one of tog, tcg, ncg",
+        ),
+        (
+            ("DISTILLER.TYPE", "DeepKDD"),
+            "command line: DISTILLER.TYPE is 'DeepKDD'; it must be one of NONE, KD",
+        ),
+        (("DISTILLER.STUDENT", "resnet9"), "command line: DISTILLER.STUDENT is 'resnet9'; it must be one of"),
+        (
+            ("SOLVER.TRAINER", "deepkd"),
+            "command line: SOLVER.TRAINER is 'deepkd'; it must be one of base, Dec",
+        ),
+        (("DATASET.TYPE", "cifar1000"), "DATASET.TYPE is 'cifar1000'; it must be one of cifar100, glyphs100"),
+        (
+            ("DISTILLER.TEACHER_WEIGHTS", "none.pt"),
+            "none.pt: no such file; DISTILLER.TEACHER_WEIGHTS must name",
+        ),
+        (
+            ("DISTILLER.TEACHER", "resnet14"),
+            "DISTILLER.TEACHER_WEIGHTS holds another network than resnet14: 0 of its",
+        ),
+        (
+            ("DISTILLER.TEACHER_WEIGHTS", "", "DISTILLER.TEACHER", "resnet8"),
+            "DISTILLER.TEACHER_WEIGHTS names no file and the zoo has no weights of resnet8",
+        ),
+        (
+            ("DISTILLER.TEACHER_WEIGHTS", "", "DISTILLER.TEACHER", "resnet56"),
+            "resnet56_vanilla/ckpt_epoch_240.pth: no such file",
+        ),
+    ],
+)
+def test_mistakes_in_one_line(train, options, expected):
+    assert expected in mistake(train, "deepkd", *options)
+
+
+def test_data_that_is_missing(train, tmp_path):
+    for name, expected in (("cifar100", "holds no CIFAR-100"), ("imagenet", "holds no ImageNet")):
+        line = mistake(
+            train, "vanilla", "DATASET.TYPE", name, "DATASET.ROOT", str(tmp_path / "empty"),
+            "DISTILLER.STUDENT", "ResNet18" if name == "imagenet" else "resnet8",
+        )  # fmt: skip
+        assert str(tmp_path / "empty") in line
+        assert expected in line
+
+
+def test_a_teacher_of_other_classes_or_none_at_all(train, tmp_path):
+    ten = tmp_path / "ten.pt"
+    torch.save({"model": cifar_model_dict["resnet20"][0](num_classes=10).state_dict()}, ten)
+    line = mistake(train, "deepkd", "DISTILLER.TEACHER_WEIGHTS", str(ten))
+    assert line == f"{ten}: DISTILLER.TEACHER_WEIGHTS holds a resnet20 of 10 classes; this run has 100"
+    fresh = tmp_path / "fresh.pt"
+    torch.save(cifar_model_dict["resnet20"][0](num_classes=100).state_dict(), fresh)
+    line = mistake(train, "deepkd", "DISTILLER.TEACHER_WEIGHTS", str(fresh))
+    assert (
+        "command line: the teacher resnet20 from DISTILLER.TEACHER_WEIGHTS is at chance on glyphs100" in line
+    )
+
+
+def test_a_diverging_run_stops_in_one_line(train):
+    code, _, err = train("vanilla", "SOLVER.LR", "1e30", "SOLVER.EPOCHS", "3", "SOLVER.WARMUP_EPOCHS", "0")
+    assert code == 2
+    (line,) = err.strip().splitlines()[-1:]
+    assert "loss 'task' became" in line
+    assert "lower SOLVER.LR" in line
+    assert not (train.folder / "latest").exists()
+    assert not list(train.folder.glob("*.tmp"))
+
+
+def test_a_run_is_neither_overwritten_nor_resumed_by_accident(train):
+    assert "--resume finds no checkpoint" in mistake(train, "vanilla", flags=["--resume"])
+    assert train("vanilla")[0] == 0
+    before = (train.folder / "metrics.jsonl").read_text()
+    code, _, err = train("vanilla")
+    assert code == 2
+    assert "holds a run already; go on with --resume, start again with --overwrite" in err
+    assert (train.folder / "metrics.jsonl").read_text() == before
+    code, _, err = train("vanilla", "SOLVER.LR", "0.01", flags=["--resume"])
+    assert code == 2
+    assert "--resume needs the run's own config: SOLVER.LR was 0.1, is 0.01" in err
+    assert (train.folder / "metrics.jsonl").read_text() == before
+    assert train("vanilla", "SOLVER.LR", "0.01", flags=["--overwrite"])[0] == 0
+    assert (train.folder / "metrics.jsonl").read_text() != before
+
+
+def test_options_name_the_experiment(train, tmp_path):
+    assert (
+        train(
+            "vanilla",
+            "EXPERIMENT.NAME",
+            "",
+            "SOLVER.LR",
+            "0.2",
+            "SOLVER.EPOCHS",
+            "1",
+            "SOLVER.WARMUP_EPOCHS",
+            "0",
+        )[0]
+        == 0
+    )
+    (folder,) = train.folder.parent.iterdir()
+    assert folder.name.startswith("vanilla,res20,res8,SOLVER.EPOCHS:1,DATASET.TRAIN_PER_CLASS:2")
+    assert "SOLVER.LR:0.2" in folder.name
+    assert "ROOT" not in folder.name
+
+
+def start(data_root, output, *flags):
+    command = [
+        sys.executable, str(ROOT / "tools/train.py"), "--cfg",
+        str(ROOT / "configs/glyphs100/res20_res8/deepkd.yaml"), *flags, "DATASET.ROOT", str(data_root),
+        "LOG.PREFIX", str(output), "EXPERIMENT.NAME", "run", "DATASET.TRAIN_PER_CLASS", "2",
+        "DATASET.HOLDOUT", "0.02", "SOLVER.EPOCHS", "500",
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_keeps_its_last_checkpoint_and_says_how_to_go_on(
+    data_root, tmp_path, number, code
+):
+    folder = tmp_path / "glyphs100" / "run"
+    run = start(data_root, tmp_path)
+    deadline = time.monotonic() + 60
+    while len(read_metrics(folder)) < 3 and time.monotonic() < deadline and run.poll() is None:
+        time.sleep(0.05)
+    run.send_signal(number)
+    _, err = run.communicate(timeout=30)
+    assert run.returncode == code, err
+    line = err.strip().splitlines()[-1]
+    assert "interrupted in epoch" in line
+    assert f"{folder / 'latest'} (epoch " in line
+    assert line.endswith("--resume")
+    assert "Traceback" not in err
+    state = checkpoint.load(folder / "latest", "test")
+    assert f"(epoch {state['epoch']})" in line
+    assert not list(folder.glob(".*tmp"))
+    done = len(read_metrics(folder))
+    assert state["epoch"] == done
+    resumed = start(data_root, tmp_path, "--resume")
+    deadline = time.monotonic() + 60
+    while len(read_metrics(folder)) < done + 2 and time.monotonic() < deadline and resumed.poll() is None:
+        time.sleep(0.05)
+    resumed.send_signal(signal.SIGTERM)
+    resumed.communicate(timeout=30)
+    epochs = [record["epoch"] for record in read_metrics(folder)]
+    assert epochs == list(range(1, len(epochs) + 1))
+    assert len(epochs) > state["epoch"]
+    assert len(json.loads((folder / "run.json").read_text())["resumed"]) == 1

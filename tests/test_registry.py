@@ -1,0 +1,69 @@
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from yacs.config import CfgNode
+
+import deepkd_plugin
+from deepkd_plugin import registry
+from deepkd_plugin.distillers import DeepKD
+from deepkd_plugin.trainer import DecoupledMomentumTrainer
+
+
+def fresh(**change):
+    """A host with registries of its own, so that a test leaves the built-in one as it is."""
+    empty = {"distillers": {}, "trainers": {}, "cfg": CfgNode({"SOLVER": {"LR": 0.1}})}
+    return replace(registry.BUILTIN, name="fork", **(empty | change))
+
+
+def test_register_adds_in_place_and_reports():
+    host = fresh()
+    added = registry.register(host)
+    assert host.distillers["DeepKD"] is DeepKD
+    assert host.trainers["DecoupledMomentumSGD"] is DecoupledMomentumTrainer
+    assert "TEMPERATURE" in host.cfg.DeepKD
+    assert {"DeepKD", "DecoupledMomentumSGD", "SOLVER.DECOUPLED.DELTA.TOG"} <= set(added)
+    assert registry.register(host) == []
+
+
+def test_a_foreign_entry_is_kept_and_named():
+    class Other:
+        pass
+
+    host = fresh(trainers={"DecoupledMomentumSGD": Other})
+    with pytest.raises(RuntimeError, match=r"fork already has 'DecoupledMomentumSGD': .*Other; the plugin"):
+        registry.register(host)
+    assert host.distillers == {}
+    assert host.trainers == {"DecoupledMomentumSGD": Other}
+    assert "DeepKD" not in host.cfg
+
+
+def test_the_builtin_host_is_complete():
+    deepkd_plugin.register()
+    host = registry.BUILTIN
+    assert {"NONE", "KD", "DKD", "DeepKD"} == set(host.distillers)
+    assert {"base", "DecoupledMomentumSGD"} == set(host.trainers)
+    assert "ResNet18" in host.models("imagenet")
+    assert "resnet20" in host.models("cifar100")
+    assert "resnet20" in host.models("glyphs100")
+
+
+def test_the_names_others_rely_on():
+    for name in ("register", "DecoupledMomentumSGD", "TopKSchedule", "decoupled_kd"):
+        assert hasattr(deepkd_plugin, name)
+
+
+def test_the_parts_import_nothing_above_them():
+    """losses, topk, optim and streams can be used without the rest: importing them brings in no other module."""
+    code = (
+        "import sys, types, importlib.util, pathlib\n"
+        "package = types.ModuleType('deepkd_plugin')\n"
+        f"package.__path__ = [{str(registry.__file__).rsplit('/', 1)[0]!r}]\n"
+        "sys.modules['deepkd_plugin'] = package\n"
+        "import deepkd_plugin.losses, deepkd_plugin.optim\n"
+        "print(sorted(m for m in sys.modules if m.startswith('deepkd_plugin.')))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    parts = ["losses", "optim", "streams", "topk"]
+    assert done.stdout.strip() == str([f"deepkd_plugin.{part}" for part in parts])

@@ -1,0 +1,284 @@
+"""The epoch loop on a network and data small enough to follow by hand."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from deepkd_plugin import builtin, checkpoint
+from deepkd_plugin.builtin.vanilla import Vanilla
+from deepkd_plugin.config import add_deepkd_config
+from deepkd_plugin.device import seed_everything
+from deepkd_plugin.distillers import KD, DeepKD
+from deepkd_plugin.errors import UserError
+from deepkd_plugin.metrics import read_metrics
+from deepkd_plugin.trainer import DecoupledMomentumTrainer, Trainer, evaluate
+
+
+class Net(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(12, width), nn.BatchNorm1d(width), nn.ReLU())
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x):
+        return self.head(self.body(x)), {}
+
+
+@pytest.fixture
+def cfg(tmp_path):
+    tree = builtin.CFG.clone()
+    add_deepkd_config(tree)
+    tree.LOG.PREFIX = str(tmp_path)
+    tree.SOLVER.EPOCHS = 4
+    tree.SOLVER.BATCH_SIZE = 16
+    tree.SOLVER.LR_DECAY_STAGES = [2]
+    tree.DeepKD.WARMUP = 2
+    return tree
+
+
+def loaders():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(50, 3, 2, 2, generator=generator)
+    labels = (images.flatten(1) @ torch.randn(12, 5, generator=generator)).argmax(1)
+    train = TensorDataset(images, labels, torch.arange(50))
+    return DataLoader(train, 16, shuffle=True), DataLoader(TensorDataset(images, labels), 16)
+
+
+def make(cfg, method=DeepKD, trainer=DecoupledMomentumTrainer, name="run"):
+    seed_everything(cfg.SOLVER.SEED)
+    student = Net()
+    distiller = Vanilla(student) if method is Vanilla else method(student, Net(16).requires_grad_(False), cfg)
+    (Path(cfg.LOG.PREFIX) / name).mkdir(exist_ok=True)
+    return trainer(name, distiller, *loaders(), cfg)
+
+
+def weights(trainer):
+    return {name: value.clone() for name, value in trainer.module.student.state_dict().items()}
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("deltas", [(0.0, 0.0, 0.0), (0.075, -0.075, 0.05)])
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(cfg, deltas):
+    for stream, delta in zip(("TOG", "TCG", "NCG"), deltas):
+        cfg.SOLVER.DECOUPLED.DELTA[stream] = delta
+    whole = make(cfg, name="whole")
+    result = whole.train()
+    first = make(cfg, name="parts")
+    stop_after(first, 2)
+    second = make(cfg, name="parts")
+    again = second.train(resume=True)
+    assert same(weights(whole), weights(second))
+    assert result == again
+    for a, b in zip(read_metrics(whole.folder), read_metrics(second.folder)):
+        timed = ("seconds", "images_per_second", "data_seconds")
+        assert {k: v for k, v in a.items() if k not in timed} == {
+            k: v for k, v in b.items() if k not in timed
+        }
+    states = [checkpoint.load(t.folder / "latest", "test") for t in (whole, second)]
+    for p, q in zip(*(s["optimizer"]["state"].values() for s in states)):
+        assert all(torch.equal(a, b) for a, b in zip(p["buffers"], q["buffers"]))
+
+
+def stop_after(trainer, epoch):
+    """Interrupt a run when the training epoch after `epoch` begins."""
+    run = trainer.train_epoch
+
+    def stop(number):
+        if number > epoch:
+            raise KeyboardInterrupt
+        return run(number)
+
+    trainer.train_epoch = stop
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+
+
+def test_what_a_run_leaves(cfg):
+    cfg.LOG.SAVE_CHECKPOINT_FREQ = 2
+    cfg.SOLVER.DECOUPLED.DELTA.TCG = -0.075
+    trainer = make(cfg)
+    result = trainer.train()
+    names = {p.name for p in trainer.folder.iterdir()}
+    assert {"metrics.jsonl", "worklog.txt", "train.events", "latest", "best"} <= names
+    assert {"student_latest", "student_best", "epoch_2", "student_2", "epoch_4", "student_4"} <= names
+    records = read_metrics(trainer.folder)
+    assert [r["epoch"] for r in records] == [1, 2, 3, 4]
+    assert [r["lr"] for r in records] == pytest.approx([0.05, 0.05, 0.005, 0.005])
+    assert [r["top_k"] for r in records] == [1, 2, 2, 4]
+    assert set(records[0]["loss"]) == {"tog", "tcg", "ncg"}
+    assert records[0]["momentum"] == pytest.approx({"tog": 0.9, "tcg": 0.825, "ncg": 0.9})
+    assert records[0]["train_loss"] == pytest.approx(sum(records[0]["loss"].values()))
+    assert records[0]["images_per_second"] > 0
+    assert 0 <= records[0]["data_seconds"] <= records[0]["seconds"]
+    assert result["best"] == max(r["test_acc"] for r in records)
+    assert result["last"] == records[-1]["test_acc"]
+    assert records[result["best_epoch"] - 1]["test_acc"] == result["best"]
+    student = checkpoint.load(trainer.folder / "student_latest", "test")["model"]
+    assert same(student, weights(trainer))
+    state = checkpoint.load(trainer.folder / "latest", "test")
+    assert not any(name.startswith("teacher") for name in state["model"])
+    assert state["epoch"] == 4
+
+
+def test_the_logged_numbers_are_the_epochs_own(cfg):
+    """One epoch, one batch: the record must hold the loss and accuracy of the untouched student."""
+    cfg.SOLVER.EPOCHS = 1
+    trainer = make(cfg, Vanilla, Trainer)
+    data = trainer.train_loader.dataset
+    trainer.train_loader = DataLoader(data, 50)
+    logits, losses = trainer.module.train()(image=data.tensors[0], target=data.tensors[1], epoch=1)
+    trainer = make(cfg, Vanilla, Trainer)
+    trainer.train_loader = DataLoader(data, 50)
+    record = trainer.train_epoch(1)
+    assert record["loss"]["task"] == pytest.approx(losses["ce"].item(), rel=1e-6)
+    assert record["train_acc"] == pytest.approx(
+        100 * (logits.argmax(1) == data.tensors[1]).float().mean().item()
+    )
+    assert record["train_acc_top5"] == 100.0
+
+
+def test_the_base_trainer_is_plain_sgd(cfg):
+    trainer = make(cfg, KD, Trainer)
+    student, teacher = Net(), trainer.module.teacher
+    student.load_state_dict(trainer.module.student.state_dict())
+    sgd = torch.optim.SGD(student.parameters(), 0.05, 0.9, weight_decay=1e-4)
+    by_hand = KD(student, teacher, cfg).train()
+    trainer.train()
+    loader = loaders()[0]
+    for epoch in range(1, 5):
+        seed_everything(0, epoch)
+        for group in sgd.param_groups:
+            group["lr"] = 0.05 * 0.1 ** (epoch > 2)
+        for image, target, _ in loader:
+            sgd.zero_grad()
+            sum(by_hand(image=image, target=target, epoch=epoch)[1].values()).backward()
+            sgd.step()
+    for a, b in zip(student.state_dict().values(), trainer.module.student.state_dict().values()):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", [Vanilla, KD, DeepKD])
+def test_without_deltas_the_decoupled_trainer_is_the_base_trainer(cfg, method):
+    base, decoupled = make(cfg, method, Trainer, "base"), make(cfg, method, name="decoupled")
+    base.train()
+    decoupled.train()
+    for a, b in zip(weights(base).values(), weights(decoupled).values()):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_deepkd_trains_under_the_base_trainer(cfg):
+    trainer = make(cfg, DeepKD, Trainer)
+    trainer.train()
+    assert set(read_metrics(trainer.folder)[0]["loss"]) == {"task"}
+
+
+def test_deltas_change_the_student_and_variants_differ(cfg):
+    ends = []
+    for variant, delta in (("paper", 0.0), ("paper", 0.05), ("release", 0.05)):
+        cfg.SOLVER.DECOUPLED.VARIANT = variant
+        cfg.SOLVER.DECOUPLED.DELTA.update({"TOG": delta, "TCG": -delta, "NCG": delta})
+        trainer = make(cfg, name=f"{variant}{delta}")
+        trainer.train()
+        ends.append(weights(trainer))
+    assert not same(ends[0], ends[1])
+    assert not same(ends[1], ends[2])
+
+
+def test_losses_of_other_methods_are_assigned_by_config(cfg):
+    cfg.SOLVER.DECOUPLED.DELTA.TOG = -0.075
+    with pytest.raises(UserError, match=r"LOSS_STREAMS: loss 'loss_ce' belongs to no stream.*'loss:stream'"):
+        make(cfg, KD).train()
+    cfg.SOLVER.DECOUPLED.LOSS_STREAMS = ["loss_ce:tog", "loss_kd:ncg"]
+    trainer = make(cfg, KD)
+    trainer.train()
+    assert set(read_metrics(trainer.folder)[0]["loss"]) == {"tog", "ncg"}
+
+
+def test_ema_dampening_reaches_the_optimizer(cfg):
+    cfg.SOLVER.DECOUPLED.DAMPENING = "ema"
+    assert make(cfg).optimizer.param_groups[0]["dampening"] == "ema"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_saved(cfg):
+    trainer = make(cfg)
+    run = trainer.train_epoch
+
+    def poison(number):
+        if number == 2:
+            with torch.no_grad():
+                trainer.module.student.head.weight.fill_(math.inf)
+        return run(number)
+
+    trainer.train_epoch = poison
+    with pytest.raises(
+        UserError, match=r"loss 'tog' became nan in epoch 2.*SOLVER.LR.*latest \(epoch 1\)"
+    ) as caught:
+        trainer.train()
+    assert "\n" not in str(caught.value)
+    assert checkpoint.load(trainer.folder / "latest", "test")["epoch"] == 1
+    assert [r["epoch"] for r in read_metrics(trainer.folder)] == [1]
+
+
+def test_resuming_needs_the_same_config(cfg):
+    stop_after(make(cfg), 1)
+    cfg.SOLVER.LR = 0.01
+    with pytest.raises(UserError, match=r"needs the run's own config: SOLVER.LR was 0.05, is 0.01"):
+        make(cfg).train(resume=True)
+    cfg.SOLVER.LR = 0.05
+    cfg.DATASET.NUM_WORKERS = 1  # how, not what
+    make(cfg).train(resume=True)
+
+
+def test_resuming_from_something_else(cfg):
+    trainer = make(cfg)
+    torch.save({"epoch": 3}, trainer.folder / "latest")
+    with pytest.raises(UserError, match="a checkpoint that this trainer wrote"):
+        trainer.train(resume=True)
+
+
+def test_autocast_keeps_losses_in_float32(cfg):
+    cfg.SOLVER.AMP = True
+    seen = []
+    trainer = make(cfg)
+    original = trainer.losses_by_stream
+    trainer.losses_by_stream = lambda losses: (
+        seen.extend(v.dtype for v in losses.values()) or original(losses)
+    )
+    trainer.train()
+    assert set(seen) == {torch.float32}
+
+
+def test_workers_and_seeds_decide_the_order(cfg):
+    """The same seed gives the same student, another seed another one."""
+    ends = []
+    for seed in (0, 0, 1):
+        cfg.SOLVER.SEED = seed
+        trainer = make(cfg)
+        trainer.train()
+        ends.append(weights(trainer))
+    assert same(ends[0], ends[1])
+    assert not same(ends[0], ends[2])
+
+
+def test_evaluate_weights_batches_by_their_size(cfg):
+    net = Net().eval()
+    _, loader = loaders()
+    images, labels = loader.dataset.tensors
+    with torch.no_grad():
+        logits = net(images)[0]
+    got = evaluate(Vanilla(net), loader, torch.device("cpu"), cfg.SOLVER)
+    assert got["test_acc"] == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item())
+    assert got["test_loss"] == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-6)
+
+
+def test_data_parallel_is_looked_through(cfg):
+    trainer = make(cfg)
+    wrapped = Trainer("dp", nn.DataParallel(trainer.module), *loaders(), cfg)
+    assert wrapped.module is trainer.module
