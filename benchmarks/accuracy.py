@@ -63,7 +63,7 @@ def train(
     options = [*args.options, *variant, "SOLVER.SEED", str(seed), "LOG.PREFIX", str(args.output)]
     options += ["EXPERIMENT.NAME", name]
     command = [sys.executable, str(ROOT / "tools/train.py"), "--cfg", str(config)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
     found = sorted(args.output.glob(f"*/{name}/run.json"))
     finished = bool(found) and json.loads(found[0].read_text())["finished"]
     if not finished:

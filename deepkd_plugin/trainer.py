@@ -56,6 +56,7 @@ class Trainer:
         """Run the epochs that are left; returns {"best", "best_epoch", "last", "epochs"} (top-1 in percent)."""
         if resume:
             self.load(self.folder / "latest")
+        self.folder.mkdir(parents=True, exist_ok=True)
         log = RunLog(self.folder, self.epoch)
         try:
             for epoch in range(self.epoch + 1, self.cfg.SOLVER.EPOCHS + 1):
@@ -77,11 +78,10 @@ class Trainer:
         sums = Sums()
         top_k = None
         waited, start = 0.0, time.perf_counter()
-        with tqdm(
-            total=len(self.train_loader), desc=f"epoch {epoch}/{solver.EPOCHS}", leave=False, disable=None
-        ) as bar:
+        steps = len(self.train_loader)
+        with progress_bar(f"epoch {epoch}/{solver.EPOCHS}", steps) as bar:
             batches = iter(self.train_loader)
-            for step in range(1, len(self.train_loader) + 1):
+            for step in range(1, steps + 1):
                 asked = time.perf_counter()
                 batch = next(batches)
                 waited += time.perf_counter() - asked
@@ -96,11 +96,12 @@ class Trainer:
                 sums.add({s: loss * count for s, loss in by_stream.items()} | correct(logits, target), count)
                 if step == 1 and hasattr(self.module, "top_k"):
                     top_k = self.module.top_k(epoch, logits.shape[1])
-                if step % READ_EVERY == 0 or step == len(self.train_loader):
+                if step % READ_EVERY == 0 or step == steps:
                     seconds = time.perf_counter() - start
                     means = self.read(sums, epoch, step)
                     bar.update(step - bar.n)
-                    bar.set_postfix_str(_postfix(means, top_k, sums.count / seconds))
+                    left = seconds / step * (steps * (solver.EPOCHS - epoch + 1) - step)
+                    bar.set_postfix_str(_postfix(means, top_k, sums.count / seconds, left))
         seconds = time.perf_counter() - start
         accuracy = {f"train_{name}": means.pop(top) for name, top in (("acc", "top1"), ("acc_top5", "top5"))}
         momenta = dict(self.optimizer.param_groups[0]["momentum"])
@@ -227,7 +228,7 @@ def evaluate(distiller: nn.Module, loader: Any, at: torch.device, solver: Any) -
     """Top-1 and top-5 accuracy in percent and mean cross-entropy on a loader of (image, target)."""
     distiller.eval()
     sums = Sums()
-    for batch in tqdm(loader, desc="test", leave=False, disable=None):
+    for batch in loader:
         image, target, *_ = device.place_batch(batch, at, solver.CHANNELS_LAST)
         with device.autocast(at, solver.AMP):
             logits = distiller(image=image).float()
@@ -237,7 +238,15 @@ def evaluate(distiller: nn.Module, loader: Any, at: torch.device, solver: Any) -
     return {"test_acc": means["top1"], "test_acc_top5": means["top5"], "test_loss": means["loss"]}
 
 
-def _postfix(means: dict[str, float], top_k: int | None, rate: float) -> str:
+def progress_bar(title: str, steps: int) -> tqdm:
+    """A bar that is gone when it ends, and that is only drawn in a terminal."""
+    layout = "{desc} {bar:16} {n_fmt}/{total_fmt} {postfix}"
+    return tqdm(total=steps, desc=title, leave=False, disable=None, bar_format=layout)
+
+
+def _postfix(means: dict[str, float], top_k: int | None, rate: float, left: float) -> str:
+    """What the bar shows: losses, accuracy, K, speed, and the time until the last epoch ends."""
     losses = " ".join(f"{s} {value:.3f}" for s, value in means.items() if not s.startswith("top"))
     mask = "" if top_k is None else f" K {top_k}"
-    return f"{losses} top-1 {means['top1']:.2f}{mask} {rate:.0f} images/s"
+    time_left = tqdm.format_interval(left)
+    return f"{losses} top-1 {means['top1']:.2f}{mask} {rate:.0f} images/s {time_left} left"

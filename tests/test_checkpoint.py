@@ -122,7 +122,12 @@ def test_a_signal_waits_for_the_end_of_an_uninterrupted_block(number):
 
 def test_an_interruption_by_keyboard_is_raised_after_the_block():
     done = []
-    with pytest.raises(KeyboardInterrupt), checkpoint.uninterrupted():
-        os.kill(os.getpid(), signal.SIGINT)
-        done.append(1)
+
+    def work():
+        with checkpoint.uninterrupted():
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append(1)
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
     assert done == [1]
