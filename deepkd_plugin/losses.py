@@ -64,22 +64,22 @@ def decoupled_kd(
     _check(student_logits, teacher_logits, temperature, target)
     if mask not in MASKS:
         raise ValueError(f"mask must be one of {MASKS}, got {mask!r}")
-    num_classes = student_logits.shape[1]
-    log_s = F.log_softmax(_wide(student_logits) / temperature, dim=1)
-    log_t = F.log_softmax(_wide(teacher_logits) / temperature, dim=1)
+    target = target.long().unsqueeze(1)
+    student, teacher = _wide(student_logits) / temperature, _wide(teacher_logits) / temperature
+    rest = non_target_index(target.squeeze(1), student.shape[1])
 
-    rest = non_target_index(target, num_classes)
-    rest_s, rest_t = log_s.gather(1, rest), log_t.gather(1, rest)
-    not_s, not_t = rest_s.logsumexp(1, keepdim=True), rest_t.logsumexp(1, keepdim=True)
-    target_s, target_t = log_s.gather(1, target.unsqueeze(1)), log_t.gather(1, target.unsqueeze(1))
+    log_s, log_t = F.log_softmax(student, 1), F.log_softmax(teacher, 1)
+    not_s, not_t = (log.gather(1, rest).logsumexp(1, keepdim=True) for log in (log_s, log_t))
+    target_s, target_t = log_s.gather(1, target), log_t.gather(1, target)
     tckd = _kl(torch.cat([target_t, not_t], 1), torch.cat([target_s, not_s], 1))
 
-    if top_k is not None:
-        kept = top_k_index(teacher_logits, target, top_k)
-        rest_s, rest_t = log_s.gather(1, kept), log_t.gather(1, kept)
-        if mask == "renormalise":
-            not_s, not_t = rest_s.logsumexp(1, keepdim=True), rest_t.logsumexp(1, keepdim=True)
-    nckd = _kl(rest_t - not_t, rest_s - not_s)
+    kept = rest if top_k is None else top_k_index(teacher_logits, target.squeeze(1), top_k)
+    if mask == "renormalise":
+        log_q_s, log_q_t = (F.log_softmax(z.gather(1, kept), 1) for z in (student, teacher))
+    else:
+        column = kept - (kept > target).long()  # where a class stands among the non-target ones
+        log_q_s, log_q_t = (F.log_softmax(z.gather(1, rest), 1).gather(1, column) for z in (student, teacher))
+    nckd = _kl(log_q_t, log_q_s)
     return DecoupledKD(temperature**2 * tckd, temperature**2 * nckd, target_t.squeeze(1).exp())
 
 
@@ -115,7 +115,7 @@ def _check(student: Tensor, teacher: Tensor, temperature: float, target: Tensor 
     num_classes = student.shape[1]
     if num_classes < 2:
         raise ValueError(f"decoupling needs at least 2 classes, got logits of shape {tuple(student.shape)}")
-    if target.shape != student.shape[:1] or target.is_floating_point():
+    if target.shape != student.shape[:1] or target.is_floating_point() or target.dtype == torch.bool:
         raise ValueError(
             f"target must be {student.shape[0]} integer labels, one a sample, got "
             f"{tuple(target.shape)} of {target.dtype}"

@@ -42,8 +42,8 @@ class DecoupledMomentumSGD(Optimizer):
 
     `backward` may be called several times before a step; gradients add up. `p.grad` holds the sum of the
     streams. With a single stream (or all coefficients equal) p.grad is what `step` reads, so gradient
-    clipping and plain `loss.backward()` work as with any optimizer; with several, `step` reads and uses
-    up the streams' own gradients, and p.grad is for looking at.
+    clipping, a GradScaler and plain `loss.backward()` work as with any optimizer; with several, `step` reads
+    and uses up the streams' own gradients, and p.grad is for looking at: clipping it changes nothing.
 
     merge: let streams with equal coefficients share a buffer and a backward pass (the same result up to
     rounding). Coefficients may be changed between steps through `param_groups[i]["momentum"]`. Streams
@@ -90,14 +90,13 @@ class DecoupledMomentumSGD(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            if not isinstance(group["momentum"], Mapping) or not group["momentum"]:
-                raise ValueError(f"momentum must map stream names to numbers, got {group['momentum']!r}")
+            _check_momentum(group)
             group["momentum"] = dict(group["momentum"])  # groups must not share one mapping
             if tuple(group["momentum"]) != self.streams:
                 raise ValueError(
                     f"every parameter group needs the streams {self.streams}, got {tuple(group['momentum'])}"
                 )
-            if group["weight_decay_stream"] is None and (len(self.streams) == 1 or not group["weight_decay"]):
+            if group["weight_decay_stream"] is None and len(self.streams) == 1:
                 group["weight_decay_stream"] = self.streams[0]
             _check_group(group)
         except ValueError:
@@ -112,6 +111,7 @@ class DecoupledMomentumSGD(Optimizer):
         """
         params = [p for p in self._params() if p.requires_grad]
         sets = self._merged(self.param_groups)
+        self._drop_stale_gradients()
         if self._sets is None:
             self._sets = sets
             self._gradients = [{} for _ in sets]
@@ -134,8 +134,11 @@ class DecoupledMomentumSGD(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            self._step_group(group)
+        self._drop_stale_gradients()
+        # everything that can be refused is refused before the first weight moves
+        plans = [self._plan(group) for group in self.param_groups]
+        for group, (sets, gradients) in zip(self.param_groups, plans):
+            self._step_group(group, sets, gradients)
         self._forget_gradients()
         return loss
 
@@ -154,10 +157,10 @@ class DecoupledMomentumSGD(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what state_dict gave; buffers take the device and dtype of the parameters here."""
         for group in state_dict["param_groups"]:
-            if tuple(group["momentum"]) != self.streams:
-                raise ValueError(
-                    f"the state has the streams {tuple(group['momentum'])}, this optimizer {self.streams}"
-                )
+            held = group.get("momentum")
+            if not isinstance(held, Mapping) or tuple(held) != self.streams:
+                names = tuple(held) if isinstance(held, Mapping) else None
+                raise ValueError(f"the state has the streams {names}, this optimizer {self.streams}")
         super().load_state_dict(state_dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -176,14 +179,23 @@ class DecoupledMomentumSGD(Optimizer):
             return tuple((name,) for name in self.streams)
         return merge_streams([_coefficients(group) for group in groups])
 
-    def _step_group(self, group: dict[str, Any]) -> None:
+    def _drop_stale_gradients(self) -> None:
+        """Forget the streams' gradients where somebody else, say the module's zero_grad, removed p.grad."""
+        if any(p.grad is None for mine in self._gradients for p in mine):
+            self._forget_gradients()
+
+    def _plan(self, group: dict[str, Any]) -> tuple[Sets, list[dict[Tensor, Tensor]]]:
+        """What a group's step needs: its sets and their gradients, checked; nothing is changed."""
         _check_group(group)
         sets = self._merged([group])
-        self._regroup(group, sets)
         gradients = self._gradients_of(group, sets)
-        params = [p for p in group["params"] if any(p in mine for mine in gradients)]
-        if any(mine[p].is_sparse for mine in gradients for p in mine):
+        if any(g.is_sparse for mine in gradients for g in mine.values()):
             raise RuntimeError("DecoupledMomentumSGD does not take sparse gradients")
+        return sets, gradients
+
+    def _step_group(self, group: dict[str, Any], sets: Sets, gradients: list[dict[Tensor, Tensor]]) -> None:
+        self._regroup(group, sets)
+        params = [p for p in group["params"] if any(p in mine for mine in gradients)]
         coefficients = _coefficients(group)
         update = _update_foreach if group["foreach"] else _update_single
         new = update(
@@ -252,19 +264,26 @@ def _coefficients(group: Mapping[str, Any]) -> dict[str, Coefficients]:
     }
 
 
+def _check_momentum(group: Mapping[str, Any]) -> None:
+    # a scheduler that cycles momentum would put a number here
+    if not isinstance(group["momentum"], Mapping) or not group["momentum"]:
+        raise ValueError(f"momentum must map stream names to numbers, got {group['momentum']!r}")
+
+
 def _check_group(group: Mapping[str, Any]) -> None:
     """Raise ValueError for the first value of a parameter group that is out of range."""
     if not group["lr"] >= 0.0:
         raise ValueError(f"lr must be at least 0, got {group['lr']!r}")
     if not group["weight_decay"] >= 0.0:
         raise ValueError(f"weight_decay must be at least 0, got {group['weight_decay']!r}")
+    _check_momentum(group)
     for name, m in group["momentum"].items():
         if not 0.0 <= m < 1.0:
             raise ValueError(f"momentum of stream {name!r} must lie in [0, 1), got {m!r}")
     dampening = group["dampening"]
     if dampening != "ema" and (isinstance(dampening, str) or not 0.0 <= dampening <= 1.0):
         raise ValueError(f'dampening must be a number in [0, 1] or "ema", got {dampening!r}')
-    if group["weight_decay_stream"] not in group["momentum"]:
+    if group["weight_decay"] and group["weight_decay_stream"] not in group["momentum"]:
         raise ValueError(
             f"weight_decay_stream must name one of {tuple(group['momentum'])}, got "
             f"{group['weight_decay_stream']!r}"

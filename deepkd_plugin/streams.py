@@ -56,8 +56,9 @@ def backward_by_set(
 
     losses: stream → scalar. Returns, for each set, the gradients of its summed losses with respect to
     `params`, in their order; None where a parameter does not take part. The graph is kept between the
-    passes and, with `retain_graph`, after the last. Raises ValueError for an unknown stream or a loss
-    that is not a scalar.
+    passes and, with `retain_graph`, after the last. The caller may write to the gradients. Raises
+    ValueError for an unknown stream or a loss that is not a scalar, RuntimeError where no loss needs a
+    gradient.
     """
     known = [name for names in sets for name in names]
     for name, loss in losses.items():
@@ -69,12 +70,29 @@ def backward_by_set(
     for names in sets:
         parts = [losses[name] for name in names if name in losses and losses[name].requires_grad]
         totals.append(sum(parts[1:], parts[0]) if parts else None)
-    last = max((i for i, total in enumerate(totals) if total is not None), default=-1)
+    if all(total is None for total in totals):
+        raise RuntimeError(f"none of the losses {list(losses)} needs a gradient")
+    last = max(i for i, total in enumerate(totals) if total is not None)
     gradients: list[list[Tensor | None]] = []
     for i, total in enumerate(totals):
         if total is None:
             gradients.append([None] * len(params))
         else:
             keep = retain_graph or i < last
-            gradients.append(list(torch.autograd.grad(total, params, retain_graph=keep, allow_unused=True)))
+            found = torch.autograd.grad(total, params, retain_graph=keep, allow_unused=True)
+            gradients.append(_own(found))
     return gradients
+
+
+def _own(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Gradients that can be written to: autograd may hand out one tensor twice, or an expanded one."""
+    seen: set[int] = set()
+    own: list[Tensor | None] = []
+    for g in gradients:
+        if g is not None and g.layout == torch.strided and g.numel():
+            storage = g.untyped_storage()
+            if storage.data_ptr() in seen or storage.nbytes() < g.numel() * g.element_size():
+                g = g.clone(memory_format=torch.contiguous_format)
+            seen.add(storage.data_ptr())
+        own.append(g)
+    return own

@@ -200,6 +200,24 @@ def test_cross_entropy_is_kd_of_a_certain_teacher():
     close(tckd, F.cross_entropy(student, target, reduction="none"), 1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_labels_of_any_integer_type(logits, dtype):
+    expected = decoupled_kd(*logits, top_k=3)
+    for part, value in zip(decoupled_kd(*logits[:2], logits[2].to(dtype), top_k=3), expected):
+        assert torch.equal(part, value)
+
+
+def test_the_non_target_term_keeps_its_digits_beside_a_large_target():
+    """The classes other than the target are compared among themselves, not after subtracting a gap of 1,000."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 4, 10, generator=generator, dtype=torch.float64)
+    target = torch.arange(4)
+    student[target, target] = teacher[target, target] = 1000.0
+    exact = decoupled_kd(student, teacher, target, 1.0).nckd
+    single = decoupled_kd(student.float(), teacher.float(), target, 1.0).nckd
+    close(single.double(), exact, 1e-6)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -211,6 +229,7 @@ def test_cross_entropy_is_kd_of_a_certain_teacher():
         ({"target": torch.full((16,), -1)}, "labels must lie in 0 … 9"),
         ({"target": torch.zeros(3, dtype=torch.int64)}, "16 integer labels"),
         ({"target": torch.zeros(16)}, "16 integer labels"),
+        ({"target": torch.zeros(16, dtype=torch.bool)}, "16 integer labels"),
         ({"teacher_logits": torch.zeros(16, 9)}, "must have one shape"),
     ],
 )

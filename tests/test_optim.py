@@ -44,7 +44,8 @@ def one_step(opt, params, step, streams=None):
         for i, s in enumerate(opt.streams)
         if s in streams
     }
-    opt.backward(losses)
+    if losses:
+        opt.backward(losses)
     opt.step()
 
 
@@ -451,7 +452,9 @@ def test_closure():
         return loss
 
     before = linear_loss(params, random_gradients(0, 0)).item()
+    start = [p.detach().clone() for p in params]
     assert opt.step(closure).item() == before
+    assert_equal_params(params, [p - 0.1 * g for p, g in zip(start, random_gradients(0, 0))])
 
 
 def test_plain_backward_serves_one_stream_only():
@@ -507,6 +510,93 @@ def test_a_coefficient_that_leaves_its_range_later_is_refused():
     opt.param_groups[0]["momentum"]["a"] = 1.2
     with pytest.raises(ValueError, match="got 1.2"):
         one_step(opt, params, 0)
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("coefficients", [(0.9, 0.5), (0.9, 0.9)])
+def test_parameters_whose_gradients_autograd_shares(foreach, coefficients):
+    """Two parameters that only enter as a sum, and one under a plain sum, against the same with copies."""
+
+    def run(own):
+        params = [torch.ones(3, dtype=F64, requires_grad=True) for _ in range(3)]
+        opt = DecoupledMomentumSGD(params, 0.1, dict(zip("ab", coefficients)), 0.1, "b", foreach=foreach)
+        for _ in range(3):
+            opt.zero_grad()
+            for _ in range(2):
+                w1, w2, w3 = (p * torch.ones(3, dtype=F64) if own else p for p in params)
+                opt.backward({"a": ((w1 + w2) ** 2).sum(), "b": ((w1 + w2) ** 3).sum() + w3.sum()})
+            opt.step()
+        return params
+
+    assert_equal_params(run(False), run(True))
+
+
+def test_a_modules_zero_grad_forgets_the_streams_too():
+    params, expected = random_params(), random_params()
+    a, b = (DecoupledMomentumSGD(p, 0.1, {"x": 0.9, "y": 0.5}) for p in (params, expected))
+    a.backward({"x": 100 * linear_loss(params, random_gradients(9, 0))})
+    for p in params:
+        p.grad = None  # what torch.nn.Module.zero_grad does
+    a.backward({"x": linear_loss(params, random_gradients(0, 0))})
+    a.step()
+    b.backward({"x": linear_loss(expected, random_gradients(0, 0))})
+    b.step()
+    assert_equal_params(params, expected)
+    for p in params:
+        p.grad = None
+    a.step()  # nothing to do
+    assert_equal_params(params, expected)
+
+
+def test_a_step_that_is_refused_changes_nothing():
+    first, second = random_params(1), random_params(2)
+    groups = [{"params": first}, {"params": second}]
+    opt = DecoupledMomentumSGD(groups, 0.1, {"a": 0.9, "b": 0.9})
+    losses = {
+        s: linear_loss(first, random_gradients(0, 0)) + linear_loss(second, random_gradients(0, 1))
+        for s in "ab"
+    }
+    opt.backward(losses)
+    before = copy.deepcopy([p.detach() for p in (*first, *second)])
+    opt.param_groups[1]["momentum"]["b"] = 1.5
+    with pytest.raises(ValueError, match="got 1.5"):
+        opt.step()
+    opt.param_groups[1]["momentum"]["b"] = 0.5
+    with pytest.raises(RuntimeError, match="came to differ"):
+        opt.step()
+    assert_equal_params([*first, *second], before, 0.0)
+    assert not opt.state
+    opt.param_groups[1]["momentum"]["b"] = 0.9
+    opt.step()
+    assert not torch.equal(first[0], before[0])
+
+
+def test_a_scheduler_that_cycles_momentum_is_refused_by_name():
+    params = random_params()
+    opt = DecoupledMomentumSGD(params, 0.1, {"a": 0.9})
+    opt.param_groups[0]["momentum"] = 0.95
+    with pytest.raises(ValueError, match=r"momentum must map stream names to numbers, got 0.95"):
+        opt.step()
+
+
+def test_decay_that_is_raised_later_needs_its_stream():
+    opt = DecoupledMomentumSGD(random_params(), 0.1, {"a": 0.9, "b": 0.5})
+    opt.param_groups[0]["weight_decay"] = 0.1
+    with pytest.raises(ValueError, match="weight_decay_stream must name one of"):
+        opt.step()
+
+
+def test_losses_without_a_graph_are_refused():
+    opt = DecoupledMomentumSGD(random_params(), 0.1, {"a": 0.9})
+    with pytest.raises(RuntimeError, match="needs a gradient"):
+        opt.backward({"a": torch.tensor(1.0)})
+
+
+def test_the_state_of_sgd_is_refused():
+    params = random_params()
+    held = torch.optim.SGD(params, 0.1, 0.9).state_dict()
+    with pytest.raises(ValueError, match=r"streams None, this optimizer"):
+        DecoupledMomentumSGD(params, 0.1, {"a": 0.9}).load_state_dict(held)
 
 
 def test_every_partition_of_four_streams_is_one_formula():

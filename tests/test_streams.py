@@ -48,7 +48,8 @@ def test_streams_without_a_loss_or_a_graph_have_no_gradient(graph):
     params, losses = graph
     constant = {"b": losses["b"], "c": torch.tensor(2.0)}
     assert backward_by_set(constant, (("a",), ("b",), ("c",)), params)[0] == [None, None]
-    assert backward_by_set({"c": torch.tensor(2.0)}, (("c",),), params) == [[None, None]]
+    with pytest.raises(RuntimeError, match=r"none of the losses \['c'\] needs a gradient"):
+        backward_by_set({"c": torch.tensor(2.0)}, (("c",),), params)
 
 
 def test_bad_losses(graph):
@@ -57,3 +58,13 @@ def test_bad_losses(graph):
         backward_by_set(losses | {"d": losses["a"]}, (("a", "b"), ("c",)), params)
     with pytest.raises(ValueError, match="must be a scalar, got shape"):
         backward_by_set({"a": params[0] * 2}, (("a",),), params)
+
+
+def test_gradients_never_share_memory():
+    """autograd gives one tensor for w1 + w2 and an expanded one for a sum; adding to them must be safe."""
+    w1, w2, w3 = (torch.ones(3, requires_grad=True) for _ in range(3))
+    (found,) = backward_by_set({"a": ((w1 + w2) ** 2).sum() + w3.sum()}, (("a",),), (w1, w2, w3))
+    found[0].add_(1.0)
+    found[2][0] = 5.0
+    assert found[1].tolist() == [4.0, 4.0, 4.0]
+    assert found[2].tolist() == [5.0, 1.0, 1.0]
