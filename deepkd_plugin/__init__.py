@@ -7,8 +7,15 @@ The parts are ordinary PyTorch pieces (arXiv 2505.15133)::
 
 from .losses import DecoupledKD, decoupled_kd
 from .optim import DecoupledMomentumSGD
-from .registry import register
 from .topk import TopKSchedule
 
 __all__ = ["DecoupledKD", "DecoupledMomentumSGD", "TopKSchedule", "decoupled_kd", "register"]
 __version__ = "0.1.0"
+
+
+def register() -> list[str]:
+    """Put the plugin into the host's registries and config tree; returns what was added (see registry)."""
+    # here, because the parts above need torch alone and the registries need torchvision and all the rest
+    from .registry import register as register_host
+
+    return register_host()

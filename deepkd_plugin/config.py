@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import difflib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,12 +18,14 @@ from typing import Any, NamedTuple
 import yaml
 from yacs.config import CfgNode
 
-from .distillers.deepkd import BASES, mask_size
+from .distillers.deepkd import BASES, classes
 from .errors import UserError
 from .losses import MASKS
+from .topk import count_classes
 
-HOW = ("DATASET.ROOT", "DATASET.NUM_WORKERS", "DATASET.TEST.BATCH_SIZE", "DISTILLER.TEACHER_WEIGHTS")
-"""Keys that say where a run finds things and how it is carried out, not what it computes."""
+HOW = ("DATASET.ROOT", "DATASET.TEST.BATCH_SIZE", "DISTILLER.TEACHER_WEIGHTS")
+"""Keys that say where a run finds things, not what it computes. (What a teacher's file holds is compared
+by its content; the number of workers decides which random numbers an image gets.)"""
 
 STREAMS = ("tog", "tcg", "ncg")
 """DeepKD's streams: task, target class, non-target class."""
@@ -50,11 +53,13 @@ _FRACTION = ("a number in [0, 1)", lambda value: 0 <= value < 1)
 _DELTA = ("a number in (-1, 1)", lambda value: -1 < value < 1)
 _CLASSES = (
     "a fraction of the classes in (0, 1), or a whole number of classes from 1 on",
-    lambda value: 0 < value < 1 or (value >= 1 and value == int(value)),
+    lambda value: 0 < value < 1 or (value >= 1 and float(value).is_integer()),
 )
 _PHASES = (
     "two ends in order, 0 <= phi1 < phi2 <= 1",
-    lambda value: len(value) == 2 and 0 <= value[0] < value[1] <= 1,
+    lambda value: (
+        [type(end) in (int, float) for end in value] == [True, True] and 0 <= value[0] < value[1] <= 1
+    ),
 )
 _ASSIGNMENT = (
     f"a list of 'loss:stream' with a stream of {', '.join(STREAMS)}",
@@ -117,6 +122,8 @@ KEYS = (
 
 _HOST_KEYS = (
     Key("SOLVER.LR", 0.05, "learning rate", *_POSITIVE),
+    Key("SOLVER.LR_DECAY_RATE", 0.1, "decay", *_POSITIVE),
+    Key("LOG.SAVE_CHECKPOINT_FREQ", 40, "epochs", *_POSITIVE),
     Key("SOLVER.EPOCHS", 240, "epochs", *_POSITIVE),
     Key("SOLVER.BATCH_SIZE", 64, "images in a step", *_POSITIVE),
     Key("SOLVER.MOMENTUM", 0.9, "momentum", *_FRACTION),
@@ -165,23 +172,34 @@ def load(cfg: CfgNode, file: str | Path, options: Sequence[str] = ()) -> dict[st
         raise UserError(f"{file}: is not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(tree, dict):
         raise UserError(f"{file}: must hold a YAML mapping of config keys, holds {type(tree).__name__}")
-    origin = {}
-    for path, value in _leaves(tree):
-        _set(cfg, path, value, str(file))
-        origin[path] = str(file)
+    origin: dict[str, str] = {}
+    _merge(cfg, cfg, tree, "", str(file), origin)
     if len(options) % 2:
         raise UserError(f"command line: options come in pairs KEY VALUE, {options[-1]!r} has no value")
     for path, text in zip(options[::2], options[1::2]):
-        _set(cfg, path, text, "command line")
+        node = cfg
+        *parents, leaf = path.split(".")
+        for name in parents:
+            node = node.get(name) if isinstance(node, CfgNode) else None
+        if not isinstance(node, CfgNode) or leaf not in node:
+            raise _unknown(cfg, path, "command line")
+        _set(node, leaf, text, path, "command line")
         origin[path] = "command line"
     return origin
 
 
 def check(cfg: CfgNode, origin: dict[str, str]) -> None:
     """Raise UserError for the first value that is out of range, naming its key and where it came from."""
+    for path, value in flatten(cfg).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise wrong(origin, path, value, "a finite number")
     for key in KEYS + _HOST_KEYS:
         value = get(cfg, key.path)
-        if not key.valid(value):
+        try:
+            valid = key.valid(value)
+        except (TypeError, ValueError, IndexError):  # elements of another type than the check compares
+            valid = False
+        if not valid:
             raise wrong(origin, key.path, value, key.allowed)
     stages = list(cfg.SOLVER.LR_DECAY_STAGES)
     if any(not isinstance(stage, int) for stage in stages) or stages != sorted(set(stages)):
@@ -202,12 +220,23 @@ def check(cfg: CfgNode, origin: dict[str, str]) -> None:
 
 def check_mask(cfg: CfgNode, origin: dict[str, str], num_classes: int) -> None:
     """Raise UserError where DeepKD.MASK does not fit a data set of `num_classes` classes."""
-    try:
-        mask_size(cfg.DeepKD.MASK, num_classes, 0.0)
-    except ValueError as error:
-        key = {"static": "K", "dynamic": "OPTIMAL"}[cfg.DeepKD.MASK.TYPE]
-        source = origin.get(f"DeepKD.MASK.{key}", "default")
-        raise UserError(f"{source}: DeepKD.MASK.{key}: {error}") from None
+    mask = cfg.DeepKD.MASK
+    used = {"none": (), "static": ("K",), "dynamic": ("INITIAL", "OPTIMAL")}[mask.TYPE]
+    sizes = {}
+    for name in used:
+        path = f"DeepKD.MASK.{name}"
+        try:
+            sizes[name] = count_classes(classes(mask[name]), num_classes)
+        except ValueError as error:
+            raise UserError(f"{origin.get(path, 'default')}: {path}: {error}") from None
+    if mask.TYPE == "dynamic" and sizes["INITIAL"] > sizes["OPTIMAL"]:
+        path = next(
+            (p for p in ("DeepKD.MASK.INITIAL", "DeepKD.MASK.OPTIMAL") if p in origin), "DeepKD.MASK.INITIAL"
+        )
+        raise UserError(
+            f"{origin.get(path, 'default')}: DeepKD.MASK.INITIAL is {mask.INITIAL} ({sizes['INITIAL']} classes) and "
+            f"DeepKD.MASK.OPTIMAL {mask.OPTIMAL} ({sizes['OPTIMAL']}); the mask must not shrink"
+        )
 
 
 def momenta(cfg: CfgNode) -> tuple[dict[str, float], str]:
@@ -254,19 +283,35 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{name}", value
 
 
-def _set(cfg: CfgNode, path: str, value: Any, source: str) -> None:
+def _merge(
+    root: CfgNode, node: CfgNode, tree: dict[str, Any], prefix: str, file: str, origin: dict[str, str]
+) -> None:
+    """Merge a YAML mapping into a node of the tree, key by key."""
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        if name not in node:
+            raise _unknown(root, path, file)
+        if isinstance(node[name], CfgNode) and isinstance(value, dict):
+            _merge(root, node[name], value, f"{path}.", file, origin)
+        else:
+            _set(node, name, value, path, file)
+            origin[path] = file
+
+
+def _unknown(root: CfgNode, path: str, source: str) -> UserError:
+    near = difflib.get_close_matches(path, flatten(root), n=1)
+    return UserError(f"{source}: unknown config key {path}{f'; did you mean {near[0]}?' if near else ''}")
+
+
+def _set(node: CfgNode, leaf: str, value: Any, path: str, source: str) -> None:
     """Set one leaf, with yacs's rules of type and whole numbers accepted for floats."""
-    node = cfg
-    *parents, leaf = path.split(".")
-    for name in parents:
-        node = node[name] if isinstance(node, CfgNode) and name in node else None
-    if not isinstance(node, CfgNode) or leaf not in node or isinstance(node[leaf], CfgNode):
-        near = difflib.get_close_matches(path, flatten(cfg), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"{source}: unknown config key {path}{hint}")
     old = node[leaf]
+    if isinstance(old, CfgNode):
+        raise UserError(
+            f"{source}: {path} is {value!r}; it is a section and must hold keys: {', '.join(old)}"
+        )
     if isinstance(value, str) and not isinstance(old, str):
-        with contextlib.suppress(ValueError, SyntaxError):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             value = ast.literal_eval(value)
     if isinstance(old, float) and type(value) is int:
         value = float(value)

@@ -7,14 +7,18 @@ from collections.abc import Sequence
 
 from . import config, device
 from .errors import UserError
-from .launch import Alone, guarded, trained_network
+from .launch import Alone, Parser, guarded, trained_network
 from .registry import BUILTIN, register
 from .trainer import evaluate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`tools/eval.py`, with mdistiller's options and the data set's folder. Returns the exit code."""
-    parser = argparse.ArgumentParser("tools/eval.py", description="Test a student file or a teacher.")
+    return guarded(lambda: _evaluate(_arguments(argv)))
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser("tools/eval.py", description="Test a student file or a teacher.")
     parser.add_argument("-m", "--model", required=True, help="network, for example resnet8")
     parser.add_argument(
         "-c", "--ckpt", default="pretrain", help="student file; builtin:NAME; pretrain for the zoo's weights"
@@ -22,8 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("-d", "--dataset", default="cifar100", help="cifar100, imagenet or glyphs100")
     parser.add_argument("-bs", "--batch-size", type=int, default=64)
     parser.add_argument("--root", default="./data", help="folder of the data sets")
-    args = parser.parse_args(argv)
-    return guarded(lambda: _evaluate(args))
+    return parser.parse_args(argv)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -35,7 +38,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     models = BUILTIN.models(args.dataset)
     if args.model not in models:
         raise UserError(f"command line: -m is {args.model!r}; it must be one of {', '.join(models)}")
-    _, loader, _, num_classes = BUILTIN.get_dataset(cfg)
+    loader, num_classes = BUILTIN.get_test_set(cfg)
     weights = "" if args.ckpt == "pretrain" else args.ckpt
     at = device.pick()
     network = trained_network(BUILTIN, args.dataset, args.model, num_classes, weights, "-c")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shlex
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -23,16 +24,33 @@ from .trainer import evaluate
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`tools/train.py`: train the student of a config. Returns the exit code (2: a mistake of the user)."""
-    parser = argparse.ArgumentParser("tools/train.py", description="Train a student under a config.")
+    return guarded(lambda: _main(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _main(words: list[str]) -> None:
+    parser = Parser("tools/train.py", description="Train a student under a config.")
     parser.add_argument(
-        "--cfg", required=True, help="YAML file, for example configs/glyphs100/res20_res8/deepkd.yaml"
+        "--cfg", required=True, metavar="FILE", help="for example configs/glyphs100/res20_res8/kd.yaml"
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
-    parser.add_argument("--overwrite", action="store_true", help="start again where a run already lies")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys to set, after the file's")
-    args = parser.parse_args(argv)
-    command = f"python tools/train.py --cfg {' '.join([args.cfg, *args.opts])}"
-    return guarded(lambda: train(args.cfg, args.opts, args.resume, args.overwrite, command))
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+    how.add_argument("--overwrite", action="store_true", help="start again where a run already lies")
+    parser.epilog = "Any number of KEY VALUE pairs sets config keys, after the file's."
+    # argparse takes a value such as -7.5e-2 for an option, so the pairs are kept from it
+    flags, options = [], []
+    for i, word in enumerate(words):
+        named = word.startswith("--") or word == "-h" or (i > 0 and words[i - 1] == "--cfg")
+        (flags if named else options).append(word)
+    args = parser.parse_args(flags)
+    command = shlex.join(["python", "tools/train.py", "--cfg", args.cfg, *options])
+    train(args.cfg, options, args.resume, args.overwrite, command)
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells of a mistake in one line, as everything else does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"command line: {message}; see {self.prog} --help")
 
 
 def guarded(work: Callable[[], None]) -> int:
@@ -43,18 +61,14 @@ def guarded(work: Callable[[], None]) -> int:
     except UserError as error:
         print(f"deepkd: error: {error}", file=sys.stderr)
         return 2
-    except Interrupted as interruption:
-        print(f"deepkd: {interruption}", file=sys.stderr)
-        return interruption.code
+    except KeyboardInterrupt as interruption:
+        # SIGTERM comes with its exit code, the trainer's interruption with what is left of the run as well
+        code, message = (*interruption.args, 130, "interrupted; the same command starts again")[:2]
+        if len(interruption.args) == 1:
+            message = "interrupted; the same command starts again"
+        print(f"deepkd: {message}", file=sys.stderr)
+        return code
     return 0
-
-
-class Interrupted(BaseException):
-    """Ctrl-C or SIGTERM, with what is left of the run as its message."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, command: str) -> None:
@@ -81,28 +95,26 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
     if cfg.DISTILLER.TYPE == "NONE":
         distiller, teacher_acc = make(student), None
     else:
-        key = "DISTILLER.TEACHER_WEIGHTS"
-        given = (cfg.DATASET.TYPE, cfg.DISTILLER.TEACHER, num_classes, cfg.DISTILLER.TEACHER_WEIGHTS)
-        teacher = device.place(trained_network(host, *given, key), at, cfg.SOLVER.CHANNELS_LAST)
-        teacher_acc = evaluate(Alone(teacher), val_loader, at, cfg.SOLVER)["test_acc"]
-        if teacher_acc < 2 * 100.0 / num_classes:
-            raise UserError(
-                f"{origin.get(key, 'default')}: the teacher {cfg.DISTILLER.TEACHER} from {key} is at chance on "
-                f"{cfg.DATASET.TYPE} ({teacher_acc:.2f} % top-1); it must be trained on this data set"
-            )
+        teacher, teacher_acc = tested_teacher(host, cfg, origin, at, val_loader, num_classes)
         distiller = make(student, teacher, cfg)
     distiller = device.place(distiller, at, cfg.SOLVER.CHANNELS_LAST)
     teacher_line = "none" if teacher_acc is None else f"{cfg.DISTILLER.TEACHER} {teacher_acc:.2f} % top-1"
     print(f"{name}: {cfg.DISTILLER.TYPE} on {cfg.DATASET.TYPE}, {num_data} images, {device.describe(at)}")
     print(f"teacher {teacher_line}")
     trainer = host.trainers[cfg.SOLVER.TRAINER](name, distiller, train_loader, val_loader, cfg)
+    trainer.rehearse()
     if resume:
         trainer.load(folder / "latest")
-    record.prepare_folder(folder, cfg, at, command, resume, teacher_acc)
+    if trainer.epoch == cfg.SOLVER.EPOCHS:
+        raise UserError(
+            f"{folder}: --resume finds all {trainer.epoch} epochs done; the results are in run.json there"
+        )
+    record.prepare_folder(folder, cfg, at, command, resume, trainer.teacher, teacher_acc)
     started = time.perf_counter()
     try:
         result = trainer.train()
     except KeyboardInterrupt as interruption:
+        record.add_minutes(folder, (time.perf_counter() - started) / 60)
         code = interruption.args[0] if interruption.args else 130
         again = (
             f"Resume with: {command} --resume"
@@ -110,16 +122,18 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
             else f"Start again with: {command} --overwrite"
         )
         message = f"interrupted in epoch {trainer.epoch + 1}. {trainer.resume_point()} {again}"
-        raise Interrupted(message, code) from None
-    minutes = (time.perf_counter() - started) / 60
-    record.note(folder, {"result": result, "minutes": round(minutes, 2), "finished": True})
+        raise KeyboardInterrupt(code, message) from None
+    with checkpoint.uninterrupted():
+        minutes = record.add_minutes(folder, (time.perf_counter() - started) / 60)
+        record.note(folder, {"result": result, "finished": True})
+    root = "" if cfg.DATASET.ROOT == "./data" else f" --root {shlex.quote(cfg.DATASET.ROOT)}"
+    student_file = shlex.quote(str(folder / "student_best"))
     print(
         f"\nteacher   {teacher_line}\n"
         f"student   {cfg.DISTILLER.STUDENT}: best {result['best']:.2f} % (epoch {result['best_epoch']}), last "
         f"{result['last']:.2f} % (epoch {result['epochs']}), in {minutes:.1f} minutes\n"
         f"files     {folder}/ (student_best, student_latest, metrics.jsonl, train.events)\n"
-        f"next      python tools/eval.py -m {cfg.DISTILLER.STUDENT} -c {folder / 'student_best'} "
-        f"-d {cfg.DATASET.TYPE}\n"
+        f"next      python tools/eval.py -m {cfg.DISTILLER.STUDENT} -c {student_file} -d {cfg.DATASET.TYPE}{root}\n"
         f"          {sibling(file)}"
     )
 
@@ -157,6 +171,23 @@ def experiment_name(cfg: Any, options: Sequence[str] = ()) -> str:
     return f"{cfg.EXPERIMENT.PROJECT}/{name}"
 
 
+def tested_teacher(
+    host: Host, cfg: Any, origin: dict[str, str], at: Any, val_loader: Any, num_classes: int
+) -> tuple[nn.Module, float]:
+    """The teacher in place and its top-1 on the test images; UserError where that is no better than chance."""
+    key = "DISTILLER.TEACHER_WEIGHTS"
+    name, weights = cfg.DISTILLER.TEACHER, cfg.DISTILLER.TEACHER_WEIGHTS
+    teacher = trained_network(host, cfg.DATASET.TYPE, name, num_classes, weights, key)
+    teacher = device.place(teacher, at, cfg.SOLVER.CHANNELS_LAST)
+    accuracy = evaluate(Alone(teacher), val_loader, at, cfg.SOLVER)["test_acc"]
+    if accuracy < 2 * 100.0 / num_classes:
+        raise UserError(
+            f"{origin.get(key, 'default')}: the teacher {name} from {key} is at chance on {cfg.DATASET.TYPE} "
+            f"({accuracy:.2f} % top-1); it must be trained on this data set"
+        )
+    return teacher, accuracy
+
+
 def network(host: Host, dataset: str, name: str, num_classes: int) -> nn.Module:
     """A fresh network of the host's zoo."""
     make = host.models(dataset)[name]
@@ -172,7 +203,12 @@ def trained_network(
     """
     path = weights_file(host, dataset, name, weights)
     if not path and dataset == "imagenet":
-        return host.models(dataset)[name](pretrained=True).requires_grad_(False)
+        try:
+            return host.models(dataset)[name](pretrained=True).requires_grad_(False)
+        except OSError as error:
+            raise UserError(
+                f"{key} names no file and torchvision's weights of {name} cannot be fetched ({error}); name a file"
+            ) from None
     if not path:
         raise UserError(
             f"{key} names no file and the zoo has no weights of {name}; it must name a checkpoint"

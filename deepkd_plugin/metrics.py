@@ -71,7 +71,7 @@ class RunLog:
         self._events.close()
 
     def _write(self) -> None:
-        text = "".join(json.dumps(line) + "\n" for line in self.lines)
+        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in self.lines)
         write_whole(self.folder / "metrics.jsonl", lambda file: file.write(text.encode()))
         work = "".join(_worklog(line) for line in self.lines)
         write_whole(self.folder / "worklog.txt", lambda file: file.write(work.encode()))

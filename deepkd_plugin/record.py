@@ -21,37 +21,64 @@ RECORDED = ("torch", "torchvision", "numpy", "pillow", "matplotlib", "yacs", "te
 
 
 def prepare_folder(
-    folder: Path, cfg: Any, at: torch.device, command: str, resume: bool, teacher: float | None
+    folder: Path,
+    cfg: Any,
+    at: torch.device,
+    command: str,
+    resume: bool,
+    teacher: str | None,
+    teacher_acc: float | None,
 ) -> None:
-    """Make a run's folder with its resolved config and run.json; a run that is started again is removed."""
+    """Make a run's folder with its resolved config and run.json; a run that is started again is removed.
+
+    teacher, teacher_acc: the teacher's fingerprint and its top-1 in percent, None without one. Raises
+    UserError where the folder cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        machine = {
+            "device": device.describe(at),
+            "processor": processor(),
+            "python": platform.python_version(),
+            "versions": {name: _version(name) for name in RECORDED},
+            "commit": commit(),
+            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
+        if resume:
+            note(folder, {"resumed": [*read_run(folder).get("resumed", []), machine]})
+            return
+        for pattern in (
+            ".*.tmp",
+            "*.jsonl",
+            "worklog.txt",
+            "student_*",
+            "epoch_*",
+            "best",
+            "latest",
+            "train.events/*",
+        ):
+            for path in folder.glob(pattern):
+                path.unlink()
+        text = cfg.dump()
+        checkpoint.write_whole(folder / "config.yaml", lambda file: file.write(text.encode()))
+        run = {"command": command, "config_hash": config_hash(cfg), "seed": cfg.SOLVER.SEED}
+        run |= {"teacher": teacher, "teacher_acc": teacher_acc, "minutes": 0.0, "finished": False}
+        _write(folder, run | machine)
     except OSError as error:
         raise UserError(f"{folder}: LOG.PREFIX must name a folder that can be written ({error})") from None
-    if resume:
-        note(folder, {"resumed": [*read_run(folder).get("resumed", []), time.strftime("%Y-%m-%d %H:%M:%S")]})
-        return
-    for path in (*folder.glob("*.jsonl"), *folder.glob("student_*"), *folder.glob("train.events/*")):
-        path.unlink()
-    for path in [folder / "best", folder / "latest", *folder.glob("epoch_*")]:
-        path.unlink(missing_ok=True)
-    text = cfg.dump()
-    checkpoint.write_whole(folder / "config.yaml", lambda file: file.write(text.encode()))
+
+
+def config_hash(cfg: Any) -> str:
+    """A hash of every key that says what a run computes."""
     computed = {key: value for key, value in config.flatten(cfg).items() if config.computes(key)}
-    run = {
-        "command": command,
-        "config_hash": hashlib.sha256(json.dumps(computed, sort_keys=True).encode()).hexdigest()[:16],
-        "seed": cfg.SOLVER.SEED,
-        "teacher_acc": teacher,
-        "device": device.describe(at),
-        "processor": processor(),
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in RECORDED},
-        "commit": commit(),
-        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "finished": False,
-    }
-    _write(folder, run)
+    return hashlib.sha256(json.dumps(computed, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def add_minutes(folder: Path, minutes: float) -> float:
+    """Add a session's training time to a run's; returns the sum."""
+    total = read_run(folder)["minutes"] + minutes
+    note(folder, {"minutes": round(total, 2)})
+    return total
 
 
 def note(folder: Path, entries: dict[str, Any]) -> None:
@@ -61,7 +88,10 @@ def note(folder: Path, entries: dict[str, Any]) -> None:
 
 def read_run(folder: Path) -> dict[str, Any]:
     """A run's run.json."""
-    return json.loads((folder / "run.json").read_text())
+    try:
+        return json.loads((folder / "run.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / 'run.json'}: must be the record of a run ({error})") from None
 
 
 def _write(folder: Path, run: dict[str, Any]) -> None:

@@ -33,6 +33,7 @@ class Host:
     imagenet_models: dict[str, Any]
     cfg: CfgNode
     get_dataset: Callable[[Any], Any]
+    get_test_set: Callable[[Any], Any]
 
     def models(self, dataset: str) -> dict[str, Any]:
         """The dictionary of networks for a data set."""
@@ -50,6 +51,7 @@ BUILTIN = Host(
     builtin.imagenet_model_dict,
     builtin.CFG,
     builtin.get_dataset,
+    builtin.get_test_set,
 )
 
 

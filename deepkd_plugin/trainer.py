@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Iterable
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from . import checkpoint, config, device
@@ -44,6 +46,8 @@ class Trainer:
         self.optimizer = self.make_optimizer(self.module.get_learnable_parameters())
         self.scheduler = make_scheduler(self.optimizer, cfg.SOLVER)
         self.assignment: dict[str, str] = {}
+        teacher = getattr(self.module, "teacher", None)
+        self.teacher = checkpoint.fingerprint(teacher) if teacher is not None else None
         self.epoch = 0
         self.best_acc = -1.0
         self.best_epoch = 0
@@ -64,6 +68,7 @@ class Trainer:
                 record = {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"]}
                 record |= self.train_epoch(epoch)
                 record |= evaluate(self.distiller, self.val_loader, self.device, self.cfg.SOLVER)
+                self.check_finite({"test_loss": record["test_loss"]}, f"after epoch {epoch}")
                 with checkpoint.uninterrupted():
                     self.finish_epoch(epoch, record, log)
         finally:
@@ -118,16 +123,27 @@ class Trainer:
         return assign_losses(losses, self.optimizer.streams, self.assignment)
 
     def read(self, sums: Sums, epoch: int, step: int) -> dict[str, float]:
-        """The meters' means so far; UserError where a loss is not finite, before anything is saved."""
+        """The meters' means so far, checked."""
         means = sums.means()
-        for name, value in means.items():
+        self.check_finite(means, f"in epoch {epoch}, by iteration {step}")
+        return means
+
+    def check_finite(self, values: dict[str, float], when: str) -> None:
+        """UserError where a loss is not finite, before anything of the epoch is saved."""
+        for name, value in values.items():
             if not math.isfinite(value):
                 raise UserError(
-                    f"{self.folder}: loss '{name}' became {value} in epoch {epoch}, by iteration {step}, at "
-                    f"learning rate {self.optimizer.param_groups[0]['lr']:g}; it must stay finite: lower "
-                    f"SOLVER.LR, or look at the images and the teacher. {self.resume_point()}"
+                    f"{self.folder}: loss '{name}' became {value} {when}, at learning rate "
+                    f"{self.optimizer.param_groups[0]['lr']:g}; it must stay finite: lower SOLVER.LR, or look at "
+                    f"the images and the teacher. {self.resume_point()}"
                 )
-        return means
+
+    def rehearse(self) -> None:
+        """One forward pass of a copy on two images, so that losses without a stream are found before a run."""
+        samples = [self.train_loader.dataset[i] for i in (0, len(self.train_loader.dataset) - 1)]
+        image, target, *_ = device.place_batch(default_collate(samples), self.device, False)
+        _, losses = copy.deepcopy(self.module).train()(image=image, target=target, epoch=1)
+        self.losses_by_stream(losses)
 
     def resume_point(self) -> str:
         """What is left to resume from, in a sentence."""
@@ -169,6 +185,7 @@ class Trainer:
             "best_acc": self.best_acc,
             "best_epoch": self.best_epoch,
             "config": config.flatten(self.cfg),
+            "teacher": self.teacher,
         }
 
     def load(self, path: Path) -> None:
@@ -183,6 +200,11 @@ class Trainer:
                 raise UserError(
                     f"{path}: --resume needs the run's own config: {key} was {held!r}, is {given!r}"
                 )
+        if state["teacher"] != self.teacher:
+            raise UserError(
+                f"{path}: --resume needs the run's own teacher: its weights had the fingerprint {state['teacher']}, "
+                f"those of DISTILLER.TEACHER_WEIGHTS have {self.teacher}"
+            )
         weights = {k: v for k, v in self.module.state_dict().items() if k.startswith("teacher.")}
         self.module.load_state_dict(weights | state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -53,6 +53,9 @@ def test_files_that_are_something_else(tmp_path):
     refused(tmp_path, None, "this file is not one", raw=b"")
     refused(tmp_path, [1, 2], "must hold a network's state dictionary, holds a list")
     refused(tmp_path, {"epoch": 3}, "holds a mapping with epoch")
+    refused(tmp_path, {1: torch.zeros(1)}, "holds a mapping with 1")
+    for text in (b".", b"a", b"R", b"b\n", b"]", b"h\x00", b"the quick brown fox"):
+        refused(tmp_path, None, "this file is not one", raw=text)
     whole = tmp_path / "whole.pt"
     torch.save(network().state_dict(), whole)
     refused(tmp_path, None, "this file is not one", raw=whole.read_bytes()[:600])
@@ -69,6 +72,15 @@ def test_weights_of_another_network_or_class_count(tmp_path):
     refused(tmp_path, short, r"2 of its 9 tensors are missing and 0 are unknown to it \(no 0.weight\)")
     more = network().state_dict() | {"extra": torch.zeros(1)}
     refused(tmp_path, more, r"1 are unknown to it \(an unknown extra\)")
+
+
+def test_a_fingerprint_is_of_the_numbers(tmp_path):
+    net = network()
+    before = checkpoint.fingerprint(net)
+    assert checkpoint.fingerprint(net.to(memory_format=torch.channels_last)) == before
+    with torch.no_grad():
+        net[0].weight[0, 0] += 1e-6
+    assert checkpoint.fingerprint(net) != before
 
 
 class Payload:

@@ -65,13 +65,29 @@ def test_values_come_from_the_file_and_then_from_the_options(cfg, tmp_path):
     ("text", "expected"),
     [
         ("SOLVER: {LRR: 1}", "some.yaml: unknown config key SOLVER.LRR; did you mean SOLVER.LR?"),
-        ("DeepKD: {MASK: 3}", "some.yaml: unknown config key DeepKD.MASK; did you mean DeepKD.MASK.K?"),
+        (
+            "DeepKD: {MASK: 3}",
+            "some.yaml: DeepKD.MASK is 3; it is a section and must hold keys: TYPE, K, INITIAL, OPTIMAL, PHASES, "
+            "READING",
+        ),
+        ("SOLVER.LR: 0.1", "some.yaml: unknown config key SOLVER.LR; did you mean SOLVER.LR?"),
+        ("DeepKDD: {}", "some.yaml: unknown config key DeepKDD; did you mean DeepKD.BASE?"),
+        ("SOLVER: {LR: .inf}", "some.yaml: SOLVER.LR is inf; it must be a finite number"),
+        (
+            "LOG: {SAVE_CHECKPOINT_FREQ: 0}",
+            "some.yaml: LOG.SAVE_CHECKPOINT_FREQ is 0; it must be a number above 0",
+        ),
+        (
+            "SOLVER: {LR_DECAY_RATE: -1.0}",
+            "some.yaml: SOLVER.LR_DECAY_RATE is -1.0; it must be a number above 0",
+        ),
+        ("SOLVER: {LR: '{[]: 1}'}", "some.yaml: SOLVER.LR is '{[]: 1}' (str); it must be float, like 0.05"),
         ("SOLVER: {LR: fast}", "some.yaml: SOLVER.LR is 'fast' (str); it must be float, like 0.05"),
         ("SOLVER: {EPOCHS: 2.5}", "some.yaml: SOLVER.EPOCHS is 2.5 (float); it must be int, like 240"),
         ("SOLVER: {AMP: 1}", "some.yaml: SOLVER.AMP is 1 (int); it must be bool, like False"),
         ("SOLVER: {EPOCHS: true}", "some.yaml: SOLVER.EPOCHS is True (bool); it must be int, like 240"),
         ("SOLVER: {LR: 0}", "some.yaml: SOLVER.LR is 0.0; it must be a number above 0"),
-        ("SOLVER: {LR: .nan}", "some.yaml: SOLVER.LR is nan; it must be a number above 0"),
+        ("SOLVER: {LR: .nan}", "some.yaml: SOLVER.LR is nan; it must be a finite number"),
         (
             "SOLVER: {DECOUPLED: {DELTA: {TOG: 0.1}}}",
             "some.yaml: SOLVER.DECOUPLED.DELTA.TOG is 0.1; it must be in [-0.9, 0.1), so that SOLVER.MOMENTUM "
@@ -122,6 +138,13 @@ def test_one_line_names_file_key_value_and_what_is_allowed(cfg, tmp_path, text, 
     assert message(cfg, tmp_path, text) == expected
 
 
+@pytest.mark.parametrize(
+    "phases", ["[a, b]", "[null, 0.2]", "[[0.1], 0.2]", "[false, true]", "[0.1]", "[0.1, .nan]"]
+)
+def test_phases_of_other_things_than_numbers(cfg, tmp_path, phases):
+    assert "it must be two ends in order" in message(cfg, tmp_path, f"DeepKD: {{MASK: {{PHASES: {phases}}}}}")
+
+
 def test_the_command_line_is_named_too(cfg, tmp_path):
     assert message(cfg, tmp_path, "SOLVER: {LR: 0.1}", "SOLVER.LR", "-1").startswith(
         "command line: SOLVER.LR is -1"
@@ -137,17 +160,27 @@ def test_files_that_cannot_be_read(cfg, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("mask", "key"),
+    ("mask", "expected"),
     [
-        ({"TYPE": "static", "K": 100.0}, "K: K must be an integer from 1 to 99"),
-        ({"TYPE": "dynamic", "OPTIMAL": 100.0}, "OPTIMAL: K must be an integer from 1 to 99"),
-        ({"TYPE": "dynamic", "INITIAL": 60.0}, "OPTIMAL: the mask must not shrink"),
+        ({"TYPE": "static", "K": 100.0}, "f.yaml: DeepKD.MASK.K: K must be an integer from 1 to 99"),
+        (
+            {"TYPE": "dynamic", "OPTIMAL": 100.0},
+            "f.yaml: DeepKD.MASK.OPTIMAL: K must be an integer from 1 to 99",
+        ),
+        (
+            {"TYPE": "dynamic", "INITIAL": 100.0},
+            "f.yaml: DeepKD.MASK.INITIAL: K must be an integer from 1 to 99",
+        ),
+        (
+            {"TYPE": "dynamic", "INITIAL": 60.0},
+            r"f.yaml: DeepKD.MASK.INITIAL is 60.0 \(60 classes\) and DeepKD.MASK.OPTIMAL 0.5 \(50\)",
+        ),
     ],
 )
-def test_masks_that_do_not_fit_the_classes(cfg, mask, key):
+def test_masks_that_do_not_fit_the_classes(cfg, mask, expected):
     cfg.DeepKD.MASK.update(mask)
-    with pytest.raises(UserError, match=f"file.yaml: DeepKD.MASK.{key}"):
-        config.check_mask(cfg, {"DeepKD.MASK.K": "file.yaml", "DeepKD.MASK.OPTIMAL": "file.yaml"}, 100)
+    with pytest.raises(UserError, match=expected):
+        config.check_mask(cfg, {f"DeepKD.MASK.{key}": "f.yaml" for key in mask}, 100)
     cfg.DeepKD.MASK.TYPE = "none"
     config.check_mask(cfg, {}, 100)
 

@@ -12,9 +12,11 @@ import pytest
 import torch
 import yaml
 
-from deepkd_plugin import checkpoint, evaluate
+from deepkd_plugin import checkpoint, evaluate, launch
 from deepkd_plugin.builtin.models import cifar_model_dict
+from deepkd_plugin.launch import main
 from deepkd_plugin.metrics import read_metrics
+from deepkd_plugin.trainer import DecoupledMomentumTrainer
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -31,7 +33,9 @@ def test_a_run_from_the_command_line(train, data_root):
     run = json.loads((train.folder / "run.json").read_text())
     assert run["finished"]
     assert run["seed"] == 0
-    assert run["versions"]["torch"] == torch.__version__.split("+")[0] or run["versions"]["torch"]
+    assert run["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert len(run["teacher"]) == 16
+    assert run["minutes"] > 0
     assert run["result"]["epochs"] == 2
     assert run["teacher_acc"] > 80
     resolved = yaml.safe_load((train.folder / "config.yaml").read_text())
@@ -177,6 +181,83 @@ def test_a_run_is_neither_overwritten_nor_resumed_by_accident(train):
     assert (train.folder / "metrics.jsonl").read_text() == before
     assert train("vanilla", "SOLVER.LR", "0.01", flags=["--overwrite"])[0] == 0
     assert (train.folder / "metrics.jsonl").read_text() != before
+
+
+def test_a_finished_run_is_not_resumed(train):
+    assert train("vanilla")[0] == 0
+    before = (train.folder / "run.json").read_text()
+    code, _, err = train("vanilla", flags=["--resume"])
+    assert code == 2
+    assert "--resume finds all 2 epochs done" in err
+    assert (train.folder / "run.json").read_text() == before
+
+
+def test_starting_again_leaves_nothing_of_the_run_before(train):
+    assert train("vanilla", "LOG.SAVE_CHECKPOINT_FREQ", "1")[0] == 0
+    (train.folder / ".latest.1.tmp").write_bytes(b"half")
+    assert train("vanilla", "SOLVER.EPOCHS", "1", "SOLVER.WARMUP_EPOCHS", "0", flags=["--overwrite"])[0] == 0
+    names = {p.name for p in train.folder.iterdir()}
+    assert not names & {"epoch_1", "epoch_2", "student_1", "student_2", ".latest.1.tmp"}
+    assert len(list((train.folder / "train.events").iterdir())) == 1
+
+
+def test_the_command_line(train, capsys):
+    assert main([]) == 2
+    assert capsys.readouterr().err == (
+        "deepkd: error: command line: the following arguments are required: --cfg; see tools/train.py --help\n"
+    )
+    assert main(["--cfg", "x.yaml", "--resume", "--overwrite"]) == 2
+    assert "not allowed with argument" in capsys.readouterr().err
+    line = mistake(train, "vanilla", "SOLVER.DECOUPLED.DELTA.TCG", "-7.5e-1", "SOLVER.MOMENTUM", "0.5")
+    assert "SOLVER.DECOUPLED.DELTA.TCG is -0.75; it must be in [-0.5, 0.5)" in line
+
+
+def test_a_folder_that_cannot_be_made(train, tmp_path):
+    (tmp_path / "file").write_text("")
+    line = mistake(train, "vanilla", "LOG.PREFIX", str(tmp_path / "file"))
+    assert "LOG.PREFIX must name a folder that can be written" in line
+
+
+def test_losses_without_a_stream_are_found_before_anything_is_written(train):
+    options = ("SOLVER.TRAINER", "DecoupledMomentumSGD", "SOLVER.DECOUPLED.DELTA.TOG", "0.05")
+    assert "SOLVER.DECOUPLED.LOSS_STREAMS: loss 'loss_ce' belongs to no stream" in mistake(
+        train, "kd", *options
+    )
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (KeyboardInterrupt(143), 143)])
+def test_an_interruption_before_training_is_one_line(train, monkeypatch, error, code):
+    def stop(*args):
+        raise error
+
+    monkeypatch.setattr(launch, "tested_teacher", stop)
+    got, _, err = train("deepkd")
+    assert (got, err) == (code, "deepkd: interrupted; the same command starts again\n")
+    assert not train.folder.exists()
+
+
+def test_augmented_images_from_workers_resume_bitwise(train, monkeypatch):
+    """The real pipeline: drawn in two worker processes, interrupted inside an epoch."""
+    options = ("DATASET.NUM_WORKERS", "2", "SOLVER.EPOCHS", "3")
+    assert train("deepkd", *options, "EXPERIMENT.NAME", "whole")[0] == 0
+    original = DecoupledMomentumTrainer.losses_by_stream
+    calls = []
+
+    def stop(self, losses):
+        calls.append(1)
+        if len(calls) == 8:  # 1 rehearsal and 4 steps an epoch: the third step of epoch 2
+            raise KeyboardInterrupt
+        return original(self, losses)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DecoupledMomentumTrainer, "losses_by_stream", stop)
+        code, _, err = train("deepkd", *options)
+        assert (code, "interrupted in epoch 2" in err) == (130, True)
+    assert train("deepkd", *options, flags=["--resume"])[0] == 0
+    ends = [
+        checkpoint.load(train.folder.parent / n / "student_latest", "test")["model"] for n in ("whole", "run")
+    ]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
 def test_options_name_the_experiment(train, tmp_path):

@@ -1,7 +1,6 @@
 """The epoch loop on a network and data small enough to follow by hand."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -52,7 +51,6 @@ def make(cfg, method=DeepKD, trainer=DecoupledMomentumTrainer, name="run"):
     seed_everything(cfg.SOLVER.SEED)
     student = Net()
     distiller = Vanilla(student) if method is Vanilla else method(student, Net(16).requires_grad_(False), cfg)
-    (Path(cfg.LOG.PREFIX) / name).mkdir(exist_ok=True)
     return trainer(name, distiller, *loaders(), cfg)
 
 
@@ -193,8 +191,11 @@ def test_deltas_change_the_student_and_variants_differ(cfg):
 
 def test_losses_of_other_methods_are_assigned_by_config(cfg):
     cfg.SOLVER.DECOUPLED.DELTA.TOG = -0.075
+    trainer = make(cfg, KD)
+    before = weights(trainer)
     with pytest.raises(UserError, match=r"LOSS_STREAMS: loss 'loss_ce' belongs to no stream.*'loss:stream'"):
-        make(cfg, KD).train()
+        trainer.rehearse()
+    assert same(weights(trainer), before)
     cfg.SOLVER.DECOUPLED.LOSS_STREAMS = ["loss_ce:tog", "loss_kd:ncg"]
     trainer = make(cfg, KD)
     trainer.train()
@@ -232,12 +233,33 @@ def test_resuming_needs_the_same_config(cfg):
     with pytest.raises(UserError, match=r"needs the run's own config: SOLVER.LR was 0.05, is 0.01"):
         make(cfg).train(resume=True)
     cfg.SOLVER.LR = 0.05
-    cfg.DATASET.NUM_WORKERS = 1  # how, not what
+    cfg.DATASET.ROOT = "elsewhere"  # where, not what
     make(cfg).train(resume=True)
+
+
+def test_resuming_needs_the_same_teacher(cfg):
+    stop_after(make(cfg), 1)
+    other = make(cfg)
+    with torch.no_grad():
+        other.module.teacher.head.bias[0] += 1.0
+    other = DecoupledMomentumTrainer("run", other.module, *loaders(), cfg)
+    with pytest.raises(UserError, match="needs the run's own teacher"):
+        other.train(resume=True)
+
+
+def test_weights_that_the_last_step_ruined_are_not_saved(cfg):
+    cfg.SOLVER.LR = 1e38
+    trainer = make(cfg, Vanilla, Trainer)
+    trainer.train_loader = DataLoader(trainer.train_loader.dataset, 50)
+    with pytest.raises(UserError, match=r"loss 'test_loss' became nan after epoch 1.*no checkpoint"):
+        trainer.train()
+    assert {p.name for p in trainer.folder.iterdir()} == {"metrics.jsonl", "worklog.txt", "train.events"}
+    assert read_metrics(trainer.folder) == []
 
 
 def test_resuming_from_something_else(cfg):
     trainer = make(cfg)
+    trainer.folder.mkdir()
     torch.save({"epoch": 3}, trainer.folder / "latest")
     with pytest.raises(UserError, match="a checkpoint that this trainer wrote"):
         trainer.train(resume=True)
@@ -255,7 +277,7 @@ def test_autocast_keeps_losses_in_float32(cfg):
     assert set(seen) == {torch.float32}
 
 
-def test_workers_and_seeds_decide_the_order(cfg):
+def test_the_seed_decides_the_run(cfg):
     """The same seed gives the same student, another seed another one."""
     ends = []
     for seed in (0, 0, 1):

@@ -15,20 +15,30 @@ from ..errors import UserError
 
 
 class ArrayDataset(Dataset[tuple[Any, ...]]):
-    """Images (N, H, W, 3) uint8 and labels (N,): (image, label, index) for training, (image, label) for tests."""
+    """Images (N, H, W, 3) uint8 with labels (N,), transformed one by one: (image, label)."""
 
-    def __init__(
-        self, images: np.ndarray, labels: np.ndarray, transform: Callable[[Any], Tensor], train: bool
-    ) -> None:
-        self.images, self.labels, self.transform, self.train = images, labels, transform, train
+    def __init__(self, images: np.ndarray, labels: np.ndarray, transform: Callable[[Any], Tensor]) -> None:
+        self.images, self.labels, self.transform = images, labels, transform
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         image = self.transform(Image.fromarray(self.images[index]))
-        label = int(self.labels[index])
-        return (image, label, index) if self.train else (image, label)
+        return image, int(self.labels[index])
+
+
+class Indexed(Dataset[tuple[Any, ...]]):
+    """A data set's (image, label) with the place in it behind: mdistiller's training samples."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        return (*self.dataset[index], index)
 
 
 def small_image_transforms(
@@ -46,7 +56,8 @@ def choose(labels: np.ndarray, per_class: int, holdout: float) -> tuple[np.ndarr
     """Indices to train on and indices held out, in the data's order.
 
     labels: (N,). Of every class the last `holdout` share is held out, and of what is left the first
-    `per_class` images (0: all) are trained on.
+    `per_class` images (0: all) are trained on. Raises UserError where one of the two would be empty although
+    it is asked for.
     """
     train, held = [], []
     for label in np.unique(labels):
@@ -54,7 +65,13 @@ def choose(labels: np.ndarray, per_class: int, holdout: float) -> tuple[np.ndarr
         kept = len(members) - round(holdout * len(members))
         train.append(members[: min(kept, per_class) if per_class else kept])
         held.append(members[kept:])
-    return np.sort(np.concatenate(train)), np.sort(np.concatenate(held))
+    chosen, kept_out = np.sort(np.concatenate(train)), np.sort(np.concatenate(held))
+    if not len(chosen) or (holdout and not len(kept_out)):
+        raise UserError(
+            f"DATASET.HOLDOUT is {holdout}, which leaves {len(chosen)} images to train on and {len(kept_out)} held "
+            f"out of {len(labels)}; both must be above 0"
+        )
+    return chosen, kept_out
 
 
 def check_labels(labels: np.ndarray, num_classes: int, source: str) -> None:

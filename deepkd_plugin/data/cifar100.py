@@ -55,9 +55,10 @@ def _from_pickle(path: Path) -> tuple[np.ndarray, np.ndarray]:
             held = _Plain(file, encoding="latin1").load()
         images = np.asarray(held["data"], dtype=np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         labels = np.asarray(held["fine_labels"], dtype=np.int64)
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except Exception as error:  # a damaged pickle can raise nearly anything
         raise UserError(
-            f"{path}: DATASET.ROOT must hold CIFAR-100 in torchvision's layout, and this file is not it ({error})"
+            f"{path}: DATASET.ROOT must hold CIFAR-100 in torchvision's layout, and this file is not it "
+            f"({type(error).__name__}: {error})"
         ) from None
     if len(images) != len(labels):
         raise UserError(f"{path}: DATASET.ROOT holds {len(images)} images but {len(labels)} labels")
@@ -79,7 +80,7 @@ def _from_folders(folder: Path) -> tuple[np.ndarray, np.ndarray]:
         for file in files:
             try:
                 image = np.asarray(Image.open(file).convert("RGB"))
-            except OSError as error:
+            except Exception as error:  # so can a damaged image
                 raise UserError(f"{file}: DATASET.ROOT has an image that cannot be read ({error})") from None
             if image.shape != (32, 32, 3):
                 raise UserError(

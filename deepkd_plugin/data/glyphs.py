@@ -55,6 +55,7 @@ FONTS: tuple[str, ...] = (
 )
 PER_CLASS: dict[str, int] = {"train": 60, "test": 50}
 # Per channel, of the training images of seed 0, divided by 255.
+NUM_CLASSES = len(CHARACTERS)
 MEAN: tuple[float, float, float] = (0.5009, 0.5017, 0.5007)
 STD: tuple[float, float, float] = (0.26, 0.2593, 0.2592)
 

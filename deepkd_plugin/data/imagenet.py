@@ -16,26 +16,17 @@ STD = (0.229, 0.224, 0.225)
 NUM_CLASSES = 1000
 
 
-class IndexedFolder(ImageFolder):
-    """Class folders giving (image, label, index), as training batches do."""
+def load_imagenet(root: str | Path, split: str, augment: bool) -> ImageFolder:
+    """The images of imagenet/{train,val}/<class>/* under `root`, as (image, label).
 
-    def __getitem__(self, index: int) -> tuple[Any, ...]:
-        return (*super().__getitem__(index), index)
-
-
-def load_imagenet(root: str | Path, split: str, augment: bool | None = None) -> ImageFolder:
-    """The images of imagenet/{train,val}/<class>/* under `root`.
-
-    augment: training augmentation and (image, label, index); by default for "train" only.
-    Raises UserError where the folder is missing, has an empty class or another number of classes than 1000.
+    augment: random resized crop and flip instead of resize and centre crop. Raises UserError where the folder
+    is missing, has an empty class or another number of classes than 1000.
     """
     folder = Path(root) / "imagenet" / split
     if not folder.is_dir():
         raise UserError(f"{folder}: DATASET.ROOT holds no ImageNet; there must be imagenet/{split}/<class>/*")
-    augment = split == "train" if augment is None else augment
-    make = IndexedFolder if augment else ImageFolder
     try:
-        dataset = make(str(folder), _transform(augment))
+        dataset = ImageFolder(str(folder), _transform(augment))
     except FileNotFoundError as error:
         raise UserError(f"{folder}: DATASET.ROOT is not ImageNet ({error})") from None
     if len(dataset.classes) != NUM_CLASSES:

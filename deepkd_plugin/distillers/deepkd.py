@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -12,19 +13,35 @@ from ..losses import DecoupledKD, decoupled_kd
 from ..topk import TopKSchedule, count_classes
 from .base import Distiller, warmup_factor
 
+View = tuple[Tensor, Tensor]
+"""Student and teacher logits (B, C) of one view of the batch."""
+Decouple = Callable[[Tensor, Tensor], DecoupledKD]
+"""decoupled_kd with the batch's labels and the config's temperature and mask filled in."""
+Base = Callable[[Sequence[View], Tensor, Decouple], dict[str, Tensor]]
+"""A base method's loss by stream, unweighted scalars: (views, target, decouple) -> {"tog", "tcg", "ncg"}."""
 
-def _kd_terms(terms: DecoupledKD) -> tuple[Tensor, Tensor]:
+
+def _kd(views: Sequence[View], target: Tensor, decouple: Decouple) -> dict[str, Tensor]:
     """KD is TCKD + (1 − p) · NCKD in every sample, so its non-target stream keeps that weight."""
-    return terms.tckd.mean(), ((1.0 - terms.teacher_target_prob) * terms.nckd).mean()
+    ((student, teacher),) = views
+    terms = decouple(student, teacher)
+    non_target = (1.0 - terms.teacher_target_prob) * terms.nckd
+    return {
+        "tog": F.cross_entropy(student, target),
+        "tcg": terms.tckd.mean(),
+        "ncg": non_target.mean(),
+    }
 
 
-def _dkd_terms(terms: DecoupledKD) -> tuple[Tensor, Tensor]:
+def _dkd(views: Sequence[View], target: Tensor, decouple: Decouple) -> dict[str, Tensor]:
     """DKD frees NCKD of the teacher's (1 − p)."""
-    return terms.tckd.mean(), terms.nckd.mean()
+    ((student, teacher),) = views
+    terms = decouple(student, teacher)
+    return {"tog": F.cross_entropy(student, target), "tcg": terms.tckd.mean(), "ncg": terms.nckd.mean()}
 
 
-BASES: dict[str, Callable[[DecoupledKD], tuple[Tensor, Tensor]]] = {"KD": _kd_terms, "DKD": _dkd_terms}
-"""Base method → its target-class and non-target-class loss, scalars, from the terms per sample."""
+BASES: dict[str, Base] = {"KD": _kd, "DKD": _dkd}
+"""The methods that DeepKD can take apart. One with several views gets them all, in the batch's order."""
 
 
 class DeepKD(Distiller):
@@ -39,31 +56,32 @@ class DeepKD(Distiller):
         super().__init__(student, teacher)
         node = cfg.DeepKD
         self.base = BASES[node.BASE]
-        self.weights = (node.CE_WEIGHT, node.TCG_WEIGHT, node.NCG_WEIGHT)
+        self.ce_weight = node.CE_WEIGHT
+        self.tcg_weight = node.TCG_WEIGHT
+        self.ncg_weight = node.NCG_WEIGHT
         self.temperature = float(node.TEMPERATURE)
         self.warmup_epochs = node.WARMUP
         self.mask = node.MASK
         self.epochs = cfg.SOLVER.EPOCHS
 
     def forward_train(
-        self, image: Tensor, target: Tensor, epoch: int, **batch: Any
+        self, image: Tensor | Sequence[Tensor], target: Tensor, epoch: int, **batch: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        student_logits, teacher_logits = self.both_logits(image)
-        terms = decoupled_kd(
-            student_logits,
-            teacher_logits,
-            target,
-            self.temperature,
-            self.top_k(epoch, student_logits.shape[1]),
-            self.mask.READING,
+        images = [image] if isinstance(image, Tensor) else image
+        views = [self.both_logits(view) for view in images]
+        decouple = partial(
+            decoupled_kd,
+            target=target,
+            temperature=self.temperature,
+            top_k=self.top_k(epoch, views[0][0].shape[1]),
+            mask=self.mask.READING,
         )
-        target_class, non_target_class = self.base(terms)
-        ce_weight, tcg_weight, ncg_weight = self.weights
+        losses = self.base(views, target, decouple)
         warmup = warmup_factor(epoch, self.warmup_epochs)
-        return student_logits, {
-            "tog": ce_weight * F.cross_entropy(student_logits, target),
-            "tcg": warmup * tcg_weight * target_class,
-            "ncg": warmup * ncg_weight * non_target_class,
+        return views[0][0], {
+            "tog": self.ce_weight * losses["tog"],
+            "tcg": warmup * self.tcg_weight * losses["tcg"],
+            "ncg": warmup * self.ncg_weight * losses["ncg"],
         }
 
     def top_k(self, epoch: int, num_classes: int) -> int | None:
@@ -77,10 +95,10 @@ def mask_size(mask: Any, num_classes: int, progress: float) -> int | None:
     if mask.TYPE == "none":
         return None
     if mask.TYPE == "static":
-        return count_classes(_classes(mask.K), num_classes)
-    return TopKSchedule(num_classes, _classes(mask.INITIAL), _classes(mask.OPTIMAL), mask.PHASES)(progress)
+        return count_classes(classes(mask.K), num_classes)
+    return TopKSchedule(num_classes, classes(mask.INITIAL), classes(mask.OPTIMAL), mask.PHASES)(progress)
 
 
-def _classes(value: float) -> float:
+def classes(value: float) -> float:
     """A YAML number of classes: from 1 on a count, below 1 a fraction of the classes."""
     return int(value) if value >= 1 and value == int(value) else float(value)

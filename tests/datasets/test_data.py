@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from yacs.config import CfgNode
 
-from deepkd_plugin.data import cifar100, get_dataset, imagenet
+from deepkd_plugin.data import cifar100, get_dataset, get_test_set, imagenet
 from deepkd_plugin.data.arrays import ArrayDataset, check_labels, choose, small_image_transforms
 from deepkd_plugin.errors import UserError
 
@@ -132,8 +132,34 @@ def test_a_holdout_comes_from_the_training_images_unaugmented(cifar_root):
     images, _ = cifar100.load_cifar100(cifar_root, "train")
     held = {image.tobytes() for image in test.dataset.images}
     assert held <= {image.tobytes() for image in images}
-    assert not held & {image.tobytes() for image in train.dataset.images}
+    assert not held & {image.tobytes() for image in train.dataset.dataset.images}
     assert torch.equal(test.dataset[0][0], test.dataset[0][0])
+
+
+@pytest.mark.parametrize(
+    ("holdout", "left"),
+    [(0.995, "0 images to train on and 300 held"), (0.01, "300 images to train on and 0 held")],
+)
+def test_a_holdout_that_leaves_nothing(cifar_root, holdout, left):
+    with pytest.raises(UserError, match=f"DATASET.HOLDOUT is {holdout}, which leaves {left}"):
+        get_dataset(cfg("cifar100", cifar_root, HOLDOUT=holdout))
+
+
+def test_testing_does_not_need_the_training_images(tmp_path, cifar_root):
+    (tmp_path / "cifar-100-python").mkdir()
+    (tmp_path / "cifar-100-python" / "test").write_bytes(
+        (cifar_root / "cifar-100-python" / "test").read_bytes()
+    )
+    loader, classes = get_test_set(cfg("cifar100", tmp_path))
+    assert (len(loader.dataset), classes) == (100, 100)
+
+
+def test_indices_are_places_in_the_training_set(cifar_root, tmp_path):
+    """CRD's memory is indexed by them: 0 … number of training images − 1, also for a subset."""
+    for kind, root in (("cifar100", cifar_root), ("imagenet", folders(tmp_path, 1000))):
+        train, _, count, _ = get_dataset(cfg(kind, root, TRAIN_PER_CLASS=1))
+        assert count == len(train.dataset)
+        assert [train.dataset[i][2] for i in (0, 7, count - 1)] == [0, 7, count - 1]
 
 
 def test_labels_are_checked_by_class_count():
@@ -147,12 +173,12 @@ def test_augmentation_crops_and_flips_and_tests_do_neither():
     image[0, :, :8] = 255
     train, test = small_image_transforms((0.0,) * 3, (1.0,) * 3, flip=True)
     torch.manual_seed(0)
-    data = ArrayDataset(image, np.array([3]), train, train=True)
+    data = ArrayDataset(image, np.array([3]), train)
     drawn = torch.stack([data[0][0] for _ in range(60)])
     bright_left = drawn[:, 0, 16, :8].mean(1) > drawn[:, 0, 16, -8:].mean(1)
     assert 15 < bright_left.sum() < 45  # flipped about half the time
     assert len({d.sum().item() for d in drawn}) > 3  # shifted by the crop
-    plain = ArrayDataset(image, np.array([3]), test, train=False)
+    plain = ArrayDataset(image, np.array([3]), test)
     assert torch.equal(plain[0][0], torch.from_numpy(image[0] / 255.0).permute(2, 0, 1).float())
     assert plain[0][1] == 3
 
@@ -182,9 +208,9 @@ def test_imagenet_from_class_folders(tmp_path):
 
 def test_imagenet_needs_a_thousand_classes(tmp_path):
     with pytest.raises(UserError, match="must hold 1000 class folders for imagenet, holds 3"):
-        imagenet.load_imagenet(folders(tmp_path, 3), "train")
+        imagenet.load_imagenet(folders(tmp_path, 3), "train", augment=True)
     with pytest.raises(UserError, match="DATASET.ROOT holds no ImageNet"):
-        imagenet.load_imagenet(tmp_path / "none", "val")
+        imagenet.load_imagenet(tmp_path / "none", "val", augment=False)
 
 
 def test_an_unknown_data_set_lists_what_there_is():
