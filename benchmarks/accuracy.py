@@ -19,6 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from deepkd_plugin.config import flatten
+from deepkd_plugin.launch import read_config
+from deepkd_plugin.record import config_hash, read_run
+from deepkd_plugin.registry import BUILTIN
+
 ROOT = Path(__file__).parents[1]
 KEPT = (
     *("result", "minutes", "seed", "teacher_acc", "device", "processor", "python", "versions", "commit"),
@@ -62,24 +67,25 @@ def train(
     name = "-".join([config.stem, f"seed{seed}", *variant[1:]])
     options = [*args.options, *variant, "SOLVER.SEED", str(seed), "LOG.PREFIX", str(args.output)]
     options += ["EXPERIMENT.NAME", name]
-    command = [sys.executable, str(ROOT / "tools/train.py"), "--cfg", str(config)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
-    found = sorted(args.output.glob(f"*/{name}/run.json"))
-    finished = bool(found) and json.loads(found[0].read_text())["finished"]
-    if not finished:
-        flags = ["--resume"] if found and (found[0].parent / "latest").exists() else ["--overwrite"]
-        done = subprocess.run([*command, *flags, *options], env=environment, capture_output=True, text=True)
+    cfg, _ = read_config(BUILTIN, str(config), options)
+    folder = args.output / cfg.EXPERIMENT.PROJECT / name
+    if (folder / "run.json").exists() and read_run(folder)["config_hash"] != config_hash(cfg):
+        raise SystemExit(f"{folder} holds a run of another config; name another --output")
+    if not (folder / "run.json").exists() or not read_run(folder)["finished"]:
+        flag = "--resume" if (folder / "latest").exists() else "--overwrite"
+        command = [sys.executable, str(ROOT / "tools/train.py"), "--cfg", str(config), flag, *options]
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{name} failed with exit code {done.returncode}: {done.stderr[-2000:]}")
-        (path,) = args.output.glob(f"*/{name}/run.json")
-    else:
-        path = found[0]
-    run = json.loads(path.read_text())
-    lines = [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
+    run = read_run(folder)
+    path = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
     result = run["result"]
     print(f"{name}: best {result['best']:.2f} last {result['last']:.2f}", file=sys.stderr, flush=True)
     return {
         "method": config.stem,
+        "config": flatten(cfg),
         "lr": max(line["lr"] for line in lines),
         "momentum": lines[-1]["momentum"],
         "curve": [line["test_acc"] for line in lines],
@@ -89,17 +95,26 @@ def train(
 def protocol(runs: list[dict[str, Any]], args: argparse.Namespace) -> str:
     """What the numbers are, and where they were measured."""
     first = runs[0]
+    cfg = first["config"]
     versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
     teachers = sorted({f"{run['teacher_acc']:.2f} %" for run in runs if run["teacher_acc"] is not None})
-    images = "held-out training images" if "DATASET.HOLDOUT" in args.options else "test images"
-    options = " ".join(args.options) or "none"
+    images = "held-out training images" if cfg["DATASET.HOLDOUT"] else "test images"
+    per_class = cfg["DATASET.TRAIN_PER_CLASS"] or "all"
+    pair = " → ".join([teacher_name(runs), cfg["DISTILLER.STUDENT"]])
     return (
-        f"Top-1 in percent on the {images}, {first['result']['epochs']} epochs, seeds "
-        f"{', '.join(map(str, args.seeds))}; best: of all epochs, last: of the last epoch; mean ± standard "
-        f"deviation (n − 1). Teacher {', '.join(teachers) or 'none'}. Options: {options}.\n"
+        f"{cfg['DATASET.TYPE']}, {pair}: top-1 in percent on the {images}; {per_class} training images of each "
+        f"class, share held out {cfg['DATASET.HOLDOUT']:g}; {first['result']['epochs']} epochs, batch "
+        f"{cfg['SOLVER.BATCH_SIZE']}, seeds {', '.join(map(str, args.seeds))}. best: the best of all epochs, last: "
+        f"the last epoch; mean ± standard deviation (n − 1). Teacher {', '.join(teachers) or 'none'} on the same "
+        f"images.\n\n"
         f"{first['processor']}, {first['device']}, Python {first['python']}; {versions}; commit "
         f"{', '.join(sorted({run['commit'] for run in runs}))}.\n"
     )
+
+
+def teacher_name(runs: list[dict[str, Any]]) -> str:
+    taught = [run["config"]["DISTILLER.TEACHER"] for run in runs if run["teacher_acc"] is not None]
+    return taught[0] if taught else "no teacher"
 
 
 def seed_table(runs: list[dict[str, Any]]) -> str:

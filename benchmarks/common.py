@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -35,11 +34,11 @@ def medians_in_turn(steps: Mapping[str, Callable[[], Any]], rounds: int, warmup:
 def peak_mebibytes(make: Callable[[], Callable[[], Any]], steps: int = 3) -> float:
     """The most memory that a few steps hold beyond what stood before the first, in a process of its own.
 
-    make builds everything and returns the step. On the CPU it is the growth of the resident set; on CUDA
-    the allocator's peak.
+    make builds everything and returns the step; it must be picklable. On the CPU it is the growth of the
+    resident set, on CUDA the allocator's peak.
     """
-    context = multiprocessing.get_context("fork" if not torch.cuda.is_available() else "spawn")
-    with context.Pool(1) as pool:
+    # a forked child would hang in the thread pool that its parent has used
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak, (make, steps, torch.get_num_threads()))
 
 
@@ -50,20 +49,18 @@ def _peak(make: Callable[[], Callable[[], Any]], steps: int, threads: int) -> fl
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
-        before = _resident()
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        before = _status("VmRSS")
     for _ in range(steps):
         step()
-    after = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _most_resident()
+    after = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
     return (after - before) / 2**20
 
 
-def _resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
-
-
-def _most_resident() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def _status(name: str) -> int:
+    """A size from /proc/self/status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(name + ":")).split()[1])
 
 
 def machine() -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 from common import medians_in_turn, peak_mebibytes, report
 from torch import Tensor
 
-from deepkd_plugin import DecoupledMomentumSGD
+from deepkd_plugin import DecoupledMomentumSGD, device
 
 Parts = tuple[torch.optim.Optimizer, Callable[[], None]]
 """An optimizer and the backward pass that gives it gradients."""
@@ -32,7 +32,8 @@ MOMENTA = {
 def tensors(width: int) -> list[Tensor]:
     torch.manual_seed(0)
     shapes = [(width, width, 3, 3), (width,), (width,)] * 110
-    return [torch.randn(shape).requires_grad_() for shape in shapes]
+    at = device.pick()
+    return [torch.randn(shape, device=at).requires_grad_() for shape in shapes]
 
 
 def linear_losses(params: list[Tensor]) -> Callable[[], dict[str, Tensor]]:

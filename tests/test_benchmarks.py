@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,3 +56,9 @@ def test_accuracy_tables_and_curves(data_root, tmp_path):
     assert times == [p.stat().st_mtime for p in sorted((tmp_path / "runs").glob("*/*/latest"))]
     run("curves.py", tmp_path / "table.json", tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_contact_sheet(tmp_path):
+    run("contact_sheet.py", tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (1280, 960)

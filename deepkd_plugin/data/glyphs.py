@@ -1,17 +1,13 @@
 """glyphs100: a data set shaped like CIFAR-100 that needs no download.
 
 100 characters are drawn from the fonts that matplotlib ships, then distorted, coloured and degraded until
-a small network cannot learn them all while a larger one can. Some classes resemble each other (b and 6,
-O and Q, Ш and Щ): that likeness is what a teacher can pass on.
-
-`python -m deepkd_plugin.data.glyphs --sheet PATH` writes a sheet of samples.
+a small network takes long to learn them. Some classes resemble each other (b and 6, O and Q, Ш and Щ): that
+likeness is what a teacher can pass on. docs/glyphs100.md shows them and says what the set is good for.
 """
 
-import argparse
-import contextlib
+from __future__ import annotations
+
 import functools
-import os
-import uuid
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,7 +15,8 @@ import numpy as np
 import PIL
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from deepkd_plugin.errors import UserError
+from ..checkpoint import write_whole
+from ..errors import UserError
 
 # Left out: characters that equal another up to size, since size is random here (c o s u v w x z k p θ π φ ψ),
 # or in some of the fonts (l, 0, 1, and the Greek and Cyrillic capitals that are drawn as Latin ones), and
@@ -53,9 +50,9 @@ FONTS: tuple[str, ...] = (
     "STIXGeneralItalic",
     "STIXGeneralBolIta",
 )
+NUM_CLASSES = len(CHARACTERS)
 PER_CLASS: dict[str, int] = {"train": 60, "test": 50}
 # Per channel, of the training images of seed 0, divided by 255.
-NUM_CLASSES = len(CHARACTERS)
 MEAN: tuple[float, float, float] = (0.5009, 0.5017, 0.5007)
 STD: tuple[float, float, float] = (0.26, 0.2593, 0.2592)
 
@@ -266,21 +263,13 @@ def load_glyphs100(root: str | Path, split: str, seed: int = 0) -> tuple[np.ndar
         return cached
 
     images, labels = render_glyphs(split, seed=seed)
-    # Each process writes a file of its own, so that two that start together cannot mix their bytes.
-    part = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "xb") as file:
-            np.savez(file, images=images, labels=labels)
-        os.replace(part, path)
+        write_whole(path, lambda file: np.savez(file, images=images, labels=labels))
     except OSError as error:
         raise UserError(
             f"DATASET.ROOT: cannot write glyphs100 to {path.parent} ({error.strerror}); name another"
         ) from error
-    finally:
-        # Gone after the rename, and never there where the folder cannot be used.
-        with contextlib.suppress(OSError):
-            part.unlink()
     return images, labels
 
 
@@ -293,22 +282,3 @@ def _read_cache(path: Path, count: int) -> tuple[np.ndarray, np.ndarray] | None:
         return None
     fits = images.shape == (count, SIZE, SIZE, 3) and labels.shape == (count,)
     return (images, labels) if fits and images.dtype == np.uint8 and labels.dtype == np.int64 else None
-
-
-def contact_sheet(images: np.ndarray, labels: np.ndarray) -> Image.Image:
-    """Lay out the first three images of each class, at twice their size, 20 classes to a row.
-
-    Takes images (N, 32, 32, 3) uint8 and labels (N,) with at least three of each class; returns a palette
-    image of 1280 x 960 pixels.
-    """
-    columns = 20
-    samples = np.stack([images[labels == i][:3] for i in range(len(CHARACTERS))])
-    rows = samples.reshape(-1, columns, 3, SIZE, SIZE, 3).transpose(0, 2, 3, 1, 4, 5)
-    sheet = Image.fromarray(np.ascontiguousarray(rows).reshape(-1, columns * SIZE, 3))
-    return sheet.quantize(256).resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Write a sheet of glyphs100 samples.")
-    parser.add_argument("--sheet", metavar="PATH", type=Path, required=True, help="PNG file to write")
-    contact_sheet(*render_glyphs("train", per_class=3)).save(parser.parse_args().sheet, optimize=True)

@@ -14,7 +14,6 @@ from deepkd_plugin.data.glyphs import (
     FONTS,
     MEAN,
     STD,
-    contact_sheet,
     load_glyphs100,
     render_glyphs,
 )
@@ -224,7 +223,3 @@ def test_cached_load_is_quick(train, tmp_path, monkeypatch):
         load_glyphs100(tmp_path, "train")
         times.append(time.perf_counter() - start)
     assert min(times) < 0.1
-
-
-def test_contact_sheet_size():
-    assert contact_sheet(*render_glyphs("train", per_class=3)).size == (1280, 960)
