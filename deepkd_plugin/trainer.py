@@ -262,7 +262,7 @@ def evaluate(distiller: nn.Module, loader: Any, at: torch.device, solver: Any) -
 
 def progress_bar(title: str, steps: int) -> tqdm:
     """A bar that is gone when it ends, and that is only drawn in a terminal."""
-    layout = "{desc} {bar:16} {n_fmt}/{total_fmt} {postfix}"
+    layout = "{desc} {bar:16} {n_fmt}/{total_fmt}{postfix}"
     return tqdm(total=steps, desc=title, leave=False, disable=None, bar_format=layout)
 
 
