@@ -85,6 +85,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--pairs", nargs="+", default=["resnet56:resnet20", "resnet32x4:resnet8x4"])
+    parser.add_argument(
+        "--no-memory", action="store_true", help="leave out peak memory, a process for each step"
+    )
     parser.add_argument("--write", type=Path, help="Markdown file to write; a .json is written beside it")
     args = parser.parse_args()
     rows = []
@@ -93,7 +96,7 @@ def main() -> None:
             name: functools.partial(deepkd_step, pair, args.batch, momentum)
             for name, momentum in COEFFICIENTS.items()
         }
-        memory = {name: peak_mebibytes(make) for name, make in makers.items()}
+        memory = {} if args.no_memory else {name: peak_mebibytes(make) for name, make in makers.items()}
         steps = {name: make() for name, make in makers.items()}
         times = medians_in_turn(steps | parts(pair, args.batch), args.rounds)
         backward = times["F_s + B"] - times["F_s"]
@@ -106,8 +109,8 @@ def main() -> None:
                     "ms": times[name],
                     "ratio to KD": times[name] / times["KD"],
                     "floor": (once + (passes - 1) * backward) / once,
-                    "peak MiB": memory[name],
                 }
+                | ({"peak MiB": memory[name]} if memory else {})
             )
     report(f"Training step, batch {args.batch}, medians of {args.rounds} rounds in turn", rows, args.write)
 
