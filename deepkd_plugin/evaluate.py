@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from . import config, device
 from .errors import UserError
-from .launch import Alone, Parser, guarded, trained_network
+from .networks import Alone, trained_network
 from .registry import BUILTIN, register
+from .terminal import Parser, guarded
 from .trainer import evaluate
 
 

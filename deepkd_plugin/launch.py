@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import shlex
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from importlib.resources import files
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import torch
 from torch import nn
 
 from . import checkpoint, config, device, record
 from .errors import UserError
+from .networks import Alone, network, trained_network
 from .registry import BUILTIN, Host, register
+from .terminal import Parser, Stopped, exit_code, guarded
 from .trainer import evaluate
 
 
@@ -44,31 +41,6 @@ def _main(words: list[str]) -> None:
     args = parser.parse_args(flags)
     command = shlex.join(["python", "tools/train.py", "--cfg", args.cfg, *options])
     train(args.cfg, options, args.resume, args.overwrite, command)
-
-
-class Parser(argparse.ArgumentParser):
-    """Tells of a mistake in one line, as everything else does."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"command line: {message}; see {self.prog} --help")
-
-
-def guarded(work: Callable[[], None]) -> int:
-    """Run a command; a UserError becomes one line on stderr and exit code 2, an interruption 130 or 143."""
-    try:
-        with _terminable():
-            work()
-    except UserError as error:
-        print(f"deepkd: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as interruption:
-        # SIGTERM comes with its exit code, the trainer's interruption with what is left of the run as well
-        code, message = (*interruption.args, 130, "interrupted; the same command starts again")[:2]
-        if len(interruption.args) == 1:
-            message = "interrupted; the same command starts again"
-        print(f"deepkd: {message}", file=sys.stderr)
-        return code
-    return 0
 
 
 def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, command: str) -> None:
@@ -115,14 +87,13 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
         result = trainer.train()
     except KeyboardInterrupt as interruption:
         record.add_minutes(folder, (time.perf_counter() - started) / 60)
-        code = interruption.args[0] if interruption.args else 130
         again = (
             f"Resume with: {command} --resume"
             if trainer.epoch
             else f"Start again with: {command} --overwrite"
         )
         message = f"interrupted in epoch {trainer.epoch + 1}. {trainer.resume_point()} {again}"
-        raise KeyboardInterrupt(code, message) from None
+        raise Stopped(message, exit_code(interruption)) from None
     with checkpoint.uninterrupted():
         minutes = record.add_minutes(folder, (time.perf_counter() - started) / 60)
         record.note(folder, {"result": result, "finished": True})
@@ -188,73 +159,8 @@ def tested_teacher(
     return teacher, accuracy
 
 
-def network(host: Host, dataset: str, name: str, num_classes: int) -> nn.Module:
-    """A fresh network of the host's zoo."""
-    make = host.models(dataset)[name]
-    return make(pretrained=False) if dataset == "imagenet" else make[0](num_classes=num_classes)
-
-
-def trained_network(
-    host: Host, dataset: str, name: str, num_classes: int, weights: str, key: str
-) -> nn.Module:
-    """A network with weights: a file, one that the package ships (builtin:NAME), or the zoo's own ("").
-
-    `key` is the config key or option that gave `weights`, for errors.
-    """
-    path = weights_file(host, dataset, name, weights)
-    if not path and dataset == "imagenet":
-        try:
-            return host.models(dataset)[name](pretrained=True).requires_grad_(False)
-        except OSError as error:
-            raise UserError(
-                f"{key} names no file and torchvision's weights of {name} cannot be fetched ({error}); name a file"
-            ) from None
-    if not path:
-        raise UserError(
-            f"{key} names no file and the zoo has no weights of {name}; it must name a checkpoint"
-        )
-    made = network(host, dataset, name, num_classes)
-    checkpoint.load_weights(made, path, key, name)
-    return made.requires_grad_(False)
-
-
-def weights_file(host: Host, dataset: str, name: str, weights: str) -> str:
-    """The file that `weights` means, as in trained_network; "" where torchvision provides them or nobody does."""
-    if weights.startswith("builtin:"):
-        shipped = files("deepkd_plugin.builtin").joinpath("weights")
-        return str(shipped.joinpath(weights.removeprefix("builtin:") + ".pt"))
-    if weights or dataset == "imagenet":
-        return weights
-    return host.models(dataset)[name][1] or ""
-
-
 def sibling(file: str) -> str:
     """The command that trains the same pair with another method, for the end of a run."""
     others = sorted(p.name for p in Path(file).parent.glob("*.yaml") if p.name != Path(file).name)
     preferred = [name for name in ("kd.yaml", "dkd.yaml") if name in others] or others
     return f"python tools/train.py --cfg {Path(file).parent / (preferred or [Path(file).name])[0]}"
-
-
-class Alone(nn.Module):
-    """A network under the protocol of `evaluate`."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return self.network(image)[0]
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM end a run as Ctrl-C does, with the exit code that shells expect of it."""
-
-    def stop(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt(128 + number)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

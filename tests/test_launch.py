@@ -42,7 +42,7 @@ def test_a_run_from_the_command_line(train, data_root):
     assert resolved["SOLVER"]["EPOCHS"] == 2
     assert resolved["DeepKD"]["BASE"] == "KD"
     records = read_metrics(train.folder)
-    assert [r["top_k"] for r in records] == [5, 99]
+    assert [r["top_k"] for r in records] == [50, 99]
 
 
 def test_the_student_file_is_read_by_eval(train, data_root, capsys):
