@@ -104,7 +104,7 @@ def protocol(runs: list[dict[str, Any]], args: argparse.Namespace) -> str:
     return (
         f"{cfg['DATASET.TYPE']}, {pair}: top-1 in percent on the {images}; {per_class} training images of each "
         f"class, share held out {cfg['DATASET.HOLDOUT']:g}; {first['result']['epochs']} epochs, batch "
-        f"{cfg['SOLVER.BATCH_SIZE']}, seeds {', '.join(map(str, args.seeds))}. best: the best of all epochs, last: "
+        f"{cfg['SOLVER.BATCH_SIZE']}{', bfloat16 autocast' if cfg['SOLVER.AMP'] else ''}, seeds {', '.join(map(str, args.seeds))}. best: the best of all epochs, last: "
         f"the last epoch; mean ± standard deviation (n − 1). Teacher {', '.join(teachers) or 'none'} on the same "
         f"images.\n\n"
         f"{first['processor']}, {first['device']}, Python {first['python']}; {versions}; commit "
