@@ -101,12 +101,13 @@ def protocol(runs: list[dict[str, Any]], args: argparse.Namespace) -> str:
     images = "held-out training images" if cfg["DATASET.HOLDOUT"] else "test images"
     per_class = cfg["DATASET.TRAIN_PER_CLASS"] or "all"
     pair = " → ".join([teacher_name(runs), cfg["DISTILLER.STUDENT"]])
+    precision = ", bfloat16 autocast" if cfg["SOLVER.AMP"] else ""
     return (
         f"{cfg['DATASET.TYPE']}, {pair}: top-1 in percent on the {images}; {per_class} training images of each "
         f"class, share held out {cfg['DATASET.HOLDOUT']:g}; {first['result']['epochs']} epochs, batch "
-        f"{cfg['SOLVER.BATCH_SIZE']}{', bfloat16 autocast' if cfg['SOLVER.AMP'] else ''}, seeds {', '.join(map(str, args.seeds))}. best: the best of all epochs, last: "
-        f"the last epoch; mean ± standard deviation (n − 1). Teacher {', '.join(teachers) or 'none'} on the same "
-        f"images.\n\n"
+        f"{cfg['SOLVER.BATCH_SIZE']}{precision}, seeds {', '.join(map(str, args.seeds))}. best: the best of all "
+        f"epochs, last: the last epoch; mean ± standard deviation (n − 1). Teacher "
+        f"{', '.join(teachers) or 'none'} on the same images.\n\n"
         f"{first['processor']}, {first['device']}, Python {first['python']}; {versions}; commit "
         f"{', '.join(sorted({run['commit'] for run in runs}))}.\n"
     )
