@@ -177,7 +177,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_by_accident(train):
     assert (train.folder / "metrics.jsonl").read_text() == before
     code, _, err = train("vanilla", "SOLVER.LR", "0.01", flags=["--resume"])
     assert code == 2
-    assert "--resume needs the run's own config: SOLVER.LR was 0.1, is 0.01" in err
+    assert "--resume needs the run's own config: SOLVER.LR was 0.2, is 0.01" in err
     assert (train.folder / "metrics.jsonl").read_text() == before
     assert train("vanilla", "SOLVER.LR", "0.01", flags=["--overwrite"])[0] == 0
     assert (train.folder / "metrics.jsonl").read_text() != before
