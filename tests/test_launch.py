@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -142,6 +143,18 @@ def test_data_that_is_missing(train, tmp_path):
         )  # fmt: skip
         assert str(tmp_path / "empty") in line
         assert expected in line
+
+
+def test_a_label_outside_the_classes(train, cifar_root, tmp_path):
+    folder = tmp_path / "bad" / "cifar-100-python"
+    folder.mkdir(parents=True)
+    held = pickle.loads((cifar_root / "cifar-100-python" / "train").read_bytes())
+    held["fine_labels"][7] = 100
+    (folder / "train").write_bytes(pickle.dumps(held))
+    line = mistake(train, "vanilla", "DATASET.TYPE", "cifar100", "DATASET.ROOT", str(tmp_path / "bad"))
+    assert line == (
+        f"{folder / 'train'}: label 100 of image 7 is outside the classes; labels must lie in 0 … 99"
+    )
 
 
 def test_a_teacher_of_other_classes_or_none_at_all(train, tmp_path):
