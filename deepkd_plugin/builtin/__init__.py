@@ -9,7 +9,7 @@ from importlib.resources import files
 
 from yacs.config import CfgNode
 
-from ..data import get_dataset, get_test_set
+from ..data import get_dataset
 from ..distillers import DKD, KD
 from ..trainer import Trainer
 from .models import cifar_model_dict, imagenet_model_dict, tiny_imagenet_model_dict
@@ -20,7 +20,6 @@ __all__ = [
     "cifar_model_dict",
     "distiller_dict",
     "get_dataset",
-    "get_test_set",
     "imagenet_model_dict",
     "tiny_imagenet_model_dict",
     "trainer_dict",

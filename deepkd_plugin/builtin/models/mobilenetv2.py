@@ -1,0 +1,109 @@
+"""MobileNetV2 for 32×32 images: Sandler et al., 2018 (arXiv:1801.04381), table 2, at half width, fewer strides.
+
+State-dict keys, initialisation and outputs follow mdistiller's network of the same name. Pooling is global:
+larger images work too.
+"""
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .initialise import fan_out_normal_
+
+# expansion, channels at full width, blocks, stride
+_STAGES = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 1),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
+_FEATURES = (1, 2, 4, 6)  # the stages whose outputs are features
+
+
+def inverted_residual(
+    c_in: int, c_out: int, stride: int, expansion: int, relu: type[nn.Module], bias: bool
+) -> nn.Sequential:
+    """1×1 convolution that widens, 3×3 depthwise convolution that strides, linear 1×1 convolution."""
+    c_mid = c_in * expansion
+    return nn.Sequential(
+        nn.Conv2d(c_in, c_mid, 1, bias=bias),
+        nn.BatchNorm2d(c_mid),
+        relu(inplace=True),
+        nn.Conv2d(c_mid, c_mid, 3, stride, padding=1, groups=c_mid, bias=bias),
+        nn.BatchNorm2d(c_mid),
+        relu(inplace=True),
+        nn.Conv2d(c_mid, c_out, 1, bias=bias),
+        nn.BatchNorm2d(c_out),
+    )
+
+
+class InvertedResidual(nn.Module):
+    """(B, C_in, H, W) -> (B, C_out, H / stride, W / stride), with an identity beside it where shapes allow."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        self.has_identity = stride == 1 and c_in == c_out
+        self.conv = inverted_residual(c_in, c_out, stride, expansion, nn.ReLU, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x) if self.has_identity else self.conv(x)
+
+
+class MobileNetV2(nn.Module):
+    """Seven stages of `InvertedResidual`, `width_mult` times the paper's width, behind a stem of stride 2.
+
+    forward: (B, 3, H, W) -> logits (B, num_classes) and, with w = width_mult,
+        feats: stem after ReLU and stages 2, 3, 5 and 7, (B, 32w, H/2, W/2), (B, 24w, H/2, W/2),
+            (B, 32w, H/4, W/4), (B, 96w, H/8, W/8), (B, 320w, H/16, W/16); no ReLU follows these stages, so
+            there are no preact_feats
+        pooled_feat: (B, 1280)
+    """
+
+    def __init__(self, width_mult: float, num_classes: int = 100) -> None:
+        super().__init__()
+        c_out = int(32 * width_mult)
+        self.conv1 = _conv_bn_relu(3, c_out, kernel=3, stride=2)
+        self.blocks = nn.ModuleList()
+        for expansion, channels, blocks, stride in _STAGES:
+            c_in, c_out = c_out, int(channels * width_mult)
+            stage = [InvertedResidual(c_in, c_out, stride, expansion)]
+            stage += [InvertedResidual(c_out, c_out, 1, expansion) for _ in range(blocks - 1)]
+            self.blocks.append(nn.Sequential(*stage))
+        self.conv2 = _conv_bn_relu(c_out, 1280, kernel=1, stride=1)  # never narrower than in the paper
+        self.classifier = nn.Sequential(nn.Linear(1280, num_classes))
+        fan_out_normal_(self)
+
+    def get_feat_modules(self) -> nn.ModuleList:
+        """The layers that make the features, without the last convolution and the classifier."""
+        return nn.ModuleList([self.conv1, self.blocks])
+
+    def get_bn_before_relu(self) -> list[nn.BatchNorm2d]:
+        """The last BatchNorm of the stages in `feats`, from which OFD takes its margins."""
+        return [self.blocks[i][-1].conv[-1] for i in _FEATURES]
+
+    def get_stage_channels(self) -> list[int]:
+        """Channels of the entries of `feats`."""
+        return [self.conv1[0].out_channels, *(bn.num_features for bn in self.get_bn_before_relu())]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        x = self.conv1(x)
+        feats = [x]
+        for i, stage in enumerate(self.blocks):
+            x = stage(x)
+            if i in _FEATURES:
+                feats.append(x)
+        pooled = F.adaptive_avg_pool2d(self.conv2(x), 1).flatten(1)
+        return self.classifier(pooled), {"feats": feats, "pooled_feat": pooled}
+
+
+def _conv_bn_relu(c_in: int, c_out: int, kernel: int, stride: int) -> nn.Sequential:
+    conv = nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU(inplace=True))
+
+
+mobile_half = partial(MobileNetV2, 0.5)

@@ -1,0 +1,62 @@
+"""ShuffleNet for 32×32 images: Zhang et al., 2018 (arXiv:1707.01083), table 1, three groups.
+
+State-dict keys, initialisation and outputs follow mdistiller's network of the same name. Pooling is global:
+larger images work too.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .shufflenet import STEM, ShuffleNet, channel_shuffle
+
+_GROUPS = 3
+
+
+class Unit(nn.Module):
+    """Grouped 1×1, shuffle, depthwise 3×3, grouped 1×1: (B, C_in, H, W) -> (B, C_out, H / stride, W / stride).
+
+    With stride 1 the input is added; with stride 2 it is pooled and appended, so that the convolutions make
+    only the other C_out − C_in channels. The unit that ends a stage leaves out its closing ReLU.
+    """
+
+    def __init__(self, c_in: int, c_out: int, stride: int, ends_stage: bool) -> None:
+        super().__init__()
+        self.appends = stride == 2
+        made = c_out - c_in if self.appends else c_out
+        mid = made // 4
+        # The stem has too few channels to split them (the paper, section 3.2).
+        self.groups = 1 if c_in == STEM else _GROUPS
+        self.conv1 = nn.Conv2d(c_in, mid, 1, groups=self.groups, bias=False)
+        self.bn1 = nn.BatchNorm2d(mid)
+        self.conv2 = nn.Conv2d(mid, mid, 3, stride, padding=1, groups=mid, bias=False)
+        self.bn2 = nn.BatchNorm2d(mid)
+        self.conv3 = nn.Conv2d(mid, made, 1, groups=_GROUPS, bias=False)
+        self.bn3 = nn.BatchNorm2d(made)
+        self.ends_stage = ends_stage
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        if self.groups > 1:
+            out = channel_shuffle(out, self.groups)
+        # The paper has no ReLU after the depthwise convolution; mdistiller has.
+        out = F.relu(self.bn2(self.conv2(out)), inplace=True)
+        out = self.bn3(self.conv3(out))
+        if self.appends:
+            out = torch.cat([out, F.avg_pool2d(x, 3, stride=2, padding=1)], 1)
+        else:
+            out += x
+        return out if self.ends_stage else F.relu(out, inplace=True)
+
+
+class ShuffleV1(ShuffleNet):
+    """`ShuffleNet` with stages of `Unit`, 240, 480 and 960 channels wide."""
+
+    def __init__(self, num_classes: int = 100) -> None:
+        super().__init__(_stage, (240, 480, 960))
+        self.linear = nn.Linear(960, num_classes)
+
+
+def _stage(c_in: int, c_out: int, units: int) -> nn.Sequential:
+    rest = (Unit(c_out, c_out, 1, ends_stage=i == units - 1) for i in range(1, units))
+    return nn.Sequential(Unit(c_in, c_out, 2, ends_stage=False), *rest)
