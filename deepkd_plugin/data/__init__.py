@@ -4,36 +4,65 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from types import ModuleType
 from typing import Any
 
 import numpy as np
+from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision import transforms
 
-from .. import device
+from .. import config, device
 from ..errors import UserError
-from . import cifar100, glyphs, imagenet
-from .arrays import ArrayDataset, Indexed, choose, small_image_transforms
+from . import cifar100, glyphs, imagenet, tiny_imagenet
+from .arrays import ArrayDataset, Indexed, choose
+from .views import StrongAugment, TwoViews
+
+Distortion = Callable[[Image.Image], Image.Image]
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set: how its parts are made from the config node DATASET. Both give (image, label)."""
+    """A data set: how its parts are read, and how an image becomes a tensor.
 
-    train: Callable[[Any], Dataset]
-    test: Callable[[Any], Dataset]
+    read: (node DATASET, "train" or "test", transform) -> data set of (transform(image), label) that has all
+    labels as `targets`. mean, std: of the channels, images being in [0, 1]. augmentation, resizing: what an
+    image goes through in training and in tests.
+    """
+
+    read: Callable[[Any, str, Callable[[Image.Image], Any]], Dataset]
     num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augmentation: tuple[Distortion, ...]
+    resizing: tuple[Distortion, ...] = ()
+
+    def training_transform(self, views: int) -> Callable[[Image.Image], Any]:
+        """Image to tensor, or to [weak view, strong view] where `views` is 2."""
+        weak = self._tensor(*self.augmentation)
+        return weak if views == 1 else TwoViews(weak, self._tensor(*self.augmentation, StrongAugment()))
+
+    def test_transform(self) -> Callable[[Image.Image], Tensor]:
+        """Image to tensor, nothing at random."""
+        return self._tensor(*self.resizing)
+
+    def _tensor(self, *distortions: Distortion) -> Callable[[Image.Image], Tensor]:
+        end = transforms.ToTensor(), transforms.Normalize(self.mean, self.std)
+        return transforms.Compose([*distortions, *end])
 
 
 def get_dataset(cfg: Any) -> tuple[DataLoader, DataLoader, int, int]:
     """(train loader, test loader, number of training images, number of classes) of DATASET.TYPE.
 
-    Training batches are (image, target, index), test batches (image, target). With DATASET.HOLDOUT the
-    second loader holds the images kept from training instead of the test set. Raises UserError for an
-    unknown type and for data that is missing or not what it should be.
+    Training batches are (image, target, index), where `image` is a list of the weak and the strong view if
+    the config's method needs both; test batches are (image, target). With DATASET.HOLDOUT the second loader
+    holds the images kept from training instead of the test set. Raises UserError for an unknown type and for
+    data that is missing or not what it should be.
     """
-    train = Indexed(_source(cfg).train(cfg.DATASET))
+    source = _source(cfg)
+    images = source.read(cfg.DATASET, "train", source.training_transform(config.views(cfg)))
+    chosen, _ = _choose(images, cfg.DATASET)
+    train = Indexed(Subset(images, chosen))
     test_loader, num_classes = get_test_set(cfg)
     train_loader = DataLoader(train, cfg.SOLVER.BATCH_SIZE, shuffle=True, **_loading(cfg))
     return train_loader, test_loader, len(train), num_classes
@@ -42,8 +71,16 @@ def get_dataset(cfg: Any) -> tuple[DataLoader, DataLoader, int, int]:
 def get_test_set(cfg: Any) -> tuple[DataLoader, int]:
     """(test loader, number of classes), without touching training images unless DATASET.HOLDOUT asks for them."""
     source = _source(cfg)
-    test = source.test(cfg.DATASET)
+    test = source.read(cfg.DATASET, "train" if cfg.DATASET.HOLDOUT else "test", source.test_transform())
+    if cfg.DATASET.HOLDOUT:
+        _, held = _choose(test, cfg.DATASET)
+        test = Subset(test, held)
     return DataLoader(test, cfg.DATASET.TEST.BATCH_SIZE, **_loading(cfg)), source.num_classes
+
+
+def num_classes(cfg: Any) -> int:
+    """The classes of DATASET.TYPE, without reading it."""
+    return _source(cfg).num_classes
 
 
 def _source(cfg: Any) -> Source:
@@ -52,43 +89,56 @@ def _source(cfg: Any) -> Source:
     return DATASETS[cfg.DATASET.TYPE]
 
 
+def _choose(images: Any, node: Any) -> tuple[np.ndarray, np.ndarray]:
+    return choose(np.asarray(images.targets), node.TRAIN_PER_CLASS, node.HOLDOUT)
+
+
 def _loading(cfg: Any) -> dict[str, Any]:
     return {"num_workers": cfg.DATASET.NUM_WORKERS, "pin_memory": device.pick().type == "cuda"}
 
 
-def _small_images(
-    source: ModuleType, load: Callable[[str, str], tuple[np.ndarray, np.ndarray]], flip: bool
-) -> Source:
-    """A set that fits into memory, with mdistiller's CIFAR-100 augmentation."""
-    augmented, plain = small_image_transforms(source.MEAN, source.STD, flip)
-
-    def train(node: Any) -> Dataset:
-        images, labels = load(node.ROOT, "train")
-        chosen, _ = choose(labels, node.TRAIN_PER_CLASS, node.HOLDOUT)
-        return ArrayDataset(images[chosen], labels[chosen], augmented)
-
-    def test(node: Any) -> Dataset:
-        if not node.HOLDOUT:
-            return ArrayDataset(*load(node.ROOT, "test"), plain)
-        images, labels = load(node.ROOT, "train")
-        _, held = choose(labels, node.TRAIN_PER_CLASS, node.HOLDOUT)
-        return ArrayDataset(images[held], labels[held], plain)
-
-    return Source(train, test, source.NUM_CLASSES)
+def _cifar100(node: Any, split: str, transform: Callable) -> Dataset:
+    return ArrayDataset(*cifar100.load_cifar100(node.ROOT, split, node.DOWNLOAD), transform)
 
 
-def _imagenet(train: bool, node: Any) -> Dataset:
-    if not train and not node.HOLDOUT:
-        return imagenet.load_imagenet(node.ROOT, "val", augment=False)
-    images = imagenet.load_imagenet(node.ROOT, "train", augment=train)
-    chosen, held = choose(np.asarray(images.targets), node.TRAIN_PER_CLASS, node.HOLDOUT)
-    return Subset(images, chosen if train else held)
+def _glyphs100(node: Any, split: str, transform: Callable) -> Dataset:
+    return ArrayDataset(*glyphs.load_glyphs100(node.ROOT, split), transform)
 
+
+def _imagenet(node: Any, split: str, transform: Callable) -> Dataset:
+    return imagenet.load_imagenet(node.ROOT, "train" if split == "train" else "val", transform)
+
+
+def _tiny_imagenet(node: Any, split: str, transform: Callable) -> Dataset:
+    return tiny_imagenet.load_tiny_imagenet(node.ROOT, "train" if split == "train" else "val", transform)
+
+
+_CROP = transforms.RandomCrop(32, padding=4)
 
 DATASETS: dict[str, Source] = {
-    "cifar100": _small_images(cifar100, cifar100.load_cifar100, flip=True),
+    "cifar100": Source(
+        _cifar100,
+        cifar100.NUM_CLASSES,
+        cifar100.MEAN,
+        cifar100.STD,
+        augmentation=(_CROP, transforms.RandomHorizontalFlip()),
+    ),
     # a mirrored glyph is another glyph (b and d), so there is no flip
-    "glyphs100": _small_images(glyphs, glyphs.load_glyphs100, flip=False),
-    "imagenet": Source(partial(_imagenet, True), partial(_imagenet, False), imagenet.NUM_CLASSES),
+    "glyphs100": Source(_glyphs100, glyphs.NUM_CLASSES, glyphs.MEAN, glyphs.STD, augmentation=(_CROP,)),
+    "imagenet": Source(
+        _imagenet,
+        imagenet.NUM_CLASSES,
+        imagenet.MEAN,
+        imagenet.STD,
+        imagenet.AUGMENTATION,
+        imagenet.RESIZING,
+    ),
+    "tiny_imagenet": Source(
+        _tiny_imagenet,
+        tiny_imagenet.NUM_CLASSES,
+        tiny_imagenet.MEAN,
+        tiny_imagenet.STD,
+        tiny_imagenet.AUGMENTATION,
+    ),
 }
 """The data sets of the built-in host."""

@@ -7,25 +7,22 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision import transforms
 
 from ..errors import UserError
 
 
 class ArrayDataset(Dataset[tuple[Any, ...]]):
-    """Images (N, H, W, 3) uint8 with labels (N,), transformed one by one: (image, label)."""
+    """Images (N, H, W, 3) uint8 with labels `targets` (N,): (transform(PIL image), label)."""
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, transform: Callable[[Any], Tensor]) -> None:
-        self.images, self.labels, self.transform = images, labels, transform
+    def __init__(self, images: np.ndarray, targets: np.ndarray, transform: Callable[[Any], Any]) -> None:
+        self.images, self.targets, self.transform = images, targets, transform
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
-        image = self.transform(Image.fromarray(self.images[index]))
-        return image, int(self.labels[index])
+        return self.transform(Image.fromarray(self.images[index])), int(self.targets[index])
 
 
 class Indexed(Dataset[tuple[Any, ...]]):
@@ -39,17 +36,6 @@ class Indexed(Dataset[tuple[Any, ...]]):
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         return (*self.dataset[index], index)
-
-
-def small_image_transforms(
-    mean: tuple[float, ...], std: tuple[float, ...], flip: bool
-) -> tuple[Callable[[Any], Tensor], Callable[[Any], Tensor]]:
-    """mdistiller's CIFAR-100 augmentation, for training and for tests."""
-    end = [transforms.ToTensor(), transforms.Normalize(mean, std)]
-    start: list[Any] = [transforms.RandomCrop(32, padding=4)]
-    if flip:
-        start.append(transforms.RandomHorizontalFlip())
-    return transforms.Compose(start + end), transforms.Compose(end)
 
 
 def choose(labels: np.ndarray, per_class: int, holdout: float) -> tuple[np.ndarray, np.ndarray]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torchvision import datasets
 
 from ..errors import UserError
 from .arrays import check_labels
@@ -17,23 +18,46 @@ STD = (0.2675, 0.2565, 0.2761)
 NUM_CLASSES = 100
 
 
-def load_cifar100(root: str | Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+def load_cifar100(root: str | Path, split: str, download: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Images (N, 32, 32, 3) uint8 and fine labels (N,) int64 of "train" or "test".
 
     Looked for under `root`: cifar-100-python/{train,test} as torchvision keeps it, else
     {train,test}/<class>/*.png with classes in alphabetical order (the official numbering), else the same
-    below cifar100/. Raises UserError where there is neither, and for labels outside the classes.
+    below cifar100/. With `download`, torchvision fetches the archive (169 MB) where neither split is in any
+    of these places. Raises UserError where the split is not there or cannot be fetched, and for labels
+    outside the classes.
     """
     root = Path(root)
+    if download and not (_find(root, "train") or _find(root, "test")):
+        _fetch(root)
+    found = _find(root, split)
+    if found is None:
+        other = _find(root, "train") or _find(root, "test")
+        raise UserError(
+            f"{root}: DATASET.ROOT holds no CIFAR-100; there must be cifar-100-python/{split} (torchvision's "
+            f"layout) or {split}/<class>/*.png; "
+            + (f"nothing is downloaded beside {other}" if other else "DATASET.DOWNLOAD True fetches it")
+        )
+    return _from_pickle(found) if found.is_file() else _from_folders(found)
+
+
+def _find(root: Path, split: str) -> Path | None:
+    """torchvision's file of a split, or the folder of its class folders."""
     if (root / "cifar-100-python" / split).is_file():
-        return _from_pickle(root / "cifar-100-python" / split)
-    for folder in (root / split, root / "cifar100" / split):
-        if folder.is_dir():
-            return _from_folders(folder)
-    raise UserError(
-        f"{root}: DATASET.ROOT holds no CIFAR-100; there must be cifar-100-python/{split} (torchvision's "
-        f"layout) or {split}/<class>/*.png"
-    )
+        return root / "cifar-100-python" / split
+    return next((f for f in (root / split, root / "cifar100" / split) if f.is_dir()), None)
+
+
+def _fetch(root: Path) -> None:
+    try:
+        # absolute, since torchvision reads ~ as the home folder and we do not
+        datasets.CIFAR100(str(root.absolute()), download=True)
+    except Exception as error:  # sockets, HTTP, tar and torchvision's checks have no base class in common
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"{root}: DATASET.DOWNLOAD is True and CIFAR-100 cannot be fetched ({reason}); put cifar-100-python/ or "
+            f"{{train,test}}/<class>/*.png there"
+        ) from None
 
 
 class _Plain(pickle.Unpickler):

@@ -1,32 +1,24 @@
+import http.client
 import os
 import pickle
+import shutil
+import urllib.error
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
-from yacs.config import CfgNode
 
-from deepkd_plugin.data import cifar100, get_dataset, get_test_set, imagenet
-from deepkd_plugin.data.arrays import ArrayDataset, check_labels, choose, small_image_transforms
+from deepkd_plugin.data import DATASETS, cifar100, get_dataset, get_test_set, imagenet
+from deepkd_plugin.data.arrays import ArrayDataset, check_labels, choose
 from deepkd_plugin.errors import UserError
 
 
-def cfg(kind, root, **node):
-    dataset = {
-        "TYPE": kind,
-        "ROOT": str(root),
-        "NUM_WORKERS": 0,
-        "TRAIN_PER_CLASS": 0,
-        "HOLDOUT": 0.0,
-        "TEST": {"BATCH_SIZE": 50},
-    }
-    return CfgNode({"DATASET": dataset | node, "SOLVER": {"BATCH_SIZE": 32}})
-
-
-def test_cifar100_in_torchvisions_layout(cifar_root):
-    train, test, count, classes = get_dataset(cfg("cifar100", cifar_root))
+def test_cifar100_in_torchvisions_layout(data_cfg, cifar_root):
+    train, test, count, classes = get_dataset(data_cfg("cifar100", cifar_root))
     assert (count, classes, len(test.dataset)) == (300, 100, 100)
     image, target, index = next(iter(train))
     assert image.shape == (32, 3, 32, 32)
@@ -35,19 +27,19 @@ def test_cifar100_in_torchvisions_layout(cifar_root):
     assert image.shape == (50, 3, 32, 32)
 
 
-def test_the_pixels_are_the_files_pixels(cifar_root):
+def test_the_pixels_are_the_files_pixels(data_cfg, cifar_root):
     images, labels = cifar100.load_cifar100(cifar_root, "train")
     with open(cifar_root / "cifar-100-python" / "train", "rb") as file:
         held = pickle.load(file)
     assert labels.tolist() == held["fine_labels"]
     red = held["data"][5].reshape(3, 32, 32)[0]
     assert np.array_equal(images[5, :, :, 0], red)
-    _, test, _, _ = get_dataset(cfg("cifar100", cifar_root))
+    _, test, _, _ = get_dataset(data_cfg("cifar100", cifar_root))
     normal, label = test.dataset[3]
     raw = test.dataset.images[3] / 255.0
     expected = (raw - np.array(cifar100.MEAN)) / np.array(cifar100.STD)
     assert np.allclose(normal.numpy(), expected.transpose(2, 0, 1), atol=1e-6)
-    assert label == test.dataset.labels[3]
+    assert label == test.dataset.targets[3]
 
 
 @pytest.mark.parametrize("below", ["", "cifar100"])
@@ -92,8 +84,78 @@ def test_bad_cifar100_files(tmp_path):
         write(tmp_path / name, **change)
         with pytest.raises(UserError, match=expected):
             cifar100.load_cifar100(tmp_path / name, "train")
-    with pytest.raises(UserError, match="DATASET.ROOT holds no CIFAR-100"):
+    with pytest.raises(
+        UserError, match="DATASET.ROOT holds no CIFAR-100.*; DATASET.DOWNLOAD True fetches it"
+    ):
         cifar100.load_cifar100(tmp_path, "train")
+
+
+@pytest.fixture
+def fetched(monkeypatch, cifar_root):
+    """torchvision's CIFAR100 without the network: the calls it got; it leaves what the archive would."""
+    calls = []
+
+    def fetch(root, download=False):
+        calls.append((root, download))
+        shutil.copytree(cifar_root, root, dirs_exist_ok=True)
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", fetch)
+    return calls
+
+
+def test_a_download_is_asked_for_and_made_once(data_cfg, fetched, tmp_path):
+    root = tmp_path / "new"
+    with pytest.raises(UserError, match="DATASET.DOWNLOAD True fetches it"):
+        get_dataset(data_cfg("cifar100", root))
+    assert not root.exists()
+    _, test, count, _ = get_dataset(data_cfg("cifar100", root, DOWNLOAD=True))
+    assert (count, len(test.dataset)) == (300, 100)
+    get_test_set(data_cfg("cifar100", root, DOWNLOAD=True))
+    assert fetched == [(str(root), True)]
+
+
+def test_a_root_with_a_tilde_is_the_one_that_is_read(fetched, tmp_path, monkeypatch):
+    """Other parts of the program do not expand it, so torchvision must not either."""
+    monkeypatch.chdir(tmp_path)
+    cifar100.load_cifar100("~", "test", download=True)
+    assert fetched == [(str(tmp_path / "~"), True)]
+
+
+@pytest.mark.parametrize("there", ["cifar-100-python/train", "train/", "cifar100/train/"])
+@pytest.mark.parametrize("asked", ["train", "test"])
+def test_nothing_is_downloaded_beside_what_is_there(fetched, tmp_path, there, asked):
+    """A layout that is damaged or lacks the other split is the user's to mend: no download writes into it."""
+    path = tmp_path / there
+    path.parent.mkdir(exist_ok=True)
+    if there.endswith("/"):
+        path.mkdir()
+    else:
+        path.write_bytes(b"")
+    expected = f"nothing is downloaded beside {path}" if asked == "test" else str(path)
+    with pytest.raises(UserError, match=expected):
+        cifar100.load_cifar100(tmp_path, asked, download=True)
+    assert fetched == []
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (urllib.error.URLError("no route to host"), "<urlopen error no route to host>"),
+        (RuntimeError("File not found\nor corrupted."), "File not found or corrupted."),
+        (PermissionError(13, "Permission denied"), "Permission denied"),
+        (http.client.IncompleteRead(b"x", 9), "IncompleteRead"),
+        (EOFError(), "EOFError"),
+    ],
+)
+def test_a_download_that_fails_is_one_line(data_cfg, tmp_path, monkeypatch, error, reason):
+    def fail(root, download):
+        raise error
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", fail)
+    with pytest.raises(UserError, match=f"DATASET.DOWNLOAD is True .*{reason}") as caught:
+        get_dataset(data_cfg("cifar100", tmp_path, DOWNLOAD=True))
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 class Payload:
@@ -126,13 +188,16 @@ def test_choosing_a_subset_and_a_holdout():
     assert len(none) == 0
 
 
-def test_a_holdout_comes_from_the_training_images_unaugmented(cifar_root):
-    train, test, count, _ = get_dataset(cfg("cifar100", cifar_root, HOLDOUT=0.34))
+def test_a_holdout_comes_from_the_training_images_unaugmented(data_cfg, cifar_root):
+    train, test, count, _ = get_dataset(data_cfg("cifar100", cifar_root, HOLDOUT=0.34))
     assert (count, len(test.dataset)) == (200, 100)
     images, _ = cifar100.load_cifar100(cifar_root, "train")
-    held = {image.tobytes() for image in test.dataset.images}
-    assert held <= {image.tobytes() for image in images}
-    assert not held & {image.tobytes() for image in train.dataset.dataset.images}
+    used, held = (
+        {part.dataset.images[i].tobytes() for i in part.indices}
+        for part in (train.dataset.dataset, test.dataset)
+    )
+    assert used | held == {image.tobytes() for image in images}
+    assert not held & used
     assert torch.equal(test.dataset[0][0], test.dataset[0][0])
 
 
@@ -140,24 +205,24 @@ def test_a_holdout_comes_from_the_training_images_unaugmented(cifar_root):
     ("holdout", "left"),
     [(0.995, "0 images to train on and 300 held"), (0.01, "300 images to train on and 0 held")],
 )
-def test_a_holdout_that_leaves_nothing(cifar_root, holdout, left):
+def test_a_holdout_that_leaves_nothing(data_cfg, cifar_root, holdout, left):
     with pytest.raises(UserError, match=f"DATASET.HOLDOUT is {holdout}, which leaves {left}"):
-        get_dataset(cfg("cifar100", cifar_root, HOLDOUT=holdout))
+        get_dataset(data_cfg("cifar100", cifar_root, HOLDOUT=holdout))
 
 
-def test_testing_does_not_need_the_training_images(tmp_path, cifar_root):
+def test_testing_does_not_need_the_training_images(data_cfg, tmp_path, cifar_root):
     (tmp_path / "cifar-100-python").mkdir()
     (tmp_path / "cifar-100-python" / "test").write_bytes(
         (cifar_root / "cifar-100-python" / "test").read_bytes()
     )
-    loader, classes = get_test_set(cfg("cifar100", tmp_path))
+    loader, classes = get_test_set(data_cfg("cifar100", tmp_path))
     assert (len(loader.dataset), classes) == (100, 100)
 
 
-def test_indices_are_places_in_the_training_set(cifar_root, tmp_path):
+def test_indices_are_places_in_the_training_set(data_cfg, imagenet_folders, cifar_root, tmp_path):
     """CRD's memory is indexed by them: 0 … number of training images − 1, also for a subset."""
-    for kind, root in (("cifar100", cifar_root), ("imagenet", folders(tmp_path, 1000))):
-        train, _, count, _ = get_dataset(cfg(kind, root, TRAIN_PER_CLASS=1))
+    for kind, root in (("cifar100", cifar_root), ("imagenet", imagenet_folders(tmp_path, 1000))):
+        train, _, count, _ = get_dataset(data_cfg(kind, root, TRAIN_PER_CLASS=1))
         assert count == len(train.dataset)
         assert [train.dataset[i][2] for i in (0, 7, count - 1)] == [0, 7, count - 1]
 
@@ -171,7 +236,8 @@ def test_labels_are_checked_by_class_count():
 def test_augmentation_crops_and_flips_and_tests_do_neither():
     image = np.zeros((1, 32, 32, 3), np.uint8)
     image[0, :, :8] = 255
-    train, test = small_image_transforms((0.0,) * 3, (1.0,) * 3, flip=True)
+    source = replace(DATASETS["cifar100"], mean=(0.0,) * 3, std=(1.0,) * 3)
+    train, test = source.training_transform(1), source.test_transform()
     torch.manual_seed(0)
     data = ArrayDataset(image, np.array([3]), train)
     drawn = torch.stack([data[0][0] for _ in range(60)])
@@ -183,17 +249,8 @@ def test_augmentation_crops_and_flips_and_tests_do_neither():
     assert plain[0][1] == 3
 
 
-def folders(root, classes):
-    for split in ("train", "val"):
-        for label in range(classes):
-            folder = root / "imagenet" / split / f"n{label:08d}"
-            folder.mkdir(parents=True)
-            Image.new("RGB", (40, 30), (label % 256, label // 256, 0)).save(folder / "a.jpeg")
-    return root
-
-
-def test_imagenet_from_class_folders(tmp_path):
-    train, test, count, classes = get_dataset(cfg("imagenet", folders(tmp_path, 1000)))
+def test_imagenet_from_class_folders(data_cfg, imagenet_folders, tmp_path):
+    train, test, count, classes = get_dataset(data_cfg("imagenet", imagenet_folders(tmp_path, 1000)))
     assert (count, classes) == (1000, 1000)
     image, _, index = train.dataset[999]
     assert image.shape == (3, 224, 224)
@@ -202,22 +259,26 @@ def test_imagenet_from_class_folders(tmp_path):
     assert image.shape == (3, 224, 224)
     assert target == 7
     (tmp_path / "imagenet" / "val" / "n00000003" / "a.jpeg").unlink()
-    with pytest.raises(UserError, match="DATASET.ROOT is not ImageNet .*n00000003"):
-        get_dataset(cfg("imagenet", tmp_path))
+    with pytest.raises(UserError, match="DATASET.ROOT is not imagenet .*n00000003"):
+        get_dataset(data_cfg("imagenet", tmp_path))
+    test.dataset.paths[3] = str(tmp_path / "no.jpeg")
+    with pytest.raises(UserError, match="no.jpeg: DATASET.ROOT has an image that cannot be read"):
+        test.dataset[3]
 
 
-def test_imagenet_needs_a_thousand_classes(tmp_path):
+def test_imagenet_needs_a_thousand_classes(imagenet_folders, tmp_path):
     with pytest.raises(UserError, match="must hold 1000 class folders for imagenet, holds 3"):
-        imagenet.load_imagenet(folders(tmp_path, 3), "train", augment=True)
+        imagenet.load_imagenet(imagenet_folders(tmp_path, 3), "train", None)
     with pytest.raises(UserError, match="DATASET.ROOT holds no ImageNet"):
-        imagenet.load_imagenet(tmp_path / "none", "val", augment=False)
+        imagenet.load_imagenet(tmp_path / "none", "val", None)
 
 
-def test_an_unknown_data_set_lists_what_there_is():
+def test_an_unknown_data_set_lists_what_there_is(data_cfg):
     with pytest.raises(
-        UserError, match="DATASET.TYPE is 'mnist'; it must be one of cifar100, glyphs100, imagenet"
+        UserError,
+        match="DATASET.TYPE is 'mnist'; it must be one of cifar100, glyphs100, imagenet, tiny_imagenet",
     ):
-        get_dataset(cfg("mnist", "x"))
+        get_dataset(data_cfg("mnist", "x"))
 
 
 @pytest.mark.skipif(

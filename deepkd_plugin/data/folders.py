@@ -1,0 +1,67 @@
+"""Data sets of image files, read one by one as they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch.utils.data import Dataset
+from torchvision.datasets import ImageFolder
+
+from ..errors import UserError
+
+
+class ImageFiles(Dataset[tuple[Any, ...]]):
+    """Images in files with labels `targets` (N,): (transform(RGB image), label).
+
+    size: (width, height) that every image must have; None for any. Raises UserError for an image of another
+    size and for one that cannot be read.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        targets: Sequence[int],
+        transform: Callable[[Any], Any],
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        self.paths, self.targets, self.transform, self.size = paths, targets, transform, size
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        return self.transform(self._read(self.paths[index])), self.targets[index]
+
+    def _read(self, path: str) -> Image.Image:
+        try:
+            with Image.open(path) as file:
+                image = file.convert("RGB")
+        except Exception as error:  # a damaged image can raise nearly anything
+            raise UserError(f"{path}: DATASET.ROOT has an image that cannot be read ({error})") from None
+        if self.size and image.size != self.size:
+            raise UserError(
+                f"{path}: this image is {image.width} x {image.height}; those of its data set must be "
+                f"{self.size[0]} x {self.size[1]}"
+            )
+        return image
+
+
+def class_folders(folder: Path, num_classes: int, kind: str) -> tuple[list[str], list[int]]:
+    """Paths and labels of <class>/**/<image> below `folder`, classes in alphabetical order.
+
+    Raises UserError where a class is empty or there are more or fewer than `num_classes`. `kind` is
+    DATASET.TYPE, for errors.
+    """
+    try:
+        found = sum(entry.is_dir() for entry in folder.iterdir())
+        if found != num_classes:
+            raise UserError(
+                f"{folder}: DATASET.ROOT must hold {num_classes} class folders for {kind}, holds {found}"
+            )
+        images = ImageFolder(str(folder))
+    except OSError as error:
+        raise UserError(f"{folder}: DATASET.ROOT is not {kind} ({error})") from None
+    return [path for path, _ in images.samples], images.targets
