@@ -34,8 +34,8 @@ def kd_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: f
     Logits (B, C) each; returns (B,). Raises ValueError for other shapes or T ≤ 0.
     """
     _check(student_logits, teacher_logits, temperature)
-    log_s = F.log_softmax(_wide(student_logits) / temperature, dim=1)
-    log_t = F.log_softmax(_wide(teacher_logits) / temperature, dim=1)
+    log_s = F.log_softmax(wide(student_logits) / temperature, dim=1)
+    log_t = F.log_softmax(wide(teacher_logits) / temperature, dim=1)
     return temperature**2 * _kl(log_t, log_s)
 
 
@@ -65,7 +65,7 @@ def decoupled_kd(
     if mask not in MASKS:
         raise ValueError(f"mask must be one of {MASKS}, got {mask!r}")
     target = target.long().unsqueeze(1)
-    student, teacher = _wide(student_logits) / temperature, _wide(teacher_logits) / temperature
+    student, teacher = wide(student_logits) / temperature, wide(teacher_logits) / temperature
     rest = non_target_index(target.squeeze(1), student.shape[1])
 
     log_s, log_t = F.log_softmax(student, 1), F.log_softmax(teacher, 1)
@@ -89,7 +89,7 @@ def standardise_logits(logits: Tensor) -> Tensor:
     logits: (B, C); returns (B, C) in float32 or wider. The deviation is the unbiased one, 1e-7 is added to
     it as in the method's release.
     """
-    logits = _wide(logits)
+    logits = wide(logits)
     return (logits - logits.mean(-1, keepdim=True)) / (logits.std(-1, keepdim=True) + 1e-7)
 
 
@@ -98,7 +98,8 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def _wide(logits: Tensor) -> Tensor:
+def wide(logits: Tensor) -> Tensor:
+    """Logits in float32 or wider: what autocast made narrow is widened."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .terms import View
 
 
 class Distiller(nn.Module):
@@ -41,8 +44,21 @@ class Distiller(nn.Module):
     def forward_train(self, image: Tensor, target: Tensor, epoch: int, **batch: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} must define forward_train")
 
-    def both_logits(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """The student's and the teacher's logits (B, C) of one view; the teacher's carry no graph."""
+    def views(self, image: Tensor | Sequence[Tensor], count: int) -> list[View]:
+        """Both networks' logits of each view of the batch; the teacher's carry no graph.
+
+        image: (B, 3, H, W), or a list of `count` views, weak before strong. Raises ValueError for another
+        number of views.
+        """
+        images = [image] if isinstance(image, Tensor) else list(image)
+        if len(images) != count:
+            raise ValueError(
+                f"{type(self).__name__} needs {count} view(s) of each image, the batch has {len(images)}; "
+                f"get_dataset gives as many as the config's method needs"
+            )
+        return [self._view(one) for one in images]
+
+    def _view(self, image: Tensor) -> View:
         with torch.no_grad():
             teacher_logits = self.teacher(image)[0]
         return self.student(image)[0], teacher_logits

@@ -3,91 +3,98 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..losses import DecoupledKD, decoupled_kd
+from ..losses import decoupled_kd
 from ..topk import TopKSchedule, count_classes
 from .base import Distiller, warmup_factor
-
-View = tuple[Tensor, Tensor]
-"""Student and teacher logits (B, C) of one view of the batch."""
-Decouple = Callable[[Tensor, Tensor], DecoupledKD]
-"""decoupled_kd with the batch's labels and the config's temperature and mask filled in."""
-Base = Callable[[Sequence[View], Tensor, Decouple], dict[str, Tensor]]
-"""A base method's loss by stream, unweighted scalars: (views, target, decouple) -> {"tog", "tcg", "ncg"}."""
+from .crld import crld_terms
+from .mlkd import mlkd_relations, mlkd_terms
+from .terms import Term, View, cross_entropy, standardised
 
 
-def _kd(views: Sequence[View], target: Tensor, decouple: Decouple) -> dict[str, Tensor]:
-    """KD is TCKD + (1 − p) · NCKD in every sample, so its non-target stream keeps that weight."""
-    ((student, teacher),) = views
-    terms = decouple(student, teacher)
-    non_target = (1.0 - terms.teacher_target_prob) * terms.nckd
-    return {
-        "tog": F.cross_entropy(student, target),
-        "tcg": terms.tckd.mean(),
-        "ncg": non_target.mean(),
-    }
+class Base(NamedTuple):
+    """A method whose distillation terms DeepKD takes apart."""
+
+    views: int
+    """How many views of an image it needs."""
+    terms: Callable[[Sequence[View], Any], list[Term]]
+    """(views, cfg) -> its terms."""
+    keeps_weight: bool = False
+    """Whether NCKD keeps the teacher's (1 - p) of each sample, as it has it in plain KD."""
+    task: Callable[[Sequence[View], Any], Tensor] | None = None
+    """(views, cfg) -> what stays with the task stream beside the cross-entropy, a scalar."""
 
 
-def _dkd(views: Sequence[View], target: Tensor, decouple: Decouple) -> dict[str, Tensor]:
-    """DKD frees NCKD of the teacher's (1 − p)."""
-    ((student, teacher),) = views
-    terms = decouple(student, teacher)
-    return {"tog": F.cross_entropy(student, target), "tcg": terms.tckd.mean(), "ncg": terms.nckd.mean()}
+def _single(views: Sequence[View], cfg: Any) -> list[Term]:
+    return [Term(*views[0], float(cfg.DeepKD.TEMPERATURE))]
 
 
-BASES: dict[str, Base] = {"KD": _kd, "DKD": _dkd}
-"""The methods that DeepKD can take apart. One with several views gets them all, in the batch's order."""
+BASES = {
+    "KD": Base(1, _single, keeps_weight=True),
+    "DKD": Base(1, _single),
+    "MLKD": Base(
+        2,
+        lambda views, cfg: mlkd_terms(views, cfg.MLKD),
+        task=lambda views, cfg: sum(mlkd_relations(views, cfg.MLKD)),
+    ),
+    "CRLD": Base(2, lambda views, cfg: crld_terms(views, float(cfg.DeepKD.TEMPERATURE), cfg.CRLD)),
+}
+"""The methods that DeepKD can take apart, by DeepKD.BASE."""
 
 
 class DeepKD(Distiller):
     """CE_WEIGHT · CE, TCG_WEIGHT · L_TCG and NCG_WEIGHT · L_NCG as the losses `tog`, `tcg` and `ncg`.
 
-    Everything comes from the config node DeepKD. The trainer DecoupledMomentumSGD gives each loss a
-    momentum of its own; under a trainer that sums the losses this is the base method with the top-K mask,
-    the ablation without decoupling.
+    Weights, temperature, warm-up and mask come from the config node DeepKD; what else a base method has,
+    such as MLKD's temperatures or CRLD's thresholds, from its own node. The trainer DecoupledMomentumSGD
+    gives each loss a momentum of its own; under a trainer that sums the losses this is the base method with
+    the top-K mask, the ablation without decoupling.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__(student, teacher)
-        node = cfg.DeepKD
-        self.base = BASES[node.BASE]
-        self.ce_weight = node.CE_WEIGHT
-        self.tcg_weight = node.TCG_WEIGHT
-        self.ncg_weight = node.NCG_WEIGHT
-        self.temperature = float(node.TEMPERATURE)
-        self.warmup_epochs = node.WARMUP
-        self.mask = node.MASK
-        self.epochs = cfg.SOLVER.EPOCHS
+        self.cfg = cfg
+        self.node = cfg.DeepKD
+        self.base = BASES[self.node.BASE]
+        self.standardise = cfg.EXPERIMENT.LOGIT_STAND
 
     def forward_train(
         self, image: Tensor | Sequence[Tensor], target: Tensor, epoch: int, **batch: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        images = [image] if isinstance(image, Tensor) else image
-        views = [self.both_logits(view) for view in images]
-        decouple = partial(
-            decoupled_kd,
-            target=target,
-            temperature=self.temperature,
-            top_k=self.top_k(epoch, views[0][0].shape[1]),
-            mask=self.mask.READING,
-        )
-        losses = self.base(views, target, decouple)
-        warmup = warmup_factor(epoch, self.warmup_epochs)
+        node = self.node
+        views = self.views(image, self.base.views)
+        tog = node.CE_WEIGHT * cross_entropy(views, target)
+        if self.base.task is not None:
+            tog = tog + self.base.task(views, self.cfg)
+        tcg, ncg = self.decoupled(self.base.terms(views, self.cfg), target, epoch)
+        warmup = warmup_factor(epoch, node.WARMUP)
         return views[0][0], {
-            "tog": self.ce_weight * losses["tog"],
-            "tcg": warmup * self.tcg_weight * losses["tcg"],
-            "ncg": warmup * self.ncg_weight * losses["ncg"],
+            "tog": tog,
+            "tcg": warmup * node.TCG_WEIGHT * tcg,
+            "ncg": warmup * node.NCG_WEIGHT * ncg,
         }
+
+    def decoupled(self, terms: Sequence[Term], target: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        """The target-class and the non-target-class parts of the terms, two scalars."""
+        top_k = self.top_k(epoch, terms[0].student.shape[1])
+        target_class, non_target = [], []
+        for term in standardised(terms, self.standardise):
+            tckd, nckd, p = decoupled_kd(
+                term.student, term.teacher, target, term.temperature, top_k, self.node.MASK.READING
+            )
+            if self.base.keeps_weight:
+                nckd = (1.0 - p) * nckd
+            target_class.append((term.weight * tckd).mean())
+            non_target.append((term.weight * nckd).mean())
+        return sum(target_class), sum(non_target)
 
     def top_k(self, epoch: int, num_classes: int) -> int | None:
         """How many non-target classes count in this epoch (from 1); None without a mask."""
-        progress = min((epoch - 1) / max(self.epochs - 1, 1), 1.0)
-        return mask_size(self.mask, num_classes, progress)
+        progress = min((epoch - 1) / max(self.cfg.SOLVER.EPOCHS - 1, 1), 1.0)
+        return mask_size(self.node.MASK, num_classes, progress)
 
 
 def mask_size(mask: Any, num_classes: int, progress: float) -> int | None:

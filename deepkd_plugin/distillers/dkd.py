@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..losses import decoupled_kd
 from .base import Distiller, warmup_factor
+from .terms import Term, cross_entropy, standardised
 
 
 class DKD(Distiller):
@@ -21,14 +21,16 @@ class DKD(Distiller):
         self.alpha = cfg.DKD.ALPHA
         self.beta = cfg.DKD.BETA
         self.warmup_epochs = cfg.DKD.WARMUP
+        self.standardise = cfg.EXPERIMENT.LOGIT_STAND
 
     def forward_train(
         self, image: Tensor, target: Tensor, epoch: int, **batch: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        student_logits, teacher_logits = self.both_logits(image)
-        tckd, nckd, _ = decoupled_kd(student_logits, teacher_logits, target, self.temperature)
+        views = self.views(image, 1)
+        (term,) = standardised([Term(*views[0], self.temperature)], self.standardise)
+        tckd, nckd, _ = decoupled_kd(term.student, term.teacher, target, term.temperature)
         dkd = self.alpha * tckd.mean() + self.beta * nckd.mean()
-        return student_logits, {
-            "loss_ce": self.ce_weight * F.cross_entropy(student_logits, target),
+        return views[0][0], {
+            "loss_ce": self.ce_weight * cross_entropy(views, target),
             "loss_kd": warmup_factor(epoch, self.warmup_epochs) * dkd,
         }

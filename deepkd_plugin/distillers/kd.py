@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..losses import kd_divergence
 from .base import Distiller
+from .terms import Term, cross_entropy, divergence, standardised
 
 
 class KD(Distiller):
@@ -19,13 +18,14 @@ class KD(Distiller):
         self.temperature = float(cfg.KD.TEMPERATURE)
         self.ce_weight = cfg.KD.LOSS.CE_WEIGHT
         self.kd_weight = cfg.KD.LOSS.KD_WEIGHT
+        self.standardise = cfg.EXPERIMENT.LOGIT_STAND
 
     def forward_train(
         self, image: Tensor, target: Tensor, epoch: int, **batch: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        student_logits, teacher_logits = self.both_logits(image)
-        kd = kd_divergence(student_logits, teacher_logits, self.temperature).mean()
-        return student_logits, {
-            "loss_ce": self.ce_weight * F.cross_entropy(student_logits, target),
-            "loss_kd": self.kd_weight * kd,
+        views = self.views(image, 1)
+        terms = [Term(*views[0], self.temperature)]
+        return views[0][0], {
+            "loss_ce": self.ce_weight * cross_entropy(views, target),
+            "loss_kd": self.kd_weight * divergence(standardised(terms, self.standardise)),
         }
