@@ -1,10 +1,29 @@
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "deepkd_plugin/__init__.py").read_text()).group(1)
+
+
+class BuildPy(build_py):
+    """Takes configs/ and patches/ along into the package, where deepkd_plugin/shipped.py finds them."""
+
+    def run(self):
+        super().run()
+        if self.editable_mode:  # they are beside the package then
+            return
+        into = Path(self.build_lib, "deepkd_plugin", "_shipped")
+        shutil.rmtree(into, ignore_errors=True)  # a build folder keeps files that are gone from here
+        for folder, pattern in (("configs", "*.yaml"), ("patches", "*.patch")):
+            for file in sorted((HERE / folder).rglob(pattern)):
+                to = into / file.relative_to(HERE)
+                self.mkpath(str(to.parent))
+                self.copy_file(str(file), str(to))
+
 
 setup(
     name="deepkd_plugin",
@@ -26,5 +45,11 @@ setup(
         "pillow>=10",
         "matplotlib>=3.8",  # its fonts make glyphs100
     ],
-    extras_require={"test": ["pytest>=8", "ruff"]},
+    extras_require={
+        "mdistiller": ["scipy"],  # mdistiller imports it and does not declare it
+        "wandb": ["wandb"],
+        "test": ["pytest>=8", "ruff"],
+    },
+    entry_points={"console_scripts": ["deepkd = deepkd_plugin.cli:entry"]},
+    cmdclass={"build_py": BuildPy},
 )
