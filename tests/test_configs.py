@@ -1,0 +1,389 @@
+"""The config files of the tables: each is read and trains a step, and their numbers are the recipes'."""
+
+import csv
+import importlib
+import math
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import nn
+from torch.utils.data import DataLoader
+
+from deepkd_plugin import builtin, config, registry
+from deepkd_plugin.launch import read_config, trainers
+from deepkd_plugin.networks import network
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
+DATASETS = {"cifar100": (17, 32, 100), "imagenet": (3, 64, 1000), "tiny_imagenet": (2, 64, 200)}
+"""Data set -> pairs, side of the images here, classes."""
+
+TWINS = {"kd": "deepkd", "dkd": "deepkd_dkd", "mlkd": "deepkd_mlkd", "crld": "deepkd_crld"}
+METHODS = sorted([*TWINS, *TWINS.values()])
+PAIRS = sorted(folder for dataset in DATASETS for folder in (CONFIGS / dataset).iterdir())
+FILES = [file for folder in PAIRS for file in sorted(folder.glob("*"))]
+
+LOSSES = {"kd": ["loss_ce", "loss_kd"], "mlkd": ["loss_ce", "loss_kd", "loss_cc", "loss_bc"]}
+LOSSES |= {"dkd": LOSSES["kd"], "crld": LOSSES["kd"]} | {
+    name: ["tog", "tcg", "ncg"] for name in TWINS.values()
+}
+
+TEACHERS = {"resnet110": "res110", "resnet32x4": "res32x4", "resnet56": "res56", "wrn_40_2": "wrn40_2"}
+TEACHERS |= {"vgg13": "vgg13", "ResNet50": "res50", "ResNet34": "r34"}
+STUDENTS = {"resnet20": "res20", "resnet32": "res32", "resnet8x4": "res8x4", "ShuffleV1": "shuv1"}
+STUDENTS |= {"ShuffleV2": "shuv2", "MobileNetV2": "mv2", "ResNet18": "r18"}
+
+with (ROOT / "tools" / "recipes.csv").open(newline="") as rows:
+    ROWS = list(csv.DictReader(rows))
+
+
+def label(path):
+    return "/".join(path.relative_to(CONFIGS).with_suffix("").parts)
+
+
+def read(file):
+    return read_config(registry.BUILTIN, file, [])[0]
+
+
+def load(file):
+    """A file's own keys, nested."""
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
+def keys(tree):
+    """Dotted path -> value of nested mappings."""
+    return dict(config._leaves(tree))
+
+
+class Sure(nn.Module):
+    """A teacher of random weights that is confident, so that CRLD's thresholds let its samples through."""
+
+    def __init__(self, made):
+        super().__init__()
+        self.made = made
+
+    def forward(self, image):
+        logits, features = self.made(image)
+        return 100 * (logits - logits.mean(1, keepdim=True)) / logits.std(1, keepdim=True), features
+
+
+def batches(cfg):
+    """Loaders of one batch of two images each, as get_dataset gives them."""
+    _, side, classes = DATASETS[cfg.DATASET.TYPE]
+
+    def view():
+        return torch.randn(3, side, side)
+
+    labels = torch.randint(classes, (2,)).tolist()
+    images = [view() if config.views(cfg) == 1 else [view(), view()] for _ in labels]
+    train = [(image, target, index) for index, (image, target) in enumerate(zip(images, labels))]
+    return DataLoader(train, 2), DataLoader([(view(), target) for target in labels], 2)
+
+
+def test_the_files_that_there_are():
+    for dataset, (pairs, _, _) in DATASETS.items():
+        folders = [folder for folder in PAIRS if folder.parent.name == dataset]
+        assert len(folders) == pairs, dataset
+        for folder in folders:
+            assert sorted(file.stem for file in folder.iterdir()) == METHODS, folder
+    assert len(FILES) == 17 * 8 + 3 * 8 + 2 * 8
+
+
+@pytest.mark.filterwarnings("ignore:MobileNetV2 on ImageNet:UserWarning")
+@pytest.mark.parametrize("file", FILES, ids=label)
+def test_a_file_is_read_and_trains_a_step(file, tmp_path):
+    cfg = read(file)
+    classes = DATASETS[cfg.DATASET.TYPE][2]
+    config.check_mask(cfg, {}, classes)
+    torch.manual_seed(0)
+    student, teacher = (
+        network(registry.BUILTIN, cfg.DATASET.TYPE, name, classes)
+        for name in (cfg.DISTILLER.STUDENT, cfg.DISTILLER.TEACHER)
+    )
+    distiller = registry.BUILTIN.distillers[cfg.DISTILLER.TYPE](
+        student, Sure(teacher).requires_grad_(False), cfg
+    )
+    before = [p.detach().clone() for p in student.parameters()]
+    trainer = trainers(registry.BUILTIN)[cfg.SOLVER.TRAINER]("run", distiller, *batches(cfg), cfg)
+    trainer.teacher_acc = 50.0
+    named = {}
+    by_stream = trainer.losses_by_stream
+    trainer.losses_by_stream = lambda losses: named.update(losses) or by_stream(losses)
+    entry = trainer.train_epoch(1)
+
+    method = file.stem
+    assert list(named) == LOSSES[method]
+    assert all(0 < loss.item() < math.inf for loss in named.values()), named
+    momentum, _ = config.momenta(cfg)
+    assert entry["momentum"] == momentum
+    assert set(entry["loss"]) == ({"tog", "tcg", "ncg"} if method in TWINS.values() else {"tog"})
+    assert math.isfinite(entry["train_loss"])
+    assert ("top_k" in entry) == (method in TWINS.values())
+    moved = [not torch.equal(p, q) for p, q in zip(student.parameters(), before)]
+    assert all(moved)
+
+
+@pytest.mark.parametrize("folder", PAIRS, ids=label)
+def test_what_every_file_of_a_pair_says(folder):
+    """Plain yacs reads what we read, no key is unknown, and names are those of the folder."""
+    shorts = set()
+    for file in folder.iterdir():
+        cfg, method = read(file), file.stem
+        plain = builtin.CFG.clone()
+        config.add_deepkd_config(plain)
+        assert keys(load(file)).keys() <= config.flatten(plain).keys()
+        plain.merge_from_file(str(file))
+        assert config.flatten(plain) == config.flatten(cfg)
+        assert cfg.DATASET.TYPE == cfg.EXPERIMENT.PROJECT == folder.parent.name
+        assert cfg.SOLVER.TRAINER == "DecoupledMomentumSGD"
+        tag, teacher, student = cfg.EXPERIMENT.TAG.split(",")
+        assert (tag, f"{teacher}_{student}") == (method, folder.name)
+        assert config.views(cfg) == (2 if method.endswith(("mlkd", "crld")) else 1)
+        shorts.add((cfg.DISTILLER.TEACHER, teacher, cfg.DISTILLER.STUDENT, student))
+        base = method.removeprefix("deepkd_").upper()
+        if method in TWINS.values():
+            assert cfg.DISTILLER.TYPE == "DeepKD"
+            assert ("KD" if method == "deepkd" else base) == cfg.DeepKD.BASE
+            assert load(file)["DeepKD"]["MASK"]["TYPE"] == "dynamic"
+            assert load(file)["SOLVER"]["DECOUPLED"]["VARIANT"] == "paper"
+        else:
+            assert base == cfg.DISTILLER.TYPE
+            assert not any(cfg.SOLVER.DECOUPLED.DELTA.values())
+    assert len(shorts) == 1
+
+
+@pytest.mark.parametrize("folder", PAIRS, ids=label)
+@pytest.mark.parametrize("method", TWINS)
+def test_a_baseline_has_the_protocol_of_its_twin(folder, method):
+    ours, theirs = (read(folder / f"{name}.yaml") for name in (method, TWINS[method]))
+    for cfg in (ours, theirs):
+        cfg.defrost()
+        del cfg.SOLVER["DECOUPLED"]
+    assert config.flatten(ours.SOLVER) == config.flatten(theirs.SOLVER)
+    assert config.flatten(ours.DATASET) == config.flatten(theirs.DATASET)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_mobilenet_v2_on_imagenet_is_mobilenet_v1(method):
+    files = [CONFIGS / "imagenet" / folder / f"{method}.yaml" for folder in ("r50_mv1", "r50_mv2")]
+    ours, alias = map(load, files)
+    assert (alias["DISTILLER"]["STUDENT"], alias["EXPERIMENT"]["TAG"]) == ("MobileNetV2", f"{method},r50,mv2")
+    ours["DISTILLER"]["STUDENT"], ours["EXPERIMENT"]["TAG"] = "MobileNetV2", f"{method},r50,mv2"
+    assert alias == ours
+    assert "\n# Papers on mdistiller call its MobileNetV1 MobileNetV2" in files[1].read_text()
+
+
+def test_the_alias_warns():
+    with pytest.warns(UserWarning, match="MobileNetV2 on ImageNet is mdistiller's MobileNetV1"):
+        network(registry.BUILTIN, "imagenet", "MobileNetV2", 1000)
+
+
+def destination(row):
+    """(folders, base) of the files that a recipe's row belongs to, and the row as its file means it."""
+    dataset, base = row["dataset"], row["base"]
+    pair = f"{TEACHERS[row['teacher']]}_{STUDENTS.get(row['student'], row['student'])}"
+    names = ["r50_mv1", "r50_mv2"] if (dataset, pair) == ("imagenet", "res50_mv2") else [pair]
+    if (base, pair, row["delta_ncg"]) == ("KD", "res32x4_wrn_16_2", "0.05"):  # names KD in the folder of DKD
+        base, row = "DKD", row | {"ce_weight": "1.0", "nckd_weight": "8.0", "kd_warmup_epochs": "20"}
+    if base == "KD_ours":  # MLKD's first name; the row lacks what the file has for MLKD
+        base, row = "MLKD", row | {"kd_weight": "0.5", "nckd_weight": "0.5", "kd_warmup_epochs": "20"}
+    return [CONFIGS / dataset / name for name in names], base, row
+
+
+COMMON = {
+    "SOLVER.BATCH_SIZE": "batch",
+    "SOLVER.EPOCHS": "epochs",
+    "SOLVER.LR": "lr",
+    "SOLVER.WEIGHT_DECAY": "weight_decay",
+    "SOLVER.MOMENTUM": "momentum",
+}
+TWIN = {
+    "SOLVER.DECOUPLED.DELTA.TOG": "delta_tog",
+    "SOLVER.DECOUPLED.DELTA.TCG": "delta_tcg",
+    "SOLVER.DECOUPLED.DELTA.NCG": "delta_ncg",
+    "DeepKD.CE_WEIGHT": "ce_weight",
+    "DeepKD.TCG_WEIGHT": "tckd_weight",
+    "DeepKD.NCG_WEIGHT": "nckd_weight",
+    "DeepKD.WARMUP": "kd_warmup_epochs",
+}
+BOTH = {
+    "MLKD": {"MLKD.KD_WEIGHT": "kd_weight"},
+    "CRLD": {"CRLD.WV_WEIGHT": "wv_weight", "CRLD.CV_WEIGHT": "cv_weight"},
+}
+ALONE = {
+    "KD": {"KD.TEMPERATURE": "temperature"},
+    "DKD": {"DKD.T": "temperature", "DKD.WARMUP": "kd_warmup_epochs"},
+    "MLKD": {"MLKD.CE_WEIGHT": "ce_weight"},
+    "CRLD": {"CRLD.CE_WEIGHT": "ce_weight", "CRLD.TEMPERATURE": "temperature"},
+}
+"""Config key -> column of the recipes, in both files of a base, in DeepKD's, in the baseline's."""
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda r: f"{r['base']},{r['teacher']},{r['student']}")
+def test_the_numbers_of_a_recipe(row):
+    folders, base, row = destination(row)
+    twin = TWIN | ({} if base == "MLKD" else {"DeepKD.TEMPERATURE": "temperature"})
+    cosine = {"LR_SCHEDULE": "cosine", "WARMUP_EPOCHS": 20, "MIN_LR": 5e-5}
+    for folder in folders:
+        for method, columns in ((TWINS[base.lower()], twin), (base.lower(), ALONE[base])):
+            cfg = read(folder / f"{method}.yaml")
+            wanted = {
+                key: float(row[name] or 0) for key, name in (COMMON | BOTH.get(base, {}) | columns).items()
+            }
+            assert {key: config.get(cfg, key) for key in wanted} == wanted, method
+            if base == "MLKD":
+                temperatures = cfg.MLKD.TEMPERATURES
+                assert temperatures == sorted({float(row["temperature"]), 2.0, 3.0, 5.0, 6.0})
+            if row["schedule"] == "cosine":
+                assert {key: cfg.SOLVER[key] for key in cosine} == cosine
+            else:
+                steps = "/".join(map(str, cfg.SOLVER.LR_DECAY_STAGES))
+                assert f"{cfg.SOLVER.LR_SCHEDULE} {steps} x{cfg.SOLVER.LR_DECAY_RATE}" == row["schedule"]
+                assert cfg.SOLVER.WARMUP_EPOCHS == 0
+
+
+def test_the_recipes_reach_every_file_that_does_not_say_where_its_numbers_are_from():
+    reached = {(folder, base.lower()) for folders, base, _ in map(destination, ROWS) for folder in folders}
+    for file in FILES:
+        base = "kd" if file.stem == "deepkd" else file.stem.removeprefix("deepkd_")
+        borrowed = re.search("The release has no recipe|No recipe is published", file.read_text())
+        assert ((file.parent, base) in reached) != bool(borrowed), file
+
+
+def test_the_deltas_of_tiny_imagenet_are_the_most_frequent_ones():
+    counted = Counter((r["delta_tog"], r["delta_tcg"], r["delta_ncg"]) for r in ROWS)
+    ((most, _),) = counted.most_common(1)
+    for file in CONFIGS.glob("tiny_imagenet/*/deepkd*.yaml"):
+        assert tuple(load(file)["SOLVER"]["DECOUPLED"]["DELTA"].values()) == tuple(map(float, most))
+
+
+@pytest.mark.parametrize("folder", PAIRS, ids=label)
+def test_weights_of_kd_and_dkd(folder):
+    kd, dkd = (load(folder / f"{name}.yaml") for name in ("kd", "dkd"))
+    imagenet = folder.parent.name == "imagenet"
+    (ce, distillation), temperature = ((0.5, 0.5), 1) if imagenet else ((0.1, 0.9), 4)
+    assert kd["KD"] == {"TEMPERATURE": temperature, "LOSS": {"CE_WEIGHT": ce, "KD_WEIGHT": distillation}}
+    assert (dkd["DKD"]["CE_WEIGHT"], dkd["DKD"]["ALPHA"]) == (1.0, 1.0)
+    assert (dkd["DKD"]["T"], dkd["DKD"]["WARMUP"]) == (temperature, 1 if imagenet else 20)
+
+
+@pytest.fixture
+def maker(monkeypatch):
+    """tools/make_configs.py as a module."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    return importlib.import_module("make_configs")
+
+
+def test_files_and_tables_are_what_the_tool_makes(maker, capsys):
+    assert maker.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_the_check_names_what_differs(maker, tmp_path, capsys):
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs" / "configs.md"
+    page.write_text(
+        "".join(f"<!-- table: {n} -->\n<!-- end -->\n" for n in ("faults", "siblings", "baselines"))
+    )
+    assert maker.main([], tmp_path) == 0
+    assert maker.main(["--check"], tmp_path) == 0
+    pair = tmp_path / "configs" / "imagenet" / "r34_r18"
+    (pair / "kd.yaml").write_text((pair / "kd.yaml").read_text().replace("0.2", "0.3"))
+    (pair / "dkd.yaml").unlink()
+    (pair / "mine.yaml").write_text("SOLVER: {}\n")
+    page.write_text(page.read_text().replace("steps 30/60/90", "cosine"))
+    capsys.readouterr()
+    assert maker.main(["--check"], tmp_path) == 1
+    named = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
+    expected = [f"configs/imagenet/r34_r18/{name}.yaml" for name in ("mine", "kd", "dkd")]
+    assert named == [*expected, "docs/configs.md"]
+    assert maker.main([], tmp_path) == 1  # it does not delete what it did not make
+    (pair / "mine.yaml").unlink()
+    assert maker.main(["--check"], tmp_path) == 0
+    assert maker.main(["--chekc"], tmp_path) == 2
+
+
+def checkout(variable, name):
+    root = os.environ.get(variable)
+    if not root:
+        pytest.skip(f"no checkout of {name}: {variable} names none")
+    return Path(root)
+
+
+@pytest.fixture(scope="module")
+def release():
+    """(root of the authors' release, {our file: content of the release's file for the same pair and method})."""
+    root = checkout("DEEPKD_RELEASE_ROOT", "the authors' release")
+    files = {}
+    for file in [*root.glob("configs/cifar100/ours/*/*.yaml"), *root.glob("configs/imagenet/*/*.yaml")]:
+        held = load(file)
+        teacher, student = held["DISTILLER"]["TEACHER"], held["DISTILLER"]["STUDENT"]
+        if "imagenet" in file.parts:
+            method, pair = file.stem, f"{TEACHERS[teacher].replace('res', 'r')}_{STUDENTS[student]}"
+            method = "deepkd" if method == "deepkd_kd" else method
+        else:
+            method, pair = TWINS[file.parent.name], f"{TEACHERS[teacher]}_{STUDENTS.get(student, student)}"
+        ours = CONFIGS / held.get("DATASET", {}).get("TYPE", "cifar100") / pair / f"{method}.yaml"
+        if method in METHODS:
+            assert ours not in files
+            files[ours] = held
+    assert len(files) == 17 + 16 + 17 + 14 + 2 * 7  # the release has no crld.yaml for ImageNet
+    return root, files
+
+
+def test_a_file_says_where_the_release_is_wrong(release):
+    """Each of the release's files against the registries and config keys that would read it."""
+    root, files = release
+    package = root / "mdistiller"
+    trainers, distillers = (
+        set(re.findall(r'^\s+"(\w+)":', (package / part / "__init__.py").read_text(), re.M))
+        for part in ("engine", "distillers")
+    )
+    known = {"", *re.findall(r"^CFG\.([\w.]+) *=", (package / "engine/cfg.py").read_text(), re.M)}
+    numbers_alone = {"cifar100/res110_res20/deepkd", "cifar100/res32x4_wrn_16_2/deepkd_dkd"}
+    for ours, theirs in files.items():
+        flat = keys(theirs)
+        trainer, kind = flat.get("SOLVER.TRAINER", "base"), flat["DISTILLER.TYPE"]
+        prefixes = (".".join(path.split(".")[: n + 1]) for path in flat for n in range(path.count(".") + 1))
+        wrong = {prefix for prefix in prefixes if prefix not in known and prefix.rpartition(".")[0] in known}
+        wrong |= {trainer} - trainers | {kind} - distillers
+        if trainer in trainers and kind in ("MLKD", "CRLD", "KD_ours") and not trainer.endswith("_aug"):
+            wrong.add("one view")
+        said = "\n".join(line for line in ours.read_text().splitlines() if line.startswith("# Release: "))
+        assert all(name in said for name in wrong), (ours, wrong)
+        assert bool(said) == bool(wrong) or label(ours) in numbers_alone, ours
+
+
+def test_protocol_and_deltas_are_those_of_the_release(release):
+    _, files = release
+    for file, theirs in files.items():
+        if file.stem in TWINS:  # the release's baselines have protocols of their own
+            continue
+        ours, theirs = load(file)["SOLVER"], theirs["SOLVER"]
+        for key in ("BATCH_SIZE", "EPOCHS", "LR", "WEIGHT_DECAY", "MOMENTUM"):
+            assert ours[key] == theirs[key], (file, key)
+        if theirs.get("LR_COS", False):
+            assert ours["LR_SCHEDULE"] == "cosine", file
+        else:
+            assert ours["LR_DECAY_STAGES"] == theirs["LR_DECAY_STAGES"], file
+        deltas = {stream: theirs["DEEPKD"][f"DELTA_{stream}"] for stream in ("TOG", "TCG", "NCG")}
+        assert ours["DECOUPLED"]["DELTA"] == deltas, file
+
+
+def test_beta_of_dkd_and_the_protocol_of_tiny_imagenet_are_mdistillers():
+    root = checkout("MDISTILLER_ROOT", "mdistiller") / "configs"
+    theirs = [*root.glob("cifar100/dkd/*.yaml"), *root.glob("imagenet/*/dkd.yaml")]
+    assert len(theirs) == 13
+    for file in theirs:
+        pair = f"imagenet/{file.parent.name}" if file.stem == "dkd" else f"cifar100/{file.stem}"
+        ours = load(CONFIGS / pair / "dkd.yaml")
+        assert ours["DKD"]["BETA"] == load(file).get("DKD", {}).get("BETA", 8.0), file
+    for file in root.glob("tiny_imagenet/dot/*.yaml"):
+        for ours in (CONFIGS / "tiny_imagenet" / file.stem).iterdir():
+            for key in ("BATCH_SIZE", "EPOCHS", "LR", "LR_DECAY_STAGES", "WEIGHT_DECAY", "MOMENTUM"):
+                assert load(ours)["SOLVER"][key] == load(file)["SOLVER"][key], (ours, key)
+            assert load(ours)["DISTILLER"]["STUDENT"] == load(file)["DISTILLER"]["STUDENT"]
