@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import signal
 import threading
 import warnings
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -62,7 +64,7 @@ def uninterrupted() -> Iterator[None]:
 
 
 def load(path: str | Path, key: str) -> Any:
-    """What a checkpoint holds, on the CPU. Only tensors and plain containers are ever unpickled.
+    """What a checkpoint holds, on the CPU. Only tensors, numbers and plain containers are ever unpickled.
 
     `key` is the config key or option that named the file, for the UserError that a missing file, a file
     that is no checkpoint and a checkpoint that would run code raise.
@@ -71,15 +73,54 @@ def load(path: str | Path, key: str) -> Any:
     if not path.is_file():
         raise UserError(f"{path}: no such file; {key} must name a checkpoint")
     try:
-        with warnings.catch_warnings():  # torch warns of foreign pickles; the error below says it in one line
+        # torch warns of foreign pickles; the error below says it in one line
+        with warnings.catch_warnings(), _numpy_scalars():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no checkpoint make the unpickler raise nearly anything
-        reason = str(error).split("\n")[0].split(". ")[0].strip()
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it refers to {named[1]}" if named else str(error).split("\n")[0].split(". ")[0].strip()
         raise UserError(
             f"{path}: {key} must name a checkpoint of tensors and plain containers, and this file is not one "
             f"({type(error).__name__}: {reason})"
         ) from None
+
+
+@contextlib.contextmanager
+def _numpy_scalars() -> Iterator[None]:
+    """Let the safe unpickler read numpy's numbers: RepDistiller's teacher files keep an accuracy as one.
+
+    It knows functions by the names they have today; numpy's have moved, and the files keep the old ones.
+    """
+    before = list(torch.serialization.get_safe_globals())
+    scalars = [
+        _under_name(module, "scalar", np.float64(0).__reduce__()[0])
+        for module in ("numpy.core.multiarray", "numpy._core.multiarray")
+    ]
+    types = [type(np.dtype(kind)) for kind in "?bhilqBHILQefd"]
+    torch.serialization.add_safe_globals(
+        [*scalars, np.dtype, *types, _under_name("_codecs", "encode", _latin1)]
+    )
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+def _under_name(module: str, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def known(*arguments: Any) -> Any:
+        return function(*arguments)
+
+    known.__module__, known.__name__, known.__qualname__ = module, name, name
+    return known
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """How pickle protocol 2 writes bytes; other codecs are not for files of numbers."""
+    if encoding != "latin1":
+        raise ValueError(f"codec {encoding!r}")
+    return text.encode("latin1")
 
 
 def load_weights(module: nn.Module, path: str | Path, key: str, network: str) -> None:

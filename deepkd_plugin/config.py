@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import difflib
+import importlib.util
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,12 +24,18 @@ from .errors import UserError
 from .losses import MASKS
 from .topk import count_classes
 
-HOW = ("DATASET.ROOT", "DATASET.TEST.BATCH_SIZE", "DISTILLER.TEACHER_WEIGHTS")
+HOW = ("DATASET.ROOT", "DATASET.DOWNLOAD", "DATASET.TEST.BATCH_SIZE", "DISTILLER.TEACHER_WEIGHTS")
 """Keys that say where a run finds things, not what it computes. (What a teacher's file holds is compared
 by its content; the number of workers decides which random numbers an image gets.)"""
 
 STREAMS = ("tog", "tcg", "ncg")
 """DeepKD's streams: task, target class, non-target class."""
+
+EXTRA_STREAMS = ("feat",)
+"""Streams that exist where SOLVER.DECOUPLED.LOSS_STREAMS gives them a loss."""
+
+TRAINER = "DecoupledMomentumSGD"
+"""Registry key of the trainer that reads SOLVER.DECOUPLED."""
 
 
 class Key(NamedTuple):
@@ -50,6 +57,11 @@ _FLAG = ("True or False", lambda value: isinstance(value, bool))
 _POSITIVE = ("a number above 0", lambda value: value > 0)
 _NOT_NEGATIVE = ("a number from 0 on", lambda value: value >= 0)
 _FRACTION = ("a number in [0, 1)", lambda value: 0 <= value < 1)
+_PROBABILITY = ("a number in [0, 1]", lambda value: 0 <= value <= 1)
+_TEMPERATURES = (
+    "a list of numbers above 0",
+    lambda value: len(value) > 0 and all(type(t) in (int, float) and t > 0 for t in value),
+)
 _DELTA = ("a number in (-1, 1)", lambda value: -1 < value < 1)
 _CLASSES = (
     "a fraction of the classes in (0, 1), or a whole number of classes from 1 on",
@@ -62,8 +74,10 @@ _PHASES = (
     ),
 )
 _ASSIGNMENT = (
-    f"a list of 'loss:stream' with a stream of {', '.join(STREAMS)}",
-    lambda value: all(isinstance(v, str) and v.count(":") == 1 and v.split(":")[1] in STREAMS for v in value),
+    f"a list of 'loss:stream' with a stream of {', '.join(STREAMS + EXTRA_STREAMS)}",
+    lambda value: all(
+        isinstance(v, str) and v.count(":") == 1 and v.split(":")[1] in STREAMS + EXTRA_STREAMS for v in value
+    ),
 )
 
 KEYS = (
@@ -71,7 +85,7 @@ KEYS = (
     Key("DeepKD.CE_WEIGHT", 1.0, "alpha, weight of the cross-entropy (TOG)", *_NOT_NEGATIVE),
     Key("DeepKD.TCG_WEIGHT", 1.0, "beta, weight of the target-class loss (TCG)", *_NOT_NEGATIVE),
     Key("DeepKD.NCG_WEIGHT", 1.0, "gamma, weight of the non-target-class loss (NCG)", *_NOT_NEGATIVE),
-    Key("DeepKD.TEMPERATURE", 4.0, "softmax temperature of both networks", *_POSITIVE),
+    Key("DeepKD.TEMPERATURE", 4.0, "softmax temperature (over MLKD: MLKD.TEMPERATURES)", *_POSITIVE),
     Key("DeepKD.WARMUP", 0, "epochs of linear warm-up of TCG and NCG (DKD: 20)", *_NOT_NEGATIVE),
     Key(
         "DeepKD.MASK.TYPE",
@@ -84,6 +98,22 @@ KEYS = (
     Key("DeepKD.MASK.OPTIMAL", 0.5, "classes kept in its middle phase (ours; not published)", *_CLASSES),
     Key("DeepKD.MASK.PHASES", (1 / 3, 2 / 3), "ends of its first two phases, of training", *_PHASES),
     Key("DeepKD.MASK.READING", "renormalise", "how the mask enters NCKD, see losses.py", *_one_of(*MASKS)),
+    Key("CRLD.CE_WEIGHT", 1.0, "weight of the cross-entropy of both views", *_NOT_NEGATIVE),
+    Key("CRLD.WV_WEIGHT", 2.0, "weight of the terms within a view", *_NOT_NEGATIVE),
+    Key("CRLD.CV_WEIGHT", 0.5, "weight of the terms across views", *_NOT_NEGATIVE),
+    Key("CRLD.TEMPERATURE", 4.0, "softmax temperature", *_POSITIVE),
+    Key("CRLD.TAU_W", 0.9, "least teacher confidence on the weak view, within views", *_PROBABILITY),
+    Key("CRLD.TAU_S", 0.2, "least teacher confidence on the strong view, across views", *_PROBABILITY),
+    Key("MLKD.CE_WEIGHT", 0.1, "weight of the cross-entropy of both views", *_NOT_NEGATIVE),
+    Key("MLKD.KD_WEIGHT", 0.9, "weight of its three levels", *_NOT_NEGATIVE),
+    Key("MLKD.TEMPERATURES", [2.0, 3.0, 4.0, 5.0, 6.0], "softmax temperatures", *_TEMPERATURES),
+    Key("MLKD.VARIANT", "formula", "formula, or its release's arithmetic", *_one_of("formula", "release")),
+    Key(
+        "EXPERIMENT.LOGIT_STAND",
+        False,
+        "standardised logits in every distillation term (Sun et al., 2024)",
+        *_FLAG,
+    ),
     Key(
         "SOLVER.DECOUPLED.VARIANT",
         "paper",
@@ -93,6 +123,7 @@ KEYS = (
     Key("SOLVER.DECOUPLED.DELTA.TOG", 0.0, "added to MOMENTUM for the task stream", *_DELTA),
     Key("SOLVER.DECOUPLED.DELTA.TCG", 0.0, "added to MOMENTUM for the target-class stream", *_DELTA),
     Key("SOLVER.DECOUPLED.DELTA.NCG", 0.0, "added to MOMENTUM for the non-target-class stream", *_DELTA),
+    Key("SOLVER.DECOUPLED.DELTA.FEAT", 0.0, "added to MOMENTUM for a stream of feature losses", *_DELTA),
     Key(
         "SOLVER.DECOUPLED.WEIGHT_DECAY_STREAM",
         "tcg",
@@ -114,6 +145,7 @@ KEYS = (
     Key("SOLVER.SEED", 0, "seed of weights, order and augmentation", *_NOT_NEGATIVE),
     Key("DISTILLER.TEACHER_WEIGHTS", "", "teacher file; empty: the zoo's; builtin:NAME: one we ship", *_ANY),
     Key("DATASET.ROOT", "./data", "folder of the data sets", *_ANY),
+    Key("DATASET.DOWNLOAD", False, "fetch CIFAR-100 where DATASET.ROOT has none", *_FLAG),
     Key(
         "DATASET.TRAIN_PER_CLASS", 0, "training images of each class, the first ones; 0: all", *_NOT_NEGATIVE
     ),
@@ -139,7 +171,10 @@ _HOST_KEYS = (
 
 
 def add_deepkd_config(cfg: CfgNode) -> list[str]:
-    """Add KEYS to a config tree, leaving what is there; returns the paths that were added."""
+    """Add KEYS to a config tree, leaving what is there; returns the paths that were added.
+
+    One default of mdistiller's changes with the first of them: LOG.WANDB is off until a config asks for it.
+    """
     added = []
     frozen = cfg.is_frozen()
     cfg.defrost()
@@ -153,9 +188,26 @@ def add_deepkd_config(cfg: CfgNode) -> list[str]:
         if leaf not in node:
             node[leaf] = key.default
             added.append(key.path)
+    if added:
+        set_default(cfg, "LOG.WANDB", False)
     if frozen:
         cfg.freeze()
     return added
+
+
+def set_default(cfg: CfgNode, path: str, value: Any) -> None:
+    """Set one value of a tree, frozen or not, that has this key; leave a tree without it as it is."""
+    *parents, leaf = path.split(".")
+    node = cfg
+    for name in parents:
+        node = node.get(name, CfgNode())
+    if leaf not in node:
+        return
+    frozen = cfg.is_frozen()
+    cfg.defrost()
+    node[leaf] = value
+    if frozen:
+        cfg.freeze()
 
 
 def load(cfg: CfgNode, file: str | Path, options: Sequence[str] = ()) -> dict[str, str]:
@@ -209,12 +261,20 @@ def check(cfg: CfgNode, origin: dict[str, str]) -> None:
     if cfg.SOLVER.WARMUP_EPOCHS >= cfg.SOLVER.EPOCHS and cfg.SOLVER.LR_SCHEDULE == "cosine":
         allowed = f"below SOLVER.EPOCHS, {cfg.SOLVER.EPOCHS}, with the cosine schedule"
         raise wrong(origin, "SOLVER.WARMUP_EPOCHS", cfg.SOLVER.WARMUP_EPOCHS, allowed)
-    for stream in STREAMS:
+    if cfg.LOG.WANDB and importlib.util.find_spec("wandb") is None:
+        raise wrong(origin, "LOG.WANDB", True, "False, for wandb is not installed (pip install wandb)")
+    if cfg.EXPERIMENT.LOGIT_STAND and cfg.DISTILLER.TYPE not in ("DeepKD", *BASES):
+        allowed = f"False with DISTILLER.TYPE {cfg.DISTILLER.TYPE}, which has no distillation on logits"
+        raise wrong(origin, "EXPERIMENT.LOGIT_STAND", True, allowed)
+    for stream in (*STREAMS, *EXTRA_STREAMS):
         path = f"SOLVER.DECOUPLED.DELTA.{stream.upper()}"
         momentum = cfg.SOLVER.MOMENTUM + get(cfg, path)
         if not 0 <= momentum < 1:
             low, high = -cfg.SOLVER.MOMENTUM, 1 - cfg.SOLVER.MOMENTUM
             allowed = f"in [{low:g}, {high:g}), so that SOLVER.MOMENTUM {cfg.SOLVER.MOMENTUM:g} plus it lies in [0, 1)"
+            raise wrong(origin, path, get(cfg, path), allowed)
+        if get(cfg, path) and cfg.SOLVER.TRAINER != TRAINER:
+            allowed = f"0 with SOLVER.TRAINER {cfg.SOLVER.TRAINER}, which does not read it; {TRAINER} does"
             raise wrong(origin, path, get(cfg, path), allowed)
 
 
@@ -242,12 +302,16 @@ def check_mask(cfg: CfgNode, origin: dict[str, str], num_classes: int) -> None:
 def momenta(cfg: CfgNode) -> tuple[dict[str, float], str]:
     """Each stream's momentum, and the stream that decays the weights.
 
+    The streams are STREAMS and those of EXTRA_STREAMS that LOSS_STREAMS gives a loss.
+
     `paper`: MOMENTUM + DELTA of each stream (DeepKD, section 3). `release`: what the authors' code does
     when every parameter gets all three gradients: the task stream's buffer decays with the target-class
     stream's coefficient, and weight decay enters through the target-class stream alone.
     """
     node = cfg.SOLVER.DECOUPLED
-    momentum = {s: cfg.SOLVER.MOMENTUM + getattr(node.DELTA, s.upper()) for s in STREAMS}
+    assigned = {pair.split(":")[1] for pair in node.LOSS_STREAMS}
+    streams = STREAMS + tuple(s for s in EXTRA_STREAMS if s in assigned)
+    momentum = {s: cfg.SOLVER.MOMENTUM + node.DELTA[s.upper()] for s in streams}
     if node.VARIANT == "release":
         return momentum | {"tog": momentum["tcg"]}, "tcg"
     return momentum, node.WEIGHT_DECAY_STREAM
@@ -262,7 +326,15 @@ def get(cfg: CfgNode, path: str) -> Any:
 
 def computes(path: str) -> bool:
     """Whether a key says what a run computes, rather than where it finds things and how it goes about it."""
+    if path == "EXPERIMENT.LOGIT_STAND":  # its place in the releases of logit standardisation and DeepKD
+        return True
     return path.split(".")[0] not in ("LOG", "EXPERIMENT") and path not in HOW
+
+
+def views(cfg: CfgNode) -> int:
+    """How many views of each training image the config's method needs: 1, or 2 (weak and strong)."""
+    method = cfg.DeepKD.BASE if cfg.DISTILLER.TYPE == "DeepKD" else cfg.DISTILLER.TYPE
+    return BASES[method].views if method in BASES else 1
 
 
 def flatten(cfg: CfgNode) -> dict[str, Any]:

@@ -16,6 +16,11 @@ def pick() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def count() -> int:
+    """How many CUDA devices there are."""
+    return torch.cuda.device_count()
+
+
 def describe(device: torch.device) -> str:
     """The device's name, for the record of a run."""
     if device.type == "cuda":
@@ -35,6 +40,26 @@ def place_batch(batch: Any, device: torch.device, channels_last: bool) -> Any:
         order = torch.channels_last if images else torch.preserve_format
         return batch.to(device, non_blocking=True, memory_format=order)
     return [place_batch(part, device, channels_last) for part in batch]
+
+
+def parallel(module: nn.Module, always: bool = False) -> nn.Module:
+    """The module in DataParallel where there are several GPUs, or always (mdistiller's trainers expect it)."""
+    return nn.DataParallel(module) if always or count() > 1 else module
+
+
+def tolerate_cuda_calls() -> None:
+    """On a machine without CUDA, let `.cuda()` leave tensors and modules where they are.
+
+    mdistiller calls it in 21 places; this is the one place where they all meet.
+    """
+    if torch.cuda.is_available():
+        return
+
+    def stay(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self
+
+    Tensor.cuda = stay
+    nn.Module.cuda = stay
 
 
 def autocast(device: torch.device, enabled: bool) -> contextlib.AbstractContextManager[Any]:

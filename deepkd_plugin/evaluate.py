@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from . import config, device
+from . import config, data, device
 from .errors import UserError
 from .networks import Alone, trained_network
-from .registry import BUILTIN, register
+from .registry import find_host, register
 from .terminal import Parser, guarded
 from .trainer import evaluate
 
@@ -24,25 +24,29 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "-c", "--ckpt", default="pretrain", help="student file; builtin:NAME; pretrain for the zoo's weights"
     )
-    parser.add_argument("-d", "--dataset", default="cifar100", help="cifar100, imagenet or glyphs100")
+    parser.add_argument(
+        "-d", "--dataset", default="cifar100", help="cifar100, imagenet, tiny_imagenet or glyphs100"
+    )
     parser.add_argument("-bs", "--batch-size", type=int, default=64)
     parser.add_argument("--root", default="./data", help="folder of the data sets")
+    parser.add_argument("--download", action="store_true", help="fetch CIFAR-100 where it is missing")
     return parser.parse_args(argv)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    register()
-    cfg = BUILTIN.cfg.clone()
-    cfg.DATASET.TYPE, cfg.DATASET.ROOT = args.dataset, args.root
+    host = find_host()
+    register(host)
+    cfg = host.cfg.clone()
+    cfg.DATASET.TYPE, cfg.DATASET.ROOT, cfg.DATASET.DOWNLOAD = args.dataset, args.root, args.download
     cfg.DATASET.TEST.BATCH_SIZE = args.batch_size
     config.check(cfg, {"DATASET.TEST.BATCH_SIZE": "command line"})
-    models = BUILTIN.models(args.dataset)
+    models = host.models(args.dataset)
     if args.model not in models:
         raise UserError(f"command line: -m is {args.model!r}; it must be one of {', '.join(models)}")
-    loader, num_classes = BUILTIN.get_test_set(cfg)
+    loader, num_classes = data.get_test_set(cfg)
     weights = "" if args.ckpt == "pretrain" else args.ckpt
     at = device.pick()
-    network = trained_network(BUILTIN, args.dataset, args.model, num_classes, weights, "-c")
+    network = trained_network(host, args.dataset, args.model, num_classes, weights, "-c")
     result = evaluate(Alone(device.place(network, at, False)), loader, at, cfg.SOLVER)
     print(
         f"{args.model} on {args.dataset}: top-1 {result['test_acc']:.2f} %, top-5 "

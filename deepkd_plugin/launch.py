@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from . import checkpoint, config, device, record
-from .errors import UserError
-from .networks import Alone, network, trained_network
-from .registry import BUILTIN, Host, register
+from . import config, device, record
+from .adapter import check_trainer
+from .host import Host
+from .networks import network, trained_network
+from .registry import find_host, register
 from .terminal import Parser, Stopped, exit_code, guarded
-from .trainer import evaluate
+from .trainer import Trainer, measure_teacher
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,48 +45,32 @@ def _main(words: list[str]) -> None:
 
 def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, command: str) -> None:
     """Check everything, then train; nothing is written before the networks and the data are in place."""
-    host = BUILTIN
+    host = find_host()
     cfg, origin = read_config(host, file, options)
     name = experiment_name(cfg, options)
     folder = Path(cfg.LOG.PREFIX) / name
-    if resume and not (folder / "latest").is_file():
-        raise UserError(
-            f"{folder}: --resume finds no checkpoint 'latest' there; leave it out to start the run"
-        )
-    if not resume and not overwrite and (folder / "run.json").exists():
-        raise UserError(
-            f"{folder}: holds a run already; go on with --resume, start again with --overwrite, or set "
-            f"EXPERIMENT.NAME"
-        )
+    record.check_folder(folder, resume, overwrite)
     at = device.pick()
     device.seed_everything(cfg.SOLVER.SEED)
     train_loader, val_loader, num_data, num_classes = host.get_dataset(cfg)
     config.check_mask(cfg, origin, num_classes)
-    student = network(host, cfg.DATASET.TYPE, cfg.DISTILLER.STUDENT, num_classes)
-    make = host.distillers[cfg.DISTILLER.TYPE]
-    if cfg.DISTILLER.TYPE == "NONE":
-        distiller, teacher_acc = make(student), None
-    else:
-        teacher, teacher_acc = tested_teacher(host, cfg, origin, at, val_loader, num_classes)
-        distiller = make(student, teacher, cfg)
-    distiller = device.place(distiller, at, cfg.SOLVER.CHANNELS_LAST)
-    teacher_line = "none" if teacher_acc is None else f"{cfg.DISTILLER.TEACHER} {teacher_acc:.2f} % top-1"
     print(f"{name}: {cfg.DISTILLER.TYPE} on {cfg.DATASET.TYPE}, {num_data} images, {device.describe(at)}")
-    print(f"teacher {teacher_line}")
-    trainer = host.trainers[cfg.SOLVER.TRAINER](name, distiller, train_loader, val_loader, cfg)
+    distiller = make_distiller(host, cfg, num_data, num_classes)
+    distiller = device.place(distiller, at, cfg.SOLVER.CHANNELS_LAST)
+    make = trainers(host)[cfg.SOLVER.TRAINER]
+    if not issubclass(make, Trainer):
+        # it tests the teacher itself (see adapter), and leaves mdistiller's files
+        parallel = device.parallel(distiller, always=True)
+        make(name, parallel, train_loader, val_loader, cfg).train(resume=resume)
+        return
+    source = origin.get("DISTILLER.TEACHER_WEIGHTS", "default")
+    teacher_acc = measure_teacher(distiller, val_loader, cfg, source)
+    trainer = make(name, device.parallel(distiller), train_loader, val_loader, cfg)
+    trainer.teacher_acc = teacher_acc
     trainer.rehearse()
-    if resume:
-        trainer.load(folder / "latest")
-    if trainer.epoch == cfg.SOLVER.EPOCHS:
-        raise UserError(
-            f"{folder}: --resume finds all {trainer.epoch} epochs done; the results are in run.json there"
-        )
-    record.prepare_folder(folder, cfg, at, command, resume, trainer.teacher, teacher_acc)
-    started = time.perf_counter()
     try:
-        result = trainer.train()
+        result = trainer.train(resume, overwrite, command)
     except KeyboardInterrupt as interruption:
-        record.add_minutes(folder, (time.perf_counter() - started) / 60)
         again = (
             f"Resume with: {command} --resume"
             if trainer.epoch
@@ -94,39 +78,36 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
         )
         message = f"interrupted in epoch {trainer.epoch + 1}. {trainer.resume_point()} {again}"
         raise Stopped(message, exit_code(interruption)) from None
-    with checkpoint.uninterrupted():
-        minutes = record.add_minutes(folder, (time.perf_counter() - started) / 60)
-        record.note(folder, {"result": result, "finished": True})
-    root = "" if cfg.DATASET.ROOT == "./data" else f" --root {shlex.quote(cfg.DATASET.ROOT)}"
-    student_file = shlex.quote(str(folder / "student_best"))
-    print(
-        f"\nteacher   {teacher_line}\n"
-        f"student   {cfg.DISTILLER.STUDENT}: best {result['best']:.2f} % (epoch {result['best_epoch']}), last "
-        f"{result['last']:.2f} % (epoch {result['epochs']}), in {minutes:.1f} minutes\n"
-        f"files     {folder}/ (student_best, student_latest, metrics.jsonl, train.events)\n"
-        f"next      python tools/eval.py -m {cfg.DISTILLER.STUDENT} -c {student_file} -d {cfg.DATASET.TYPE}{root}\n"
-        f"          {sibling(file)}"
-    )
+    summarise(file, cfg, folder, teacher_acc, result)
+
+
+def make_distiller(host: Host, cfg: Any, num_data: int, num_classes: int) -> nn.Module:
+    """The student, first, so that a seed gives one student whatever the teacher is; then the teacher."""
+    student = network(host, cfg.DATASET.TYPE, cfg.DISTILLER.STUDENT, num_classes)
+    make = host.distiller(cfg)
+    if cfg.DISTILLER.TYPE == "NONE":
+        return make(student)
+    key = "DISTILLER.TEACHER_WEIGHTS"
+    weights = cfg.DISTILLER.TEACHER_WEIGHTS
+    teacher = trained_network(host, cfg.DATASET.TYPE, cfg.DISTILLER.TEACHER, num_classes, weights, key)
+    rest = (num_data,) if cfg.DISTILLER.TYPE == "CRD" else ()
+    return make(student, teacher, cfg, *rest)
+
+
+def trainers(host: Host) -> dict[str, Any]:
+    """The host's trainers, with ours for "base": the same protocol, and a run's whole record."""
+    return host.trainers | {"base": Trainer}
 
 
 def read_config(host: Host, file: str, options: Sequence[str]) -> tuple[Any, dict[str, str]]:
     """The host's config tree with a file and options merged, checked and frozen, and its values' origins."""
     register(host)
     cfg = host.cfg.clone()
+    # one behaviour on every host, wherever mdistiller keeps its data
+    cfg.DATASET.ROOT, cfg.DATASET.DOWNLOAD = "./data", False
     origin = config.load(cfg, file, options)
-    cfg.LOG.WANDB = False  # this trainer writes TensorBoard events and metrics.jsonl, and no W&B
-    config.check(cfg, origin)
-    models = host.models(cfg.DATASET.TYPE)
-    known = [
-        ("DISTILLER.TYPE", host.distillers),
-        ("SOLVER.TRAINER", host.trainers),
-        ("DISTILLER.STUDENT", models),
-    ]
-    if cfg.DISTILLER.TYPE != "NONE":
-        known.append(("DISTILLER.TEACHER", models))
-    for path, names in known:
-        if config.get(cfg, path) not in names:
-            raise config.wrong(origin, path, config.get(cfg, path), f"one of {', '.join(names)}")
+    host.check(cfg, origin)
+    check_trainer(cfg, origin, trainers(host)[cfg.SOLVER.TRAINER])
     cfg.freeze()
     return cfg, origin
 
@@ -142,21 +123,20 @@ def experiment_name(cfg: Any, options: Sequence[str] = ()) -> str:
     return f"{cfg.EXPERIMENT.PROJECT}/{name}"
 
 
-def tested_teacher(
-    host: Host, cfg: Any, origin: dict[str, str], at: Any, val_loader: Any, num_classes: int
-) -> tuple[nn.Module, float]:
-    """The teacher in place and its top-1 on the test images; UserError where that is no better than chance."""
-    key = "DISTILLER.TEACHER_WEIGHTS"
-    name, weights = cfg.DISTILLER.TEACHER, cfg.DISTILLER.TEACHER_WEIGHTS
-    teacher = trained_network(host, cfg.DATASET.TYPE, name, num_classes, weights, key)
-    teacher = device.place(teacher, at, cfg.SOLVER.CHANNELS_LAST)
-    accuracy = evaluate(Alone(teacher), val_loader, at, cfg.SOLVER)["test_acc"]
-    if accuracy < 2 * 100.0 / num_classes:
-        raise UserError(
-            f"{origin.get(key, 'default')}: the teacher {name} from {key} is at chance on {cfg.DATASET.TYPE} "
-            f"({accuracy:.2f} % top-1); it must be trained on this data set"
-        )
-    return teacher, accuracy
+def summarise(file: str, cfg: Any, folder: Path, teacher_acc: float | None, result: dict[str, Any]) -> None:
+    """The end of a run on the terminal: how good, where the files are, what to do next."""
+    teacher = "none" if teacher_acc is None else f"{cfg.DISTILLER.TEACHER} {teacher_acc:.2f} % top-1"
+    minutes = record.read_run(folder)["minutes"]
+    root = "" if cfg.DATASET.ROOT == "./data" else f" --root {shlex.quote(cfg.DATASET.ROOT)}"
+    student_file = shlex.quote(str(folder / "student_best"))
+    print(
+        f"\nteacher   {teacher}\n"
+        f"student   {cfg.DISTILLER.STUDENT}: best {result['best']:.2f} % (epoch {result['best_epoch']}), last "
+        f"{result['last']:.2f} % (epoch {result['epochs']}), in {minutes:.1f} minutes\n"
+        f"files     {folder}/ (student_best, student_latest, metrics.jsonl, train.events)\n"
+        f"next      python tools/eval.py -m {cfg.DISTILLER.STUDENT} -c {student_file} -d {cfg.DATASET.TYPE}{root}\n"
+        f"          {sibling(file)}"
+    )
 
 
 def sibling(file: str) -> str:

@@ -50,11 +50,13 @@ class RunLog:
     """A run's records: metrics.jsonl, TensorBoard events and mdistiller's worklog.txt.
 
     metrics.jsonl, one line an epoch, is the source: when a run resumes from `epoch`, later lines are
-    dropped from it and the worklog is written anew.
+    dropped from it and the worklog is written anew. With LOG.WANDB of a config the numbers also go to
+    Weights & Biases, to the run that is open there or to one of the experiment's name.
     """
 
-    def __init__(self, folder: Path, epoch: int = 0) -> None:
+    def __init__(self, folder: Path, epoch: int = 0, cfg: Any = None) -> None:
         self.folder = folder
+        self._wandb = _weights_and_biases(folder, cfg) if cfg is not None and cfg.LOG.WANDB else None
         self.lines = [line for line in read_metrics(folder) if line["epoch"] <= epoch] if epoch else []
         self._write()
         self._events = SummaryWriter(str(folder / "train.events"), purge_step=epoch + 1)
@@ -66,6 +68,8 @@ class RunLog:
         for name, value in _numbers(record):
             self._events.add_scalar(name, value, record["epoch"])
         self._events.flush()
+        if self._wandb is not None:
+            self._wandb.log(dict(_numbers(record)) | {"epoch": record["epoch"]})
 
     def close(self) -> None:
         self._events.close()
@@ -81,6 +85,15 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The records of metrics.jsonl, none where there is no such file."""
     path = folder / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _weights_and_biases(folder: Path, cfg: Any) -> Any:
+    """The open run of W&B, or a new one."""
+    import wandb  # an extra: config.check has seen that it is there
+
+    return wandb.run or wandb.init(
+        project=cfg.EXPERIMENT.PROJECT, name=folder.name, tags=cfg.EXPERIMENT.TAG.split(",")
+    )
 
 
 def _numbers(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .errors import UserError
-from .registry import Host
+from .host import Host
 
 
 def network(host: Host, dataset: str, name: str, num_classes: int) -> nn.Module:
@@ -52,11 +52,14 @@ def weights_file(host: Host, dataset: str, name: str, weights: str) -> str:
 
 
 class Alone(nn.Module):
-    """A network under the protocol of `evaluate`."""
+    """A network under the protocol of `evaluate`; afterwards it knows its number of classes."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
+        self.num_classes = 0
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.network(image)[0]
+        logits = self.network(image)[0]
+        self.num_classes = logits.shape[1]
+        return logits

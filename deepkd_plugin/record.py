@@ -20,6 +20,19 @@ RECORDED = ("torch", "torchvision", "numpy", "pillow", "matplotlib", "yacs", "te
 """Distributions whose versions are written down."""
 
 
+def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
+    """Raise UserError where a run cannot go on in its folder, or would end another one there."""
+    if resume and not (folder / "latest").is_file():
+        raise UserError(
+            f"{folder}: --resume finds no checkpoint 'latest' there; leave it out to start the run"
+        )
+    if not resume and not overwrite and (folder / "run.json").exists():
+        raise UserError(
+            f"{folder}: holds a run already; go on with --resume, start again with --overwrite "
+            f"(deepkd_plugin's launcher), or set EXPERIMENT.NAME"
+        )
+
+
 def prepare_folder(
     folder: Path,
     cfg: Any,

@@ -1,46 +1,24 @@
-"""register(): the only module that knows where a host keeps its registries.
+"""register(): put the plugin into a host's registries, in place.
 
-A host is mdistiller or, where that is absent, `deepkd_plugin.builtin`: dictionaries of distillers,
-trainers and networks, a config tree, and get_dataset.
+`python -m deepkd_plugin.registry` says what it finds (see doctor).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
+from warnings import warn
 
-from yacs.config import CfgNode
-
-from . import builtin
+from . import adapter, builtin
 from .config import add_deepkd_config
-from .distillers import DeepKD
+from .distillers import CRLD, MLKD, DeepKD
+from .errors import UserError
+from .host import Host
 from .trainer import DecoupledMomentumTrainer
 
-DISTILLERS = {"DeepKD": DeepKD}
+DISTILLERS = {"DeepKD": DeepKD, "CRLD": CRLD, "MLKD": MLKD}
 TRAINERS = {"DecoupledMomentumSGD": DecoupledMomentumTrainer}
-
-
-@dataclass(frozen=True)
-class Host:
-    """Where the registries of one host are."""
-
-    name: str
-    distillers: dict[str, Any]
-    trainers: dict[str, Any]
-    cifar_models: dict[str, Any]
-    tiny_imagenet_models: dict[str, Any]
-    imagenet_models: dict[str, Any]
-    cfg: CfgNode
-    get_dataset: Callable[[Any], Any]
-    get_test_set: Callable[[Any], Any]
-
-    def models(self, dataset: str) -> dict[str, Any]:
-        """The dictionary of networks for a data set."""
-        return {"imagenet": self.imagenet_models, "tiny_imagenet": self.tiny_imagenet_models}.get(
-            dataset, self.cifar_models
-        )
-
 
 BUILTIN = Host(
     "builtin",
@@ -51,27 +29,51 @@ BUILTIN = Host(
     builtin.imagenet_model_dict,
     builtin.CFG,
     builtin.get_dataset,
-    builtin.get_test_set,
 )
 
 
-def register(host: Host = BUILTIN) -> list[str]:
+def find_host() -> Host:
+    """mdistiller where it can be found (see adapter.locate), else the built-in host."""
+    root = adapter.locate()
+    return BUILTIN if root is None else adapter.load(root)
+
+
+def register(host: Host | None = None) -> list[str]:
     """Put the plugin's distillers, trainer and config keys into a host's registries, in place.
 
-    Idempotent; what is there stays. Returns what was added. Raises RuntimeError, before anything is
-    changed, where another class holds one of our names.
+    host: by default the one that find_host finds. Idempotent; what is there stays. Returns what was added.
+    Raises UserError, before anything is changed, where another class holds one of our names.
     """
+    host = find_host() if host is None else host
     wanted = [(host.distillers, DISTILLERS), (host.trainers, TRAINERS)]
     for registry, ours in wanted:
         for name, cls in ours.items():
             held = registry.get(name, cls)
             if held is not cls:
-                raise RuntimeError(
+                raise UserError(
                     f"{host.name} already has {name!r}: {held.__module__}.{held.__qualname__}; the plugin "
-                    f"would register {cls.__module__}.{cls.__qualname__}"
+                    f"would register {cls.__module__}.{cls.__qualname__}, so remove one of the two"
                 )
     added = []
     for registry, ours in wanted:
         added += [name for name in ours if name not in registry]
         registry.update(ours)
-    return added + add_deepkd_config(host.cfg)
+    if "MobileNetV1" in host.imagenet_models and "MobileNetV2" not in host.imagenet_models:
+        host.imagenet_models["MobileNetV2"] = partial(_mobilenet_alias, host.imagenet_models["MobileNetV1"])
+        added.append("MobileNetV2 (ImageNet), an alias of MobileNetV1")
+    return added + add_deepkd_config(host.cfg) + (adapter.mend(host) if host.root is not None else [])
+
+
+def _mobilenet_alias(mobilenet_v1: Callable[..., Any], **arguments: Any) -> Any:
+    warn(
+        "MobileNetV2 on ImageNet is mdistiller's MobileNetV1: papers that build on mdistiller call it by this "
+        "name; compare with r50_mv1, not with torchvision's MobileNetV2",
+        stacklevel=2,
+    )
+    return mobilenet_v1(**arguments)
+
+
+if __name__ == "__main__":
+    from .doctor import doctor
+
+    raise SystemExit(doctor())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import shlex
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,15 +17,19 @@ from torch.nn import functional as F
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from . import checkpoint, config, device
+from . import checkpoint, config, device, record
 from .errors import UserError
 from .metrics import RunLog, Sums, correct
+from .networks import Alone
 from .optim import DecoupledMomentumSGD
 from .schedule import make_scheduler
 from .streams import assign_losses
 
 READ_EVERY = 20
 """Iterations between two readings of the meters: reading them waits for the device."""
+
+BATCH = ("image", "target", "index", "contrastive_index")
+"""mdistiller's names for the parts of a training batch; CRD's has the last one."""
 
 
 class Trainer:
@@ -43,11 +49,13 @@ class Trainer:
         self.train_loader = train_loader
         self.val_loader = val_loader
         self.device = next(self.module.parameters()).device
+        device.place(self.module, self.device, cfg.SOLVER.CHANNELS_LAST)
         self.optimizer = self.make_optimizer(self.module.get_learnable_parameters())
         self.scheduler = make_scheduler(self.optimizer, cfg.SOLVER)
         self.assignment: dict[str, str] = {}
         teacher = getattr(self.module, "teacher", None)
         self.teacher = checkpoint.fingerprint(teacher) if teacher is not None else None
+        self.teacher_acc: float | None = None
         self.epoch = 0
         self.best_acc = -1.0
         self.best_epoch = 0
@@ -56,21 +64,49 @@ class Trainer:
         solver = self.cfg.SOLVER
         return DecoupledMomentumSGD(params, solver.LR, {"task": solver.MOMENTUM}, solver.WEIGHT_DECAY)
 
-    def train(self, resume: bool = False) -> dict[str, Any]:
-        """Run the epochs that are left; returns {"best", "best_epoch", "last", "epochs"} (top-1 in percent)."""
+    def train(
+        self, resume: bool = False, overwrite: bool = False, command: str | None = None
+    ) -> dict[str, Any]:
+        """Run the epochs that are left; returns {"best", "best_epoch", "last", "epochs"} (top-1 in percent).
+
+        The teacher is tested first, unless `teacher_acc` is set already. resume: go on from the folder's last
+        checkpoint. overwrite: start again where the folder holds a run. command: what started the run, for
+        its record. Raises UserError, before anything is written, where the folder does not fit.
+        """
+        record.check_folder(self.folder, resume, overwrite)
+        if self.teacher is not None and self.teacher_acc is None:
+            self.teacher_acc = measure_teacher(self.module, self.val_loader, self.cfg)
         if resume:
             self.load(self.folder / "latest")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        log = RunLog(self.folder, self.epoch)
+        if self.epoch == self.cfg.SOLVER.EPOCHS:
+            raise UserError(
+                f"{self.folder}: --resume finds all {self.epoch} epochs done; the results are in run.json there"
+            )
+        command = command or shlex.join(["python", *sys.argv])
+        record.prepare_folder(
+            self.folder, self.cfg, self.device, command, resume, self.teacher, self.teacher_acc
+        )
+        started = time.perf_counter()
+        try:
+            result = self.train_epochs()
+        finally:
+            record.add_minutes(self.folder, (time.perf_counter() - started) / 60)
+        with checkpoint.uninterrupted():
+            record.note(self.folder, {"result": result, "finished": True})
+        return result
+
+    def train_epochs(self) -> dict[str, Any]:
+        """The epochs that are left, each logged and saved when it ends."""
+        log = RunLog(self.folder, self.epoch, self.cfg)
         try:
             for epoch in range(self.epoch + 1, self.cfg.SOLVER.EPOCHS + 1):
                 device.seed_everything(self.cfg.SOLVER.SEED, epoch)
-                record = {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"]}
-                record |= self.train_epoch(epoch)
-                record |= evaluate(self.distiller, self.val_loader, self.device, self.cfg.SOLVER)
-                self.check_finite({"test_loss": record["test_loss"]}, f"after epoch {epoch}")
+                entry = {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"]}
+                entry |= self.train_epoch(epoch)
+                entry |= evaluate(self.distiller, self.val_loader, self.device, self.cfg.SOLVER)
+                self.check_finite({"test_loss": entry["test_loss"]}, f"after epoch {epoch}")
                 with checkpoint.uninterrupted():
-                    self.finish_epoch(epoch, record, log)
+                    self.finish_epoch(epoch, entry, log)
         finally:
             log.close()
         last = log.lines[-1]["test_acc"]
@@ -90,13 +126,14 @@ class Trainer:
                 asked = time.perf_counter()
                 batch = next(batches)
                 waited += time.perf_counter() - asked
-                image, target, *_ = device.place_batch(batch, self.device, solver.CHANNELS_LAST)
+                parts = dict(zip(BATCH, device.place_batch(batch, self.device, solver.CHANNELS_LAST)))
                 with device.autocast(self.device, solver.AMP):
-                    logits, losses = self.distiller(image=image, target=target, epoch=epoch)
+                    logits, losses = self.distiller(**parts, epoch=epoch)
                 self.optimizer.zero_grad()
                 by_stream = self.losses_by_stream(losses)
                 self.optimizer.backward(by_stream)
                 self.optimizer.step()
+                target = parts["target"]
                 count = len(target)
                 sums.add({s: loss * count for s, loss in by_stream.items()} | correct(logits, target), count)
                 if step == 1 and hasattr(self.module, "top_k"):
@@ -110,10 +147,10 @@ class Trainer:
         seconds = time.perf_counter() - start
         accuracy = {f"train_{name}": means.pop(top) for name, top in (("acc", "top1"), ("acc_top5", "top5"))}
         momenta = dict(self.optimizer.param_groups[0]["momentum"])
-        record = {"loss": means, "train_loss": sum(means.values())} | accuracy | {"momentum": momenta}
+        entry = {"loss": means, "train_loss": sum(means.values())} | accuracy | {"momentum": momenta}
         if top_k is not None:
-            record["top_k"] = top_k
-        return record | {
+            entry["top_k"] = top_k
+        return entry | {
             "images_per_second": sums.count / seconds,
             "seconds": seconds,
             "data_seconds": waited,
@@ -141,8 +178,8 @@ class Trainer:
     def rehearse(self) -> None:
         """One forward pass of a copy on two images, so that losses without a stream are found before a run."""
         samples = [self.train_loader.dataset[i] for i in (0, len(self.train_loader.dataset) - 1)]
-        image, target, *_ = device.place_batch(default_collate(samples), self.device, False)
-        _, losses = copy.deepcopy(self.module).train()(image=image, target=target, epoch=1)
+        parts = dict(zip(BATCH, device.place_batch(default_collate(samples), self.device, False)))
+        _, losses = copy.deepcopy(self.module).train()(**parts, epoch=1)
         self.losses_by_stream(losses)
 
     def resume_point(self) -> str:
@@ -151,14 +188,14 @@ class Trainer:
             return "No epoch was finished, so there is no checkpoint."
         return f"The last checkpoint is whole: {self.folder / 'latest'} (epoch {self.epoch})."
 
-    def finish_epoch(self, epoch: int, record: dict[str, Any], log: RunLog) -> None:
+    def finish_epoch(self, epoch: int, entry: dict[str, Any], log: RunLog) -> None:
         """Log an epoch and save its checkpoints."""
         self.scheduler.step()
         self.epoch = epoch
-        better = record["test_acc"] > self.best_acc
+        better = entry["test_acc"] > self.best_acc
         if better:
-            self.best_acc, self.best_epoch = record["test_acc"], epoch
-        log.add(record)
+            self.best_acc, self.best_epoch = entry["test_acc"], epoch
+        log.add(entry)
         student = {"model": self.module.student.state_dict()}
         every = self.cfg.LOG.SAVE_CHECKPOINT_FREQ
         names = [("best", "student_best")] if better else []
@@ -168,10 +205,10 @@ class Trainer:
             checkpoint.save(student, self.folder / student_name)
             checkpoint.save(self.state(), self.folder / name)
         tqdm.write(
-            f"epoch {epoch:3d}  loss {record['train_loss']:.4f}  train {record['train_acc']:.2f}  "
-            f"test {record['test_acc']:.2f}  best {self.best_acc:.2f}"
-            + (f"  K {record['top_k']}" if "top_k" in record else "")
-            + f"  lr {record['lr']:.4g}  {record['images_per_second']:.0f} images/s"
+            f"epoch {epoch:3d}  loss {entry['train_loss']:.4f}  train {entry['train_acc']:.2f}  "
+            f"test {entry['test_acc']:.2f}  best {self.best_acc:.2f}"
+            + (f"  K {entry['top_k']}" if "top_k" in entry else "")
+            + f"  lr {entry['lr']:.4g}  {entry['images_per_second']:.0f} images/s"
         )
 
     def state(self) -> dict[str, Any]:
@@ -258,6 +295,30 @@ def evaluate(distiller: nn.Module, loader: Any, at: torch.device, solver: Any) -
         sums.add(correct(logits, target) | {"loss": loss}, len(target))
     means = sums.means()
     return {"test_acc": means["top1"], "test_acc_top5": means["top5"], "test_loss": means["loss"]}
+
+
+def measure_teacher(distiller: nn.Module, loader: Any, cfg: Any, source: str = "config") -> float | None:
+    """Print and return the top-1 in percent of a distiller's teacher on the test images; None without one.
+
+    Raises UserError, naming `source`, where that is no better than chance: less than 1 % of the way from
+    chance to perfect above it, or less than three standard errors.
+    """
+    teacher = getattr(distiller, "teacher", None)
+    if teacher is None:
+        return None
+    alone = Alone(teacher)
+    at = next(teacher.parameters()).device
+    accuracy = evaluate(alone, loader, at, cfg.SOLVER)["test_acc"]
+    name = cfg.DISTILLER.TEACHER
+    chance = 1.0 / alone.num_classes
+    error = math.sqrt(chance * (1.0 - chance) / len(loader.dataset))
+    if accuracy < 100.0 * (chance + max(0.01 * (1.0 - chance), 3.0 * error)):
+        raise UserError(
+            f"{source}: the teacher {name} from DISTILLER.TEACHER_WEIGHTS is at chance on {cfg.DATASET.TYPE} "
+            f"({accuracy:.2f} % top-1); it must be trained on this data set"
+        )
+    print(f"teacher   {name} {accuracy:.2f} % top-1 on the test images")
+    return accuracy
 
 
 def progress_bar(title: str, steps: int) -> tqdm:

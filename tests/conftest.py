@@ -1,13 +1,18 @@
 """Fixtures that several test files use."""
 
 import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from deepkd_plugin import adapter, registry
+
 DATA = Path(__file__).parent / "data"
+MDISTILLER = adapter.locate()
+"""The folder of an installed mdistiller or of the checkout that MDISTILLER_ROOT names; None without one."""
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +31,38 @@ def golden_optimizers():
 @pytest.fixture(autouse=True)
 def two_threads():
     torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def builtin_host(monkeypatch):
+    """Commands run on the built-in host in a test, whatever is installed, unless it asks for mdistiller."""
+    monkeypatch.setattr(adapter, "locate", lambda: None)
+
+
+@pytest.fixture(scope="session")
+def mdistiller_root():
+    """mdistiller's folder; skips where there is none."""
+    if MDISTILLER is None:
+        pytest.skip("mdistiller is neither installed nor named by MDISTILLER_ROOT")
+    return MDISTILLER
+
+
+@pytest.fixture(scope="module")
+def mdistiller(mdistiller_root):
+    """The real mdistiller as a host, registered; gone from the process when the module's tests are done."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "cuda", torch.Tensor.cuda)
+        patch.setattr(torch.nn.Module, "cuda", torch.nn.Module.cuda)
+        patch.setattr(sys, "path", list(sys.path))
+        before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "mdistiller"}
+        for name in before:
+            del sys.modules[name]
+        host = adapter.load(mdistiller_root)
+        registry.register(host)
+        yield host
+        for name in [name for name in sys.modules if name.split(".")[0] == "mdistiller"]:
+            del sys.modules[name]
+        sys.modules.update(before)
 
 
 @pytest.fixture(scope="session")

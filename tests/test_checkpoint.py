@@ -2,6 +2,7 @@ import os
 import pickle
 import signal
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -29,6 +30,28 @@ def test_weights_load_from_every_usual_layout(tmp_path, wrap):
     checkpoint.load_weights(target, tmp_path / "w.pt", "KEY", "net")
     for name, value in source.state_dict().items():
         assert torch.equal(value, target.state_dict()[name])
+
+
+@pytest.mark.parametrize("place", ["numpy.core.multiarray", "numpy._core.multiarray"])
+def test_numpys_numbers_are_read_under_old_and_new_names(tmp_path, place):
+    """RepDistiller's teacher files hold their accuracy as a numpy scalar, pickled under numpy's old names."""
+    held = {"model": network().state_dict(), "epoch": 240, "best_acc": np.float64(72.5)}
+    path = tmp_path / "w.pth"
+    torch.save(held, path, _use_new_zipfile_serialization=False)
+    other = {"numpy.core.multiarray", "numpy._core.multiarray"} - {place}
+    path.write_bytes(path.read_bytes().replace(f"c{other.pop()}\n".encode(), f"c{place}\n".encode()))
+    before = set(torch.serialization.get_safe_globals())
+    read = checkpoint.load(path, "KEY")
+    assert (read["best_acc"], read["epoch"]) == (72.5, 240)
+    assert set(torch.serialization.get_safe_globals()) == before
+    checkpoint.load_weights(network(), path, "KEY", "net")
+
+
+def test_numpys_arrays_are_not(tmp_path):
+    for held in ({"a": np.zeros(2)}, {"a": np.asarray([{}], dtype=object)}):
+        torch.save(held, tmp_path / "w.pth")
+        with pytest.raises(UserError, match="this file is not one"):
+            checkpoint.load(tmp_path / "w.pth", "KEY")
 
 
 def refused(tmp_path, content, match, raw=None):

@@ -20,7 +20,9 @@ from deepkd_plugin.metrics import read_metrics
 from deepkd_plugin.trainer import DecoupledMomentumTrainer
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted(
+    p for name in ("glyphs100", "cifar100_cpu") for p in (ROOT / "configs" / name).rglob("*.yaml")
+)
 
 
 def test_a_run_from_the_command_line(train, data_root):
@@ -186,7 +188,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_by_accident(train):
     before = (train.folder / "metrics.jsonl").read_text()
     code, _, err = train("vanilla")
     assert code == 2
-    assert "holds a run already; go on with --resume, start again with --overwrite" in err
+    assert "holds a run already; go on with --resume, start again with --overwrite (deep" in err
     assert (train.folder / "metrics.jsonl").read_text() == before
     code, _, err = train("vanilla", "SOLVER.LR", "0.01", flags=["--resume"])
     assert code == 2
@@ -243,7 +245,7 @@ def test_an_interruption_before_training_is_one_line(train, monkeypatch, error, 
     def stop(*args):
         raise error
 
-    monkeypatch.setattr(launch, "tested_teacher", stop)
+    monkeypatch.setattr(launch, "measure_teacher", stop)
     got, _, err = train("deepkd")
     assert (got, err) == (code, "deepkd: interrupted; the same command starts again\n")
     assert not train.folder.exists()

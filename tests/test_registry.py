@@ -10,6 +10,7 @@ from yacs.config import CfgNode
 import deepkd_plugin
 from deepkd_plugin import registry
 from deepkd_plugin.distillers import DeepKD
+from deepkd_plugin.errors import UserError
 from deepkd_plugin.trainer import DecoupledMomentumTrainer
 
 
@@ -34,7 +35,7 @@ def test_a_foreign_entry_is_kept_and_named():
         pass
 
     host = fresh(trainers={"DecoupledMomentumSGD": Other})
-    with pytest.raises(RuntimeError, match=r"fork already has 'DecoupledMomentumSGD': .*Other; the plugin"):
+    with pytest.raises(UserError, match=r"fork already has 'DecoupledMomentumSGD': .*Other; the plugin"):
         registry.register(host)
     assert host.distillers == {}
     assert host.trainers == {"DecoupledMomentumSGD": Other}
@@ -42,9 +43,9 @@ def test_a_foreign_entry_is_kept_and_named():
 
 
 def test_the_builtin_host_is_complete():
-    deepkd_plugin.register()
     host = registry.BUILTIN
-    assert {"NONE", "KD", "DKD", "DeepKD"} == set(host.distillers)
+    registry.register(host)
+    assert {"NONE", "KD", "DKD", "DeepKD", "CRLD", "MLKD"} == set(host.distillers)
     assert {"base", "DecoupledMomentumSGD"} == set(host.trainers)
     assert "ResNet18" in host.models("imagenet")
     assert "resnet20" in host.models("cifar100")
