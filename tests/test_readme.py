@@ -2,12 +2,13 @@
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from deepkd_plugin import evaluate
+from deepkd_plugin import cli, evaluate
 from deepkd_plugin.builtin.models import cifar_model_dict
 
 ROOT = Path(__file__).parents[1]
@@ -25,13 +26,28 @@ COMMANDS = sorted({line.strip() for block in blocks("bash") for line in block.sp
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands(command, train, data_root, capsys, monkeypatch):
+def test_commands(command, train, data_root, cifar_root, capsys, monkeypatch, request, tmp_path):
     monkeypatch.chdir(ROOT)
     words = shlex.split(command)
     if words[:2] == ["python", "tools/train.py"]:
         assert words[2] == "--cfg"
-        code, _, err = train(str(ROOT / words[3]), *words[4:])
+        options = words[4:]
+        if "configs/cifar100/" in words[3]:  # with the data and the teacher that are here
+            options += ["DATASET.ROOT", str(cifar_root), "DATASET.HOLDOUT", "0.0", "SOLVER.BATCH_SIZE", "50"]
+            options += ["DISTILLER.TEACHER", "resnet20", "DISTILLER.STUDENT", "resnet8"]
+            options += ["DISTILLER.TEACHER_WEIGHTS", "builtin:glyphs100_resnet20", "SOLVER.EPOCHS", "1"]
+        code, _, err = train(str(ROOT / words[3]), *options)
         assert code == 0, err
+    elif words[:2] == ["deepkd", "apply"]:
+        root = tmp_path / "mdistiller"
+        for name in ("tools", "configs"):
+            shutil.copytree(request.getfixturevalue("mdistiller_root") / name, root / name)
+        (root / "mdistiller").mkdir()
+        (root / "mdistiller" / "__init__.py").touch()
+        assert cli.main([*words[1:-1], str(root)]) == 0
+        assert (root / "configs/imagenet/r34_r18/deepkd.yaml").is_file()
+    elif words[0] == "deepkd":
+        assert cli.main(words[1:]) == 0
     elif words[:2] == ["python", "tools/eval.py"]:
         assert evaluate.main([*words[2:], "--root", str(data_root)]) == 0
         accuracy = float(re.search(r"top-1 ([\d.]+) %", capsys.readouterr().out).group(1))
