@@ -1,33 +1,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from tables import Table
 
-from deepkd_plugin import builtin
 from deepkd_plugin.builtin.vanilla import Vanilla
-from deepkd_plugin.config import add_deepkd_config
 from deepkd_plugin.distillers import DKD, KD, DeepKD
 from deepkd_plugin.losses import decoupled_kd
 from deepkd_plugin.optim import DecoupledMomentumSGD
-
-
-class Table(nn.Module):
-    """A network that gives stored logits: `image` is the row to look up."""
-
-    def __init__(self, logits):
-        super().__init__()
-        self.logits = nn.Parameter(logits.clone())
-        self.norm = nn.BatchNorm1d(1)
-
-    def forward(self, image):
-        return self.logits[image], {}
-
-
-@pytest.fixture
-def cfg():
-    tree = builtin.CFG.clone()
-    add_deepkd_config(tree)
-    return tree
 
 
 @pytest.fixture

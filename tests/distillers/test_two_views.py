@@ -3,30 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from tables import Table
 
-from deepkd_plugin import builtin
-from deepkd_plugin.config import add_deepkd_config
 from deepkd_plugin.distillers import CRLD, DKD, KD, MLKD, DeepKD
 from deepkd_plugin.losses import decoupled_kd, kd_divergence, standardise_logits
-
-
-class Table(nn.Module):
-    """A network that gives stored logits: `image` is the row to look up."""
-
-    def __init__(self, logits):
-        super().__init__()
-        self.logits = nn.Parameter(logits.clone())
-
-    def forward(self, image):
-        return self.logits[image], {}
-
-
-@pytest.fixture
-def cfg():
-    tree = builtin.CFG.clone()
-    add_deepkd_config(tree)
-    return tree
 
 
 @pytest.fixture
