@@ -10,12 +10,11 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from . import builtin, checkpoint, config, data, device
 from .errors import UserError
@@ -35,8 +34,11 @@ _PLACES = {
     "get_dataset": ("mdistiller.dataset", "get_dataset"),
     "load_checkpoint": ("mdistiller.engine.utils", "load_checkpoint"),
 }
-_OURS_ALONE = ("LR_SCHEDULE", "WARMUP_EPOCHS", "MIN_LR", "AMP", "CHANNELS_LAST")
+_OURS_ALONE = ("LR_SCHEDULE", "WARMUP_EPOCHS", "MIN_LR", "AMP", "CHANNELS_LAST", "GRADIENTS", "EXECUTION")
 """Keys of SOLVER that only our trainers read."""
+
+Replaced = tuple[dict[str, Any], str, Any]
+"""A registry, a name in it, and what stood there."""
 
 
 def locate() -> Path | None:
@@ -45,9 +47,9 @@ def locate() -> Path | None:
     In this order: the one that is already imported, the checkout whose script under tools/ is running,
     MDISTILLER_ROOT, an installed one. Raises UserError where MDISTILLER_ROOT names something else.
     """
-    held = getattr(sys.modules.get("mdistiller"), "__file__", None)
-    if held:
-        return Path(held).resolve().parents[1]
+    found = _found(getattr(sys.modules.get("mdistiller"), "__path__", ()))
+    if found is not None:
+        return found
     script = Path(getattr(sys.modules.get("__main__"), "__file__", None) or ".").resolve()
     if script.parent.name == "tools" and _is_root(script.parents[1]):
         return script.parents[1]
@@ -57,8 +59,7 @@ def locate() -> Path | None:
             raise UserError(f"environment: {ENVIRONMENT} is {named!r}; it must name a checkout of mdistiller")
         return Path(named).resolve()
     spec = importlib.util.find_spec("mdistiller")
-    # a folder of that name without the package, such as the checkout seen from outside, has no origin
-    return Path(spec.origin).resolve().parents[1] if spec is not None and spec.origin else None
+    return None if spec is None else _found(spec.submodule_search_locations or ())
 
 
 def load(root: Path) -> Host:
@@ -66,8 +67,12 @@ def load(root: Path) -> Host:
 
     Raises UserError where it cannot be imported, or is a fork that keeps them elsewhere.
     """
-    if "mdistiller" not in sys.modules and str(root) not in sys.path:
+    if not _is_root(root):
+        raise UserError(f"{root}: is no checkout of mdistiller; it must hold mdistiller/engine/")
+    spec = importlib.util.find_spec("mdistiller")
+    if spec is None or _found(spec.submodule_search_locations or ()) != root:
         sys.path.insert(0, str(root))
+        importlib.invalidate_caches()
     found = {}
     for field, (module, name) in _PLACES.items():
         try:
@@ -82,13 +87,15 @@ def load(root: Path) -> Host:
             if field != "tiny_imagenet_models":  # older versions have no Tiny ImageNet
                 raise _other_fork(root, module, name) from None
             found[field] = {}
-        except Exception as error:  # whatever an old module does on a new PyTorch
+        except (Exception, SystemExit) as error:  # whatever an old module does on a new PyTorch
             raise UserError(
                 f"{root}: mdistiller cannot be imported ({module}: {type(error).__name__}: {error})"
             ) from None
+    imported = _found(sys.modules["mdistiller"].__path__)
+    if imported != root:
+        raise UserError(f"{root}: another mdistiller is imported already, from {imported}; only one can be")
     del found["load_checkpoint"]
-    theirs = getattr(found["get_dataset"], "theirs", found["get_dataset"])
-    return Host("mdistiller", **found | {"get_dataset": partial(_read, root, theirs)}, root=root)
+    return Host("mdistiller", **found | {"get_dataset": data.get_dataset}, root=root)
 
 
 def mend(host: Host) -> list[str]:
@@ -102,7 +109,7 @@ def mend(host: Host) -> list[str]:
     if dataset.get_dataset.__module__ == __name__:
         return []
     _replace(utils.load_checkpoint, load_checkpoint)
-    _replace(dataset.get_dataset, _settled_reader(host, dataset.get_dataset))
+    _replace(dataset.get_dataset, _settled_reader(host))
     _measure_teachers(host.trainers["base"])
     device.tolerate_cuda_calls()
     if "ShuffleV2" in host.tiny_imagenet_models:  # mdistiller's pools 4 x 4 and cannot take 64 x 64 images
@@ -112,36 +119,41 @@ def mend(host: Host) -> list[str]:
     return ["get_dataset", "load_checkpoint"]
 
 
-def load_checkpoint(path: str) -> Any:
+def load_checkpoint(path: str | None) -> Any:
     """mdistiller's load_checkpoint: a trainer's state as it is, a network's file as {"model": state dict}."""
+    if path is None:
+        raise UserError("command line: mdistiller has no weights of this network; -c must name a checkpoint")
     held = checkpoint.load(path, "the path")
-    if not isinstance(held, Mapping):
-        return held
-    weights = held.get("model", held)
-    if not isinstance(weights, Mapping) or not all(isinstance(v, Tensor) for v in weights.values()):
-        return held
-    wrapped = all(name.startswith("module.") for name in weights)
-    if wrapped and any(name.startswith("module.student.") for name in weights):
-        return held  # a whole distiller, to be loaded into DataParallel
-    names = {name: name.removeprefix("module.") if wrapped else name for name in weights}
-    rest = held if "model" in held else {}
-    return {**rest, "model": {names[name]: value for name, value in weights.items()}}
+    weights = checkpoint.network_weights(held)
+    if weights is None:
+        raise UserError(f"{path}: holds no network's weights; it must be a student's or a teacher's file")
+    if any(name.startswith("student.") for name in weights):
+        if "config" in held:
+            raise UserError(f"{path}: {config.TRAINER} wrote it; --resume needs that SOLVER.TRAINER")
+        return held  # the state of a trainer of mdistiller's
+    return {**(held if "model" in held else {}), "model": weights}
 
 
-def settle(host: Host, cfg: Any, zoo: Mapping[str, dict[str, Any]], own: Mapping[str, Any]) -> None:
+def settle(host: Host, cfg: Any, replaced: list[Replaced]) -> None:
     """Check a config and put what it asks of the plugin where mdistiller's launcher looks for it.
 
-    zoo, own: the networks by data set and the distillers as they were, to start from.
+    replaced: what the call for an earlier config replaced; it is put back first, and filled anew.
     """
+    while replaced:
+        registry, name, value = replaced.pop()
+        registry[name] = value
+
+    def put(registry: dict[str, Any], name: str, value: Any) -> None:
+        replaced.append((registry, name, registry[name]))
+        registry[name] = value
+
     origin = _Somewhere()
-    for name, networks in zoo.items():
-        host.models(name).update(networks)
-    host.distillers.update(own)
     host.check(cfg, origin)
     check_trainer(cfg, origin, host.trainers[cfg.SOLVER.TRAINER])
-    host.distillers[cfg.DISTILLER.TYPE] = host.distiller(cfg)
+    put(host.distillers, cfg.DISTILLER.TYPE, host.distiller(cfg))
     if cfg.DISTILLER.TYPE != "NONE":
-        _put_teacher(host, cfg)
+        name, models = cfg.DISTILLER.TEACHER, host.models(cfg.DATASET.TYPE)
+        put(models, name, _teacher(host, cfg, models[name]))
     device.seed_everything(cfg.SOLVER.SEED)
 
 
@@ -149,6 +161,13 @@ def check_trainer(cfg: Any, origin: Mapping[str, str], trainer: type) -> None:
     """Raise UserError where a config asks of one of mdistiller's trainers what only ours can do."""
     if issubclass(trainer, Trainer):
         return
+    method, name = cfg.DISTILLER.TYPE, cfg.SOLVER.TRAINER
+    if (method == "CRD") != (name in ("crd", "crd_dot")):
+        allowed = f"crd, crd_dot or {config.TRAINER}" if method == "CRD" else "another: it is for CRD alone"
+        raise config.wrong(origin, "SOLVER.TRAINER", name, f"{allowed} with DISTILLER.TYPE {method}")
+    if name == "dot" and method in ("NONE", "DeepKD"):
+        allowed = f"base or {config.TRAINER} with DISTILLER.TYPE {method}, which has no loss_ce and loss_kd"
+        raise config.wrong(origin, "SOLVER.TRAINER", name, allowed)
     if config.views(cfg) > 1:
         reason = f"{cfg.DISTILLER.TYPE} needs two views of an image, and mdistiller's trainers take one"
         raise config.wrong(origin, "SOLVER.TRAINER", cfg.SOLVER.TRAINER, f"{config.TRAINER}: {reason}")
@@ -160,46 +179,27 @@ def check_trainer(cfg: Any, origin: Mapping[str, str], trainer: type) -> None:
             raise config.wrong(origin, key.path, config.get(cfg, key.path), allowed)
 
 
-def _put_teacher(host: Host, cfg: Any) -> None:
-    """Have mdistiller's launcher find the teacher's weights, checked beforehand."""
+def _teacher(host: Host, cfg: Any, entry: Any) -> Any:
+    """The zoo's entry of a teacher with its weights loaded or named, after a look at them."""
     dataset, name = cfg.DATASET.TYPE, cfg.DISTILLER.TEACHER
-    models = host.models(dataset)
     path = weights_file(host, dataset, name, cfg.DISTILLER.TEACHER_WEIGHTS)
-    load = partial(trained_network, host, dataset, name, weights=path, key="DISTILLER.TEACHER_WEIGHTS")
-    classes = data.num_classes(cfg)
+    key = "DISTILLER.TEACHER_WEIGHTS"
+    loaded = trained_network(host, dataset, name, data.num_classes(cfg), path, key)
     if dataset != "imagenet":
-        load(num_classes=classes)
-        models[name] = (models[name][0], path)
-    elif path:
-        make, loaded = models[name], load(num_classes=classes)
-        models[name] = lambda pretrained=False: loaded if pretrained else make(pretrained=False)
+        return (entry[0], path)
+    return lambda pretrained=False: loaded if pretrained else entry(pretrained=False)
 
 
-def _settled_reader(host: Host, theirs: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    zoo = {name: dict(host.models(name)) for name in ("cifar100", "tiny_imagenet", "imagenet")}
-    own = dict(host.distillers)
+def _settled_reader(host: Host) -> Callable[[Any], Any]:
+    replaced: list[Replaced] = []
 
     def get_dataset(cfg: Any) -> Any:
         """The plugin's get_dataset, where mdistiller's launcher first shows its config."""
         if cfg.is_frozen():  # tools/eval.py leaves its config open: there is nothing to train and to check
-            settle(host, cfg, zoo, own)
-        return host.get_dataset(cfg)
-
-    get_dataset.theirs = theirs
-    return get_dataset
-
-
-def _read(root: Path, theirs: Callable[[Any], Any], cfg: Any) -> Any:
-    """The plugin's data sets; CRD's contrast indices come from mdistiller's own."""
-    if cfg.DISTILLER.TYPE not in ("CRD", "CRDKD"):
+            settle(host, cfg, replaced)
         return data.get_dataset(cfg)
-    node = cfg.DATASET
-    if node.ROOT not in (str(root / "data"), "./data") or node.TRAIN_PER_CLASS or node.HOLDOUT:
-        raise UserError(
-            f"config: DISTILLER.TYPE {cfg.DISTILLER.TYPE} reads mdistiller's own {root / 'data'}; DATASET.ROOT, "
-            f"TRAIN_PER_CLASS and HOLDOUT must be left at their defaults"
-        )
-    return theirs(cfg)
+
+    return get_dataset
 
 
 def _measure_teachers(base_trainer: type) -> None:
@@ -224,7 +224,13 @@ def _replace(theirs: Callable[..., Any], ours: Callable[..., Any]) -> None:
 
 
 def _is_root(folder: Path) -> bool:
-    return (folder / "mdistiller" / "__init__.py").is_file()
+    """Some forks have no mdistiller/__init__.py, and a checkout seen from outside is no package."""
+    return (folder / "mdistiller" / "engine" / "cfg.py").is_file()
+
+
+def _found(package: Iterable[str]) -> Path | None:
+    """The root above one of a package's folders."""
+    return next((Path(p).resolve().parent for p in package if _is_root(Path(p).resolve().parent)), None)
 
 
 def _other_fork(root: Path, module: str, name: str) -> UserError:

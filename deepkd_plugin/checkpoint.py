@@ -130,14 +130,10 @@ def load_weights(module: nn.Module, path: str | Path, key: str, network: str) ->
     DataParallel's "module." in front. Raises UserError, with the first differences, for a file of another
     network or another number of classes; the module is then unchanged.
     """
-    held = load(path, key)
-    for name in ("model", "state_dict"):
-        if isinstance(held, Mapping) and isinstance(held.get(name), Mapping):
-            held = held[name]
-    named = isinstance(held, Mapping) and all(isinstance(name, str) for name in held)
-    if not named or not all(isinstance(value, Tensor) for value in held.values()):
-        raise UserError(f"{path}: {key} must hold a network's state dictionary, holds {_kind(held)}")
-    held = {name.removeprefix("module."): value for name, value in held.items()}
+    loaded = load(path, key)
+    held = network_weights(loaded)
+    if held is None:
+        raise UserError(f"{path}: {key} must hold a network's state dictionary, holds {_kind(loaded)}")
     wanted = module.state_dict()
     missing = [name for name in wanted if name not in held]
     extra = [name for name in held if name not in wanted]
@@ -161,6 +157,21 @@ def load_weights(module: nn.Module, path: str | Path, key: str, network: str) ->
             f"{tuple(held[first].shape)}, not {tuple(wanted[first].shape)}"
         )
     module.load_state_dict(held)
+
+
+def network_weights(held: Any) -> dict[str, Tensor] | None:
+    """A network's state dictionary out of what a file held; None where there is none.
+
+    It lies bare, or under "model" or "state_dict" or both, with or without DataParallel's "module." in front
+    of its names.
+    """
+    for name in ("model", "state_dict"):
+        if isinstance(held, Mapping) and isinstance(held.get(name), Mapping):
+            held = held[name]
+    named = isinstance(held, Mapping) and bool(held) and all(isinstance(name, str) for name in held)
+    if not named or not all(isinstance(value, Tensor) for value in held.values()):
+        return None
+    return {name.removeprefix("module."): value for name, value in held.items()}
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -47,6 +47,9 @@ def _parser() -> Parser:
     apply.set_defaults(run=_apply)
 
     doctor = commands.add_parser("doctor", help="look for what would keep a run from working")
+    doctor.add_argument(
+        "path", metavar="PATH", type=Path, nargs="?", help="a checkout of mdistiller to look into"
+    )
     doctor.set_defaults(run=_doctor)
     return parser
 
@@ -66,4 +69,4 @@ def _apply(args: argparse.Namespace) -> int:
 def _doctor(args: argparse.Namespace) -> int:
     from .doctor import doctor
 
-    return doctor()
+    return doctor(args.path)

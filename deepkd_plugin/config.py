@@ -141,11 +141,29 @@ KEYS = (
     Key("SOLVER.WARMUP_EPOCHS", 0, "epochs of linear warm-up from 0.1 x LR", *_NOT_NEGATIVE),
     Key("SOLVER.MIN_LR", 0.0, "the cosine schedule's floor (release: 5e-5)", *_NOT_NEGATIVE),
     Key("SOLVER.AMP", False, "bfloat16 autocast of both networks; losses stay in float32", *_FLAG),
+    Key(
+        "SOLVER.GRADIENTS",
+        "auto",
+        "several backward passes: in turn, stacked, or what measures faster (GPU)",
+        *_one_of("auto", "sequential", "batched"),
+    ),
+    Key(
+        "SOLVER.EXECUTION",
+        "eager",
+        "the step: as written, networks compiled, or replayed CUDA graphs",
+        *_one_of("eager", "compile", "graphs"),
+    ),
     Key("SOLVER.CHANNELS_LAST", False, "memory format of networks and images", *_FLAG),
     Key("SOLVER.SEED", 0, "seed of weights, order and augmentation", *_NOT_NEGATIVE),
     Key("DISTILLER.TEACHER_WEIGHTS", "", "teacher file; empty: the zoo's; builtin:NAME: one we ship", *_ANY),
     Key("DATASET.ROOT", "./data", "folder of the data sets", *_ANY),
     Key("DATASET.DOWNLOAD", False, "fetch CIFAR-100 where DATASET.ROOT has none", *_FLAG),
+    Key(
+        "DATASET.PIPELINE",
+        "workers",
+        "who makes batches: loader processes, or the device, where a small set then lies whole",
+        *_one_of("workers", "device"),
+    ),
     Key(
         "DATASET.TRAIN_PER_CLASS", 0, "training images of each class, the first ones; 0: all", *_NOT_NEGATIVE
     ),
@@ -166,6 +184,8 @@ _HOST_KEYS = (
     Key("KD.TEMPERATURE", 4, "temperature", *_POSITIVE),
     Key("DKD.T", 4.0, "temperature", *_POSITIVE),
     Key("DKD.WARMUP", 20, "epochs", *_NOT_NEGATIVE),
+    Key("CRD.MODE", "exact", "the positive sample", *_one_of("exact", "relax")),
+    Key("CRD.NCE.K", 16384, "negative samples", *_POSITIVE),
 )
 """mdistiller's own keys that would break a run far from where they were written."""
 
@@ -193,6 +213,25 @@ def add_deepkd_config(cfg: CfgNode) -> list[str]:
     if frozen:
         cfg.freeze()
     return added
+
+
+def check_tree(cfg: CfgNode, name: str) -> None:
+    """Raise UserError where a host's tree has something else at one of KEYS than the plugin would put there."""
+    for key in KEYS:
+        node: Any = cfg
+        *parents, leaf = key.path.split(".")
+        for parent in parents:
+            node = node.get(parent, CfgNode())
+            if not isinstance(node, CfgNode):
+                raise UserError(
+                    f"{name}: its config has the value {node!r} where the plugin has the section {key.path}"
+                )
+        held = node.get(leaf, key.default)
+        numbers = {type(held), type(key.default)} <= {int, float}
+        if type(held) is not type(key.default) and not numbers:
+            raise UserError(
+                f"{name}: its config key {key.path} is {held!r}; the plugin's of that name is like {key.default!r}"
+            )
 
 
 def set_default(cfg: CfgNode, path: str, value: Any) -> None:
@@ -263,6 +302,7 @@ def check(cfg: CfgNode, origin: dict[str, str]) -> None:
         raise wrong(origin, "SOLVER.WARMUP_EPOCHS", cfg.SOLVER.WARMUP_EPOCHS, allowed)
     if cfg.LOG.WANDB and importlib.util.find_spec("wandb") is None:
         raise wrong(origin, "LOG.WANDB", True, "False, for wandb is not installed (pip install wandb)")
+    check_pipeline(cfg, origin)
     if cfg.EXPERIMENT.LOGIT_STAND and cfg.DISTILLER.TYPE not in ("DeepKD", *BASES):
         allowed = f"False with DISTILLER.TYPE {cfg.DISTILLER.TYPE}, which has no distillation on logits"
         raise wrong(origin, "EXPERIMENT.LOGIT_STAND", True, allowed)
@@ -273,9 +313,27 @@ def check(cfg: CfgNode, origin: dict[str, str]) -> None:
             low, high = -cfg.SOLVER.MOMENTUM, 1 - cfg.SOLVER.MOMENTUM
             allowed = f"in [{low:g}, {high:g}), so that SOLVER.MOMENTUM {cfg.SOLVER.MOMENTUM:g} plus it lies in [0, 1)"
             raise wrong(origin, path, get(cfg, path), allowed)
-        if get(cfg, path) and cfg.SOLVER.TRAINER != TRAINER:
-            allowed = f"0 with SOLVER.TRAINER {cfg.SOLVER.TRAINER}, which does not read it; {TRAINER} does"
-            raise wrong(origin, path, get(cfg, path), allowed)
+    for key in KEYS:
+        ours = key.path.startswith("SOLVER.DECOUPLED.") and cfg.SOLVER.TRAINER != TRAINER
+        if ours and get(cfg, key.path) != key.default:
+            trainer = f"SOLVER.TRAINER {cfg.SOLVER.TRAINER}, which does not read it; {TRAINER} does"
+            allowed = f"{key.default!r} with {trainer}"
+            raise wrong(origin, key.path, get(cfg, key.path), allowed)
+
+
+def check_pipeline(cfg: CfgNode, origin: dict[str, str]) -> None:
+    """Raise UserError where a method needs more of an image than batches made on the device hold."""
+    node, method = cfg.DATASET, cfg.DISTILLER.TYPE
+    if node.PIPELINE == "workers":
+        return
+    if views(cfg) > 1:
+        asked = f"DeepKD.BASE {cfg.DeepKD.BASE}" if method == "DeepKD" else f"DISTILLER.TYPE {method}"
+        reason = "the strong view is drawn by PIL's operations"
+    elif method in ("CRD", "CRDKD"):
+        asked, reason = f"DISTILLER.TYPE {method}", "its contrast indices are drawn image by image"
+    else:
+        return
+    raise wrong(origin, "DATASET.PIPELINE", node.PIPELINE, f"'workers' with {asked}: {reason}")
 
 
 def check_mask(cfg: CfgNode, origin: dict[str, str], num_classes: int) -> None:

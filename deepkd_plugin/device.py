@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 def pick() -> torch.device:
     """CUDA where there is one, else the CPU."""
+    torch.backends.cudnn.benchmark = True  # as mdistiller's scripts: batches have one size
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -60,6 +62,35 @@ def tolerate_cuda_calls() -> None:
 
     Tensor.cuda = stay
     nn.Module.cuda = stay
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for everything that the device was asked to do, before reading a clock."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def compile_options(device: torch.device) -> dict[str, Any]:
+    """torch.compile's: on a GPU with its CUDA graphs."""
+    return {"mode": "reduce-overhead"} if device.type == "cuda" else {}
+
+
+@contextlib.contextmanager
+def side_stream() -> Iterator[None]:
+    """A CUDA stream beside the current one, which waits for it: what runs before a capture has to run there."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def capture(function: Callable[[], Any]) -> tuple[Any, Any]:
+    """A CUDA graph of what the function launches, not yet run, and the tensors that a replay fills."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+    return graph, result
 
 
 def autocast(device: torch.device, enabled: bool) -> contextlib.AbstractContextManager[Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import platform
-import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from yacs.config import CfgNode
 
-from . import device
+from . import adapter, device
 from .data import DATASETS
 from .errors import UserError
 from .host import Host
@@ -30,15 +29,17 @@ OPTIONAL = {
 }
 
 
-def doctor() -> int:
+def doctor(root: Path | None = None) -> int:
     """Print what is here, one line each; returns 0, or 2 where the plugin could not work, with the line that mends it.
+
+    root: a checkout of mdistiller to look into, instead of the host that a run here would find.
 
     What is only needed by some configs (teachers, data sets, CUDA, extras) is reported and is no failure.
     """
     for name, text in _machine():
         _line(name, text)
     try:
-        host = find_host()
+        host = find_host() if root is None else adapter.load(root.resolve())
         added = register(host)
     except UserError as error:
         _line("host", "cannot be used")
@@ -71,15 +72,7 @@ def _machine() -> Iterator[tuple[str, str]]:
 def _describe(host: Host) -> str:
     if host.root is None:
         return "built-in (no mdistiller: not installed, and MDISTILLER_ROOT is not set)"
-    return f"mdistiller in {host.root}, commit {_commit(host.root)}"
-
-
-def _commit(root: Path) -> str:
-    try:
-        command = ["git", "-C", str(root), "log", "-1", "--format=%h of %cs"]
-        return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip() or "unknown"
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    return f"mdistiller in {host.root}, commit {commit(host.root / 'mdistiller' / 'engine', 'cfg.py')}"
 
 
 def _registry(held: dict[str, object], ours: dict[str, object]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from . import config
+from . import config, data
 from .distillers import DKD, KD
 
 MDISTILLERS_OWN = {
@@ -71,3 +71,4 @@ class Host:
                 where = f"; {value} is mdistiller's, which is not here: install it or set MDISTILLER_ROOT"
             raise config.wrong(origin, path, value, f"one of {', '.join(names)}{where}")
         config.check(cfg, origin)
+        config.check_mask(cfg, origin, data.num_classes(cfg))

@@ -13,6 +13,7 @@ from torch import nn
 from . import config, device, record
 from .adapter import check_trainer
 from .host import Host
+from .metrics import weights_and_biases
 from .networks import network, trained_network
 from .registry import find_host, register
 from .terminal import Parser, Stopped, exit_code, guarded
@@ -53,13 +54,14 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
     at = device.pick()
     device.seed_everything(cfg.SOLVER.SEED)
     train_loader, val_loader, num_data, num_classes = host.get_dataset(cfg)
-    config.check_mask(cfg, origin, num_classes)
     print(f"{name}: {cfg.DISTILLER.TYPE} on {cfg.DATASET.TYPE}, {num_data} images, {device.describe(at)}")
     distiller = make_distiller(host, cfg, num_data, num_classes)
     distiller = device.place(distiller, at, cfg.SOLVER.CHANNELS_LAST)
     make = trainers(host)[cfg.SOLVER.TRAINER]
     if not issubclass(make, Trainer):
         # it tests the teacher itself (see adapter), and leaves mdistiller's files
+        if cfg.LOG.WANDB:
+            weights_and_biases(folder, cfg)
         parallel = device.parallel(distiller, always=True)
         make(name, parallel, train_loader, val_loader, cfg).train(resume=resume)
         return
@@ -67,7 +69,6 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
     teacher_acc = measure_teacher(distiller, val_loader, cfg, source)
     trainer = make(name, device.parallel(distiller), train_loader, val_loader, cfg)
     trainer.teacher_acc = teacher_acc
-    trainer.rehearse()
     try:
         result = trainer.train(resume, overwrite, command)
     except KeyboardInterrupt as interruption:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from types import TracebackType
 
 from .errors import UserError
@@ -13,10 +14,18 @@ _show = sys.excepthook
 
 def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """A user's mistake ends a script of mdistiller as it ends ours: one line and exit code 2."""
-    if not issubclass(kind, UserError):
+    merging = [frame.name for frame in traceback.extract_tb(trace) if frame.name.startswith("merge_from_")]
+    if issubclass(kind, UserError):
+        message = str(error)
+    elif merging:  # yacs on a config file or on KEY VALUE pairs
+        source = "--cfg" if merging[0] == "merge_from_file" else "command line"
+        message = f"{source}: {' '.join(str(part) for part in error.args)}"
+    elif kind is AttributeError and "set WANDB" in str(error):  # mdistiller writes to its frozen config
+        message = "config: LOG.WANDB is True and wandb cannot be used; pip install wandb, or set it to False"
+    else:
         _show(kind, error, trace)
         return
-    print(f"deepkd: error: {error}", file=sys.stderr)
+    print(f"deepkd: error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -56,7 +56,7 @@ class RunLog:
 
     def __init__(self, folder: Path, epoch: int = 0, cfg: Any = None) -> None:
         self.folder = folder
-        self._wandb = _weights_and_biases(folder, cfg) if cfg is not None and cfg.LOG.WANDB else None
+        self._wandb = weights_and_biases(folder, cfg) if cfg is not None and cfg.LOG.WANDB else None
         self.lines = [line for line in read_metrics(folder) if line["epoch"] <= epoch] if epoch else []
         self._write()
         self._events = SummaryWriter(str(folder / "train.events"), purge_step=epoch + 1)
@@ -87,7 +87,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def _weights_and_biases(folder: Path, cfg: Any) -> Any:
+def weights_and_biases(folder: Path, cfg: Any) -> Any:
     """The open run of W&B, or a new one."""
     import wandb  # an extra: config.check has seen that it is there
 

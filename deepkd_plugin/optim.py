@@ -52,6 +52,11 @@ class DecoupledMomentumSGD(Optimizer):
     the past belonged to is no longer known, and that difference fades with their momenta. Where a
     schedule will separate them and the history must be exact from the first step, pass merge=False.
 
+    batched: make the backward passes as one with stacked gradients (see streams.backward_by_set).
+    capturable: move the buffers in place, so that a step captured as a CUDA graph after the first can be
+    replayed; otherwise gradients become the buffers, which is faster. Both are attributes that may be changed
+    between steps, and no part of the state.
+
     Raises ValueError for a learning rate or decay below 0, a coefficient outside its range, group streams
     that differ from the first group's, or an unknown stream; RuntimeError for a step without gradients by
     stream or with sparse gradients.
@@ -68,6 +73,8 @@ class DecoupledMomentumSGD(Optimizer):
         *,
         merge: bool = True,
         foreach: bool = True,
+        batched: bool = False,
+        capturable: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -78,6 +85,8 @@ class DecoupledMomentumSGD(Optimizer):
             "merge": merge,
             "foreach": foreach,
         }
+        self.batched = batched
+        self.capturable = capturable
         self._forget_gradients()
         super().__init__(params, defaults)
 
@@ -117,15 +126,17 @@ class DecoupledMomentumSGD(Optimizer):
             self._gradients = [{} for _ in sets]
         elif self._sets != sets:
             raise RuntimeError("coefficients changed between two backward calls of one step")
-        for mine, new in zip(self._gradients, backward_by_set(losses, sets, params, retain_graph)):
-            taking = {p: g for p, g in zip(params, new) if g is not None}
-            if len(sets) > 1:
-                _add(mine, taking)
-            grads = {p: p.grad for p in taking if p.grad is not None}
-            # with several sets p.grad is a sum beside them and must not share their memory
-            _add(grads, taking, copy=len(sets) > 1)
-            for p in taking:
-                p.grad = grads[p]
+        found = backward_by_set(losses, sets, params, retain_graph, self.batched)
+        new = [{p: g for p, g in zip(params, gradients) if g is not None} for gradients in found]
+        # with several sets p.grad is a sum beside them and must not share their memory
+        total = _total(new) if len(sets) > 1 else new[0]
+        if len(sets) > 1:
+            for mine, gradients in zip(self._gradients, new):
+                _add(mine, gradients)
+        grads = {p: p.grad for p in total if p.grad is not None}
+        _add(grads, total)
+        for p in total:
+            p.grad = grads[p]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -162,6 +173,9 @@ class DecoupledMomentumSGD(Optimizer):
                 names = tuple(held) if isinstance(held, Mapping) else None
                 raise ValueError(f"the state has the streams {names}, this optimizer {self.streams}")
         super().load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"batched": self.batched, "capturable": self.capturable}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -205,7 +219,7 @@ class DecoupledMomentumSGD(Optimizer):
             [coefficients[names[0]] for names in sets],
             group["lr"],
             [group["weight_decay"] if group["weight_decay_stream"] in names else 0.0 for names in sets],
-            consume=len(sets) > 1,
+            consume=len(sets) > 1 and not self.capturable,
         )
         for p, buffers in zip(params, new):
             self.state[p]["buffers"] = buffers
@@ -290,14 +304,30 @@ def _check_group(group: Mapping[str, Any]) -> None:
         )
 
 
-def _add(total: dict[Tensor, Tensor], new: Mapping[Tensor, Tensor], copy: bool = False) -> None:
-    """Add gradients by parameter in place; one that has none yet gets the new one itself, or a copy."""
+def _add(total: dict[Tensor, Tensor], new: Mapping[Tensor, Tensor]) -> None:
+    """Add gradients by parameter in place; one that has none yet gets the new one itself."""
     both = [p for p in new if p in total]
     if both:
         torch._foreach_add_([total[p] for p in both], [new[p] for p in both])
     for p, gradient in new.items():
-        if p not in total:
-            total[p] = gradient.clone() if copy else gradient
+        total.setdefault(p, gradient)
+
+
+def _total(parts: Sequence[Mapping[Tensor, Tensor]]) -> dict[Tensor, Tensor]:
+    """The sums of several sets' gradients by parameter, in memory of their own."""
+    total = dict(parts[0])
+    own: set[Tensor] = set()
+    for part in parts[1:]:
+        first = [p for p in part if p in total and p not in own]
+        again = [p for p in part if p in own]
+        if again:
+            torch._foreach_add_([total[p] for p in again], [part[p] for p in again])
+        if first:
+            total.update(zip(first, torch._foreach_add([total[p] for p in first], [part[p] for p in first])))
+            own.update(first)
+        for p, gradient in part.items():
+            total.setdefault(p, gradient)
+    return {p: g if p in own else g.clone() for p, g in total.items()}
 
 
 Gradients = Sequence[Sequence["Tensor | None"]]

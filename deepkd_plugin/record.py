@@ -22,11 +22,18 @@ RECORDED = ("torch", "torchvision", "numpy", "pillow", "matplotlib", "yacs", "te
 
 def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
     """Raise UserError where a run cannot go on in its folder, or would end another one there."""
-    if resume and not (folder / "latest").is_file():
+    try:
+        latest = (folder / "latest").is_file()
+        held = latest or (folder / "run.json").exists()
+    except OSError as error:  # a name of many options is longer than a file system takes
+        raise UserError(
+            f"{folder}: EXPERIMENT.NAME must be set to a shorter name ({error.strerror})"
+        ) from None
+    if resume and not latest:
         raise UserError(
             f"{folder}: --resume finds no checkpoint 'latest' there; leave it out to start the run"
         )
-    if not resume and not overwrite and (folder / "run.json").exists():
+    if not resume and not overwrite and held:
         raise UserError(
             f"{folder}: holds a run already; go on with --resume, start again with --overwrite "
             f"(deepkd_plugin's launcher), or set EXPERIMENT.NAME"
@@ -41,11 +48,13 @@ def prepare_folder(
     resume: bool,
     teacher: str | None,
     teacher_acc: float | None,
+    classes: dict[str, str],
 ) -> None:
     """Make a run's folder with its resolved config and run.json; a run that is started again is removed.
 
-    teacher, teacher_acc: the teacher's fingerprint and its top-1 in percent, None without one. Raises
-    UserError where the folder cannot be written.
+    teacher, teacher_acc: the teacher's fingerprint and its top-1 in percent, None without one. classes: where
+    the code of student and distiller is from, which tells the host. Raises UserError where the folder cannot
+    be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -55,6 +64,7 @@ def prepare_folder(
             "python": platform.python_version(),
             "versions": {name: _version(name) for name in RECORDED},
             "commit": commit(),
+            "classes": classes,
             "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
         if resume:
@@ -112,13 +122,16 @@ def _write(folder: Path, run: dict[str, Any]) -> None:
     checkpoint.write_whole(folder / "run.json", lambda file: file.write(text.encode()))
 
 
-def commit() -> str:
-    """The commit of the code that runs, "+" where it was changed since, or "unknown" outside a checkout."""
-    here = Path(__file__).parent
+def commit(folder: Path = Path(__file__).parent, file: str = "launch.py") -> str:
+    """The commit of the checkout that `folder` is in, "+" where it was changed since, "unknown" without one.
+
+    file: one of the folder's own, which that checkout must track: an installed package may lie in another
+    project's checkout.
+    """
     try:
-        ours = ["git", "-C", str(here), "ls-files", "--error-unmatch", "launch.py"]
+        ours = ["git", "-C", str(folder), "ls-files", "--error-unmatch", file]
         subprocess.run(ours, capture_output=True, check=True)
-        describe = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--exclude=*"]
+        describe = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--exclude=*"]
         return subprocess.run(describe, capture_output=True, check=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

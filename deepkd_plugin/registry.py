@@ -11,7 +11,7 @@ from typing import Any
 from warnings import warn
 
 from . import adapter, builtin
-from .config import add_deepkd_config
+from .config import add_deepkd_config, check_tree
 from .distillers import CRLD, MLKD, DeepKD
 from .errors import UserError
 from .host import Host
@@ -42,7 +42,7 @@ def register(host: Host | None = None) -> list[str]:
     """Put the plugin's distillers, trainer and config keys into a host's registries, in place.
 
     host: by default the one that find_host finds. Idempotent; what is there stays. Returns what was added.
-    Raises UserError, before anything is changed, where another class holds one of our names.
+    Raises UserError, before anything is changed, where another class or config key holds one of our names.
     """
     host = find_host() if host is None else host
     wanted = [(host.distillers, DISTILLERS), (host.trainers, TRAINERS)]
@@ -54,6 +54,7 @@ def register(host: Host | None = None) -> list[str]:
                     f"{host.name} already has {name!r}: {held.__module__}.{held.__qualname__}; the plugin "
                     f"would register {cls.__module__}.{cls.__qualname__}, so remove one of the two"
                 )
+    check_tree(host.cfg, host.name)
     added = []
     for registry, ours in wanted:
         added += [name for name in ours if name not in registry]

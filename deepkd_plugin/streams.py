@@ -7,7 +7,7 @@ may share one backward pass and one buffer without changing the result.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -50,15 +50,23 @@ def assign_losses(
 
 
 def backward_by_set(
-    losses: Mapping[str, Tensor], sets: Sets, params: Sequence[Tensor], retain_graph: bool = False
+    losses: Mapping[str, Tensor],
+    sets: Sets,
+    params: Sequence[Tensor],
+    retain_graph: bool = False,
+    batched: bool = False,
 ) -> list[list[Tensor | None]]:
-    """One backward pass for each set of streams that has a loss.
+    """One backward pass for each set of streams that has a loss, or with `batched` one for all of them.
 
     losses: stream → scalar. Returns, for each set, the gradients of its summed losses with respect to
     `params`, in their order; None where a parameter does not take part. The graph is kept between the
     passes and, with `retain_graph`, after the last. The caller may write to the gradients. Raises
     ValueError for an unknown stream or a loss that is not a scalar, RuntimeError where no loss needs a
     gradient.
+
+    batched: walk the graph once with all sets' gradients stacked (autograd's is_grads_batched, which maps
+    each operation's backward over them: fewer launches on a GPU, and rounding of its own). A parameter that
+    takes part in one set gets zeros in the others. RuntimeError where an operation cannot be mapped.
     """
     known = [name for names in sets for name in names]
     for name, loss in losses.items():
@@ -72,16 +80,35 @@ def backward_by_set(
         totals.append(sum(parts[1:], parts[0]) if parts else None)
     if all(total is None for total in totals):
         raise RuntimeError(f"none of the losses {list(losses)} needs a gradient")
-    last = max(i for i, total in enumerate(totals) if total is not None)
-    gradients: list[list[Tensor | None]] = []
+    present = [total for total in totals if total is not None]
+    if batched and len(present) > 1:
+        columns = iter(_batched(present, params, retain_graph))
+    else:
+        columns = _in_turn(present, params, retain_graph)
+    return [[None] * len(params) if total is None else next(columns) for total in totals]
+
+
+def _in_turn(
+    totals: Sequence[Tensor], params: Sequence[Tensor], retain_graph: bool
+) -> Iterator[list[Tensor | None]]:
     for i, total in enumerate(totals):
-        if total is None:
-            gradients.append([None] * len(params))
-        else:
-            keep = retain_graph or i < last
-            found = torch.autograd.grad(total, params, retain_graph=keep, allow_unused=True)
-            gradients.append(_own(found))
-    return gradients
+        keep = retain_graph or i < len(totals) - 1
+        yield _own(torch.autograd.grad(total, params, retain_graph=keep, allow_unused=True))
+
+
+def _batched(
+    totals: Sequence[Tensor], params: Sequence[Tensor], retain_graph: bool
+) -> list[list[Tensor | None]]:
+    """[total][parameter], each a slice of one stacked gradient."""
+    units = [
+        torch.eye(len(totals), dtype=total.dtype, device=total.device)[i] for i, total in enumerate(totals)
+    ]
+    stacked = _own(
+        torch.autograd.grad(
+            totals, params, units, retain_graph=retain_graph, allow_unused=True, is_grads_batched=True
+        )
+    )
+    return [[None if g is None else g[i] for g in stacked] for i in range(len(totals))]
 
 
 def _own(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:

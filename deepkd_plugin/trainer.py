@@ -23,6 +23,7 @@ from .metrics import RunLog, Sums, correct
 from .networks import Alone
 from .optim import DecoupledMomentumSGD
 from .schedule import make_scheduler
+from .speed import choose_gradients, make_step
 from .streams import assign_losses
 
 READ_EVERY = 20
@@ -53,6 +54,10 @@ class Trainer:
         self.optimizer = self.make_optimizer(self.module.get_learnable_parameters())
         self.scheduler = make_scheduler(self.optimizer, cfg.SOLVER)
         self.assignment: dict[str, str] = {}
+        self.step = make_step(
+            cfg.SOLVER.EXECUTION, distiller, self.optimizer, self.losses_by_stream, cfg.SOLVER.AMP
+        )
+        self.gradients = ""
         teacher = getattr(self.module, "teacher", None)
         self.teacher = checkpoint.fingerprint(teacher) if teacher is not None else None
         self.teacher_acc: float | None = None
@@ -73,18 +78,27 @@ class Trainer:
         checkpoint. overwrite: start again where the folder holds a run. command: what started the run, for
         its record. Raises UserError, before anything is written, where the folder does not fit.
         """
+        solver = self.cfg.SOLVER
         record.check_folder(self.folder, resume, overwrite)
         if self.teacher is not None and self.teacher_acc is None:
             self.teacher_acc = measure_teacher(self.module, self.val_loader, self.cfg)
+        self.rehearse()
         if resume:
             self.load(self.folder / "latest")
-        if self.epoch == self.cfg.SOLVER.EPOCHS:
+        if not self.gradients:  # a resumed run keeps its way: the other would round differently
+            self.gradients = choose_gradients(
+                solver.GRADIENTS, self.step, lambda: self.samples(solver.BATCH_SIZE)
+            )
+        self.optimizer.batched = self.gradients == "batched"
+        if self.epoch == solver.EPOCHS:
             raise UserError(
                 f"{self.folder}: --resume finds all {self.epoch} epochs done; the results are in run.json there"
             )
         command = command or shlex.join(["python", *sys.argv])
+        made_by = {"student": type(self.module.student), "distiller": type(self.module)}
+        classes = {part: f"{cls.__module__}.{cls.__qualname__}" for part, cls in made_by.items()}
         record.prepare_folder(
-            self.folder, self.cfg, self.device, command, resume, self.teacher, self.teacher_acc
+            self.folder, self.cfg, self.device, command, resume, self.teacher, self.teacher_acc, classes
         )
         started = time.perf_counter()
         try:
@@ -127,12 +141,7 @@ class Trainer:
                 batch = next(batches)
                 waited += time.perf_counter() - asked
                 parts = dict(zip(BATCH, device.place_batch(batch, self.device, solver.CHANNELS_LAST)))
-                with device.autocast(self.device, solver.AMP):
-                    logits, losses = self.distiller(**parts, epoch=epoch)
-                self.optimizer.zero_grad()
-                by_stream = self.losses_by_stream(losses)
-                self.optimizer.backward(by_stream)
-                self.optimizer.step()
+                logits, by_stream = self.step(parts, epoch)
                 target = parts["target"]
                 count = len(target)
                 sums.add({s: loss * count for s, loss in by_stream.items()} | correct(logits, target), count)
@@ -154,6 +163,7 @@ class Trainer:
             "images_per_second": sums.count / seconds,
             "seconds": seconds,
             "data_seconds": waited,
+            "execution": f"{self.step.name}, {self.gradients or 'sequential'} gradients",
         }
 
     def losses_by_stream(self, losses: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -177,10 +187,15 @@ class Trainer:
 
     def rehearse(self) -> None:
         """One forward pass of a copy on two images, so that losses without a stream are found before a run."""
-        samples = [self.train_loader.dataset[i] for i in (0, len(self.train_loader.dataset) - 1)]
-        parts = dict(zip(BATCH, device.place_batch(default_collate(samples), self.device, False)))
-        _, losses = copy.deepcopy(self.module).train()(**parts, epoch=1)
+        _, losses = copy.deepcopy(self.module).train()(**self.samples(2), epoch=1)
         self.losses_by_stream(losses)
+
+    def samples(self, count: int) -> dict[str, Any]:
+        """A training batch of `count` images, spread over the set."""
+        dataset = self.train_loader.dataset
+        held = [dataset[i * (len(dataset) - 1) // max(count - 1, 1)] for i in range(count)]
+        batch = device.place_batch(default_collate(held), self.device, self.cfg.SOLVER.CHANNELS_LAST)
+        return dict(zip(BATCH, batch))
 
     def resume_point(self) -> str:
         """What is left to resume from, in a sentence."""
@@ -223,6 +238,7 @@ class Trainer:
             "best_epoch": self.best_epoch,
             "config": config.flatten(self.cfg),
             "teacher": self.teacher,
+            "gradients": self.gradients,
         }
 
     def load(self, path: Path) -> None:
@@ -244,6 +260,7 @@ class Trainer:
             )
         weights = {k: v for k, v in self.module.state_dict().items() if k.startswith("teacher.")}
         self.module.load_state_dict(weights | state["model"])
+        self.gradients = state["gradients"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.epoch, self.best_acc, self.best_epoch = state["epoch"], state["best_acc"], state["best_epoch"]

@@ -39,7 +39,7 @@ def doctor(monkeypatch):
 
 @pytest.mark.parametrize("code", [0, 1])
 def test_a_command_s_exit_code_is_deepkd_s(doctor, monkeypatch, code):
-    doctor.doctor = lambda: code
+    doctor.doctor = lambda path: code
     assert cli.main(["doctor"]) == code
     monkeypatch.setattr(sys, "argv", ["deepkd", "doctor"])
     with pytest.raises(SystemExit) as ended:
@@ -48,10 +48,10 @@ def test_a_command_s_exit_code_is_deepkd_s(doctor, monkeypatch, code):
 
 
 def test_mistakes_and_interruptions_have_codes_of_their_own(doctor, capsys):
-    def mistaken():
+    def mistaken(path):
         raise UserError("run.yaml: KEY is 3; it must be 4")
 
-    def interrupted():
+    def interrupted(path):
         raise KeyboardInterrupt
 
     doctor.doctor = mistaken

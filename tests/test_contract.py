@@ -1,7 +1,11 @@
 """What a host and the plugin promise each other, on the built-in host always and on mdistiller where it is."""
 
 import copy
+import importlib.util
+import sys
 import types
+from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ from torch import nn
 
 from deepkd_plugin import adapter, checkpoint, launch, registry
 from deepkd_plugin.device import seed_everything
+from deepkd_plugin.errors import UserError
 from deepkd_plugin.networks import trained_network
 from deepkd_plugin.trainer import DecoupledMomentumTrainer
 
@@ -294,7 +299,187 @@ def test_keys_that_mdistillers_trainers_would_ignore_are_refused(train, mdistill
     code, _, err = train("kd", "DISTILLER.TYPE", "CRLD", "SOLVER.TRAINER", "dot")
     assert code == 2
     assert "SOLVER.TRAINER is 'dot'; it must be DecoupledMomentumSGD: CRLD needs two views" in err
+    for method, trainer, expected in [
+        ("CRD", "dot", "it must be crd, crd_dot or DecoupledMomentumSGD with DISTILLER.TYPE CRD"),
+        ("KD", "crd", "it must be another: it is for CRD alone with DISTILLER.TYPE KD"),
+        ("NONE", "dot", "which has no loss_ce and loss_kd"),
+        ("DeepKD", "dot", "which has no loss_ce and loss_kd"),
+    ]:
+        code, _, err = train("kd", "DISTILLER.TYPE", method, "SOLVER.TRAINER", trainer)
+        assert (code, expected in err) == (2, True), err
     assert not train.folder.exists()
+
+
+@pytest.mark.parametrize("trainer", ["base", "crd"])
+def test_crd_through_our_launcher(train, mdistiller, monkeypatch, cfg_options, trainer):
+    """Its contrast indices come from the plugin's own data sets, whatever the set and wherever it lies."""
+    monkeypatch.setattr(launch, "find_host", lambda: mdistiller)
+    dims = ("CRD.FEAT.STUDENT_DIM", "64", "CRD.FEAT.TEACHER_DIM", "64", "CRD.NCE.K", "16")
+    code, _, err = train("kd", "DISTILLER.TYPE", "CRD", "SOLVER.TRAINER", trainer, *dims, *cfg_options)
+    assert code == 0, err
+    assert (train.folder / "student_latest").is_file()
+
+
+def test_a_run_of_mdistillers_trainers_is_not_overwritten(train, mdistiller, monkeypatch, cfg_options):
+    monkeypatch.setattr(launch, "find_host", lambda: mdistiller)
+    assert train("kd", "SOLVER.TRAINER", "dot", *cfg_options)[0] == 0
+    code, _, err = train("kd", "SOLVER.TRAINER", "dot", *cfg_options)
+    assert (code, "holds a run already" in err) == (2, True)
+
+
+@pytest.mark.parametrize("trainer", ["base", "dot"])
+def test_wandb_where_a_config_asks_for_it(train, mdistiller, monkeypatch, cfg_options, trainer):
+    calls = []
+    fake = types.SimpleNamespace(run=None, log=lambda values: calls.append(("log", values)))
+
+    def init(**arguments):
+        calls.append(("init", arguments))
+        fake.run = types.SimpleNamespace(summary={}, log=fake.log)
+        return fake.run
+
+    fake.init = init
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(launch, "find_host", lambda: mdistiller)
+    assert train("kd", "SOLVER.TRAINER", trainer, *cfg_options, "EXPERIMENT.NAME", "off")[0] == 0
+    assert calls == []
+    code, _, err = train("kd", "SOLVER.TRAINER", trainer, *cfg_options, "LOG.WANDB", "True")
+    assert code == 0, err
+    assert calls[0] == ("init", {"project": "glyphs100", "name": "run", "tags": ["kd", "res20", "res8"]})
+    assert any("test_acc" in values for name, values in calls if name == "log")
+
+
+def test_wandb_that_is_not_installed(train, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    code, _, err = train("kd", "LOG.WANDB", "True")
+    assert (code, "LOG.WANDB is True; it must be False, for wandb is not installed" in err) == (2, True)
+
+
+class TestSettle:
+    """What get_dataset does for mdistiller's own launcher, where it first sees the config."""
+
+    @pytest.fixture
+    def settle(self, mdistiller):
+        replaced = []
+        zoos = [mdistiller.distillers, *map(mdistiller.models, ("cifar100", "imagenet", "tiny_imagenet"))]
+        before = [dict(zoo) for zoo in zoos]
+
+        def run(**options):
+            tree = mdistiller.cfg.clone()
+            tree.DISTILLER.update({"TYPE": "KD", "TEACHER": "resnet20", "STUDENT": "resnet8"})
+            tree.DISTILLER.TEACHER_WEIGHTS = "builtin:glyphs100_resnet20"
+            for path, value in options.items():
+                *parents, leaf = path.split("__")
+                node = tree
+                for name in parents:
+                    node = node[name]
+                node[leaf] = value
+            tree.freeze()
+            adapter.settle(mdistiller, tree, replaced)
+
+        yield run
+        while replaced:
+            registry_, name, value = replaced.pop()
+            registry_[name] = value
+        assert [dict(zoo) for zoo in zoos] == before
+
+    def test_the_seed_decides_what_is_drawn_next(self, settle):
+        drawn = []
+        for seed in (3, 3, 4):
+            settle(SOLVER__SEED=seed)
+            drawn.append(torch.rand(1).item())
+        assert drawn[0] == drawn[1] != drawn[2]
+
+    def test_standardised_logits_take_our_class_for_that_config_alone(self, settle, mdistiller):
+        own = mdistiller.distillers["KD"]
+        settle(EXPERIMENT__LOGIT_STAND=True)
+        assert mdistiller.distillers["KD"].__module__ == "deepkd_plugin.distillers.kd"
+        settle()
+        assert mdistiller.distillers["KD"] is own
+
+    def test_the_teachers_file_stands_where_the_launcher_looks(self, settle, mdistiller):
+        models = mdistiller.models("cifar100")
+        own = models["resnet20"]
+        settle()
+        assert models["resnet20"][0] is own[0]
+        assert models["resnet20"][1].endswith("glyphs100_resnet20.pt")
+        models["mine"] = own  # somebody's own entry stays
+        settle(DISTILLER__TYPE="NONE")
+        assert models["resnet20"] is own
+        assert models.pop("mine") is own
+
+    def test_an_imagenet_teacher_from_a_file(self, settle, mdistiller, tmp_path):
+        models = mdistiller.models("imagenet")
+        torch.manual_seed(99)
+        network = models["ResNet18"](pretrained=False)
+        torch.save({"state_dict": network.state_dict()}, tmp_path / "r18.pth")
+        settle(
+            DATASET__TYPE="imagenet",
+            DISTILLER__TEACHER="ResNet18",
+            DISTILLER__STUDENT="ResNet18",
+            DISTILLER__TEACHER_WEIGHTS=str(tmp_path / "r18.pth"),
+        )
+        teacher, student = models["ResNet18"](pretrained=True), models["ResNet18"](pretrained=False)
+        assert torch.equal(teacher.fc.weight, network.fc.weight)
+        assert not torch.equal(student.fc.weight, network.fc.weight)
+
+    def test_an_imagenet_teacher_without_a_network(self, settle, mdistiller, monkeypatch):
+        def offline(pretrained=False):
+            raise URLError("no network")
+
+        models = mdistiller.models("imagenet")
+        monkeypatch.setitem(models, "ResNet34", offline)
+        with pytest.raises(UserError, match="torchvision's weights of ResNet34 cannot be fetched"):
+            settle(
+                DATASET__TYPE="imagenet",
+                DISTILLER__TEACHER="ResNet34",
+                DISTILLER__STUDENT="ResNet18",
+                DISTILLER__TEACHER_WEIGHTS="",
+            )
+        monkeypatch.undo()
+
+    def test_a_mask_that_does_not_fit(self, settle):
+        with pytest.raises(UserError, match=r"DeepKD.MASK.K: K must be an integer from 1 to 99"):
+            settle(
+                DISTILLER__TYPE="DeepKD",
+                SOLVER__TRAINER="DecoupledMomentumSGD",
+                DeepKD__MASK__TYPE="static",
+                DeepKD__MASK__K=500.0,
+            )
+
+
+def test_defaults_that_follow_mdistiller(mdistiller):
+    assert Path(mdistiller.cfg.DATASET.ROOT) == mdistiller.root / "data"
+    assert mdistiller.cfg.DATASET.DOWNLOAD is True
+    network = mdistiller.tiny_imagenet_models["ShuffleV2"][0](num_classes=200)
+    assert network(torch.randn(2, 3, 64, 64))[0].shape == (2, 200)
+
+
+def test_our_launcher_keeps_its_own_places_on_either_host(host, tmp_path):
+    (tmp_path / "c.yaml").write_text("DISTILLER: {STUDENT: resnet8}\n")
+    cfg, _ = launch.read_config(host, str(tmp_path / "c.yaml"), [])
+    assert (cfg.DATASET.ROOT, cfg.DATASET.DOWNLOAD) == ("./data", False)
+
+
+def test_load_checkpoint_refuses_what_it_cannot_give(tmp_path):
+    with pytest.raises(UserError, match="mdistiller has no weights of this network"):
+        adapter.load_checkpoint(None)
+    for held in ([1], {"epoch": 1}, {"model": {}}):
+        torch.save(held, tmp_path / "x")
+        with pytest.raises(UserError, match="holds no network's weights"):
+            adapter.load_checkpoint(str(tmp_path / "x"))
+    torch.save({"model": {"module.student.w": torch.ones(1)}, "config": {}}, tmp_path / "x")
+    with pytest.raises(UserError, match="DecoupledMomentumSGD wrote it"):
+        adapter.load_checkpoint(str(tmp_path / "x"))
+    held = {"model": {"module.student.w": torch.ones(1)}, "epoch": 3}
+    torch.save(held, tmp_path / "x")
+    assert adapter.load_checkpoint(str(tmp_path / "x")) == held
+    for wrapped in (
+        {"state_dict": {"w": torch.ones(1)}},
+        {"model": {"state_dict": {"module.w": torch.ones(1)}}},
+    ):
+        torch.save(wrapped, tmp_path / "x")
+        assert list(adapter.load_checkpoint(str(tmp_path / "x"))["model"]) == ["w"]
 
 
 def test_what_only_mdistiller_has_is_said_so(train):

@@ -441,6 +441,31 @@ def test_deepcopy_and_scheduler():
     assert all(torch.equal(p, q) for p, q in zip(params, twins))
 
 
+@pytest.mark.parametrize(
+    "momentum", [{"a": 0.9, "b": 0.5}, {"a": 0.9, "b": 0.9}, {"a": 0.9, "b": 0.5, "c": 0.1}]
+)
+def test_batched_gradients_take_the_same_steps(momentum):
+    """A small BatchNorm network in float64, one parameter without part in a stream, to 1e-12."""
+    ends = []
+    for batched in (False, True):
+        torch.manual_seed(0)
+        layers = [torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten()]
+        network = torch.nn.Sequential(*layers, torch.nn.Linear(4 * 36, 5)).double()
+        extra = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+        params = [*network.parameters(), extra]
+        opt = DecoupledMomentumSGD(params, 0.1, momentum, 1e-2, "a", batched=batched)
+        assert copy.deepcopy(opt).batched is batched
+        for step in range(4):
+            logits = network(torch.randn(6, 3, 8, 8, dtype=torch.float64))
+            losses = {"a": logits.square().mean(), "b": logits.sin().mean() + (extra * step).sum()}
+            opt.zero_grad()
+            opt.backward({s: losses.get(s, logits.cos().mean()) for s in momentum})
+            opt.step()
+        ends.append(params)
+    for p, q in zip(*ends):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
 def test_closure():
     params = random_params()
     opt = DecoupledMomentumSGD(params, 0.1, {"a": 0.9, "b": 0.5})

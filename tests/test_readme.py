@@ -46,8 +46,8 @@ def test_commands(command, train, data_root, cifar_root, capsys, monkeypatch, re
         (root / "mdistiller" / "__init__.py").touch()
         assert cli.main([*words[1:-1], str(root)]) == 0
         assert (root / "configs/imagenet/r34_r18/deepkd.yaml").is_file()
-    elif words[0] == "deepkd":
-        assert cli.main(words[1:]) == 0
+    elif words[:2] == ["deepkd", "doctor"]:
+        assert cli.main(["doctor", str(request.getfixturevalue("mdistiller").root)]) == 0
     elif words[:2] == ["python", "tools/eval.py"]:
         assert evaluate.main([*words[2:], "--root", str(data_root)]) == 0
         accuracy = float(re.search(r"top-1 ([\d.]+) %", capsys.readouterr().out).group(1))

@@ -42,6 +42,21 @@ def test_a_foreign_entry_is_kept_and_named():
     assert "DeepKD" not in host.cfg
 
 
+@pytest.mark.parametrize(
+    ("tree", "expected"),
+    [
+        ({"MLKD": 3}, "fork: its config has the value 3 where the plugin has the section MLKD"),
+        ({"CRLD": {"TEMPERATURE": "four"}}, "fork: its config key CRLD.TEMPERATURE is 'four'; the plugin's"),
+    ],
+)
+def test_a_foreign_config_key_is_kept_and_named(tree, expected):
+    host = fresh(cfg=CfgNode(tree))
+    with pytest.raises(UserError, match=expected):
+        registry.register(host)
+    assert host.distillers == {}
+    assert host.cfg == CfgNode(tree)
+
+
 def test_the_builtin_host_is_complete():
     host = registry.BUILTIN
     registry.register(host)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -15,10 +16,12 @@ from torchvision import transforms
 from .. import config, device
 from ..errors import UserError
 from . import cifar100, glyphs, imagenet, tiny_imagenet
-from .arrays import ArrayDataset, Indexed, choose
+from .arrays import ArrayDataset, Contrast, Indexed, choose
+from .resident import ResidentLoader
 from .views import StrongAugment, TwoViews
 
 Distortion = Callable[[Image.Image], Image.Image]
+Loader = DataLoader | ResidentLoader
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class Source:
 
     read: (node DATASET, "train" or "test", transform) -> data set of (transform(image), label) that has all
     labels as `targets`. mean, std: of the channels, images being in [0, 1]. augmentation, resizing: what an
-    image goes through in training and in tests.
+    image goes through in training and in tests. small: whether all images are of one size, need no resizing and
+    fit on a device.
     """
 
     read: Callable[[Any, str, Callable[[Image.Image], Any]], Dataset]
@@ -36,6 +40,7 @@ class Source:
     std: tuple[float, ...]
     augmentation: tuple[Distortion, ...]
     resizing: tuple[Distortion, ...] = ()
+    small: bool = True
 
     def training_transform(self, views: int) -> Callable[[Image.Image], Any]:
         """Image to tensor, or to [weak view, strong view] where `views` is 2."""
@@ -51,31 +56,38 @@ class Source:
         return transforms.Compose([*distortions, *end])
 
 
-def get_dataset(cfg: Any) -> tuple[DataLoader, DataLoader, int, int]:
+def get_dataset(cfg: Any) -> tuple[Loader, Loader, int, int]:
     """(train loader, test loader, number of training images, number of classes) of DATASET.TYPE.
 
     Training batches are (image, target, index), where `image` is a list of the weak and the strong view if
-    the config's method needs both; test batches are (image, target). With DATASET.HOLDOUT the second loader
-    holds the images kept from training instead of the test set. Raises UserError for an unknown type and for
-    data that is missing or not what it should be.
+    the config's method needs both, and CRD has (B, 1 + K) contrast indices behind them; test batches are
+    (image, target). With DATASET.HOLDOUT the second loader holds the images kept from training instead of the
+    test set. With DATASET.PIPELINE "device" batches are made on the device and lie there. Raises UserError for
+    an unknown type, for one or a method that this pipeline cannot serve, and for data that is missing or not
+    what it should be.
     """
     source = _source(cfg)
+    config.check_pipeline(cfg, {"DATASET.PIPELINE": "config"})
     images = source.read(cfg.DATASET, "train", source.training_transform(config.views(cfg)))
     chosen, _ = _choose(images, cfg.DATASET)
-    train = Indexed(Subset(images, chosen))
+    train: Dataset = Indexed(Subset(images, chosen))
+    if cfg.DISTILLER.TYPE in ("CRD", "CRDKD"):
+        labels = np.asarray(images.targets)[chosen]
+        train = Contrast(train, labels, cfg.CRD.NCE.K, cfg.CRD.MODE == "relax")
     test_loader, num_classes = get_test_set(cfg)
-    train_loader = DataLoader(train, cfg.SOLVER.BATCH_SIZE, shuffle=True, **_loading(cfg))
+    train_loader = _loader(cfg, source, train, images, chosen, training=True)
     return train_loader, test_loader, len(train), num_classes
 
 
-def get_test_set(cfg: Any) -> tuple[DataLoader, int]:
+def get_test_set(cfg: Any) -> tuple[Loader, int]:
     """(test loader, number of classes), without touching training images unless DATASET.HOLDOUT asks for them."""
     source = _source(cfg)
-    test = source.read(cfg.DATASET, "train" if cfg.DATASET.HOLDOUT else "test", source.test_transform())
+    images = source.read(cfg.DATASET, "train" if cfg.DATASET.HOLDOUT else "test", source.test_transform())
+    test, held = images, np.arange(len(images))
     if cfg.DATASET.HOLDOUT:
-        _, held = _choose(test, cfg.DATASET)
-        test = Subset(test, held)
-    return DataLoader(test, cfg.DATASET.TEST.BATCH_SIZE, **_loading(cfg)), source.num_classes
+        _, held = _choose(images, cfg.DATASET)
+        test = Subset(images, held)
+    return _loader(cfg, source, test, images, held, training=False), source.num_classes
 
 
 def num_classes(cfg: Any) -> int:
@@ -84,17 +96,35 @@ def num_classes(cfg: Any) -> int:
 
 
 def _source(cfg: Any) -> Source:
-    if cfg.DATASET.TYPE not in DATASETS:
-        raise UserError(f"DATASET.TYPE is {cfg.DATASET.TYPE!r}; it must be one of {', '.join(DATASETS)}")
-    return DATASETS[cfg.DATASET.TYPE]
+    kind = cfg.DATASET.TYPE
+    if kind not in DATASETS:
+        raise UserError(f"DATASET.TYPE is {kind!r}; it must be one of {', '.join(DATASETS)}")
+    source = DATASETS[kind]
+    if cfg.DATASET.PIPELINE == "device" and not source.small:
+        raise UserError(
+            f"config: DATASET.PIPELINE is 'device'; it must be 'workers' with DATASET.TYPE {kind}: its images are "
+            f"of many sizes, and too many for a device"
+        )
+    return source
 
 
 def _choose(images: Any, node: Any) -> tuple[np.ndarray, np.ndarray]:
     return choose(np.asarray(images.targets), node.TRAIN_PER_CLASS, node.HOLDOUT)
 
 
-def _loading(cfg: Any) -> dict[str, Any]:
-    return {"num_workers": cfg.DATASET.NUM_WORKERS, "pin_memory": device.pick().type == "cuda"}
+def _loader(
+    cfg: Any, source: Source, dataset: Dataset, images: Any, chosen: np.ndarray, training: bool
+) -> Loader:
+    """Batches of `dataset`, whose images are those of `images` at `chosen`."""
+    size = cfg.SOLVER.BATCH_SIZE if training else cfg.DATASET.TEST.BATCH_SIZE
+    at = device.pick()
+    if cfg.DATASET.PIPELINE == "workers":
+        loading = {"num_workers": cfg.DATASET.NUM_WORKERS, "pin_memory": at.type == "cuda"}
+        return DataLoader(dataset, size, shuffle=training, **loading)
+    pixels = torch.from_numpy(images.pixels(chosen)).to(at)
+    targets = torch.from_numpy(np.asarray(images.targets)[chosen]).to(at)
+    distortions = source.augmentation if training else None
+    return ResidentLoader(dataset, pixels, targets, size, source.mean, source.std, distortions)
 
 
 def _cifar100(node: Any, split: str, transform: Callable) -> Dataset:
@@ -132,6 +162,7 @@ DATASETS: dict[str, Source] = {
         imagenet.STD,
         imagenet.AUGMENTATION,
         imagenet.RESIZING,
+        small=False,
     ),
     "tiny_imagenet": Source(
         _tiny_imagenet,

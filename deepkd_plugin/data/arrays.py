@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -24,6 +25,10 @@ class ArrayDataset(Dataset[tuple[Any, ...]]):
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         return self.transform(Image.fromarray(self.images[index])), int(self.targets[index])
 
+    def pixels(self, indices: np.ndarray) -> np.ndarray:
+        """A copy of some images: (n, H, W, 3) uint8."""
+        return self.images[indices]
+
 
 class Indexed(Dataset[tuple[Any, ...]]):
     """A data set's (image, label) with the place in it behind: mdistiller's training samples."""
@@ -36,6 +41,35 @@ class Indexed(Dataset[tuple[Any, ...]]):
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         return (*self.dataset[index], index)
+
+
+class Contrast(Dataset[tuple[Any, ...]]):
+    """An Indexed data set with CRD's contrast indices behind: its own place, then `count` of other classes.
+
+    labels: (N,), of the samples in their order. relaxed: the first index is any sample's of the same class. As
+    in mdistiller, negatives are drawn without replacement from sets of CIFAR's size, with it from larger ones.
+    """
+
+    def __init__(self, dataset: Dataset, labels: np.ndarray, count: int, relaxed: bool) -> None:
+        self.dataset, self.labels, self.count, self.relaxed = dataset, labels, count, relaxed
+        self.order = np.argsort(labels, kind="stable")
+        self.start, self.end = (
+            np.searchsorted(labels[self.order], labels, side) for side in ("left", "right")
+        )
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        start, end = int(self.start[index]), int(self.end[index])
+        others = len(self.order) - (end - start)
+        if self.count <= others <= 100_000:
+            drawn = torch.randperm(others)[: self.count]
+        else:
+            drawn = torch.randint(others, (self.count,))
+        drawn = (drawn + (drawn >= start) * (end - start)).numpy()  # skip the sample's own class
+        own = int(self.order[int(torch.randint(start, end, ()))]) if self.relaxed else index
+        return (*self.dataset[index], np.concatenate([[own], self.order[drawn]]))
 
 
 def choose(labels: np.ndarray, per_class: int, holdout: float) -> tuple[np.ndarray, np.ndarray]:

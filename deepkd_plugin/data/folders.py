@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
@@ -34,6 +35,14 @@ class ImageFiles(Dataset[tuple[Any, ...]]):
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         return self.transform(self._read(self.paths[index])), self.targets[index]
+
+    def pixels(self, indices: np.ndarray) -> np.ndarray:
+        """Some images: (n, H, W, 3) uint8, all of `size`. Decodes one after another, 0.2 ms each at 64 x 64."""
+        width, height = self.size
+        images = np.empty((len(indices), height, width, 3), np.uint8)
+        for place, index in enumerate(indices):
+            images[place] = self._read(self.paths[index])
+        return images
 
     def _read(self, path: str) -> Image.Image:
         try:

@@ -59,9 +59,9 @@ class Distiller(nn.Module):
         return [self._view(one) for one in images]
 
     def _view(self, image: Tensor) -> View:
-        with torch.no_grad():
+        with torch.inference_mode():  # without autograd's bookkeeping
             teacher_logits = self.teacher(image)[0]
-        return self.student(image)[0], teacher_logits
+        return self.student(image)[0], teacher_logits.clone()  # an ordinary tensor again
 
 
 def warmup_factor(epoch: int, epochs: int) -> float:

@@ -16,6 +16,7 @@ def data_cfg():
             "ROOT": str(root),
             "DOWNLOAD": False,
             "NUM_WORKERS": 0,
+            "PIPELINE": "workers",
             "TRAIN_PER_CLASS": 0,
             "HOLDOUT": 0.0,
             "TEST": {"BATCH_SIZE": 50},

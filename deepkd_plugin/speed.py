@@ -1,0 +1,192 @@
+"""One training step, and the faster ways to run it. Every way takes the same step, to rounding."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import device
+from .optim import DecoupledMomentumSGD
+
+Batch = Mapping[str, Any]
+"""A distiller's arguments: image (a tensor, or a list of views), target, …"""
+Outcome = tuple[Tensor, dict[str, Tensor]]
+"""The student's logits (B, C), and each stream's loss."""
+
+
+class Step:
+    """Forward passes, losses by stream, their gradients, the update."""
+
+    name = "eager"
+
+    def __init__(
+        self,
+        distiller: nn.Module,
+        optimizer: DecoupledMomentumSGD,
+        by_stream: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+        amp: bool,
+        at: torch.device,
+    ) -> None:
+        self.distiller, self.optimizer, self.by_stream, self.amp, self.at = (
+            distiller,
+            optimizer,
+            by_stream,
+            amp,
+            at,
+        )
+
+    def __call__(self, batch: Batch, epoch: int) -> Outcome:
+        logits, losses = self.gradients(batch, epoch)
+        self.optimizer.step()
+        return logits, losses
+
+    def gradients(self, batch: Batch, epoch: int) -> Outcome:
+        """The step without its update."""
+        self.optimizer.zero_grad()  # first, so that old gradients do not lie beside the new activations
+        with device.autocast(self.at, self.amp):
+            logits, losses = self.distiller(**batch, epoch=epoch)
+        by_stream = self.by_stream(losses)
+        self.optimizer.backward(by_stream)
+        return logits, by_stream
+
+
+class CompiledStep(Step):
+    """Both networks under torch.compile. Where the first step cannot be compiled, eager from there on."""
+
+    name = "compile"
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        module = getattr(self.distiller, "module", self.distiller)
+        self.networks = [getattr(module, part) for part in ("student", "teacher") if hasattr(module, part)]
+        for network in self.networks:
+            network.compile(**device.compile_options(self.at))
+        # several backward passes read what a compiled one would give away
+        torch._functorch.config.donated_buffer = False
+        self.tried = False
+
+    def gradients(self, batch: Batch, epoch: int) -> Outcome:
+        if self.tried:
+            return super().gradients(batch, epoch)
+        self.tried = True
+        buffers = [(b, b.clone()) for network in self.networks for b in network.buffers()]
+        try:
+            return super().gradients(batch, epoch)
+        except Exception as error:  # the compiler's own errors have no common class
+            for buffer, before in buffers:
+                buffer.copy_(before)
+            for network in self.networks:
+                network._compiled_call_impl = None
+            self.name = "eager"
+            reason = " ".join(str(error).split())[:200]
+            print(f"SOLVER.EXECUTION compile: falls back to eager ({type(error).__name__}: {reason})")
+            return super().gradients(batch, epoch)
+
+
+class GraphedStep(Step):
+    """The whole step captured as a CUDA graph, anew in every epoch, and replayed.
+
+    Learning rate, mask size and warm-up are constants of an epoch, so a capture may hold them. An epoch's first
+    steps run eagerly, as a capture needs, and so do batches of another size, such as the last.
+    """
+
+    name = "graphs"
+    EAGER = 3
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.optimizer.capturable = True
+        self.epoch, self.seen = 0, 0
+        self.graph: Any = None
+
+    def __call__(self, batch: Batch, epoch: int) -> Outcome:
+        tensors = _tensors(batch)
+        if epoch != self.epoch:
+            self.epoch, self.seen, self.graph = epoch, 0, None
+            self.shapes = [t.shape for t in tensors]
+        if [t.shape for t in tensors] != self.shapes:
+            return super().__call__(batch, epoch)
+        self.seen += 1
+        if self.seen <= self.EAGER:
+            with device.side_stream():
+                return super().__call__(batch, epoch)
+        if self.graph is None:
+            self.inputs = _clone(batch)
+            run = super().__call__
+            self.graph, self.outcome = device.capture(lambda: run(self.inputs, epoch))
+        torch._foreach_copy_(_tensors(self.inputs), tensors)
+        self.graph.replay()
+        return self.outcome
+
+
+STEPS: dict[str, type[Step]] = {"eager": Step, "compile": CompiledStep, "graphs": GraphedStep}
+"""By SOLVER.EXECUTION."""
+
+
+def make_step(execution: str, distiller: nn.Module, *arguments: Any) -> Step:
+    """The step of SOLVER.EXECUTION; an eager one, with the reason printed, where that cannot be."""
+    at = next(distiller.parameters()).device
+    reason = ""
+    if execution == "graphs" and at.type != "cuda":
+        reason = f"it needs CUDA, and this run is on {at.type}"
+    elif execution != "eager" and isinstance(distiller, nn.DataParallel) and distiller.device_ids:
+        reason = "it takes one device, and DataParallel has several"
+    if reason:
+        print(f"SOLVER.EXECUTION {execution}: falls back to eager ({reason})")
+        execution = "eager"
+    return STEPS[execution](distiller, *arguments, at)
+
+
+def choose_gradients(wanted: str, step: Step, batch: Callable[[], Batch]) -> str:
+    """How a step makes several backward passes: "sequential" or "batched" (see streams.backward_by_set).
+
+    wanted: SOLVER.GRADIENTS. "auto" measures both on copies on a GPU; on a CPU they have measured sequential
+    first everywhere, and with equal coefficients there is one pass.
+    """
+    if wanted != "auto":
+        return wanted
+    if step.at.type != "cuda" or len(set(step.optimizer.param_groups[0]["momentum"].values())) == 1:
+        return "sequential"
+    return faster(step, batch())
+
+
+def faster(step: Step, batch: Batch, rounds: int = 10) -> str:
+    """The faster of the two on copies of the networks, by medians of `rounds` taken in turn."""
+    distiller, optimizer = copy.deepcopy((step.distiller, step.optimizer))
+    trial = Step(distiller.train(), optimizer, step.by_stream, step.amp, step.at)
+    times: dict[str, list[float]] = {"sequential": [], "batched": []}
+    for turn in range(rounds + 3):
+        for name, taken in times.items():
+            optimizer.batched = name == "batched"
+            device.synchronise(step.at)
+            start = time.perf_counter()
+            try:
+                trial.gradients(batch, 1)
+            except RuntimeError as error:  # an operation that cannot be mapped over stacked gradients
+                print(f"SOLVER.GRADIENTS auto: sequential ({str(error).split(chr(10))[0]})")
+                return "sequential"
+            device.synchronise(step.at)
+            if turn >= 3:
+                taken.append(time.perf_counter() - start)
+    medians = {name: statistics.median(taken) for name, taken in times.items()}
+    best = min(medians, key=medians.get)
+    shown = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in medians.items())
+    print(f"SOLVER.GRADIENTS auto: {best} ({shown} for forward and backward)")
+    return best
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    return [t for part in batch.values() for t in (part if isinstance(part, list) else [part])]
+
+
+def _clone(batch: Batch) -> dict[str, Any]:
+    return {
+        name: [t.clone() for t in part] if isinstance(part, list) else part.clone()
+        for name, part in batch.items()
+    }
