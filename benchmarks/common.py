@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import platform
 import statistics
 import time
@@ -11,50 +12,74 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
 from deepkd_plugin import device
 from deepkd_plugin.record import commit, processor
 
+Rows = list[dict[str, Any]]
+"""A table: each row maps the columns to its values, all with the same columns."""
 
-def medians_in_turn(steps: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 3) -> dict[str, float]:
-    """Median milliseconds of each step, timed A B C A B C … so that a drifting machine hits all alike."""
+
+def medians_in_turn(
+    steps: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 3, repeat: int = 1
+) -> dict[str, float]:
+    """Median milliseconds of each step, timed A B C A B C … so that a drifting machine hits all alike.
+
+    repeat: how many steps are taken between two readings of the clock, each of which waits for the device;
+    training does not wait after each step.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(warmup + rounds):
         for name, step in steps.items():
             start = time.perf_counter()
-            step()
+            for _ in range(repeat):
+                step()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if turn >= warmup:
-                times[name].append(1e3 * (time.perf_counter() - start))
+                times[name].append(1e3 * (time.perf_counter() - start) / repeat)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def peak_mebibytes(make: Callable[[], Callable[[], Any]], steps: int = 3) -> float:
-    """The most memory that a few steps hold beyond what stood before the first, in a process of its own.
+def peak_mebibytes(make: Callable[[], Callable[[], Any]], steps: int = 2) -> float:
+    """The most memory that a few steps hold beyond what stood before the first.
 
-    make builds everything and returns the step; it must be picklable. On the CPU it is the growth of the
-    resident set, on CUDA the allocator's peak.
+    make builds everything and returns the step; it must be picklable. On CUDA it is the allocator's peak after
+    one step, in which cuDNN may still try its algorithms. On the CPU it is the growth of the resident set, in a
+    process of its own.
     """
-    # a forked child would hang in the thread pool that its parent has used
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak, (make, steps, torch.get_num_threads()))
-
-
-def _peak(make: Callable[[], Callable[[], Any]], steps: int, threads: int) -> float:
-    torch.set_num_threads(threads)
-    step = make()
     if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-        before = _status("VmRSS")
+        return _cuda_peak(make, steps)
+    # a child of this process would hang in the thread pool that it has used, and forking a clean server is
+    # faster than starting Python anew
+    server = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if server else "spawn")
+    if server:
+        context.set_forkserver_preload(["torch", "torchvision", "deepkd_plugin.builtin"])
+    with context.Pool(1) as pool:
+        return pool.apply(_resident_peak, (make, steps, torch.get_num_threads()))
+
+
+def _cuda_peak(make: Callable[[], Callable[[], Any]], steps: int) -> float:
+    step = make()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.reset_peak_memory_stats()
     for _ in range(steps):
         step()
-    after = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
-    return (after - before) / 2**20
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def _resident_peak(make: Callable[[], Callable[[], Any]], steps: int, threads: int) -> float:
+    torch.set_num_threads(threads)
+    step = make()
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = _status("VmRSS")
+    for _ in range(steps):
+        step()
+    return (_status("VmHWM") - before) / 2**20
 
 
 def _status(name: str) -> int:
@@ -65,33 +90,59 @@ def _status(name: str) -> int:
 
 def machine() -> dict[str, Any]:
     """Hardware and versions, for the record."""
-    return {
+    at = device.pick()
+    about = {
         "processor": processor(),
-        "device": device.describe(device.pick()),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "device": device.describe(at),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": commit(),
+        "numpy": numpy.__version__,
+    }
+    if at.type == "cuda":
+        # convolutions in TF32 are PyTorch's default
+        about |= {"threads": torch.get_num_threads()}
+        about |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        about |= {"cudnn TF32": torch.backends.cudnn.allow_tf32}
+    return about | {"commit": commit()}
+
+
+def conditions(channels_last: bool, amp: bool) -> dict[str, str]:
+    """What a run's images and networks are like, for the record."""
+    return {
+        "memory format": "channels last" if channels_last else "contiguous",
+        "precision": "bfloat16 autocast" if amp else "float32",
     }
 
 
-def report(title: str, rows: list[dict[str, Any]], path: Path | None) -> None:
-    """Print rows as a Markdown table under the machine's description and, with `path`, write both forms."""
+def report(
+    title: str,
+    rows: Rows,
+    path: Path | None,
+    settings: Mapping[str, str] | None = None,
+    parts: Rows | None = None,
+) -> None:
+    """Print rows as a Markdown table under the machine's description and, with `path`, write both forms.
+
+    settings: how the run was set up, beside the title. parts: a second table.
+    """
     about = machine()
-    columns = list(rows[0])
-    lines = [f"{title}. " + ", ".join(f"{key} {value}" for key, value in about.items()) + ".", ""]
-    lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    lines += ["| " + " | ".join(_cell(row[column]) for column in columns) + " |" for row in rows]
+    settings = dict(settings or {})
+    lines = [f"{title}. " + ", ".join(f"{key} {value}" for key, value in (settings | about).items()) + "."]
+    for table in filter(None, (rows, parts)):
+        columns = list(table[0])
+        lines += ["", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+        lines += ["| " + " | ".join(_cell(row[column]) for column in columns) + " |" for row in table]
     text = "\n".join(lines) + "\n"
     print(text)
     if path:
         path.write_text(text)
-        held = {"title": title, "machine": about, "rows": rows}
+        held = {"title": title, "machine": about} | ({"settings": settings} if settings else {})
+        held |= {"rows": rows} | ({"parts": parts} if parts else {})
         path.with_suffix(".json").write_text(json.dumps(held, indent=1) + "\n")
 
 
 def _cell(value: Any) -> str:
-    return (
-        f"{value:.3g}"
-        if isinstance(value, float) and abs(value) < 10
-        else (f"{value:.1f}" if isinstance(value, float) else str(value))
-    )
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3g}" if abs(value) < 10 else f"{value:.1f}"

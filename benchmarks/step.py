@@ -1,119 +1,309 @@
-"""A DeepKD training step against a plain KD step of the same pair, in one process and in turn.
+"""Training steps against a plain KD step of the same pair, in one process and in turn.
 
-    python benchmarks/step.py [--rounds 15] [--batch 64] [--pairs resnet56:resnet20 …] [--write PATH.md]
+    python benchmarks/step.py [--quick] [--batched] [--channels-last] [--amp] [--write PATH.md]
+    python benchmarks/step.py --pairs all --rounds 15
 
-The KD step is KD's loss, one backward pass and torch.optim.SGD(foreach). The floor is what the arithmetic of
-two backward passes costs beyond one: (teacher forward + student forward + 2 backward) over the same with one.
+A step is what changes the weights once: the teacher's and the student's forward pass, losses, backward passes,
+optimizer. Images are noise that lies on the device. The rows of a pair:
+
+- KD: its loss, one backward pass and torch.optim.SGD(foreach);
+- two streams (DOT's: task and distillation) and DeepKD with two and with three distinct coefficients, by our
+  DecoupledMomentumSGD: one backward pass for each distinct coefficient, and with --batched all of them as one;
+- where MDISTILLER_ROOT names a checkout of mdistiller, its KD and its DOT; where DEEPKD_RELEASE_ROOT names one of
+  the authors' release, its DeepKD with its three backward passes. Distiller, trainer and optimizer are theirs, the
+  networks ours, so that only the step differs. Their trainers' own `train_iter` runs up to its clock behind the
+  optimizer; the accuracies and meters that follow it are left out, as ours are. --amp and --channels-last, which
+  they do not have, are put around them too.
+
+Columns: "floor ratio" is what the arithmetic of a method's n distinct coefficients costs beside KD's,
+(F_t + F_s + n·B) / (F_t + F_s + B), of the teacher's forward, the student's forward and backward times, which the
+second table has; "ratio to floor" is the step's time over F_t + F_s + n·B. For KD the latter is what the losses and
+the optimizer cost. The release's DeepKD has two distinct coefficients, so n = 2 there, as in ours.
+Peak memory is what a few steps hold beyond what stood before them.
+
+The defaults, two pairs on a CPU and all four on a GPU, take less than 3 minutes on 2 cores, --quick less than one.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import others
 import torch
-from common import medians_in_turn, peak_mebibytes, report
+from common import Rows, conditions, medians_in_turn, peak_mebibytes, report
+from torch import Tensor, nn
 
 from deepkd_plugin import DecoupledMomentumSGD, builtin, device
 from deepkd_plugin.config import add_deepkd_config
 from deepkd_plugin.distillers import KD, DeepKD
+from deepkd_plugin.streams import assign_losses
+from deepkd_plugin.terminal import Parser, guarded
 
-COEFFICIENTS = {
-    "DeepKD, 2 coefficients": {"tog": 0.975, "tcg": 0.825, "ncg": 0.975},
-    "DeepKD, 3 coefficients": {"tog": 0.975, "tcg": 0.825, "ncg": 0.95},
+PAIRS = ("resnet56:resnet20", "resnet32x4:resnet8x4", "wrn_40_2:wrn_16_2", "ResNet34:ResNet18")
+LR, WEIGHT_DECAY = 1e-3, 5e-4
+
+SIZES = {
+    "quick": {"batch": 16, "imagenet_batch": 2, "imagenet_size": 64, "rounds": 3, "repeat": 1},
+    "cpu": {"batch": 64, "imagenet_batch": 8, "imagenet_size": 224, "rounds": 5, "repeat": 1},
+    "cuda": {"batch": 64, "imagenet_batch": 256, "imagenet_size": 224, "rounds": 20, "repeat": 10},
+}
+"""Defaults of the options of these names."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all steps of a pair have in common."""
+
+    pair: str
+    """"teacher:student"; on ImageNet where both are among the host's ImageNet networks."""
+    batch: int
+    size: int
+    """Height and width of an image."""
+    channels_last: bool = False
+    amp: bool = False
+
+    @property
+    def imagenet(self) -> bool:
+        return on_imagenet(self.pair)
+
+
+class Method(NamedTuple):
+    """A distiller under our optimizer."""
+
+    distiller: type[nn.Module]
+    momentum: dict[str, float]
+    decay_stream: str
+    assignment: dict[str, str]
+    """Loss -> stream, where the names differ."""
+
+    @property
+    def sets(self) -> int:
+        return len(set(self.momentum.values()))
+
+
+METHODS = {
+    "two streams": Method(KD, {"task": 0.825, "kd": 0.975}, "task", {"loss_ce": "task", "loss_kd": "kd"}),
+    "DeepKD, 2 coefficients": Method(DeepKD, {"tog": 0.975, "tcg": 0.825, "ncg": 0.975}, "tcg", {}),
+    "DeepKD, 3 coefficients": Method(DeepKD, {"tog": 0.975, "tcg": 0.825, "ncg": 0.95}, "tcg", {}),
 }
 
+MODES: dict[str, dict[str, Any]] = {"sequential": {}, "batched": {"batched": True}}
+"""Ways to a method's gradients: arguments of DecoupledMomentumSGD."""
 
-def setting(pair: str, batch: int, method: Any) -> tuple[Any, dict[str, Any]]:
-    """A distiller of an untrained pair and a batch of noise."""
+
+class Row(NamedTuple):
+    """A step to be timed."""
+
+    name: str
+    gradients: str
+    sets: int
+    """Distinct coefficients: the backward passes that its arithmetic needs."""
+    make: Callable[[], Callable[[], None]]
+
+
+def on_imagenet(pair: str) -> bool:
+    return all(name in builtin.imagenet_model_dict for name in pair.split(":"))
+
+
+def networks(of: Setting) -> list[nn.Module]:
+    """Teacher and student, untrained, on the device."""
+    torch.manual_seed(0)
+    names = of.pair.split(":")
+    if of.imagenet:
+        made = [builtin.imagenet_model_dict[name]() for name in names]
+    else:
+        made = [builtin.cifar_model_dict[name][0](num_classes=100) for name in names]
+    made[0].requires_grad_(False)
+    return [device.place(network, device.pick(), of.channels_last) for network in made]
+
+
+def noise(of: Setting) -> dict[str, Tensor]:
+    """A batch: image (B, 3, H, W), target (B,)."""
+    torch.manual_seed(1)
+    image = torch.randn(of.batch, 3, of.size, of.size)
+    target = torch.randint(0, 1000 if of.imagenet else 100, (of.batch,))
+    return dict(
+        zip(("image", "target"), device.place_batch([image, target], device.pick(), of.channels_last))
+    )
+
+
+def forward_pass(of: Setting, method: type[nn.Module]) -> tuple[nn.Module, Callable[[], dict[str, Tensor]]]:
+    """A distiller, and what gives its losses on the batch."""
     cfg = builtin.CFG.clone()
     add_deepkd_config(cfg)
-    at = device.pick()
-    torch.manual_seed(0)
-    teacher, student = (builtin.cifar_model_dict[name][0](num_classes=100) for name in pair.split(":"))
-    distiller = device.place(method(student, teacher.requires_grad_(False), cfg), at, channels_last=False)
-    data = {"image": torch.randn(batch, 3, 32, 32).to(at), "target": torch.randint(0, 100, (batch,)).to(at)}
-    return distiller.train(), data | {"epoch": 1}
+    teacher, student = networks(of)
+    distiller = method(student, teacher, cfg).train()
+    batch = noise(of)
+
+    def losses() -> dict[str, Tensor]:
+        with device.autocast(batch["image"].device, of.amp):
+            return distiller(**batch, epoch=1)[1]
+
+    return distiller, losses
 
 
-def kd_step(pair: str, batch: int) -> Callable[[], None]:
-    distiller, data = setting(pair, batch, KD)
-    optimizer = torch.optim.SGD(distiller.student.parameters(), 0.01, 0.9, weight_decay=5e-4, foreach=True)
+def kd_step(of: Setting) -> Callable[[], None]:
+    distiller, losses = forward_pass(of, KD)
+    params = distiller.get_learnable_parameters()
+    optimizer = torch.optim.SGD(params, LR, 0.9, weight_decay=WEIGHT_DECAY, foreach=True)
 
     def step() -> None:
         optimizer.zero_grad()
-        sum(distiller(**data)[1].values()).backward()
+        sum(losses().values()).backward()
         optimizer.step()
 
     return step
 
 
-def deepkd_step(pair: str, batch: int, momentum: dict[str, float]) -> Callable[[], None]:
-    distiller, data = setting(pair, batch, DeepKD)
-    optimizer = DecoupledMomentumSGD(distiller.student.parameters(), 0.01, momentum, 5e-4, "tcg")
+def our_step(of: Setting, method: str, mode: str) -> Callable[[], None]:
+    distiller_type, momentum, decay_stream, assignment = METHODS[method]
+    distiller, losses = forward_pass(of, distiller_type)
+    params = distiller.get_learnable_parameters()
+    optimizer = DecoupledMomentumSGD(params, LR, momentum, WEIGHT_DECAY, decay_stream, **MODES[mode])
 
     def step() -> None:
         optimizer.zero_grad()
-        optimizer.backward(distiller(**data)[1])
+        optimizer.backward(assign_losses(losses(), optimizer.streams, assignment))
         optimizer.step()
 
     return step
 
 
-def parts(pair: str, batch: int) -> dict[str, Callable[[], Any]]:
+def their_step(of: Setting, root: Path, trainer: str) -> Callable[[], None]:
+    teacher, student = networks(of)
+    solver = {"LR": LR, "WEIGHT_DECAY": WEIGHT_DECAY}
+    return others.training_step(root, trainer, student, teacher, noise(of), solver, of.amp)
+
+
+def parts(of: Setting) -> dict[str, Callable[[], Any]]:
     """The pieces of the floor: both forward passes, and the student's forward with its backward."""
-    distiller, data = setting(pair, batch, KD)
+    teacher, student = networks(of)
+    teacher.eval(), student.train()
+    image = noise(of)["image"]
+
+    def forward(network: nn.Module) -> Tensor:
+        with device.autocast(image.device, of.amp):
+            return network(image)[0]
 
     def forward_backward() -> None:
-        distiller.student.zero_grad()
-        distiller.student(data["image"])[0].sum().backward()
+        student.zero_grad()
+        forward(student).sum().backward()
 
-    def teacher() -> None:
-        with torch.no_grad():
-            distiller.teacher(data["image"])
+    return {
+        "F_t": torch.no_grad()(functools.partial(forward, teacher)),
+        "F_s": functools.partial(forward, student),
+        "F_s + B": forward_backward,
+    }
 
-    return {"F_t": teacher, "F_s": lambda: distiller.student(data["image"]), "F_s + B": forward_backward}
+
+def rows_of(of: Setting, modes: list[str], roots: Mapping[str, Path | None]) -> list[Row]:
+    """Everything to be timed for a pair, KD first."""
+    make = functools.partial
+    rows = [Row("KD", _passes(1), 1, make(kd_step, of))]
+    for mode in modes:
+        for name, method in METHODS.items():
+            gradients = _passes(method.sets) if mode == "sequential" else f"{method.sets} {mode}"
+            rows.append(Row(name, gradients, method.sets, make(our_step, of, name, mode)))
+    if root := roots[others.MDISTILLER]:
+        rows.append(Row("mdistiller's KD", _passes(1), 1, make(their_step, of, root, "base")))
+        rows.append(Row("mdistiller's DOT", _passes(2), 2, make(their_step, of, root, "dot")))
+    if root := roots[others.RELEASE]:
+        rows.append(Row("the release's DeepKD", _passes(3), 2, make(their_step, of, root, "deepkd")))
+    return rows
+
+
+def measure(of: Setting, rows: list[Row], rounds: int, repeat: int, memory: bool) -> tuple[Rows, Rows]:
+    """The tables of a pair: its steps, and the parts that its floor is made of."""
+    peaks = [peak_mebibytes(row.make) if memory else None for row in rows]
+    steps: dict[Any, Callable[[], Any]] = {i: row.make() for i, row in enumerate(rows)}
+    times = medians_in_turn(steps | parts(of), rounds, repeat=repeat)
+    backward = times["F_s + B"] - times["F_s"]
+    about = {"pair": of.pair.replace(":", " → "), "images": f"{of.batch} of {of.size} × {of.size}"}
+
+    def floor(passes: int) -> float:
+        return times["F_t"] + times["F_s"] + passes * backward
+
+    table = [
+        about
+        | {"step": row.name, "gradients": row.gradients, "ms": times[i], "ratio to KD": times[i] / times[0]}
+        | {"floor ratio": floor(row.sets) / floor(1), "ratio to floor": times[i] / floor(row.sets)}
+        | ({"peak MiB": peak} if memory else {})
+        for i, (row, peak) in enumerate(zip(rows, peaks))
+    ]
+    pieces = {"F_t ms": times["F_t"], "F_s ms": times["F_s"], "B ms": backward}
+    return table, [about | pieces | {"(F_t + F_s + 3B) / (F_t + F_s + 2B)": floor(3) / floor(2)}]
+
+
+def _passes(number: int) -> str:
+    return f"{number} pass" + "es" * (number > 1)
+
+
+def _pair(text: str) -> str:
+    """An argument of --pairs; argparse turns the error into one line."""
+    names = text.split(":")
+    known = builtin.cifar_model_dict
+    if text != "all" and not (
+        len(names) == 2 and (on_imagenet(text) or all(name in known for name in names))
+    ):
+        raise argparse.ArgumentTypeError(
+            f'{text!r}; it must be "all" or TEACHER:STUDENT, two of {", ".join(known)} or two of '
+            f"{', '.join(builtin.imagenet_model_dict)}"
+        )
+    return text
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--pairs", nargs="+", default=["resnet56:resnet20", "resnet32x4:resnet8x4"])
+    at = device.pick()
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--no-memory", action="store_true", help="leave out peak memory, a process for each step"
+        "--pairs",
+        nargs="+",
+        type=_pair,
+        default=["all"] if at.type == "cuda" else PAIRS[:2],
+        metavar="TEACHER:STUDENT",
+        help=f'networks, or "all" for {" ".join(PAIRS)} (the first two; GPU: all)',
     )
+    parser.add_argument("--quick", action="store_true", help="few images and rounds, unless given")
+    parser.add_argument("--rounds", type=_count, help="default: 5 on a CPU, 20 on a GPU")
+    parser.add_argument("--repeat", type=_count, help="steps between two readings of the clock (1; GPU: 10)")
+    parser.add_argument("--batch", type=_count, help="images for the CIFAR pairs (64)")
+    parser.add_argument("--imagenet-batch", type=_count, help="images for the ImageNet pairs (8; GPU: 256)")
+    parser.add_argument("--imagenet-size", type=_count, help="their height and width (224)")
+    parser.add_argument("--batched", action="store_true", help="also all backward passes of a step as one")
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--amp", action="store_true", help="forward passes under bfloat16 autocast")
+    parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
     parser.add_argument("--write", type=Path, help="Markdown file to write; a .json is written beside it")
     args = parser.parse_args()
-    rows = []
-    for pair in args.pairs:
-        makers = {"KD": functools.partial(kd_step, pair, args.batch)} | {
-            name: functools.partial(deepkd_step, pair, args.batch, momentum)
-            for name, momentum in COEFFICIENTS.items()
-        }
-        memory = {} if args.no_memory else {name: peak_mebibytes(make) for name, make in makers.items()}
-        steps = {name: make() for name, make in makers.items()}
-        times = medians_in_turn(steps | parts(pair, args.batch), args.rounds)
-        backward = times["F_s + B"] - times["F_s"]
-        once = times["F_t"] + times["F_s + B"]
-        for passes, name in enumerate(makers, start=1):
-            rows.append(
-                {
-                    "pair": pair.replace(":", " → "),
-                    "step": name,
-                    "ms": times[name],
-                    "ratio to KD": times[name] / times["KD"],
-                    "floor": (once + (passes - 1) * backward) / once,
-                }
-                | ({"peak MiB": memory[name]} if memory else {})
-            )
-    report(f"Training step, batch {args.batch}, medians of {args.rounds} rounds in turn", rows, args.write)
+    for name, value in SIZES["quick" if args.quick else at.type].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    modes = ["sequential"] + ["batched"] * args.batched
+    roots = {variable: others.find(variable) for variable in (others.MDISTILLER, others.RELEASE)}
+    torch.backends.cudnn.benchmark = True  # as in mdistiller's launcher
+    tables: tuple[Rows, Rows] = ([], [])
+    for pair in PAIRS if "all" in args.pairs else args.pairs:
+        sizes = (args.imagenet_batch, args.imagenet_size) if on_imagenet(pair) else (args.batch, 32)
+        of = Setting(pair, *sizes, args.channels_last, args.amp)
+        found = measure(of, rows_of(of, modes, roots), args.rounds, args.repeat, not args.no_memory)
+        for table, new in zip(tables, found):
+            table.extend(new)
+    of_steps = f" of {args.repeat} steps" if args.repeat > 1 else ""
+    title = f"Training step, medians of {args.rounds} rounds{of_steps} in turn"
+    report(title, tables[0], args.write, conditions(args.channels_last, args.amp), tables[1])
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r}; it must be a whole number from 1 on")
+    return int(text)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

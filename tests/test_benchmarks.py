@@ -1,41 +1,297 @@
 """The benchmark scripts run as their docstrings say, on sizes too small to measure anything."""
 
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+
+from deepkd_plugin.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
 
-def run(script, *arguments):
+def run(script, *arguments, **variables):
+    """The output of a script under `variables` of the environment; None takes one away."""
     command = [sys.executable, str(ROOT / "benchmarks" / script), *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
+    environment = {name: value for name, value in environment.items() if value is not None}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    ("script", "arguments"),
-    [
-        ("step.py", ("--rounds", 1, "--batch", 2, "--pairs", "resnet8:resnet8", "--no-memory")),
-        ("optimizer.py", ("--rounds", 1, "--widths", 2)),
-    ],
-)
-def test_speed(script, arguments, tmp_path):
-    out = run(script, *arguments, "--write", tmp_path / "table.md")
+def test_the_optimizers_speed(tmp_path):
+    out = run("optimizer.py", "--rounds", 1, "--widths", 2, "--write", tmp_path / "table.md")
+    assert (tmp_path / "table.md").read_text() == out.removesuffix("\n")
+    rows = {row["step"]: row for row in json.loads((tmp_path / "table.json").read_text())["rows"]}
+    assert all(row["ms"] > 0 for row in rows.values())
+    assert rows["1 buffer"]["state MiB"] == rows["torch.optim.SGD"]["state MiB"]
+    assert rows["2 buffers"]["state MiB"] == pytest.approx(2 * rows["torch.optim.SGD"]["state MiB"])
+    assert rows["2 buffers"]["per buffer"] == rows["2 buffers"]["ratio to SGD"] / 2
+
+
+SMALL = ("--rounds", 1, "--batch", 2, "--imagenet-batch", 2, "--imagenet-size", 32)
+CHECKOUTS = {"MDISTILLER_ROOT": "mdistiller", "DEEPKD_RELEASE_ROOT": "the authors' release"}
+
+
+def test_the_steps_of_a_cifar_and_an_imagenet_pair(tmp_path):
+    options = ("--pairs", "resnet8:resnet8", "ResNet18:ResNet18", "--no-memory")
+    out = run("step.py", *SMALL, *options, "--write", tmp_path / "table.md", **dict.fromkeys(CHECKOUTS))
+    assert (tmp_path / "table.md").read_text() == out.removesuffix("\n")
+    held = json.loads((tmp_path / "table.json").read_text())
+    assert held["settings"] == {"memory format": "contiguous", "precision": "float32"}
+    assert {"processor", "cores", "device", "python", "torch", "commit"} <= held["machine"].keys()
+    rows = held["rows"]
+    assert [row["pair"] for row in rows] == ["resnet8 → resnet8"] * 4 + ["ResNet18 → ResNet18"] * 4
+    assert [(row["step"], row["gradients"]) for row in rows[:4]] == [
+        ("KD", "1 pass"),
+        ("two streams", "2 passes"),
+        ("DeepKD, 2 coefficients", "2 passes"),
+        ("DeepKD, 3 coefficients", "3 passes"),
+    ]
+    for part, of_pair in zip(held["parts"], (rows[:4], rows[4:])):
+        once = part["F_t ms"] + part["F_s ms"]
+        for row, passes in zip(of_pair, (1, 2, 2, 3)):
+            floor = once + passes * part["B ms"]
+            assert row["ratio to KD"] == row["ms"] / of_pair[0]["ms"]
+            assert row["ratio to floor"] == pytest.approx(row["ms"] / floor)
+            assert row["floor ratio"] == pytest.approx(floor / (once + part["B ms"]))
+
+
+def test_a_step_in_other_modes(tmp_path):
+    options = ("--batched", "--channels-last", "--amp", "--pairs", "resnet8:resnet8")
+    run("step.py", *SMALL, *options, "--write", tmp_path / "table.md", **dict.fromkeys(CHECKOUTS))
+    held = json.loads((tmp_path / "table.json").read_text())
+    assert held["settings"] == {"memory format": "channels last", "precision": "bfloat16 autocast"}
+    assert [row["gradients"] for row in held["rows"][4:]] == ["2 batched", "2 batched", "3 batched"]
+    assert all(row["peak MiB"] > 0 for row in held["rows"])
+
+
+def test_the_steps_of_others(tmp_path):
+    """Both packages in one process, where both are there."""
+    roots = {variable: os.environ.get(variable) for variable in CHECKOUTS}
+    if not any(roots.values()):
+        pytest.skip(f"no checkout of mdistiller or of the authors' release: {', '.join(roots)} name none")
+    expected = [("mdistiller's KD", "1 pass"), ("mdistiller's DOT", "2 passes")]
+    expected = expected * bool(roots["MDISTILLER_ROOT"])
+    expected += [("the release's DeepKD", "3 passes")] * bool(roots["DEEPKD_RELEASE_ROOT"])
+    options = ("--pairs", "resnet8:resnet8", "--channels-last", "--amp", "--no-memory")
+    out = run("step.py", *SMALL, *options, "--write", tmp_path / "table.md", **roots)
     assert (tmp_path / "table.md").read_text() == out.removesuffix("\n")
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
-    assert all(row["ms"] > 0 for row in rows)
-    if script == "optimizer.py":
-        state = {row["step"]: row["state MiB"] for row in rows}
-        assert state["1 buffer"] == state["torch.optim.SGD"]
-        assert state["2 buffers"] == pytest.approx(2 * state["torch.optim.SGD"])
+    assert [(row["step"], row["gradients"]) for row in rows[4:]] == expected
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """script(name) -> a module of benchmarks/; `.cuda()` is as it was afterwards."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setattr(torch.Tensor, "cuda", torch.Tensor.cuda)
+    monkeypatch.setattr(torch.nn.Module, "cuda", torch.nn.Module.cuda)
+    return importlib.import_module
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_memory_format_and_precision_reach_the_networks(given, script):
+    step = script("step")
+    of = step.Setting("resnet8:resnet8", 2, 32, channels_last=given, amp=given)
+    distiller, losses = step.forward_pass(of, step.KD)
+    seen = []
+    distiller.student.register_forward_hook(lambda module, args, out: seen.append((args[0], out[0])))
+    assert all(loss.dtype == torch.float32 for loss in losses().values())
+    ((image, logits),) = seen
+    assert image.is_contiguous(memory_format=torch.channels_last) == given
+    assert distiller.student.conv1.weight.is_contiguous(memory_format=torch.channels_last) == given
+    assert logits.dtype == (torch.bfloat16 if given else torch.float32)
+    assert step.parts(of)["F_s"]().dtype == logits.dtype
+
+
+@pytest.mark.parametrize("mode", ["sequential", "batched"])
+def test_a_mode_reaches_autograd(mode, script, monkeypatch):
+    step = script("step")
+    calls = []
+    grad = torch.autograd.grad
+    monkeypatch.setattr(
+        torch.autograd,
+        "grad",
+        lambda outputs, inputs, *args, **options: (
+            calls.append(options.get("is_grads_batched", False)) or grad(outputs, inputs, *args, **options)
+        ),
+    )
+    taken = step.our_step(step.Setting("resnet8:resnet8", 2, 32), "DeepKD, 2 coefficients", mode)
+    taken()
+    assert any(calls) == (mode == "batched")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "message"),
+    [
+        (["--pairs", "resnet8"], {}, "command line: argument --pairs: 'resnet8'; it must be \"all\" or "),
+        (["--rounds", "0"], {}, "command line: argument --rounds: '0'; it must be a whole number from 1 on"),
+        (
+            [],
+            {"DEEPKD_RELEASE_ROOT": "/no"},
+            "environment: DEEPKD_RELEASE_ROOT is '/no'; it must name a checkout",
+        ),
+    ],
+)
+def test_what_a_step_cannot_be_timed_with(arguments, variables, message, script, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["step.py", *arguments])
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        script("step").main()
+
+
+FAKE = {
+    "engine/__init__.py": "from .trainer import Trainer\ntrainer_dict = {'base': Trainer}\n",
+    "engine/cfg.py": "from yacs.config import CfgNode\nCFG = CfgNode({'SOLVER': {'LR': 0.1, 'TRAINER': ''}})\n",
+    "engine/trainer.py": """
+from turtle import st
+from scipy.stats import norm
+import torch
+print("imported")
+
+class Trainer:
+    def __init__(self, *args):
+        raise AssertionError("makes folders")
+
+    def init_optimizer(self, cfg):
+        print("made")
+        return torch.optim.SGD(self.distiller.module.student.parameters(), lr=cfg.SOLVER.LR)
+
+    def train_iter(self, data, epoch, meters):
+        self.optimizer.zero_grad()
+        image, target, index = data
+        meters["data_time"].update(0.0)
+        self.distiller(image=image.cuda(), target=target, epoch=epoch).backward()
+        self.optimizer.step()
+        meters["CLOCK"].update(1.0)
+        raise AssertionError("reads meters")
+""",
+    "distillers/__init__.py": """
+import torch
+
+class KD(torch.nn.Module):
+    root = "NAME"
+
+    def __init__(self, student, teacher, cfg):
+        super().__init__()
+        self.student = student
+        assert cfg.SOLVER.TRAINER == "base"
+
+    def forward(self, image, target, epoch):
+        logits = self.student(image)
+        KD.precision = logits.dtype
+        return logits.sum()
+
+distiller_dict = {"KD": KD}
+""",
+}
+
+
+@pytest.fixture
+def fake(tmp_path):
+    """fake(name, clock="training_time") -> the root of a package that is laid out like mdistiller."""
+
+    def make(name, clock="training_time"):
+        for file, text in FAKE.items():
+            path = tmp_path / name / "mdistiller" / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text.replace("NAME", name).replace("CLOCK", clock))
+        return tmp_path / name
+
+    return make
+
+
+def test_packages_of_one_name_are_imported_alone(script, fake, monkeypatch, capfd):
+    others = script("others")
+    held = object()
+    monkeypatch.setitem(sys.modules, "mdistiller.engine", held)
+    before, path = dict(sys.modules), list(sys.path)
+    found = [others.load(fake(name)) for name in ("a", "b")]
+    assert [theirs.kd.root for theirs in found] == ["a", "b"]
+    assert sys.modules["mdistiller.engine"] is held
+    new = {name.split(".")[0] for name in sys.modules.keys() - before.keys()}
+    assert not {"mdistiller", "turtle", "termios"} & new
+    assert sys.path == path
+    assert capfd.readouterr().out == ""
+
+
+def test_another_trainers_step_ends_at_its_clock(script, fake, capfd):
+    others = script("others")
+    student = torch.nn.Linear(2, 1, bias=False)
+    batch = {"image": torch.ones(4, 2), "target": torch.zeros(4, dtype=torch.long)}
+    before = student.weight.detach().clone()
+    step = others.training_step(fake("one"), "base", student, None, batch, {"LR": 0.5})
+    for taken in (1, 2):
+        step()
+        torch.testing.assert_close(student.weight, before - taken * 0.5 * 4)
+    assert capfd.readouterr().out == ""
+    others.training_step(fake("one"), "base", student, None, batch, {}, amp=True)()
+    assert others.load(fake("one")).kd.precision == torch.bfloat16
+    step = others.training_step(fake("two", "other"), "base", student, None, batch, {})
+    with pytest.raises(KeyError, match="other"):
+        step()
+
+
+def test_a_package_that_cannot_be_imported(script, fake):
+    root = fake("broken")
+    (root / "mdistiller/engine/cfg.py").write_text("raise TypeError('old')")
+    with pytest.raises(UserError, match=r"broken: its mdistiller cannot be imported \(TypeError: old\)"):
+        script("others").load(root)
+    assert "mdistiller.engine" not in sys.modules
+
+
+def checkout(variable):
+    root = os.environ.get(variable)
+    if not root:
+        pytest.skip(f"no checkout of {CHECKOUTS[variable]}: {variable} names none")
+    return Path(root).resolve()
+
+
+@pytest.mark.filterwarnings("ignore:size_average")
+@pytest.mark.parametrize(
+    ("variable", "trainer", "passes", "twin"),
+    [
+        ("MDISTILLER_ROOT", "base", 1, ("kd_step",)),
+        ("MDISTILLER_ROOT", "dot", 2, ("our_step", "two streams", "sequential")),
+        ("DEEPKD_RELEASE_ROOT", "deepkd", 3, None),
+    ],
+)
+def test_their_steps_are_what_the_rows_say(variable, trainer, passes, twin, script, monkeypatch):
+    """As many backward passes; mdistiller's KD and DOT arrive where ours do."""
+    root = checkout(variable)
+    torch.set_num_threads(1)  # two threads wait for each other on a machine that is busy
+    step = script("step")
+    of = step.Setting("resnet8:resnet8", 8, 32)
+    made, calls = [], []
+    networks, backward = step.networks, torch.Tensor.backward
+    monkeypatch.setattr(step, "networks", lambda of: made.append(networks(of)) or made[-1])
+    monkeypatch.setattr(
+        torch.Tensor, "backward", lambda *args, **options: calls.append(1) or backward(*args, **options)
+    )
+    theirs = step.their_step(of, root, trainer)
+    student = made[0][1]
+    before = [p.detach().clone() for p in student.parameters()]
+    theirs()
+    assert len(calls) == passes
+    theirs()
+    assert not any(torch.equal(p, old) for p, old in zip(student.parameters(), before))
+    if twin:
+        ours = getattr(step, twin[0])(of, *twin[1:])
+        ours()
+        ours()
+        for p, other, old in zip(made[1][1].parameters(), student.parameters(), before):
+            torch.testing.assert_close(p - old, other - old, rtol=1e-3, atol=1e-7)
 
 
 def test_accuracy_tables_and_curves(data_root, tmp_path):
@@ -62,3 +318,68 @@ def test_the_contact_sheet(tmp_path):
     run("contact_sheet.py", tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size == (1280, 960)
+
+
+EPOCHS = ("--images", 200, "--epochs", 1, "--batch", 60, "--workers", 0, "--pairs", "resnet8:resnet8")
+
+
+def epochs_of(data_root, path, *options, **variables):
+    """(loop, method, pipeline) -> row of epoch.py."""
+    out = run("epoch.py", *EPOCHS, "--root", data_root, *options, "--write", path, **variables)
+    assert path.read_text() == out.removesuffix("\n")
+    held = json.loads(path.with_suffix(".json").read_text())
+    assert held["title"].startswith("Training epochs of 200 images of glyphs100, batch 60, medians of 1 ")
+    for row in held["rows"]:
+        assert 0 < row["s waiting"] < row["s an epoch"]
+        assert row["images/s"] == pytest.approx(200 / row["s an epoch"])
+    return held, {(row["loop"], row["method"], row["pipeline"]): row for row in held["rows"]}
+
+
+def test_epochs_of_both_pipelines(data_root, tmp_path):
+    options = ("--channels-last", "--amp")
+    held, rows = epochs_of(data_root, tmp_path / "table.md", *options, MDISTILLER_ROOT=None)
+    assert held["settings"] == {"memory format": "channels last", "precision": "bfloat16 autocast"}
+    ours = "deepkd_plugin"
+    assert [*rows] == [(ours, m, p) for m in ("KD", "DeepKD") for p in ("workers", "device")]
+    assert rows[ours, "KD", "workers"]["to reference"] == 1
+    for row in rows.values():
+        reference = rows[ours, "KD", "workers"]["images/s"]
+        assert row["to reference"] == pytest.approx(row["images/s"] / reference)
+
+
+def test_epochs_of_mdistillers_own_loop(data_root, tmp_path, mdistiller_root):
+    _, rows = epochs_of(data_root, tmp_path / "table.md", MDISTILLER_ROOT=str(mdistiller_root))
+    assert len(rows) == 5
+    assert rows["mdistiller", "KD", "workers"]["to reference"] == 1
+
+
+def test_waiting_is_told_from_working(script):
+    """A loop that mdistiller runs: 3 batches that take 20 ms each to get and 50 ms to use."""
+
+    class Slow(list):
+        def __iter__(self):
+            for batch in super().__iter__():
+                time.sleep(0.02)
+                yield batch
+
+    timed = script("epoch").Timed(Slow("abc"))
+    assert len(timed) == 3
+    assert [(time.sleep(0.05), batch)[1] for batch in timed] == ["a", "b", "c"]
+    assert timed.epoch.waiting >= 0.06
+    assert timed.epoch.seconds - timed.epoch.waiting >= 0.15
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        (("--images", "250"), "argument --images: '250'; it must be a multiple of 100"),
+        (("--pairs", "resnet8"), "argument --pairs: 'resnet8'; it must be TEACHER:STUDENT, two of"),
+        (("--pairs", "resnet8:r"), "argument --pairs: 'resnet8:r'; it must be TEACHER:STUDENT"),
+        (("--workers", "-1"), "argument --workers: '-1'; it must be a whole number"),
+        (("--epochs", "0"), "argument --epochs: '0'; it must be a whole number from 1 on"),
+    ],
+)
+def test_mistaken_options_of_epoch(script, monkeypatch, option, expected):
+    monkeypatch.setattr(sys, "argv", ["epoch.py", *option])
+    with pytest.raises(UserError, match=re.escape(expected)):
+        script("epoch").main()
