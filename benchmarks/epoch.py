@@ -1,7 +1,7 @@
 """Training epochs end to end, in images a second: both data pipelines, and mdistiller's own loop.
 
     python benchmarks/epoch.py [--images 1000] [--epochs 3] [--pairs resnet20:resnet8 …] [--write PATH.md]
-    python benchmarks/epoch.py --dataset cifar100 --root DATA --images 50000 --workers 0 2 8
+    python benchmarks/epoch.py --dataset cifar100 --root DATA --images 50000 --workers 0 2 8 --execution graphs
 
 An epoch is one pass of a trainer over the first images of each class, from asking for the first batch until the
 last step is done; tests and checkpoints are left out. Each row trains an untrained pair of its own, and rows take
@@ -10,7 +10,8 @@ their epochs in turn, the first of which is not counted. The rows of a pair:
 - KD and DeepKD (two distinct coefficients) by our trainers, with DATASET.PIPELINE "workers" for each number of
   --workers, and "device";
 - where MDISTILLER_ROOT names a checkout of mdistiller, KD by its distiller, networks, trainer, transform and
-  loader on the same images, for each number of workers. It has no --channels-last and no --amp.
+  loader on the same images, for each number of workers. --channels-last, --amp, --execution and --gradients
+  are ours alone.
 
 "waiting" are the seconds of an epoch in which the trainer waits for a batch; the device pipeline makes its batches
 in them, on a GPU only their launches. "to reference" is the ratio of images a second to those of the fastest KD of
@@ -53,10 +54,11 @@ SOLVER = {"LR": 0.01, "WEIGHT_DECAY": 5e-4}
 
 
 class Epoch(NamedTuple):
-    """What one pass took, in seconds."""
+    """What one pass took, in seconds, and how its steps were run."""
 
     seconds: float
     waiting: float
+    steps: str
 
 
 class Row(NamedTuple):
@@ -86,7 +88,7 @@ class Timed:
             yield batch
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.epoch = Epoch(time.perf_counter() - start, waiting)
+        self.epoch = Epoch(time.perf_counter() - start, waiting, "eager")
 
 
 def config_of(args: argparse.Namespace, pipeline: str, workers: int) -> Any:
@@ -95,7 +97,8 @@ def config_of(args: argparse.Namespace, pipeline: str, workers: int) -> Any:
     node = {"TYPE": args.dataset, "ROOT": str(args.root), "TRAIN_PER_CLASS": args.images // 100}
     cfg.DATASET.update(node | {"PIPELINE": pipeline, "NUM_WORKERS": workers})
     cfg.SOLVER.update(SOLVER | {"BATCH_SIZE": args.batch})
-    cfg.SOLVER.update({"CHANNELS_LAST": args.channels_last, "AMP": args.amp})
+    cfg.SOLVER.update({"CHANNELS_LAST": args.channels_last, "AMP": args.amp, "EXECUTION": args.execution})
+    cfg.SOLVER.GRADIENTS = args.gradients
     return cfg
 
 
@@ -112,10 +115,12 @@ def our_epoch(cfg: Any, method: str, pair: str, loader: Any) -> Callable[[int], 
     teacher, student = networks(builtin.cifar_model_dict, pair)
     placed = device.place(distiller(student, teacher, cfg), device.pick(), cfg.SOLVER.CHANNELS_LAST)
     running = trainer("epoch", placed, loader, [], cfg)
+    running.gradients = cfg.SOLVER.GRADIENTS
+    running.optimizer.batched = running.gradients == "batched"
 
     def epoch(number: int) -> Epoch:
         entry = running.train_epoch(number)
-        return Epoch(entry["seconds"], entry["data_seconds"])
+        return Epoch(entry["seconds"], entry["data_seconds"], entry["execution"])
 
     return epoch
 
@@ -184,8 +189,10 @@ def measure(rows: list[Row], images: int, epochs: int) -> Rows:
             times.append(row.epoch(number + 1))
     table = []
     for row, times in zip(rows, taken):
-        seconds, waiting = (statistics.median(values) for values in zip(*times[1:]))
-        table.append(row.about | {"images/s": images / seconds, "s an epoch": seconds, "s waiting": waiting})
+        seconds = statistics.median(epoch.seconds for epoch in times[1:])
+        waiting = statistics.median(epoch.waiting for epoch in times[1:])
+        found = {"images/s": images / seconds, "s an epoch": seconds, "s waiting": waiting}
+        table.append(row.about | {"steps": times[-1].steps} | found)
     for row in table:
         same = [r for r in table if (r["pair"], r["method"], r["pipeline"]) == (row["pair"], "KD", "workers")]
         theirs = [r for r in same if r["loop"] == "mdistiller"]
@@ -204,6 +211,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=_pair, nargs="+", default=["resnet20:resnet8"], metavar="T:S")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
+    parser.add_argument("--execution", choices=("eager", "compile", "graphs"), default="eager")
+    parser.add_argument("--gradients", choices=("sequential", "batched"), default="sequential")
     parser.add_argument("--write", type=Path, help="Markdown file to write; a .json is written beside it")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -55,7 +55,11 @@ class Trainer:
         self.scheduler = make_scheduler(self.optimizer, cfg.SOLVER)
         self.assignment: dict[str, str] = {}
         self.step = make_step(
-            cfg.SOLVER.EXECUTION, distiller, self.optimizer, self.losses_by_stream, cfg.SOLVER.AMP
+            cfg.SOLVER.EXECUTION,
+            distiller,
+            self.optimizer,
+            lambda losses: self.losses_by_stream(losses),
+            cfg.SOLVER.AMP,
         )
         self.gradients = ""
         teacher = getattr(self.module, "teacher", None)
@@ -247,8 +251,11 @@ class Trainer:
         if not isinstance(state, dict) or "config" not in state:
             raise UserError(f"{path}: --resume needs a checkpoint that this trainer wrote")
         ours = config.flatten(self.cfg)
+        defaults = {
+            key.path: key.default for key in config.KEYS
+        }  # of keys that are newer than the checkpoint
         for key in sorted(ours.keys() | state["config"].keys()):
-            held, given = state["config"].get(key), ours.get(key)
+            held, given = state["config"].get(key, defaults.get(key)), ours.get(key)
             if config.computes(key) and held != given:
                 raise UserError(
                     f"{path}: --resume needs the run's own config: {key} was {held!r}, is {given!r}"
@@ -260,7 +267,7 @@ class Trainer:
             )
         weights = {k: v for k, v in self.module.state_dict().items() if k.startswith("teacher.")}
         self.module.load_state_dict(weights | state["model"])
-        self.gradients = state["gradients"]
+        self.gradients = state.get("gradients", "sequential")
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.epoch, self.best_acc, self.best_epoch = state["epoch"], state["best_acc"], state["best_epoch"]

@@ -336,7 +336,7 @@ def epochs_of(data_root, path, *options, **variables):
 
 
 def test_epochs_of_both_pipelines(data_root, tmp_path):
-    options = ("--channels-last", "--amp")
+    options = ("--channels-last", "--amp", "--gradients", "batched")
     held, rows = epochs_of(data_root, tmp_path / "table.md", *options, MDISTILLER_ROOT=None)
     assert held["settings"] == {"memory format": "channels last", "precision": "bfloat16 autocast"}
     ours = "deepkd_plugin"
@@ -345,6 +345,7 @@ def test_epochs_of_both_pipelines(data_root, tmp_path):
     for row in rows.values():
         reference = rows[ours, "KD", "workers"]["images/s"]
         assert row["to reference"] == pytest.approx(row["images/s"] / reference)
+        assert row["steps"] == "eager, batched gradients"
 
 
 def test_epochs_of_mdistillers_own_loop(data_root, tmp_path, mdistiller_root):

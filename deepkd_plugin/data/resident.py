@@ -84,10 +84,7 @@ class Rotation:
         first_x = _fixed(self.width / 2 + cos * left - sin * up)
         first_y = _fixed(self.height / 2 + sin * left + cos * up)
         across, down = _fixed(cos), _fixed(sin)
-        return (
-            (first_y + down * x + across * y) >> 16,
-            (first_x + across * x + _fixed(-sin) * y) >> 16,
-        )
+        return (first_y + down * x + across * y) >> 16, (first_x + across * x - down * y) >> 16
 
 
 def _fixed(value: Tensor) -> Tensor:
