@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 
 from . import device
 from .optim import DecoupledMomentumSGD
@@ -67,8 +68,9 @@ class CompiledStep(Step):
         self.networks = [getattr(module, part) for part in ("student", "teacher") if hasattr(module, part)]
         for network in self.networks:
             network.compile(**device.compile_options(self.at))
-        # several backward passes read what a compiled one would give away
-        torch._functorch.config.donated_buffer = False
+        # several backward passes read what a compiled one would give away (from torch 2.6 on)
+        if hasattr(functorch_config, "donated_buffer"):
+            functorch_config.donated_buffer = False
         self.tried = False
 
     def gradients(self, batch: Batch, epoch: int) -> Outcome:
