@@ -14,6 +14,15 @@ from deepkd_plugin.optim import DecoupledMomentumSGD
 MOMENTUM = {"tog": 0.975, "tcg": 0.825, "ncg": 0.95}
 
 
+class Net(nn.Sequential):
+    """With a forward of its own: torch 2.4 does not compile torch's."""
+
+    def forward(self, x):
+        for layer in self:
+            x = layer(x)
+        return x
+
+
 class Toy(nn.Module):
     """A distiller with BatchNorm whose losses change with the epoch, as warm-up and mask do."""
 
@@ -21,7 +30,7 @@ class Toy(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5)]
-        self.student = nn.Sequential(*layers).double()
+        self.student = Net(*layers).double()
 
     def forward(self, image, target, epoch):
         logits = self.student(image)
