@@ -132,6 +132,7 @@ def their_epoch(host: Any, pair: str, loader: Any, workers: int, folder: str) ->
     transform = importlib.import_module("mdistiller.dataset.cifar100").get_cifar100_train_transform()
     images = Indexed(ArrayDataset(arrays.images[indices], arrays.targets[indices], transform))
     timed = Timed(DataLoader(images, loader.batch_size, shuffle=True, num_workers=workers))
+    device.tune()  # as its launcher and our trainers
     cfg = host.cfg.clone()
     cfg.SOLVER.update(SOLVER)
     cfg.LOG.update({"PREFIX": folder, "WANDB": False})
@@ -142,13 +143,8 @@ def their_epoch(host: Any, pair: str, loader: Any, workers: int, folder: str) ->
     running = host.trainers["base"](name, device.parallel(distiller, always=True), timed, [], cfg)
 
     def epoch(number: int) -> Epoch:
-        before = torch.backends.cudnn.benchmark
-        torch.backends.cudnn.benchmark = True  # as in its launcher
-        try:
-            with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
-                running.train_epoch(number)
-        finally:
-            torch.backends.cudnn.benchmark = before
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+            running.train_epoch(number)
         return timed.epoch
 
     return epoch

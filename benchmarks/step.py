@@ -286,7 +286,7 @@ def main() -> None:
             setattr(args, name, value)
     modes = ["sequential"] + ["batched"] * args.batched
     roots = {variable: others.find(variable) for variable in (others.MDISTILLER, others.RELEASE)}
-    torch.backends.cudnn.benchmark = True  # as in mdistiller's launcher
+    device.tune()
     tables: tuple[Rows, Rows] = ([], [])
     for pair in PAIRS if "all" in args.pairs else args.pairs:
         sizes = (args.imagenet_batch, args.imagenet_size) if on_imagenet(pair) else (args.batch, 32)

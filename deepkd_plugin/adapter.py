@@ -94,8 +94,11 @@ def load(root: Path) -> Host:
     imported = _found(sys.modules["mdistiller"].__path__)
     if imported != root:
         raise UserError(f"{root}: another mdistiller is imported already, from {imported}; only one can be")
-    del found["load_checkpoint"]
-    return Host("mdistiller", **found | {"get_dataset": data.get_dataset}, root=root)
+    del (
+        found["get_dataset"],
+        found["load_checkpoint"],
+    )  # mend needs them to be there, a host is its registries
+    return Host("mdistiller", **found, root=root)
 
 
 def mend(host: Host) -> list[str]:
@@ -112,11 +115,13 @@ def mend(host: Host) -> list[str]:
     _replace(dataset.get_dataset, _settled_reader(host))
     _measure_teachers(host.trainers["base"])
     device.tolerate_cuda_calls()
+    replaced = ["get_dataset", "load_checkpoint", "the base trainer's constructor"]
     if "ShuffleV2" in host.tiny_imagenet_models:  # mdistiller's pools 4 x 4 and cannot take 64 x 64 images
         host.tiny_imagenet_models["ShuffleV2"] = builtin.tiny_imagenet_model_dict["ShuffleV2"]
+        replaced.append("ShuffleV2 (Tiny ImageNet)")
     config.set_default(host.cfg, "DATASET.ROOT", str(host.root / "data"))
     config.set_default(host.cfg, "DATASET.DOWNLOAD", True)  # as mdistiller does
-    return ["get_dataset", "load_checkpoint"]
+    return replaced
 
 
 def load_checkpoint(path: str | None) -> Any:

@@ -14,8 +14,12 @@ from torch import Tensor, nn
 
 def pick() -> torch.device:
     """CUDA where there is one, else the CPU."""
-    torch.backends.cudnn.benchmark = True  # as mdistiller's scripts: batches have one size
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def tune() -> None:
+    """Let cuDNN measure which algorithms suit the batches' one size, as mdistiller's scripts do."""
+    torch.backends.cudnn.benchmark = True
 
 
 def count() -> int:

@@ -63,7 +63,8 @@ def _machine() -> Iterator[tuple[str, str]]:
         yield name, _version(name) + (f", commit {commit()}" if name == "deepkd_plugin" else "")
     at = device.pick()
     count = device.count()
-    yield "device", device.describe(at) + (f", {count} of them" if count > 1 else "")
+    yield "device", device.describe(at)
+    yield "CUDA", f"{count} device{'' if count == 1 else 's'}" if count else "none"
     for name, purpose in OPTIONAL.items():
         there = importlib.util.find_spec(name) is not None
         yield name, _version(name) if there else f"not installed ({purpose})"

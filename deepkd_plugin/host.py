@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,6 @@ class Host:
     imagenet_models: dict[str, Any]
     """name -> constructor(pretrained=)."""
     cfg: CfgNode
-    get_dataset: Callable[[Any], Any]
-    """cfg -> (train loader, test loader, number of training images, number of classes)."""
     root: Path | None = None
     """The host's checkout; None for the built-in one."""
 

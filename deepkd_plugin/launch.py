@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from . import config, device, record
+from . import config, data, device, record
 from .adapter import check_trainer
 from .host import Host
 from .metrics import weights_and_biases
@@ -53,7 +53,7 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
     record.check_folder(folder, resume, overwrite)
     at = device.pick()
     device.seed_everything(cfg.SOLVER.SEED)
-    train_loader, val_loader, num_data, num_classes = host.get_dataset(cfg)
+    train_loader, val_loader, num_data, num_classes = data.get_dataset(cfg)
     print(f"{name}: {cfg.DISTILLER.TYPE} on {cfg.DATASET.TYPE}, {num_data} images, {device.describe(at)}")
     distiller = make_distiller(host, cfg, num_data, num_classes)
     distiller = device.place(distiller, at, cfg.SOLVER.CHANNELS_LAST)

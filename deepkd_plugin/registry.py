@@ -28,7 +28,6 @@ BUILTIN = Host(
     builtin.tiny_imagenet_model_dict,
     builtin.imagenet_model_dict,
     builtin.CFG,
-    builtin.get_dataset,
 )
 
 

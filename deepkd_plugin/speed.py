@@ -148,8 +148,8 @@ def make_step(execution: str, distiller: nn.Module, *arguments: Any) -> Step:
 def choose_gradients(wanted: str, step: Step, batch: Callable[[], Batch]) -> str:
     """How a step makes several backward passes: "sequential" or "batched" (see streams.backward_by_set).
 
-    wanted: SOLVER.GRADIENTS. "auto" measures both on copies on a GPU; on a CPU they have measured sequential
-    first everywhere, and with equal coefficients there is one pass.
+    wanted: SOLVER.GRADIENTS. "auto" measures both on copies on a GPU; on a CPU sequential was the faster in
+    every row of docs/performance.md, and with equal coefficients there is one pass.
     """
     if wanted != "auto":
         return wanted

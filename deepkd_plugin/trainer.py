@@ -50,6 +50,7 @@ class Trainer:
         self.train_loader = train_loader
         self.val_loader = val_loader
         self.device = next(self.module.parameters()).device
+        device.tune()
         device.place(self.module, self.device, cfg.SOLVER.CHANNELS_LAST)
         self.optimizer = self.make_optimizer(self.module.get_learnable_parameters())
         self.scheduler = make_scheduler(self.optimizer, cfg.SOLVER)
@@ -89,15 +90,15 @@ class Trainer:
         self.rehearse()
         if resume:
             self.load(self.folder / "latest")
+        if self.epoch == solver.EPOCHS:
+            raise UserError(
+                f"{self.folder}: --resume finds all {self.epoch} epochs done; the results are in run.json there"
+            )
         if not self.gradients:  # a resumed run keeps its way: the other would round differently
             self.gradients = choose_gradients(
                 solver.GRADIENTS, self.step, lambda: self.samples(solver.BATCH_SIZE)
             )
         self.optimizer.batched = self.gradients == "batched"
-        if self.epoch == solver.EPOCHS:
-            raise UserError(
-                f"{self.folder}: --resume finds all {self.epoch} epochs done; the results are in run.json there"
-            )
         command = command or shlex.join(["python", *sys.argv])
         made_by = {"student": type(self.module.student), "distiller": type(self.module)}
         classes = {part: f"{cls.__module__}.{cls.__qualname__}" for part, cls in made_by.items()}
@@ -251,9 +252,8 @@ class Trainer:
         if not isinstance(state, dict) or "config" not in state:
             raise UserError(f"{path}: --resume needs a checkpoint that this trainer wrote")
         ours = config.flatten(self.cfg)
-        defaults = {
-            key.path: key.default for key in config.KEYS
-        }  # of keys that are newer than the checkpoint
+        # of keys that are newer than the checkpoint
+        defaults = {key.path: key.default for key in config.KEYS}
         for key in sorted(ours.keys() | state["config"].keys()):
             held, given = state["config"].get(key, defaults.get(key)), ours.get(key)
             if config.computes(key) and held != given:

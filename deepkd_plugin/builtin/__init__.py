@@ -9,7 +9,6 @@ from importlib.resources import files
 
 from yacs.config import CfgNode
 
-from ..data import get_dataset
 from ..distillers import DKD, KD
 from ..trainer import Trainer
 from .models import cifar_model_dict, imagenet_model_dict, tiny_imagenet_model_dict
@@ -19,7 +18,6 @@ __all__ = [
     "CFG",
     "cifar_model_dict",
     "distiller_dict",
-    "get_dataset",
     "imagenet_model_dict",
     "tiny_imagenet_model_dict",
     "trainer_dict",
