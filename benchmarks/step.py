@@ -1,6 +1,6 @@
 """Training steps against a plain KD step of the same pair, in one process and in turn.
 
-    python benchmarks/step.py [--quick] [--batched] [--channels-last] [--amp] [--write PATH.md]
+    python benchmarks/step.py [--quick] [--batched] [--execution compile] [--channels-last] [--amp] [--write PATH.md]
     python benchmarks/step.py --pairs all --rounds 15
 
 A step is what changes the weights once: the teacher's and the student's forward pass, losses, backward passes,
@@ -9,6 +9,8 @@ optimizer. Images are noise that lies on the device. The rows of a pair:
 - KD: its loss, one backward pass and torch.optim.SGD(foreach);
 - two streams (DOT's: task and distillation) and DeepKD with two and with three distinct coefficients, by our
   DecoupledMomentumSGD: one backward pass for each distinct coefficient, and with --batched all of them as one;
+- with --execution the same, and KD as one stream, in the other ways of SOLVER.EXECUTION: networks compiled, steps
+  replayed as CUDA graphs. The column names the way that was taken, eager where another could not be;
 - where MDISTILLER_ROOT names a checkout of mdistiller, its KD and its DOT; where DEEPKD_RELEASE_ROOT names one of
   the authors' release, its DeepKD with its three backward passes. Distiller, trainer and optimizer are theirs, the
   networks ours, so that only the step differs. Their trainers' own `train_iter` runs up to its clock behind the
@@ -42,6 +44,7 @@ from torch import Tensor, nn
 from deepkd_plugin import DecoupledMomentumSGD, builtin, device
 from deepkd_plugin.config import add_deepkd_config
 from deepkd_plugin.distillers import KD, DeepKD
+from deepkd_plugin.speed import STEPS, Step, make_step
 from deepkd_plugin.streams import assign_losses
 from deepkd_plugin.terminal import Parser, guarded
 
@@ -88,13 +91,11 @@ class Method(NamedTuple):
 
 
 METHODS = {
+    "KD, one stream": Method(KD, {"task": 0.9}, "task", {}),
     "two streams": Method(KD, {"task": 0.825, "kd": 0.975}, "task", {"loss_ce": "task", "loss_kd": "kd"}),
     "DeepKD, 2 coefficients": Method(DeepKD, {"tog": 0.975, "tcg": 0.825, "ncg": 0.975}, "tcg", {}),
     "DeepKD, 3 coefficients": Method(DeepKD, {"tog": 0.975, "tcg": 0.825, "ncg": 0.95}, "tcg", {}),
 }
-
-MODES: dict[str, dict[str, Any]] = {"sequential": {}, "batched": {"batched": True}}
-"""Ways to a method's gradients: arguments of DecoupledMomentumSGD."""
 
 
 class Row(NamedTuple):
@@ -102,6 +103,7 @@ class Row(NamedTuple):
 
     name: str
     gradients: str
+    """How it makes its backward passes."""
     sets: int
     """Distinct coefficients: the backward passes that its arithmetic needs."""
     make: Callable[[], Callable[[], None]]
@@ -161,18 +163,23 @@ def kd_step(of: Setting) -> Callable[[], None]:
     return step
 
 
-def our_step(of: Setting, method: str, mode: str) -> Callable[[], None]:
+def our_step(
+    of: Setting, method: str, gradients: str = "sequential", execution: str = "eager"
+) -> Callable[[], None]:
+    """gradients, execution: as SOLVER.GRADIENTS and SOLVER.EXECUTION have them."""
     distiller_type, momentum, decay_stream, assignment = METHODS[method]
-    distiller, losses = forward_pass(of, distiller_type)
+    distiller, _ = forward_pass(of, distiller_type)
     params = distiller.get_learnable_parameters()
-    optimizer = DecoupledMomentumSGD(params, LR, momentum, WEIGHT_DECAY, decay_stream, **MODES[mode])
-
-    def step() -> None:
-        optimizer.zero_grad()
-        optimizer.backward(assign_losses(losses(), optimizer.streams, assignment))
-        optimizer.step()
-
-    return step
+    batched = gradients == "batched"
+    optimizer = DecoupledMomentumSGD(params, LR, momentum, WEIGHT_DECAY, decay_stream, batched=batched)
+    step = make_step(
+        execution,
+        distiller,
+        optimizer,
+        lambda losses: assign_losses(losses, optimizer.streams, assignment),
+        of.amp,
+    )
+    return functools.partial(step, noise(of), 1)
 
 
 def their_step(of: Setting, root: Path, trainer: str) -> Callable[[], None]:
@@ -202,14 +209,20 @@ def parts(of: Setting) -> dict[str, Callable[[], Any]]:
     }
 
 
-def rows_of(of: Setting, modes: list[str], roots: Mapping[str, Path | None]) -> list[Row]:
-    """Everything to be timed for a pair, KD first."""
+def rows_of(
+    of: Setting, ways: list[str], executions: list[str], roots: Mapping[str, Path | None]
+) -> list[Row]:
+    """Everything to be timed for a pair, KD first. ways: to the gradients."""
     make = functools.partial
     rows = [Row("KD", _passes(1), 1, make(kd_step, of))]
-    for mode in modes:
-        for name, method in METHODS.items():
-            gradients = _passes(method.sets) if mode == "sequential" else f"{method.sets} {mode}"
-            rows.append(Row(name, gradients, method.sets, make(our_step, of, name, mode)))
+    for execution in executions:
+        for way in ways:
+            for name, method in METHODS.items():
+                # one stream has one pass either way, and eager KD is the reference
+                if method.sets == 1 and (execution == "eager" or way == "batched"):
+                    continue
+                gradients = _passes(method.sets) if way == "sequential" else f"{method.sets} {way}"
+                rows.append(Row(name, gradients, method.sets, make(our_step, of, name, way, execution)))
     if root := roots[others.MDISTILLER]:
         rows.append(Row("mdistiller's KD", _passes(1), 1, make(their_step, of, root, "base")))
         rows.append(Row("mdistiller's DOT", _passes(2), 2, make(their_step, of, root, "dot")))
@@ -223,6 +236,7 @@ def measure(of: Setting, rows: list[Row], rounds: int, repeat: int, memory: bool
     peaks = [peak_mebibytes(row.make) if memory else None for row in rows]
     steps: dict[Any, Callable[[], Any]] = {i: row.make() for i, row in enumerate(rows)}
     times = medians_in_turn(steps | parts(of), rounds, repeat=repeat)
+    taken = [_execution(step) for step in steps.values()]
     backward = times["F_s + B"] - times["F_s"]
     about = {"pair": of.pair.replace(":", " → "), "images": f"{of.batch} of {of.size} × {of.size}"}
 
@@ -231,13 +245,20 @@ def measure(of: Setting, rows: list[Row], rounds: int, repeat: int, memory: bool
 
     table = [
         about
-        | {"step": row.name, "gradients": row.gradients, "ms": times[i], "ratio to KD": times[i] / times[0]}
+        | {"step": row.name, "gradients": row.gradients, "execution": taken[i]}
+        | {"ms": times[i], "ratio to KD": times[i] / times[0]}
         | {"floor ratio": floor(row.sets) / floor(1), "ratio to floor": times[i] / floor(row.sets)}
         | ({"peak MiB": peak} if memory else {})
         for i, (row, peak) in enumerate(zip(rows, peaks))
     ]
     pieces = {"F_t ms": times["F_t"], "F_s ms": times["F_s"], "B ms": backward}
     return table, [about | pieces | {"(F_t + F_s + 3B) / (F_t + F_s + 2B)": floor(3) / floor(2)}]
+
+
+def _execution(step: Any) -> str:
+    """The way that a step took in the end."""
+    taken = getattr(step, "func", None)
+    return taken.name if isinstance(taken, Step) else "eager"
 
 
 def _passes(number: int) -> str:
@@ -276,6 +297,13 @@ def main() -> None:
     parser.add_argument("--imagenet-batch", type=_count, help="images for the ImageNet pairs (8; GPU: 256)")
     parser.add_argument("--imagenet-size", type=_count, help="their height and width (224)")
     parser.add_argument("--batched", action="store_true", help="also all backward passes of a step as one")
+    parser.add_argument(
+        "--execution",
+        nargs="+",
+        choices=[name for name in STEPS if name != "eager"],
+        default=[],
+        help="also these ways of SOLVER.EXECUTION",
+    )
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--amp", action="store_true", help="forward passes under bfloat16 autocast")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
@@ -284,14 +312,17 @@ def main() -> None:
     for name, value in SIZES["quick" if args.quick else at.type].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    modes = ["sequential"] + ["batched"] * args.batched
+    ways = ["sequential"] + ["batched"] * args.batched
+    executions = ["eager", *args.execution]
     roots = {variable: others.find(variable) for variable in (others.MDISTILLER, others.RELEASE)}
     device.tune()
     tables: tuple[Rows, Rows] = ([], [])
     for pair in PAIRS if "all" in args.pairs else args.pairs:
         sizes = (args.imagenet_batch, args.imagenet_size) if on_imagenet(pair) else (args.batch, 32)
         of = Setting(pair, *sizes, args.channels_last, args.amp)
-        found = measure(of, rows_of(of, modes, roots), args.rounds, args.repeat, not args.no_memory)
+        found = measure(
+            of, rows_of(of, ways, executions, roots), args.rounds, args.repeat, not args.no_memory
+        )
         for table, new in zip(tables, found):
             table.extend(new)
     of_steps = f" of {args.repeat} steps" if args.repeat > 1 else ""

@@ -75,6 +75,19 @@ def test_a_step_in_other_modes(tmp_path):
     assert all(row["peak MiB"] > 0 for row in held["rows"])
 
 
+def test_a_step_in_other_executions(tmp_path):
+    """The column names the way that was taken: on a CPU there are no CUDA graphs."""
+    options = ("--execution", "compile", "graphs", "--pairs", "resnet8:resnet8", "--no-memory")
+    out = run("step.py", *SMALL, *options, "--write", tmp_path / "table.md", **dict.fromkeys(CHECKOUTS))
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert [row["step"] for row in rows[4:8]] == ["KD, one stream", *(row["step"] for row in rows[1:4])]
+    assert {row["execution"] for row in rows[:4]} == {"eager"}
+    compiled = {row["execution"] for row in rows[4:8]}
+    assert compiled == ({"eager"} if "compile: falls back" in out else {"compile"})
+    graphed = {row["execution"] for row in rows[8:]}
+    assert graphed == ({"eager"} if "graphs: falls back" in out else {"graphs"})
+
+
 def test_the_steps_of_others(tmp_path):
     """Both packages in one process, where both are there."""
     roots = {variable: os.environ.get(variable) for variable in CHECKOUTS}
