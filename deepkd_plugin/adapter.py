@@ -34,8 +34,11 @@ _PLACES = {
     "get_dataset": ("mdistiller.dataset", "get_dataset"),
     "load_checkpoint": ("mdistiller.engine.utils", "load_checkpoint"),
 }
-_OURS_ALONE = ("LR_SCHEDULE", "WARMUP_EPOCHS", "MIN_LR", "AMP", "CHANNELS_LAST", "GRADIENTS", "EXECUTION")
-"""Keys of SOLVER that only our trainers read."""
+_OURS_ALONE = (
+    *("LR_SCHEDULE", "WARMUP_EPOCHS", "MIN_LR", "AMP", "CHANNELS_LAST", "GRADIENTS", "EXECUTION"),
+    "GSNR.MEASURE",
+)
+"""Keys that only our trainers read: of SOLVER, and others with their section."""
 
 Replaced = tuple[dict[str, Any], str, Any]
 """A registry, a name in it, and what stood there."""

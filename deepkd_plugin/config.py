@@ -24,9 +24,12 @@ from .errors import UserError
 from .keys import EXTRA_STREAMS, HOST_KEYS, KEYS, STREAMS, TRAINER
 from .topk import count_classes
 
-HOW = ("DATASET.ROOT", "DATASET.DOWNLOAD", "DATASET.TEST.BATCH_SIZE", "DISTILLER.TEACHER_WEIGHTS")
-"""Keys that say where a run finds things, not what it computes. (What a teacher's file holds is compared
-by its content; the number of workers decides which random numbers an image gets.)"""
+HOW = (
+    *("DATASET.ROOT", "DATASET.DOWNLOAD", "DATASET.TEST.BATCH_SIZE", "DISTILLER.TEACHER_WEIGHTS"),
+    *("GSNR.MEASURE", "GSNR.LAYERS"),
+)
+"""Keys that say where a run finds things and what it looks at, not what it computes. (What a teacher's file holds is
+compared by its content; the number of workers decides which random numbers an image gets.)"""
 
 
 def add_deepkd_config(cfg: CfgNode) -> list[str]:
@@ -145,19 +148,39 @@ def check(cfg: CfgNode, origin: dict[str, str]) -> None:
     if cfg.EXPERIMENT.LOGIT_STAND and cfg.DISTILLER.TYPE not in ("DeepKD", *BASES):
         allowed = f"False with DISTILLER.TYPE {cfg.DISTILLER.TYPE}, which has no distillation on logits"
         raise wrong(origin, "EXPERIMENT.LOGIT_STAND", True, allowed)
-    for stream in (*STREAMS, *EXTRA_STREAMS):
-        path = f"SOLVER.DECOUPLED.DELTA.{stream.upper()}"
-        momentum = cfg.SOLVER.MOMENTUM + get(cfg, path)
-        if not 0 <= momentum < 1:
-            low, high = -cfg.SOLVER.MOMENTUM, 1 - cfg.SOLVER.MOMENTUM
-            allowed = f"in [{low:g}, {high:g}), so that SOLVER.MOMENTUM {cfg.SOLVER.MOMENTUM:g} plus it lies in [0, 1)"
-            raise wrong(origin, path, get(cfg, path), allowed)
+    _check_momenta(cfg, origin)
     for key in KEYS:
         ours = key.path.startswith("SOLVER.DECOUPLED.") and cfg.SOLVER.TRAINER != TRAINER
         if ours and get(cfg, key.path) != key.default:
             trainer = f"SOLVER.TRAINER {cfg.SOLVER.TRAINER}, which does not read it; {TRAINER} does"
             allowed = f"{key.default!r} with {trainer}"
             raise wrong(origin, key.path, get(cfg, key.path), allowed)
+
+
+def _check_momenta(cfg: CfgNode, origin: dict[str, str]) -> None:
+    solver, node = cfg.SOLVER, cfg.SOLVER.DECOUPLED
+    measured = node.ALLOCATION == "gsnr"
+    for stream in (*STREAMS, *EXTRA_STREAMS):
+        path = f"SOLVER.DECOUPLED.DELTA.{stream.upper()}"
+        delta = get(cfg, path)
+        # an allocation may give a stream either end of its range
+        if not all(0 <= solver.MOMENTUM + d < 1 for d in ((delta, -delta) if measured else (delta,))):
+            low, high = -solver.MOMENTUM, 1 - solver.MOMENTUM
+            allowed = (
+                f"in [{low:g}, {high:g}), so that SOLVER.MOMENTUM {solver.MOMENTUM:g} plus it lies in [0, 1)"
+            )
+            if measured:
+                allowed += ", and minus it too with SOLVER.DECOUPLED.ALLOCATION gsnr"
+            raise wrong(origin, path, delta, allowed)
+    path = "SOLVER.DECOUPLED.ALLOCATION"
+    if measured and node.VARIANT == "release":
+        allowed = "'fixed' with SOLVER.DECOUPLED.VARIANT release, which ties two streams together"
+        raise wrong(origin, path, node.ALLOCATION, allowed)
+    if measured and sum(node.DELTA[stream.upper()] != 0 for stream in momenta(cfg)[0]) < 2:
+        allowed = (
+            "'fixed' where fewer than two of SOLVER.DECOUPLED.DELTA differ from 0: their sizes are its bounds"
+        )
+        raise wrong(origin, path, node.ALLOCATION, allowed)
 
 
 def check_pipeline(cfg: CfgNode, origin: dict[str, str]) -> None:
@@ -204,10 +227,14 @@ def momenta(cfg: CfgNode) -> tuple[dict[str, float], str]:
     `paper`: MOMENTUM + DELTA of each stream (DeepKD, section 3). `release`: what the authors' code does
     when every parameter gets all three gradients: the task stream's buffer decays with the target-class
     stream's coefficient, and weight decay enters through the target-class stream alone.
+
+    With ALLOCATION gsnr these are the momenta before the first measurement: all streams have MOMENTUM.
     """
     node = cfg.SOLVER.DECOUPLED
     assigned = {pair.split(":")[1] for pair in node.LOSS_STREAMS}
     streams = STREAMS + tuple(s for s in EXTRA_STREAMS if s in assigned)
+    if node.ALLOCATION == "gsnr":
+        return dict.fromkeys(streams, cfg.SOLVER.MOMENTUM), node.WEIGHT_DECAY_STREAM
     momentum = {s: cfg.SOLVER.MOMENTUM + node.DELTA[s.upper()] for s in streams}
     if node.VARIANT == "release":
         return momentum | {"tog": momentum["tcg"]}, "tcg"

@@ -35,6 +35,7 @@ def _one_of(*names: str) -> tuple[str, Callable[[Any], bool]]:
 _ANY = ("any text", lambda value: True)
 _FLAG = ("True or False", lambda value: isinstance(value, bool))
 _POSITIVE = ("a number above 0", lambda value: value > 0)
+_ABOVE_ONE = ("a number above 1", lambda value: value > 1)
 _NOT_NEGATIVE = ("a number from 0 on", lambda value: value >= 0)
 _FRACTION = ("a number in [0, 1)", lambda value: 0 <= value < 1)
 _PROBABILITY = ("a number in [0, 1]", lambda value: 0 <= value <= 1)
@@ -111,6 +112,16 @@ KEYS = (
         *_one_of(*STREAMS),
     ),
     Key("SOLVER.DECOUPLED.DAMPENING", "none", "none, or ema for 1 - momentum", *_one_of("none", "ema")),
+    Key(
+        "SOLVER.DECOUPLED.ALLOCATION",
+        "fixed",
+        "DELTA as it stands, or within its size by the measured GSNR (see gsnr.GSNRAllocation)",
+        *_one_of("fixed", "gsnr"),
+    ),
+    Key(
+        "SOLVER.DECOUPLED.SEPARATION", 2.0, "highest over lowest GSNR that gives the whole DELTA", *_ABOVE_ONE
+    ),
+    Key("SOLVER.DECOUPLED.SMOOTHING", 0.5, "what a window keeps of the GSNR before it", *_FRACTION),
     Key("SOLVER.DECOUPLED.LOSS_STREAMS", [], "streams of losses not named like one", *_ASSIGNMENT),
     Key(
         "SOLVER.LR_SCHEDULE",
@@ -135,6 +146,17 @@ KEYS = (
     ),
     Key("SOLVER.CHANNELS_LAST", False, "memory format of networks and images", *_FLAG),
     Key("SOLVER.SEED", 0, "seed of weights, order and augmentation", *_NOT_NEGATIVE),
+    Key("GSNR.MEASURE", False, "measure the streams' gradient signal-to-noise ratio (gsnr.py)", *_FLAG),
+    Key("GSNR.EVERY", 200, "iterations between two samples of the gradients (paper)", *_POSITIVE),
+    Key(
+        "GSNR.WINDOW",
+        10,
+        "samples that one measurement takes",
+        "a whole number from 2 on",
+        lambda value: value > 1,
+    ),
+    Key("GSNR.COORDINATES", 500_000, "coordinates followed, drawn once; 0: all", *_NOT_NEGATIVE),
+    Key("GSNR.LAYERS", False, "also by layer", *_FLAG),
     Key("DISTILLER.TEACHER_WEIGHTS", "", "teacher file; empty: the zoo's; builtin:NAME: one we ship", *_ANY),
     Key("DATASET.ROOT", "./data", "folder of the data sets", *_ANY),
     Key("DATASET.DOWNLOAD", False, "fetch CIFAR-100 where DATASET.ROOT has none", *_FLAG),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ from tensorboardX import SummaryWriter
 from torch import Tensor
 
 from .checkpoint import write_whole
+
+METRICS, GSNR = "metrics.jsonl", "gsnr.jsonl"
+"""A run's records: one line an epoch, one line a window of gradient samples."""
 
 
 class Sums:
@@ -47,23 +50,29 @@ def correct(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
 
 
 class RunLog:
-    """A run's records: metrics.jsonl, TensorBoard events and mdistiller's worklog.txt.
+    """A run's records: metrics.jsonl, TensorBoard events and mdistiller's worklog.txt; gsnr.jsonl where measured.
 
-    metrics.jsonl, one line an epoch, is the source: when a run resumes from `epoch`, later lines are
-    dropped from it and the worklog is written anew. With LOG.WANDB of a config the numbers also go to
-    Weights & Biases, to the run that is open there or to one of the experiment's name.
+    metrics.jsonl, one line an epoch, is the source, and gsnr.jsonl, one line a window: when a run resumes from
+    `epoch`, later lines are dropped from both and the worklog is written anew. With LOG.WANDB of a config the
+    numbers also go to Weights & Biases, to the run that is open there or to one of the experiment's name.
     """
 
     def __init__(self, folder: Path, epoch: int = 0, cfg: Any = None) -> None:
         self.folder = folder
         self._wandb = weights_and_biases(folder, cfg) if cfg is not None and cfg.LOG.WANDB else None
-        self.lines = [line for line in read_metrics(folder) if line["epoch"] <= epoch] if epoch else []
+        self.lines, self.windows = (
+            [line for line in read_lines(folder, name) if line["epoch"] <= epoch] if epoch else []
+            for name in (METRICS, GSNR)
+        )
         self._write()
         self._events = SummaryWriter(str(folder / "train.events"), purge_step=epoch + 1)
+        # counted in iterations, so with a purge step of their own
+        self._window_events: SummaryWriter | None = None
 
-    def add(self, record: dict[str, Any]) -> None:
-        """Append one epoch's record and show its numbers in TensorBoard."""
+    def add(self, record: dict[str, Any], windows: Sequence[dict[str, Any]] = ()) -> None:
+        """Append one epoch's record, and those of its GSNR windows, and show their numbers in TensorBoard."""
         self.lines.append(record)
+        self._add_windows(windows)
         self._write()
         for name, value in _numbers(record):
             self._events.add_scalar(name, value, record["epoch"])
@@ -73,17 +82,41 @@ class RunLog:
 
     def close(self) -> None:
         self._events.close()
+        if self._window_events is not None:
+            self._window_events.close()
+
+    def _add_windows(self, windows: Sequence[dict[str, Any]]) -> None:
+        if windows and self._window_events is None:
+            done = self.windows[-1]["iteration"] if self.windows else 0
+            self._window_events = SummaryWriter(str(self.folder / "gsnr.events"), purge_step=done + 1)
+        for window in windows:
+            self.windows.append(window)
+            numbers = [pair for pair in _numbers(window) if pair[0] != "iteration"]
+            for name, value in numbers:
+                self._window_events.add_scalar(name, value, window["iteration"])
+            if self._wandb is not None:
+                self._wandb.log(dict(numbers) | {"iteration": window["iteration"]})
+        if windows:
+            self._window_events.flush()
 
     def _write(self) -> None:
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in self.lines)
-        write_whole(self.folder / "metrics.jsonl", lambda file: file.write(text.encode()))
+        write_whole(self.folder / METRICS, lambda file: file.write(text.encode()))
+        if self.windows:
+            held = "".join(json.dumps(line, allow_nan=False) + "\n" for line in self.windows)
+            write_whole(self.folder / GSNR, lambda file: file.write(held.encode()))
         work = "".join(_worklog(line) for line in self.lines)
         write_whole(self.folder / "worklog.txt", lambda file: file.write(work.encode()))
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl, none where there is no such file."""
-    path = folder / "metrics.jsonl"
+    """A run's records by epoch, none where there is no metrics.jsonl."""
+    return read_lines(folder, METRICS)
+
+
+def read_lines(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The records of METRICS or GSNR in a run's folder, none where there is no such file."""
+    path = folder / name
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 

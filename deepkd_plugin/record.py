@@ -79,6 +79,10 @@ def prepare_folder(
             "best",
             "latest",
             "train.events/*",
+            "gsnr.events/*",
+            "gsnr*.csv",
+            "gsnr.png",
+            "gsnr.svg",
         ):
             for path in folder.glob(pattern):
                 path.unlink()

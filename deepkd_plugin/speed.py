@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 
 from . import device
+from .gsnr import GradientMonitor
 from .optim import DecoupledMomentumSGD
 
 Batch = Mapping[str, Any]
@@ -22,9 +23,10 @@ Outcome = tuple[Tensor, dict[str, Tensor]]
 
 
 class Step:
-    """Forward passes, losses by stream, their gradients, the update."""
+    """Forward passes, losses by stream, their gradients, the update; where `monitor` is due, its sample too."""
 
     name = "eager"
+    monitor: GradientMonitor | None = None
 
     def __init__(
         self,
@@ -53,8 +55,15 @@ class Step:
         with device.autocast(self.at, self.amp):
             logits, losses = self.distiller(**batch, epoch=epoch)
         by_stream = self.by_stream(losses)
+        if self.samples:
+            self.monitor.sample(by_stream)
         self.optimizer.backward(by_stream)
         return logits, by_stream
+
+    @property
+    def samples(self) -> bool:
+        """Whether the monitor takes a sample in this step."""
+        return self.monitor is not None and self.monitor.due
 
 
 class CompiledStep(Step):
@@ -94,8 +103,9 @@ class CompiledStep(Step):
 class GraphedStep(Step):
     """The whole step captured as a CUDA graph, anew in every epoch, and replayed.
 
-    Learning rate, mask size and warm-up are constants of an epoch, so a capture may hold them. An epoch's first
-    steps run eagerly, as a capture needs, and so do batches of another size, such as the last.
+    Learning rate, mask size and warm-up are constants of an epoch, so a capture may hold them; momenta that are set
+    by the GSNR end it. The first steps after either run eagerly, as a capture needs, and so do batches of another size,
+    such as the last, and steps in which gradients are sampled.
     """
 
     name = "graphs"
@@ -104,15 +114,18 @@ class GraphedStep(Step):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.optimizer.capturable = True
-        self.epoch, self.seen = 0, 0
+        self.constants: Any = None
+        self.seen = 0
         self.graph: Any = None
 
     def __call__(self, batch: Batch, epoch: int) -> Outcome:
         tensors = _tensors(batch)
-        if epoch != self.epoch:
-            self.epoch, self.seen, self.graph = epoch, 0, None
+        if self.constants is None or epoch != self.constants[0]:
             self.shapes = [t.shape for t in tensors]
-        if [t.shape for t in tensors] != self.shapes:
+        constants = (epoch, dict(self.optimizer.param_groups[0]["momentum"]))
+        if constants != self.constants:
+            self.constants, self.seen, self.graph = constants, 0, None
+        if self.samples or [t.shape for t in tensors] != self.shapes:
             return super().__call__(batch, epoch)
         self.seen += 1
         if self.seen <= self.EAGER:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from . import checkpoint, config, device, record
 from .errors import UserError
+from .gsnr import GradientMonitor, GSNRAllocation
 from .metrics import RunLog, Sums, correct
 from .networks import Alone
 from .optim import DecoupledMomentumSGD
@@ -63,6 +64,8 @@ class Trainer:
             cfg.SOLVER.AMP,
         )
         self.gradients = ""
+        self.monitor = self.step.monitor = self.make_monitor()
+        self.windows: list[dict[str, Any]] = []
         teacher = getattr(self.module, "teacher", None)
         self.teacher = checkpoint.fingerprint(teacher) if teacher is not None else None
         self.teacher_acc: float | None = None
@@ -73,6 +76,23 @@ class Trainer:
     def make_optimizer(self, params: Iterable[nn.Parameter]) -> DecoupledMomentumSGD:
         solver = self.cfg.SOLVER
         return DecoupledMomentumSGD(params, solver.LR, {"task": solver.MOMENTUM}, solver.WEIGHT_DECAY)
+
+    def make_monitor(self) -> GradientMonitor | None:
+        """What samples the streams' gradients, where the config asks for it."""
+        node = self.cfg.GSNR
+        if not (node.MEASURE or self.cfg.SOLVER.DECOUPLED.ALLOCATION == "gsnr"):
+            return None
+        steps, needed = len(self.train_loader) * self.cfg.SOLVER.EPOCHS, node.EVERY * node.WINDOW
+        if steps < needed:
+            raise UserError(
+                f"GSNR.EVERY x GSNR.WINDOW is {node.EVERY} x {node.WINDOW} = {needed} iterations; it must be at most "
+                f"{steps}, all that the run has, so that one window ends"
+            )
+        names = {p: name.removeprefix("student.") for name, p in self.module.named_parameters()}
+        params = [(names[p], p) for group in self.optimizer.param_groups for p in group["params"]]
+        return GradientMonitor(
+            params, self.optimizer.streams, node.EVERY, node.WINDOW, node.COORDINATES, node.LAYERS
+        )
 
     def train(
         self, resume: bool = False, overwrite: bool = False, command: str | None = None
@@ -136,6 +156,7 @@ class Trainer:
         solver = self.cfg.SOLVER
         self.distiller.train()
         sums = Sums()
+        self.windows = []
         top_k = None
         waited, start = 0.0, time.perf_counter()
         steps = len(self.train_loader)
@@ -146,7 +167,11 @@ class Trainer:
                 batch = next(batches)
                 waited += time.perf_counter() - asked
                 parts = dict(zip(BATCH, device.place_batch(batch, self.device, solver.CHANNELS_LAST)))
+                if self.monitor is not None:
+                    self.monitor.tick()
                 logits, by_stream = self.step(parts, epoch)
+                if self.monitor is not None and self.monitor.full:
+                    self.windows.append({"epoch": epoch} | self.finish_window(self.monitor))
                 target = parts["target"]
                 count = len(target)
                 sums.add({s: loss * count for s, loss in by_stream.items()} | correct(logits, target), count)
@@ -164,6 +189,8 @@ class Trainer:
         entry = {"loss": means, "train_loss": sum(means.values())} | accuracy | {"momentum": momenta}
         if top_k is not None:
             entry["top_k"] = top_k
+        if self.windows:
+            entry["gsnr"] = self.windows[-1]["gsnr"]
         return entry | {
             "images_per_second": sums.count / seconds,
             "seconds": seconds,
@@ -173,6 +200,10 @@ class Trainer:
 
     def losses_by_stream(self, losses: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return assign_losses(losses, self.optimizer.streams, self.assignment)
+
+    def finish_window(self, monitor: GradientMonitor) -> dict[str, Any]:
+        """What a full window of gradient samples says, with the momenta from here on."""
+        return monitor.finish() | {"momentum": dict(self.optimizer.param_groups[0]["momentum"])}
 
     def read(self, sums: Sums, epoch: int, step: int) -> dict[str, float]:
         """The meters' means so far, checked."""
@@ -215,7 +246,7 @@ class Trainer:
         better = entry["test_acc"] > self.best_acc
         if better:
             self.best_acc, self.best_epoch = entry["test_acc"], epoch
-        log.add(entry)
+        log.add(entry, self.windows)
         student = {"model": self.module.student.state_dict()}
         every = self.cfg.LOG.SAVE_CHECKPOINT_FREQ
         names = [("best", "student_best")] if better else []
@@ -234,7 +265,8 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """A checkpoint: everything a resumed run needs. The teacher, which never changes, is left out."""
         model = {k: v for k, v in self.module.state_dict().items() if not k.startswith("teacher.")}
-        return {
+        monitor = {} if self.monitor is None else {"monitor": self.monitor.state_dict()}
+        return monitor | {
             "epoch": self.epoch,
             "model": model,
             "optimizer": self.optimizer.state_dict(),
@@ -246,8 +278,8 @@ class Trainer:
             "gradients": self.gradients,
         }
 
-    def load(self, path: Path) -> None:
-        """Take up a checkpoint; UserError where it is of another config."""
+    def load(self, path: Path) -> dict[str, Any]:
+        """Take up a checkpoint and return it; UserError where it is of another config."""
         state = checkpoint.load(path, "--resume")
         if not isinstance(state, dict) or "config" not in state:
             raise UserError(f"{path}: --resume needs a checkpoint that this trainer wrote")
@@ -271,6 +303,11 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.epoch, self.best_acc, self.best_epoch = state["epoch"], state["best_acc"], state["best_epoch"]
+        if self.monitor is not None and "monitor" in state:
+            self.monitor.load_state_dict(state["monitor"])
+        elif self.monitor is not None:  # measured only from here on
+            self.monitor.iteration = self.epoch * len(self.train_loader)
+        return state
 
 
 class DecoupledMomentumTrainer(Trainer):
@@ -283,14 +320,40 @@ class DecoupledMomentumTrainer(Trainer):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        pairs = (pair.split(":") for pair in self.cfg.SOLVER.DECOUPLED.LOSS_STREAMS)
+        node = self.cfg.SOLVER.DECOUPLED
+        pairs = (pair.split(":") for pair in node.LOSS_STREAMS)
         self.assignment = {loss: stream for loss, stream in pairs}
+        self.allocation: GSNRAllocation | None = None
+        if node.ALLOCATION == "gsnr":
+            bounds = {stream: node.DELTA[stream.upper()] for stream in self.optimizer.streams}
+            self.allocation = GSNRAllocation(bounds, node.SEPARATION, node.SMOOTHING)
 
     def make_optimizer(self, params: Iterable[nn.Parameter]) -> DecoupledMomentumSGD:
         solver = self.cfg.SOLVER
         momentum, decay_stream = config.momenta(self.cfg)
         dampening = "ema" if solver.DECOUPLED.DAMPENING == "ema" else 0.0
         return DecoupledMomentumSGD(params, solver.LR, momentum, solver.WEIGHT_DECAY, decay_stream, dampening)
+
+    def finish_window(self, monitor: GradientMonitor) -> dict[str, Any]:
+        """As the base trainer's, after an allocation has set the momenta by it."""
+        record = monitor.finish()
+        groups = self.optimizer.param_groups
+        if self.allocation is not None:
+            measured = {stream: found["ratio"] for stream, found in record["gsnr"].items()}
+            offsets = self.allocation.update(measured)
+            for group in groups:
+                group["momentum"] = {s: self.cfg.SOLVER.MOMENTUM + delta for s, delta in offsets.items()}
+        return record | {"momentum": dict(groups[0]["momentum"])}
+
+    def state(self) -> dict[str, Any]:
+        allocation = {} if self.allocation is None else {"allocation": self.allocation.state_dict()}
+        return super().state() | allocation
+
+    def load(self, path: Path) -> dict[str, Any]:
+        state = super().load(path)
+        if self.allocation is not None:
+            self.allocation.load_state_dict(state["allocation"])
+        return state
 
     def losses_by_stream(self, losses: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         streams = self.optimizer.streams

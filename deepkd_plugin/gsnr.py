@@ -1,0 +1,369 @@
+"""Gradient signal-to-noise ratio (GSNR) of each stream, measured while training, and momenta set by it.
+
+A stream's gradient is sampled every so many iterations. Over a window of n samples every coordinate has a mean
+and an unbiased variance; its GSNR is mean² / variance (DeepKD, section 3.1). Two summaries are reported:
+
+    mean   the mean of mean² / variance over the coordinates
+    ratio  the sum of mean² over the sum of variance
+
+Neither is free of the noise in the mean itself: gradients without any signal give, for normal noise,
+`noise_floor(n)`. The weights move within a window, and what they do to the gradient counts as noise.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .streams import backward_by_set
+
+SUMMARIES = ("mean", "ratio")
+
+
+def noise_floor(samples: int) -> dict[str, float]:
+    """What the summaries are on average for independent normal noise without signal, over `samples` ≥ 2.
+
+    n · mean² / variance then follows F(1, n − 1), whose mean is (n − 1) / (n − 3) for n > 3, else infinite.
+    """
+    n = samples
+    return {"mean": (n - 1) / (n * (n - 3)) if n > 3 else math.inf, "ratio": 1 / n}
+
+
+def without_noise(values: Mapping[str, float], samples: int) -> dict[str, float]:
+    """The summaries as they would be if the mean were known: unbiased for normal noise, and so below 0 at times.
+
+    mean: r · (n − 3)/(n − 1) − 1/n, NaN for n ≤ 3; ratio: r − 1/n.
+    """
+    n = samples
+    mean = values["mean"] * (n - 3) / (n - 1) - 1 / n if n > 3 else math.nan
+    return {"mean": mean, "ratio": values["ratio"] - 1 / n}
+
+
+class GradientMoments:
+    """Mean and variance of every coordinate of several streams' gradients, by Welford's update in float64.
+
+    params: name → parameter. coordinates: follow a fixed random subset of so many (drawn by a generator of its
+    own from `seed`), 0 for all. The memory is `nbytes`: 16 bytes for each coordinate and stream, 8 more for each
+    coordinate of a subset.
+
+    A coordinate whose parameter a stream gives no gradient to in a sample has one sample less; with fewer than two
+    it is "missing". One whose variance is 0, such as behind a dead ReLU, has no ratio. Both are counted and left
+    out of the summaries.
+    """
+
+    def __init__(
+        self, params: Mapping[str, Tensor], streams: Sequence[str], coordinates: int = 0, seed: int = 0
+    ) -> None:
+        if not params or not streams:
+            raise ValueError("GradientMoments needs at least one parameter and one stream")
+        if coordinates < 0:
+            raise ValueError(f"coordinates must be at least 0 (all), got {coordinates}")
+        self.names = list(params)
+        self.params = list(params.values())
+        self.streams = tuple(streams)
+        at = self.params[0].device
+        sizes = [p.numel() for p in self.params]
+        self.parameters = sum(sizes)
+        self.chosen: Tensor | None = None
+        if 0 < coordinates < self.parameters:
+            draw = torch.randperm(self.parameters, generator=torch.Generator().manual_seed(seed))
+            chosen = draw[:coordinates].sort().values
+            ends = torch.tensor(list(itertools.accumulate(sizes)))
+            owner = torch.searchsorted(ends, chosen, right=True)
+            sizes = torch.bincount(owner, minlength=len(sizes)).tolist()
+            self.chosen = chosen.to(at)
+        self.sizes = sizes
+        self.coordinates = sum(sizes)
+        shape = (len(self.streams), self.coordinates)
+        self.mean = torch.zeros(shape, dtype=torch.float64, device=at)
+        self.squares = torch.zeros(shape, dtype=torch.float64, device=at)
+        pairs = list(itertools.combinations(range(len(self.streams)), 2))
+        self.pairs = {f"{self.streams[i]}-{self.streams[j]}": (i, j) for i, j in pairs}
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every sample."""
+        self.samples = 0
+        self.mean.zero_()
+        self.squares.zero_()
+        # samples in which a stream reached a parameter
+        self.counts = [[0] * len(self.params) for _ in self.streams]
+        at = self.mean.device
+        self.norms = torch.zeros(len(self.streams), dtype=torch.float64, device=at)
+        self.degrees = torch.zeros(len(self.pairs), dtype=torch.float64, device=at)
+        self.angles = torch.zeros(len(self.pairs), dtype=torch.float64, device=at)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held for the moments and the choice of coordinates."""
+        index = 0 if self.chosen is None else self.chosen.nbytes
+        return self.mean.nbytes + self.squares.nbytes + index
+
+    @torch.no_grad()
+    def add(self, gradients: Mapping[str, Sequence[Tensor | None]]) -> None:
+        """Take one sample: stream → its gradients in the parameters' order, None where it has none.
+
+        A stream that is left out has none at all. Never waits for the device.
+        """
+        unknown = set(gradients) - set(self.streams)
+        if unknown:
+            raise ValueError(f"unknown streams {sorted(unknown)}; the streams are {self.streams}")
+        self.samples += 1
+        absent: list[Tensor | None] = [None] * len(self.params)
+        rows = [gradients.get(stream, absent) for stream in self.streams]
+        sample = torch.stack([self._flat(row) for row in rows])
+        self._add_directions(sample)
+        for s, row in enumerate(rows):
+            present = [g is not None for g in row]
+            self.counts[s] = [n + here for n, here in zip(self.counts[s], present)]
+            count: float | Tensor = float(self.samples)
+            if self.counts[s] != [self.samples] * len(self.params):
+                count = self._spread(self.counts[s]).clamp(min=1)
+                # a sample equal to the mean so far leaves both moments as they are
+                sample[s] = torch.where(self._spread(present).bool(), sample[s], self.mean[s])
+            deviation = sample[s] - self.mean[s]
+            self.mean[s] += deviation / count
+            self.squares[s] += deviation * (sample[s] - self.mean[s])
+
+    def summary(self) -> dict[str, Any]:
+        """The window so far as plain numbers; this is where the device is waited for.
+
+        {"samples", "coordinates", "parameters", "gsnr": {stream: {"mean", "ratio" (None without a coordinate that
+        has one), "norm" (mean L2 norm of the whole gradient, from the subset's share), "zero_variance",
+        "missing" (numbers of coordinates)}}, "angle": {"a-b": degrees between two streams' gradients, mean over the
+        samples in which neither was 0, None without one}}
+        """
+        table = torch.stack([torch.stack(self._sums(s)) for s in range(len(self.streams))]).tolist()
+        norms = (self.norms / max(self.samples, 1)).tolist()
+        found = {}
+        for stream, (ratios, signal, noise, used, flat), norm in zip(self.streams, table, norms):
+            found[stream] = _summaries(ratios, signal, noise, used) | {
+                "norm": norm,
+                "zero_variance": int(flat),
+                "missing": self.coordinates - int(used) - int(flat),
+            }
+        degrees, counted = self.degrees.tolist(), self.angles.tolist()
+        angle = {pair: d / n if n else None for pair, d, n in zip(self.pairs, degrees, counted)}
+        held = {"samples": self.samples, "coordinates": self.coordinates, "parameters": self.parameters}
+        return held | {"gsnr": found, "angle": angle}
+
+    def by_layer(self) -> dict[str, dict[str, dict[str, float | None]]]:
+        """Layer → stream → both summaries. A layer is a parameter's name without its last part."""
+        layers = list(dict.fromkeys(name.rpartition(".")[0] or name for name in self.names))
+        of_parameter = [layers.index(name.rpartition(".")[0] or name) for name in self.names]
+        index = self._spread(of_parameter).long()
+        result: dict[str, dict[str, dict[str, float | None]]] = {layer: {} for layer in layers}
+        for s, stream in enumerate(self.streams):
+            valid, squared, variance, ratio = self._coordinates(s)
+            columns = (ratio, squared.where(valid, 0), variance.where(valid, 0), valid.double())
+            zeros = torch.zeros(len(layers), dtype=torch.float64, device=index.device)
+            sums = torch.stack([zeros.index_add(0, index, column) for column in columns], 1).tolist()
+            for layer, row in zip(layers, sums):
+                result[layer][stream] = _summaries(*row)
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """The window so far. Which coordinates it is of follows from the constructor's arguments."""
+        return {
+            "streams": list(self.streams),
+            "coordinates": self.coordinates,
+            "samples": self.samples,
+            "counts": [list(row) for row in self.counts],
+        } | {name: getattr(self, name).clone() for name in self._TENSORS}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a window; ValueError where it is of other streams or another number of coordinates."""
+        ours = (list(self.streams), self.coordinates)
+        theirs = (state["streams"], state["coordinates"])
+        if theirs != ours:
+            raise ValueError(f"the window is of streams and coordinates {theirs}, this one has {ours}")
+        self.samples = state["samples"]
+        self.counts = [list(row) for row in state["counts"]]
+        for name in self._TENSORS:
+            getattr(self, name).copy_(state[name])
+
+    _TENSORS = ("mean", "squares", "norms", "degrees", "angles")
+
+    def _flat(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """A stream's gradients as one float64 vector of the coordinates that are followed."""
+        if len(gradients) != len(self.params):
+            raise ValueError(f"got {len(gradients)} gradients for {len(self.params)} parameters")
+        parts = [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, gradients)]
+        flat = torch.cat([part.detach().reshape(-1) for part in parts])
+        return (flat if self.chosen is None else flat[self.chosen]).double()
+
+    def _spread(self, values: Sequence[float]) -> Tensor:
+        """One value for each parameter → one for each coordinate, float64."""
+        at = self.mean.device
+        sizes = torch.tensor(self.sizes, device=at)
+        each = torch.tensor(values, dtype=torch.float64, device=at)
+        return each.repeat_interleave(sizes, output_size=self.coordinates)
+
+    def _add_directions(self, sample: Tensor) -> None:
+        """Add the streams' norms and the angles between them, from all dot products at once."""
+        products = sample @ sample.T
+        lengths = products.diagonal().sqrt()
+        # a random subset's dot products are those of all coordinates, on average, times its share
+        self.norms += lengths * math.sqrt(self.parameters / self.coordinates)
+        for k, (i, j) in enumerate(self.pairs.values()):
+            length = lengths[i] * lengths[j]
+            cosine = (products[i, j] / length).clamp(-1, 1)
+            there = length > 0
+            self.degrees[k] += torch.where(there, torch.rad2deg(torch.arccos(cosine)), 0.0)
+            self.angles[k] += there
+
+    def _coordinates(self, s: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of each coordinate of a stream: whether it has a GSNR, mean², variance, and the GSNR or 0."""
+        count = self._spread(self.counts[s])
+        variance = self.squares[s] / (count - 1).clamp(min=1)
+        valid = (count >= 2) & (variance > 0)
+        squared = self.mean[s].square()
+        return valid, squared, variance, torch.where(valid, squared / variance, 0.0)
+
+    def _sums(self, s: int) -> list[Tensor]:
+        """Sums over a stream's coordinates: GSNR, mean², variance, how many have one, how many have no variance."""
+        valid, squared, variance, ratio = self._coordinates(s)
+        flat = (self._spread(self.counts[s]) >= 2) & ~valid
+        zero = squared.new_zeros(())
+        sums = [ratio.sum(), squared.where(valid, zero).sum(), variance.where(valid, zero).sum()]
+        return [*sums, valid.sum().double(), flat.sum().double()]
+
+
+def _summaries(ratios: float, signal: float, noise: float, used: float) -> dict[str, float | None]:
+    if not used:
+        return dict.fromkeys(SUMMARIES)
+    return {"mean": ratios / used, "ratio": signal / noise}
+
+
+class GSNRAllocation:
+    """Each stream's momentum offset from its GSNR: the larger the GSNR, the larger the momentum.
+
+    With x_i the logarithm of stream i's GSNR (ratio of sums), smoothed over windows, and c the middle between the
+    largest and the smallest x::
+
+        x_i ← smoothing · x_i + (1 − smoothing) · log GSNR_i           (the first window as it is)
+        Δ_i = |bound_i| · clip((x_i − c) / (½ · log separation), −1, 1)
+
+    So Δ_i depends on the order and the distance of the streams, not on the unit of the GSNR, and not on the weights
+    of the losses. A highest GSNR `separation` times the lowest gives the outermost streams ±bound; a stream in the
+    middle gets 0. With task and non-target stream both in the upper part and the target stream below, at full
+    separation, this is the paper's fixed assignment (+Δ, −Δ, +Δ). Noise alone pulls all streams to the same GSNR
+    and so Δ to 0. A window in which a stream has no GSNR leaves that stream's x as it is; before its first its Δ is 0.
+    """
+
+    def __init__(self, bounds: Mapping[str, float], separation: float = 2.0, smoothing: float = 0.5) -> None:
+        if not separation > 1:
+            raise ValueError(f"separation must be above 1, got {separation}")
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"smoothing must lie in [0, 1), got {smoothing}")
+        self.bounds = {stream: abs(bound) for stream, bound in bounds.items()}
+        self.separation = separation
+        self.smoothing = smoothing
+        self.logs: dict[str, float] = {}
+
+    def update(self, gsnr: Mapping[str, float | None]) -> dict[str, float]:
+        """Take a window's GSNR by stream; returns each stream's Δ."""
+        for stream in self.bounds:
+            value = gsnr.get(stream)
+            if value is None or not value > 0:
+                continue
+            new = math.log(value)
+            old = self.logs.get(stream, new)
+            self.logs[stream] = self.smoothing * old + (1 - self.smoothing) * new
+        return self.offsets()
+
+    def offsets(self) -> dict[str, float]:
+        """Each stream's Δ as it stands."""
+        if not self.logs:
+            return dict.fromkeys(self.bounds, 0.0)
+        centre = (max(self.logs.values()) + min(self.logs.values())) / 2
+        scale = math.log(self.separation) / 2
+
+        def offset(stream: str) -> float:
+            if stream not in self.logs:
+                return 0.0
+            return self.bounds[stream] * min(1.0, max(-1.0, (self.logs[stream] - centre) / scale))
+
+        return {stream: offset(stream) for stream in self.bounds}
+
+    def state_dict(self) -> dict[str, float]:
+        return dict(self.logs)
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self.logs = dict(state)
+
+
+class GradientMonitor:
+    """Samples the streams' gradients in a training loop, in windows.
+
+    params: (name, parameter) pairs, of which those that need a gradient are followed. every: iterations between two
+    samples. window: samples until `full`. The rest is GradientMoments'. In a loop of your own::
+
+        monitor.tick()                                  # once an iteration
+        if monitor.due:
+            monitor.sample(losses)                      # before the optimizer's backward
+        opt.backward(losses); opt.step()
+        if monitor.full:
+            print(monitor.finish())                     # the window's numbers; the next one begins
+
+    A sample makes one backward pass for each stream and keeps the graph, so that what the optimizer then computes is
+    the same, bit for bit, as without it.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[tuple[str, Tensor]],
+        streams: Sequence[str],
+        every: int = 200,
+        window: int = 10,
+        coordinates: int = 0,
+        layers: bool = False,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every must be at least 1 iteration, got {every}")
+        if window < 2:
+            raise ValueError(f"window must be at least 2 samples, for a variance, got {window}")
+        self.moments = GradientMoments({n: p for n, p in params if p.requires_grad}, streams, coordinates)
+        self.every, self.window, self.layers = every, window, layers
+        self.iteration = 0
+
+    def tick(self) -> None:
+        """Count an iteration."""
+        self.iteration += 1
+
+    @property
+    def due(self) -> bool:
+        """Whether this iteration is one to sample."""
+        return self.iteration % self.every == 0
+
+    @property
+    def full(self) -> bool:
+        """Whether the window is at its end."""
+        return self.moments.samples == self.window
+
+    def sample(self, losses: Mapping[str, Tensor]) -> None:
+        """Add the gradients of `losses` (stream → scalar) to the window; their graph is kept."""
+        moments = self.moments
+        sets = tuple((stream,) for stream in moments.streams)
+        found = backward_by_set(losses, sets, moments.params, retain_graph=True)
+        moments.add(dict(zip(moments.streams, found)))
+
+    def finish(self) -> dict[str, Any]:
+        """The window's numbers (GradientMoments.summary, and its "layers" if asked for); a new window begins."""
+        record = {"iteration": self.iteration} | self.moments.summary()
+        if self.layers:
+            record["layers"] = self.moments.by_layer()
+        self.moments.reset()
+        return record
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"iteration": self.iteration, "moments": self.moments.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.moments.load_state_dict(state["moments"])
+        self.iteration = state["iteration"]
