@@ -265,7 +265,7 @@ def _passes(number: int) -> str:
     return f"{number} pass" + "es" * (number > 1)
 
 
-def _pair(text: str) -> str:
+def pair_argument(text: str) -> str:
     """An argument of --pairs; argparse turns the error into one line."""
     names = text.split(":")
     known = builtin.cifar_model_dict
@@ -285,17 +285,21 @@ def main() -> None:
     parser.add_argument(
         "--pairs",
         nargs="+",
-        type=_pair,
+        type=pair_argument,
         default=["all"] if at.type == "cuda" else PAIRS[:2],
         metavar="TEACHER:STUDENT",
         help=f'networks, or "all" for {" ".join(PAIRS)} (the first two; GPU: all)',
     )
     parser.add_argument("--quick", action="store_true", help="few images and rounds, unless given")
-    parser.add_argument("--rounds", type=_count, help="default: 5 on a CPU, 20 on a GPU")
-    parser.add_argument("--repeat", type=_count, help="steps between two readings of the clock (1; GPU: 10)")
-    parser.add_argument("--batch", type=_count, help="images for the CIFAR pairs (64)")
-    parser.add_argument("--imagenet-batch", type=_count, help="images for the ImageNet pairs (8; GPU: 256)")
-    parser.add_argument("--imagenet-size", type=_count, help="their height and width (224)")
+    parser.add_argument("--rounds", type=count_argument, help="default: 5 on a CPU, 20 on a GPU")
+    parser.add_argument(
+        "--repeat", type=count_argument, help="steps between two readings of the clock (1; GPU: 10)"
+    )
+    parser.add_argument("--batch", type=count_argument, help="images for the CIFAR pairs (64)")
+    parser.add_argument(
+        "--imagenet-batch", type=count_argument, help="images for the ImageNet pairs (8; GPU: 256)"
+    )
+    parser.add_argument("--imagenet-size", type=count_argument, help="their height and width (224)")
     parser.add_argument("--batched", action="store_true", help="also all backward passes of a step as one")
     parser.add_argument(
         "--execution",
@@ -330,7 +334,7 @@ def main() -> None:
     report(title, tables[0], args.write, conditions(args.channels_last, args.amp), tables[1])
 
 
-def _count(text: str) -> int:
+def count_argument(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r}; it must be a whole number from 1 on")
     return int(text)

@@ -5,11 +5,20 @@ The parts are ordinary PyTorch pieces (arXiv 2505.15133)::
     from deepkd_plugin import register, DecoupledMomentumSGD, TopKSchedule, decoupled_kd
 """
 
+from .gsnr import GradientMonitor, GSNRAllocation
 from .losses import DecoupledKD, decoupled_kd
 from .optim import DecoupledMomentumSGD
 from .topk import TopKSchedule
 
-__all__ = ["DecoupledKD", "DecoupledMomentumSGD", "TopKSchedule", "decoupled_kd", "register"]
+__all__ = [
+    "DecoupledKD",
+    "DecoupledMomentumSGD",
+    "GSNRAllocation",
+    "GradientMonitor",
+    "TopKSchedule",
+    "decoupled_kd",
+    "register",
+]
 __version__ = "0.1.0"
 
 

@@ -113,10 +113,10 @@ class GradientMoments:
         unknown = set(gradients) - set(self.streams)
         if unknown:
             raise ValueError(f"unknown streams {sorted(unknown)}; the streams are {self.streams}")
-        self.samples += 1
         absent: list[Tensor | None] = [None] * len(self.params)
         rows = [gradients.get(stream, absent) for stream in self.streams]
         sample = torch.stack([self._flat(row) for row in rows])
+        self.samples += 1
         self._add_directions(sample)
         for s, row in enumerate(rows):
             present = [g is not None for g in row]
@@ -339,7 +339,7 @@ class GradientMonitor:
     @property
     def due(self) -> bool:
         """Whether this iteration is one to sample."""
-        return self.iteration % self.every == 0
+        return self.iteration > 0 and self.iteration % self.every == 0
 
     @property
     def full(self) -> bool:

@@ -102,7 +102,7 @@ class RunLog:
     def _write(self) -> None:
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in self.lines)
         write_whole(self.folder / METRICS, lambda file: file.write(text.encode()))
-        if self.windows:
+        if self.windows or (self.folder / GSNR).exists():
             held = "".join(json.dumps(line, allow_nan=False) + "\n" for line in self.windows)
             write_whole(self.folder / GSNR, lambda file: file.write(held.encode()))
         work = "".join(_worklog(line) for line in self.lines)
@@ -140,10 +140,10 @@ def _numbers(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, flo
 
 
 def _worklog(record: Mapping[str, Any]) -> str:
-    """One epoch in the manner of mdistiller's worklog, with the learning rate unrounded."""
+    """One epoch in the manner of mdistiller's worklog, with small numbers unrounded."""
     rule = "-" * 25 + "\n"
     rows = "".join(
-        f"{name}: {value:.6g}\n" if name == "lr" else f"{name}: {value:.2f}\n"
+        f"{name}: {value:.6g}\n" if name == "lr" or name.startswith("gsnr/") else f"{name}: {value:.2f}\n"
         for name, value in _numbers(record)
     )
     return f"{rule}epoch: {record['epoch']}\n{rows}{rule}"

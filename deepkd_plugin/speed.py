@@ -158,22 +158,26 @@ def make_step(execution: str, distiller: nn.Module, *arguments: Any) -> Step:
     return STEPS[execution](distiller, *arguments, at)
 
 
-def choose_gradients(wanted: str, step: Step, batch: Callable[[], Batch]) -> str:
+def choose_gradients(wanted: str, step: Step, batch: Callable[[], Batch], apart: bool = False) -> str:
     """How a step makes several backward passes: "sequential" or "batched" (see streams.backward_by_set).
 
     wanted: SOLVER.GRADIENTS. "auto" measures both on copies on a GPU; on a CPU sequential was the faster in
-    every row of docs/performance.md, and with equal coefficients there is one pass.
+    every row of docs/performance.md, and with equal coefficients there is one pass. apart: streams that are equal
+    now will not stay so.
     """
     if wanted != "auto":
         return wanted
-    if step.at.type != "cuda" or len(set(step.optimizer.param_groups[0]["momentum"].values())) == 1:
+    one_pass = len(set(step.optimizer.param_groups[0]["momentum"].values())) == 1 and not apart
+    if step.at.type != "cuda" or one_pass:
         return "sequential"
-    return faster(step, batch())
+    return faster(step, batch(), apart)
 
 
-def faster(step: Step, batch: Batch, rounds: int = 10) -> str:
+def faster(step: Step, batch: Batch, apart: bool = False, rounds: int = 10) -> str:
     """The faster of the two on copies of the networks, by medians of `rounds` taken in turn."""
     distiller, optimizer = copy.deepcopy((step.distiller, step.optimizer))
+    for group in optimizer.param_groups:
+        group["merge"] &= not apart
     trial = Step(distiller.train(), optimizer, step.by_stream, step.amp, step.at)
     times: dict[str, list[float]] = {"sequential": [], "batched": []}
     for turn in range(rounds + 3):

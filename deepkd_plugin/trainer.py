@@ -116,7 +116,10 @@ class Trainer:
             )
         if not self.gradients:  # a resumed run keeps its way: the other would round differently
             self.gradients = choose_gradients(
-                solver.GRADIENTS, self.step, lambda: self.samples(solver.BATCH_SIZE)
+                solver.GRADIENTS,
+                self.step,
+                lambda: self.samples(solver.BATCH_SIZE),
+                apart=solver.DECOUPLED.ALLOCATION == "gsnr",
             )
         self.optimizer.batched = self.gradients == "batched"
         command = command or shlex.join(["python", *sys.argv])
@@ -358,8 +361,8 @@ class DecoupledMomentumTrainer(Trainer):
     def losses_by_stream(self, losses: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         streams = self.optimizer.streams
         assignment = self.assignment
-        if len(set(self.optimizer.param_groups[0]["momentum"].values())) == 1:
-            # no stream differs from another, so where a loss without a stream goes makes no difference
+        if self.monitor is None and len(set(self.optimizer.param_groups[0]["momentum"].values())) == 1:
+            # no stream differs from another, nor is looked at, so where a loss without a stream goes is all one
             assignment = {name: streams[0] for name in losses if name not in streams} | assignment
         try:
             return assign_losses(losses, streams, assignment)

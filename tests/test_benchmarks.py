@@ -88,6 +88,18 @@ def test_a_step_in_other_executions(tmp_path):
     assert graphed == ({"eager"} if "graphs: falls back" in out else {"graphs"})
 
 
+def test_the_cost_of_sampling_gradients(tmp_path):
+    options = ("--rounds", 2, "--batch", 2, "--pairs", "resnet8:resnet8", "--coordinates", 1000)
+    run("gsnr.py", *options, "--write", tmp_path / "table.md")
+    (row,) = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert (row["coordinates"], row["parameters"]) == (1000, 83892)
+    assert row["samples"] == 2 + 3  # every step of the row took one, those before the clock too
+    # three streams, mean and squares in float64, and the coordinates' numbers
+    assert row["memory MiB"] == pytest.approx((3 * 16 + 8) * 1000 / 2**20)
+    extra = row["with a sample ms"] - row["step ms"]
+    assert row["share at 200 %"] == pytest.approx(extra / (2 * row["step ms"]))
+
+
 def test_the_steps_of_others(tmp_path):
     """Both packages in one process, where both are there."""
     roots = {variable: os.environ.get(variable) for variable in CHECKOUTS}

@@ -4,8 +4,9 @@ import pytest
 import yaml
 from yacs.config import CfgNode
 
-from deepkd_plugin import builtin, config
+from deepkd_plugin import adapter, builtin, config
 from deepkd_plugin.errors import UserError
+from deepkd_plugin.trainer import Trainer
 
 DATA = Path(__file__).parent / "data"
 
@@ -130,6 +131,22 @@ def test_values_come_from_the_file_and_then_from_the_options(cfg, tmp_path):
             "some.yaml: SOLVER.WARMUP_EPOCHS is 240; it must be below SOLVER.EPOCHS, 240, with the cosine "
             "schedule",
         ),
+        ("GSNR: {EVERY: 0}", "some.yaml: GSNR.EVERY is 0; it must be a number above 0"),
+        ("GSNR: {WINDOW: 1}", "some.yaml: GSNR.WINDOW is 1; it must be a whole number from 2 on"),
+        ("GSNR: {COORDINATES: -1}", "some.yaml: GSNR.COORDINATES is -1; it must be a number from 0 on"),
+        ("GSNR: {MEASURE: 1}", "some.yaml: GSNR.MEASURE is 1 (int); it must be bool, like False"),
+        (
+            "SOLVER: {DECOUPLED: {ALLOCATION: measured}}",
+            "some.yaml: SOLVER.DECOUPLED.ALLOCATION is 'measured'; it must be one of fixed, gsnr",
+        ),
+        (
+            "SOLVER: {DECOUPLED: {SEPARATION: 1}}",
+            "some.yaml: SOLVER.DECOUPLED.SEPARATION is 1.0; it must be a number above 1",
+        ),
+        (
+            "SOLVER: {DECOUPLED: {SMOOTHING: 1}}",
+            "some.yaml: SOLVER.DECOUPLED.SMOOTHING is 1.0; it must be a number in [0, 1)",
+        ),
         ("- 1", "some.yaml: must hold a YAML mapping of config keys, holds list"),
         ("", "some.yaml: must hold a YAML mapping of config keys, holds NoneType"),
     ],
@@ -196,6 +213,92 @@ def test_variants_of_the_momenta(cfg):
     momentum, stream = config.momenta(cfg)
     assert momentum == pytest.approx({"tog": 0.825, "tcg": 0.825, "ncg": 0.95})
     assert stream == "tcg"
+
+
+ALLOCATED = (
+    *("SOLVER.TRAINER", "DecoupledMomentumSGD", "SOLVER.DECOUPLED.ALLOCATION", "gsnr"),
+    *("SOLVER.DECOUPLED.DELTA.TOG", "0.075", "SOLVER.DECOUPLED.DELTA.TCG", "-0.075"),
+)
+
+
+def test_an_allocation_starts_from_equal_momenta(cfg, tmp_path):
+    checked(cfg, tmp_path, "{}", *ALLOCATED)
+    assert config.momenta(cfg) == ({"tog": 0.9, "tcg": 0.9, "ncg": 0.9}, "tcg")
+    cfg.SOLVER.DECOUPLED.update({"WEIGHT_DECAY_STREAM": "ncg", "LOSS_STREAMS": ["loss_feat:feat"]})
+    cfg.SOLVER.MOMENTUM = 0.8
+    assert config.momenta(cfg) == (dict.fromkeys(("tog", "tcg", "ncg", "feat"), 0.8), "ncg")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            ("SOLVER.DECOUPLED.VARIANT", "release"),
+            "command line: SOLVER.DECOUPLED.ALLOCATION is 'gsnr'; it must be 'fixed' with "
+            "SOLVER.DECOUPLED.VARIANT release, which ties two streams together",
+        ),
+        (
+            ("SOLVER.DECOUPLED.DELTA.TCG", "0"),
+            "command line: SOLVER.DECOUPLED.ALLOCATION is 'gsnr'; it must be 'fixed' where fewer than two of "
+            "SOLVER.DECOUPLED.DELTA differ from 0: their sizes are its bounds",
+        ),
+        (  # a stream without a loss is none
+            ("SOLVER.DECOUPLED.DELTA.TCG", "0", "SOLVER.DECOUPLED.DELTA.FEAT", "0.05"),
+            "command line: SOLVER.DECOUPLED.ALLOCATION is 'gsnr'; it must be 'fixed' where fewer than two of "
+            "SOLVER.DECOUPLED.DELTA differ from 0: their sizes are its bounds",
+        ),
+        (
+            ("SOLVER.DECOUPLED.DELTA.NCG", "-0.1"),
+            "command line: SOLVER.DECOUPLED.DELTA.NCG is -0.1; it must be in [-0.9, 0.1), so that SOLVER.MOMENTUM "
+            "0.9 plus it lies in [0, 1), and minus it too with SOLVER.DECOUPLED.ALLOCATION gsnr",
+        ),
+        (
+            ("SOLVER.MOMENTUM", "0.05"),
+            "command line: SOLVER.DECOUPLED.DELTA.TOG is 0.075; it must be in [-0.05, 0.95), so that "
+            "SOLVER.MOMENTUM 0.05 plus it lies in [0, 1), and minus it too with SOLVER.DECOUPLED.ALLOCATION gsnr",
+        ),
+        (
+            ("SOLVER.TRAINER", "base"),
+            "command line: SOLVER.DECOUPLED.DELTA.TOG is 0.075; it must be 0.0 with SOLVER.TRAINER base, which "
+            "does not read it; DecoupledMomentumSGD does",
+        ),
+    ],
+)
+def test_an_allocation_that_cannot_be(cfg, tmp_path, options, expected):
+    assert message(cfg, tmp_path, "{}", *ALLOCATED, *options) == expected
+
+
+def test_a_fixed_delta_needs_one_end_of_its_range_alone(cfg, tmp_path):
+    fixed = {"SOLVER.DECOUPLED.ALLOCATION": "fixed", "SOLVER.DECOUPLED.DELTA.NCG": "-0.1"}
+    checked(cfg, tmp_path, "{}", *ALLOCATED, *(part for pair in fixed.items() for part in pair))
+    assert cfg.SOLVER.DECOUPLED.DELTA.NCG == -0.1
+
+
+def test_only_our_trainer_reads_the_allocation(cfg, tmp_path):
+    for key, value in (("SEPARATION", "3.0"), ("SMOOTHING", "0.1")):
+        line = message(cfg.clone(), tmp_path, "{}", f"SOLVER.DECOUPLED.{key}", value)
+        assert f"SOLVER.DECOUPLED.{key} is {value}; it must be " in line
+        assert "with SOLVER.TRAINER base, which does not read it" in line
+
+
+def test_measuring_is_no_part_of_what_a_run_computes(cfg):
+    assert not config.computes("GSNR.MEASURE")
+    assert not config.computes("GSNR.LAYERS")
+    for path in ("GSNR.EVERY", "GSNR.WINDOW", "GSNR.COORDINATES", "SOLVER.DECOUPLED.ALLOCATION"):
+        assert config.computes(path)
+
+
+def test_mdistillers_trainers_refuse_to_measure(cfg):
+    """A trainer that is not ours, without mdistiller."""
+    cfg.DISTILLER.TYPE = "KD"
+    adapter.check_trainer(cfg, {}, object)
+    cfg.GSNR.MEASURE = True
+    with pytest.raises(UserError) as caught:
+        adapter.check_trainer(cfg, {"GSNR.MEASURE": "some.yaml"}, object)
+    assert str(caught.value) == (
+        "some.yaml: GSNR.MEASURE is True; it must be False under mdistiller's trainer base, which does not read it"
+    )
+    adapter.check_trainer(cfg, {}, Trainer)
 
 
 def test_the_builtin_tree_is_mdistillers():

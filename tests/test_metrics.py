@@ -1,8 +1,12 @@
 import json
+import struct
+import sys
+import types
 
 import torch
+from tensorboardX.proto.event_pb2 import Event
 
-from deepkd_plugin.metrics import RunLog, Sums, correct, read_metrics
+from deepkd_plugin.metrics import GSNR, METRICS, RunLog, Sums, correct, read_lines, read_metrics
 
 
 def test_sums_are_weighted_by_samples():
@@ -64,3 +68,81 @@ def test_a_new_run_starts_an_empty_record(tmp_path):
     log.close()
     RunLog(tmp_path).close()
     assert read_metrics(tmp_path) == []
+
+
+def window(epoch, iteration):
+    """One window of gradient samples, of two streams, one of which has no number."""
+    gsnr = {"tog": {"ratio": 0.5 / iteration, "missing": 3}, "tcg": {"ratio": None, "missing": 9}}
+    return {"epoch": epoch, "iteration": iteration, "samples": 4, "gsnr": gsnr, "angle": {"tog-tcg": None}}
+
+
+def events(folder):
+    """The scalars of TensorBoard files in their order, as (name, step, value), and the steps they were purged at."""
+    scalars, purged = [], []
+    for file in sorted(folder.iterdir(), key=lambda f: f.stat().st_mtime_ns):
+        data = file.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + length])
+            data = data[16 + length :]
+            scalars += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+            purged += [event.step] if event.session_log.status == event.session_log.START else []
+    return scalars, purged
+
+
+def test_windows_have_lines_and_events_of_their_own(tmp_path):
+    log = RunLog(tmp_path)
+    log.add(record(1))
+    assert not (tmp_path / GSNR).exists()
+    assert not (tmp_path / "gsnr.events").exists()
+    log.add(record(2), [window(2, 8), window(2, 16)])
+    log.add(record(3))
+    log.close()
+    assert read_lines(tmp_path, GSNR) == [window(2, 8), window(2, 16)]
+    assert read_lines(tmp_path, METRICS) == read_metrics(tmp_path) == [record(1), record(2), record(3)]
+    scalars, _ = events(tmp_path / "gsnr.events")
+    names = ["samples", "gsnr/tog/ratio", "gsnr/tog/missing", "gsnr/tcg/missing"]
+    assert [(name, step) for name, step, _ in scalars] == [(n, step) for step in (8, 16) for n in names]
+    assert dict((n, v) for n, s, v in scalars if s == 16)["gsnr/tog/ratio"] == 0.5 / 16
+    assert not any(name.startswith("gsnr") for name, _, _ in events(tmp_path / "train.events")[0])
+    assert "gsnr" not in (tmp_path / "worklog.txt").read_text()
+
+
+def test_a_resumed_run_drops_windows_that_came_after_its_checkpoint(tmp_path):
+    log = RunLog(tmp_path)
+    log.add(record(1), [window(1, 5)])
+    log.add(record(2), [window(2, 10)])
+    log.close()
+    assert events(tmp_path / "gsnr.events")[1] == [1]
+    again = RunLog(tmp_path, epoch=1)
+    assert read_lines(tmp_path, GSNR) == [window(1, 5)]
+    again.add(record(2), [window(2, 9)])
+    again.close()
+    assert read_lines(tmp_path, GSNR) == [window(1, 5), window(2, 9)]
+    # TensorBoard hides the first run's from iteration 6 on
+    assert events(tmp_path / "gsnr.events")[1][-1] == 6
+
+
+def test_a_resumed_run_drops_even_its_only_window(tmp_path):
+    log = RunLog(tmp_path)
+    log.add(record(1))
+    log.add(record(2), [window(2, 10)])
+    log.close()
+    again = RunLog(tmp_path, epoch=1)
+    again.add(record(2))
+    again.close()
+    assert read_lines(tmp_path, GSNR) == []
+
+
+def test_windows_go_to_weights_and_biases_too(tmp_path, monkeypatch):
+    sent = []
+    run = types.SimpleNamespace(log=sent.append)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(run=run))
+    log = RunLog(tmp_path, cfg=types.SimpleNamespace(LOG=types.SimpleNamespace(WANDB=True)))
+    monkeypatch.setattr(log, "_wandb", run)
+    log.add(record(2), [window(2, 10)])
+    log.close()
+    assert sent[0] == {
+        "iteration": 10, "samples": 4, "gsnr/tog/ratio": 0.05, "gsnr/tog/missing": 3, "gsnr/tcg/missing": 9,
+    }  # fmt: skip
+    assert sent[1]["epoch"] == 2

@@ -38,6 +38,13 @@ def test_commands(command, train, data_root, cifar_root, capsys, monkeypatch, re
             options += ["DISTILLER.TEACHER_WEIGHTS", "builtin:glyphs100_resnet20", "SOLVER.EPOCHS", "1"]
         code, _, err = train(str(ROOT / words[3]), *options)
         assert code == 0, err
+    elif words[:2] == ["deepkd", "gsnr"]:
+        assert words[2] == "--cfg"
+        small = ["GSNR.EVERY", "2", "GSNR.WINDOW", "2", "DATASET.TRAIN_PER_CLASS", "2", "SOLVER.EPOCHS", "2"]
+        small += ["DATASET.HOLDOUT", "0.02", "DATASET.ROOT", str(data_root)]
+        small += ["LOG.PREFIX", str(tmp_path), "EXPERIMENT.NAME", "run"]
+        assert cli.main(["gsnr", "--cfg", str(ROOT / words[3]), *words[4:], *small]) == 0
+        assert (tmp_path / "glyphs100" / "run" / "gsnr.png").is_file()
     elif words[:2] == ["deepkd", "apply"]:
         root = tmp_path / "mdistiller"
         for name in ("tools", "configs"):

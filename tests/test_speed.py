@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from deepkd_plugin import device, speed
+from deepkd_plugin import device, optim, speed
+from deepkd_plugin.gsnr import GradientMonitor
 from deepkd_plugin.metrics import read_metrics
 from deepkd_plugin.optim import DecoupledMomentumSGD
 
@@ -170,6 +171,21 @@ def test_the_measurement_takes_the_faster_and_leaves_no_trace(monkeypatch, capsy
     assert "ms for forward and backward" in capsys.readouterr().out
 
 
+def test_streams_that_will_part_are_timed_apart(monkeypatch):
+    """By GSNR, equal momenta do not stay equal: the trial has a set of each stream."""
+    step, batch = make(), {"image": torch.randn(4, 3, 8, 8, dtype=torch.float64), "target": torch.arange(4)}
+    for group in step.optimizer.param_groups:
+        group["momentum"] = dict.fromkeys(group["momentum"], 0.9)
+    seen = []
+    by_set = optim.backward_by_set
+    monkeypatch.setattr(
+        optim, "backward_by_set", lambda losses, sets, *rest: seen.append(sets) or by_set(losses, sets, *rest)
+    )
+    speed.faster(step, batch, apart=True, rounds=1)
+    assert {len(sets) for sets in seen} == {len(step.optimizer.streams)}
+    assert all(group["merge"] for group in step.optimizer.param_groups)
+
+
 def test_what_cannot_be_mapped_is_walked_in_turn(capsys):
     class Opaque(torch.autograd.Function):
         @staticmethod
@@ -205,3 +221,129 @@ def test_runs_name_the_way_they_went(train, options, execution, said):
     assert code == 0, err
     assert [record["execution"] for record in read_metrics(train.folder)] == [execution] * 2
     assert said in out
+
+
+@pytest.fixture
+def one_thread(two_threads):
+    """A second thread has nothing to do in these tests but wait."""
+    torch.set_num_threads(1)
+
+
+class Measured:
+    """A step as the trainer takes it where gradients are sampled: an iteration is counted first."""
+
+    def __init__(self, step, every):
+        self.step, self.optimizer, self.distiller = step, step.optimizer, step.distiller
+        self.monitor = step.monitor = GradientMonitor(
+            step.distiller.named_parameters(), tuple(MOMENTUM), every, window=100
+        )
+
+    def __call__(self, batch, epoch):
+        self.monitor.tick()
+        assert self.step.samples == (self.monitor.iteration % self.monitor.every == 0)
+        return self.step(batch, epoch)
+
+
+def with_momentum(step, momentum):
+    for group in step.optimizer.param_groups:
+        group["momentum"] = dict(momentum)
+    return step
+
+
+@pytest.fixture
+def replays(recorded, monkeypatch):
+    """The iterations in which a capture was replayed: a list, and one to put the measured step in."""
+    _, step_of = recorded
+    capture, iterations, measured = device.capture, [], []
+
+    def counted(function):
+        graph, outcome = capture(function)
+        replay = graph.replay
+
+        def counting():
+            iterations.append(measured[0].monitor.iteration)
+            replay()
+
+        graph.replay = counting
+        return graph, outcome
+
+    monkeypatch.setattr(device, "capture", counted)
+
+    def start(step, every):
+        step_of.append(step)
+        measured.append(Measured(step, every))
+        return measured[0]
+
+    return iterations, start
+
+
+def test_a_step_without_a_monitor_takes_no_sample():
+    assert make().monitor is None
+    assert not make().samples
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("momentum", [MOMENTUM, dict.fromkeys(MOMENTUM, 0.9)])
+def test_sampled_steps_are_the_same_bit_for_bit(momentum, batched):
+    plain, sampled = (with_momentum(make(), momentum) for _ in range(2))
+    plain.optimizer.batched = sampled.optimizer.batched = batched
+    sampled = Measured(sampled, 4)
+    for a, b in zip(run(plain), run(sampled)):
+        assert torch.equal(a, b)
+    assert (sampled.monitor.iteration, sampled.monitor.moments.samples) == (18, 4)
+    # apart, although equal momenta share a backward pass
+    norms = {found["norm"] for found in sampled.monitor.finish()["gsnr"].values()}
+    assert len(norms) == 3
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_compiled_steps_are_sampled_like_eager_ones(monkeypatch):
+    monkeypatch.setattr(device, "compile_options", lambda at: {"backend": "aot_eager"})
+    eager, compiled = Measured(make(), 3), Measured(make(speed.CompiledStep), 3)
+    assert_same(run(eager, 1), run(compiled, 1), 1e-10)
+    assert compiled.step.name == "compile"
+    for name in ("mean", "squares", "norms", "degrees"):
+        mine, theirs = (getattr(m.monitor.moments, name) for m in (compiled, eager))
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_sampled_step_is_eager_and_replays_go_on_after_it(replays, recorded):
+    iterations, start = replays
+    graphed = start(make(speed.GraphedStep), 5)
+    sizes = (6,) * 8 + (4,)
+    eager = Measured(make(), 5)
+    assert_same(run(eager, sizes=sizes), run(graphed, sizes=sizes))
+    # three eager steps an epoch that are neither sampled (5, 10, …) nor of another size (9, 18, 27)
+    assert iterations == [4, 6, 7, 8, 14, 16, 17, 23, 24, 26]
+    assert len(recorded[0]) == 3  # a sample ends no capture
+    assert graphed.monitor.moments.samples == 5
+    for name in ("mean", "squares"):
+        mine, theirs = (getattr(m.monitor.moments, name) for m in (graphed, eager))
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_momenta_that_change_end_a_capture(replays, recorded):
+    """As an allocation sets them after a window: first all equal and merged, then apart, then others."""
+    iterations, start = replays
+    equal = dict.fromkeys(MOMENTUM, 0.9)
+    graphed = start(with_momentum(make(speed.GraphedStep), equal), 1000)
+    eager = Measured(with_momentum(make(), equal), 1000)
+
+    def go(step):
+        seen = []
+        for part, momentum in enumerate((equal, MOMENTUM, MOMENTUM, MOMENTUM | {"ncg": 0.9})):
+            with_momentum(step, momentum)
+            generator = torch.Generator().manual_seed(part)
+            for size in (6, 6, 6, 6, 4, 6):
+                image = torch.randn(size, 3, 8, 8, generator=generator, dtype=torch.float64)
+                logits, losses = step({"image": image, "target": torch.arange(size) % 5}, 1)
+                seen += [logits.detach().clone(), *(loss.detach().clone() for loss in losses.values())]
+        return seen + [value.clone() for value in step.distiller.state_dict().values()]
+
+    assert_same(go(eager), go(graphed))
+    # 6 steps each: three eager ones after a change, the fifth is of another size, none where nothing changed
+    assert iterations == [4, 6, 10, 12, 13, 14, 15, 16, 18, 22, 24]
+    assert len(recorded[0]) == 3
