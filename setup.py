@@ -32,7 +32,10 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["deepkd_plugin", "deepkd_plugin.*"]),
-    package_data={"deepkd_plugin.builtin": ["defaults.yaml", "weights/*.pt"]},
+    package_data={
+        "deepkd_plugin.builtin": ["defaults.yaml", "weights/*.pt"],
+        "deepkd_plugin.report": ["published.csv", "page.css"],
+    },
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.4",
@@ -44,11 +47,13 @@ setup(
         "tqdm",
         "pillow>=10",
         "matplotlib>=3.8",  # its fonts make glyphs100
+        "scipy>=1.11",  # the tests of a table's differences
     ],
     extras_require={
         "mdistiller": ["scipy"],  # mdistiller imports it and does not declare it
         "wandb": ["wandb"],
-        "test": ["pytest>=8", "ruff"],
+        "slurm": ["submitit"],
+        "test": ["pytest>=8", "ruff", "submitit"],
     },
     entry_points={"console_scripts": ["deepkd = deepkd_plugin.cli:entry"]},
     cmdclass={"build_py": BuildPy},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +24,66 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         nonlocal code
-        args = _parser().parse_args(argv)
+        words = list(sys.argv[1:] if argv is None else argv)
+        args = _parser().parse_args(_words(words))
+        args.command = shlex.join(["deepkd", *words])
         code = args.run(args)
 
     return guarded(work) or code
+
+
+def _words(words: list[str]) -> list[str]:
+    """A command line with the KEY VALUE pairs of a run to train behind "--"."""
+    if words[:1] == ["reproduce"]:
+        return ["reproduce", *_words_of_a_table(words[1:])]
+    if words[:1] != ["gsnr"] or "--runs" in words:
+        return words
+    from .launch import split_words
+
+    flags, options = split_words(words[1:], ("--cfg", "--out"))
+    return ["gsnr", *flags, "--", *options]
+
+
+_KEY = re.compile(r"[A-Za-z]\w*(\.[A-Za-z_]\w*)+")
+"""A config key; no name of a table, pair or method is like it."""
+
+_WITH_VALUE = ("--base", "--dataset", "--seeds", "--jobs", "--out", "--launcher")
+_WITH_VALUES = ("--pairs", "--methods", "--slurm")
+
+
+def _words_of_a_table(words: Sequence[str]) -> list[str]:
+    """reproduce's words: flags with what belongs to them, "--", the table, KEY VALUE pairs.
+
+    A KEY ends the values of a flag that takes several.
+    """
+    flags: list[str] = []
+    rest: list[str] = []
+    options: list[str] = []
+    flag = ""
+    for word in words:
+        if len(options) % 2:  # the value of a KEY, however it looks
+            options.append(word)
+        elif flag in _WITH_VALUE:
+            flags.append(word)
+            flag = ""
+        elif word.startswith("--") or word == "-h":
+            flags.append(word)
+            flag = word
+        elif _KEY.fullmatch(word):
+            options.append(word)
+            flag = ""
+        elif flag in _WITH_VALUES:
+            flags.append(word)
+        else:
+            rest.append(word)
+    return [*flags, "--", *rest, *options]
+
+
+def _count(text: str) -> int:
+    """argparse's type of a number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"is {text!r}; it must be a whole number from 1 on")
+    return int(text)
 
 
 def _parser() -> Parser:
@@ -51,6 +109,76 @@ def _parser() -> Parser:
         "path", metavar="PATH", type=Path, nargs="?", help="a checkout of mdistiller to look into"
     )
     doctor.set_defaults(run=_doctor)
+
+    gsnr = commands.add_parser(
+        "gsnr",
+        help="measure and draw the gradient signal-to-noise ratio of the streams",
+        description="Train with GSNR.MEASURE True, as tools/train.py does, and draw what was measured into the "
+        "run's folder; or draw runs that were measured, which are seeds of one experiment.",
+        allow_abbrev=False,
+    )
+    source = gsnr.add_mutually_exclusive_group(required=True)
+    source.add_argument("--cfg", metavar="FILE", help="train under this config")
+    source.add_argument("--runs", metavar="FOLDER", type=Path, nargs="+", help="draw these runs together")
+    gsnr.add_argument("--out", metavar="DIR", type=Path, help="with --runs: where tables and figure go")
+    how = gsnr.add_mutually_exclusive_group()
+    how.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+    how.add_argument("--overwrite", action="store_true", help="start again where a run already lies")
+    gsnr.add_argument("options", metavar="KEY VALUE", nargs="*", help="config keys, after the file's")
+    gsnr.set_defaults(run=_gsnr, error=gsnr.error)
+
+    reproduce = commands.add_parser(
+        "reproduce",
+        help="train what a table compares, and compare it",
+        description="Plan the runs of a table (pair x method x seed), show the plan and an estimate of its time, "
+        "run what is not finished yet, and report. The same command goes on after an interruption. Tables: the "
+        "folders of configs/, and ablation-momentum, ablation-mask, ablation-delta and ablation-phases.",
+        allow_abbrev=False,
+    )
+    reproduce.add_argument("table", metavar="TABLE", help="cifar100, imagenet, tiny_imagenet, glyphs100, ...")
+    reproduce.add_argument(
+        "--pairs", metavar="PAIR", nargs="+", help="some of the table's pairs (default: all)"
+    )
+    reproduce.add_argument(
+        "--methods", metavar="METHOD", nargs="+", help="some of the table's rows (default: all)"
+    )
+    reproduce.add_argument("--base", metavar="METHOD", help="of an ablation: kd (default), dkd, mlkd or crld")
+    reproduce.add_argument(
+        "--dataset", metavar="NAME", help="of an ablation: glyphs100 (default), cifar100, ..."
+    )
+    reproduce.add_argument(
+        "--seeds", metavar="N", type=_count, default=5, help="seeds 0 to N - 1 (default: 5)"
+    )
+    reproduce.add_argument(
+        "--jobs", metavar="N", type=_count, help="runs side by side (default: one for each GPU, or 1)"
+    )
+    reproduce.add_argument("--out", metavar="DIR", type=Path, help="default: output/TABLE")
+    reproduce.add_argument("--dry-run", action="store_true", help="show the plan, start and write nothing")
+    reproduce.add_argument(
+        "--overwrite", action="store_true", help="make runs anew that other code made, instead of refusing"
+    )
+    reproduce.add_argument(
+        "--launcher",
+        choices=("local", "slurm"),
+        default="local",
+        help="processes here (default), or one array job of a Slurm cluster",
+    )
+    reproduce.add_argument(
+        "--slurm", metavar="KEY=VALUE", nargs="+", default=(), help="submitit's parameters, for one run"
+    )
+    reproduce.add_argument(
+        "options", metavar="KEY VALUE", nargs="*", default=(), help="config keys, for every run"
+    )
+    reproduce.set_defaults(run=_reproduce)
+
+    report = commands.add_parser(
+        "report",
+        help="compare what reproduce has trained so far",
+        description="Write report.md, report.csv and report.html, which needs no other file, from the runs of a "
+        "table.",
+    )
+    report.add_argument("folder", metavar="DIR", type=Path, help="where reproduce put a table")
+    report.set_defaults(run=_report)
     return parser
 
 
@@ -70,3 +198,39 @@ def _doctor(args: argparse.Namespace) -> int:
     from .doctor import doctor
 
     return doctor(args.path)
+
+
+def _reproduce(args: argparse.Namespace) -> int:
+    from .reproduce.command import Request, reproduce
+
+    given = {name: value for name, value in vars(args).items() if name != "run"}
+    return reproduce(Request(**given))
+
+
+def _report(args: argparse.Namespace) -> int:
+    from .report import report
+
+    for path in report(args.folder):
+        print(path)
+    return 0
+
+
+def _gsnr(args: argparse.Namespace) -> int:
+    from . import launch
+    from .gsnr_report import report
+
+    if args.runs:
+        if args.resume or args.overwrite or args.options:
+            args.error("--resume, --overwrite and KEY VALUE go with --cfg, not with --runs")
+        if args.out is None:
+            args.error("--runs needs --out DIR")
+        print(report(args.runs, args.out))
+        return 0
+    if args.out is not None:
+        args.error("--out goes with --runs; with --cfg everything goes into the run's folder")
+    command = shlex.join(["deepkd", "gsnr", "--cfg", args.cfg, *args.options])
+    # a key without a value stays the last word, for the message that names it
+    measure = [] if len(args.options) % 2 else ["GSNR.MEASURE", "True"]
+    folder = launch.train(args.cfg, [*args.options, *measure], args.resume, args.overwrite, command)
+    print(f"\n{report([folder], folder)}")
+    return 0

@@ -74,6 +74,12 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def release() -> None:
+    """Give cached GPU memory back, before other processes of this machine need it."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def compile_options(device: torch.device) -> dict[str, Any]:
     """torch.compile's: on a GPU with its CUDA graphs."""
     return {"mode": "reduce-overhead"} if device.type == "cuda" else {}

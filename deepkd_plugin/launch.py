@@ -34,18 +34,29 @@ def _main(words: list[str]) -> None:
     how.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
     how.add_argument("--overwrite", action="store_true", help="start again where a run already lies")
     parser.epilog = "Any number of KEY VALUE pairs sets config keys, after the file's."
-    # argparse takes a value such as -7.5e-2 for an option, so the pairs are kept from it
-    flags, options = [], []
-    for i, word in enumerate(words):
-        named = word.startswith("--") or word == "-h" or (i > 0 and words[i - 1] == "--cfg")
-        (flags if named else options).append(word)
+    flags, options = split_words(words)
     args = parser.parse_args(flags)
     command = shlex.join(["python", "tools/train.py", "--cfg", args.cfg, *options])
     train(args.cfg, options, args.resume, args.overwrite, command)
 
 
-def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, command: str) -> None:
-    """Check everything, then train; nothing is written before the networks and the data are in place."""
+def split_words(words: Sequence[str], with_value: Sequence[str] = ("--cfg",)) -> tuple[list[str], list[str]]:
+    """A command line's flags, with the word after each of `with_value`, and its KEY VALUE pairs.
+
+    argparse takes a value such as -7.5e-2 for an option, so the pairs are kept from it.
+    """
+    flags, options = [], []
+    for i, word in enumerate(words):
+        named = word.startswith("--") or word == "-h" or (i > 0 and words[i - 1] in with_value)
+        (flags if named else options).append(word)
+    return flags, options
+
+
+def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, command: str) -> Path:
+    """Check everything, then train; nothing is written before the networks and the data are in place.
+
+    Returns the run's folder.
+    """
     host = find_host()
     cfg, origin = read_config(host, file, options)
     name = experiment_name(cfg, options)
@@ -64,7 +75,7 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
             weights_and_biases(folder, cfg)
         parallel = device.parallel(distiller, always=True)
         make(name, parallel, train_loader, val_loader, cfg).train(resume=resume)
-        return
+        return folder
     source = origin.get("DISTILLER.TEACHER_WEIGHTS", "default")
     teacher_acc = measure_teacher(distiller, val_loader, cfg, source)
     trainer = make(name, device.parallel(distiller), train_loader, val_loader, cfg)
@@ -80,6 +91,7 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
         message = f"interrupted in epoch {trainer.epoch + 1}. {trainer.resume_point()} {again}"
         raise Stopped(message, exit_code(interruption)) from None
     summarise(file, cfg, folder, teacher_acc, result)
+    return folder
 
 
 def make_distiller(host: Host, cfg: Any, num_data: int, num_classes: int) -> nn.Module:

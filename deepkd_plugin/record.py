@@ -20,6 +20,10 @@ RECORDED = ("torch", "torchvision", "numpy", "pillow", "matplotlib", "yacs", "te
 """Distributions whose versions are written down."""
 
 
+APART = ("reproduce/", "report/", "gsnr_figure.py", "gsnr_report.py", "cli.py", "apply.py", "doctor.py")
+"""Files and folders of the package that start runs and read what they left, and change nothing in them."""
+
+
 def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
     """Raise UserError where a run cannot go on in its folder, or would end another one there."""
     try:
@@ -64,6 +68,7 @@ def prepare_folder(
             "python": platform.python_version(),
             "versions": {name: _version(name) for name in RECORDED},
             "commit": commit(),
+            "code": code_hash(),
             "classes": classes,
             "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
@@ -99,6 +104,20 @@ def config_hash(cfg: Any) -> str:
     """A hash of every key that says what a run computes."""
     computed = {key: value for key, value in config.flatten(cfg).items() if config.computes(key)}
     return hashlib.sha256(json.dumps(computed, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def code_hash(package: Path = Path(__file__).parent) -> str:
+    """A hash of the package's .py files: of every one that can change what a run computes.
+
+    Those of APART are left out, so that a report may be mended without parting the runs of before from those of after.
+    """
+    held = hashlib.sha256()
+    files = {path.relative_to(package).as_posix(): path for path in package.rglob("*.py")}
+    for name in sorted(files):
+        if not name.startswith(APART):
+            content = files[name].read_bytes()
+            held.update(f"{name} {len(content)}\n".encode() + content)
+    return held.hexdigest()[:16]
 
 
 def add_minutes(folder: Path, minutes: float) -> float:

@@ -110,7 +110,8 @@ class Trainer:
         self.rehearse()
         if resume:
             self.load(self.folder / "latest")
-        if self.epoch == solver.EPOCHS:
+        # one that was ended between its last checkpoint and the note of its result still gets that note
+        if self.epoch == solver.EPOCHS and record.read_run(self.folder)["finished"]:
             raise UserError(
                 f"{self.folder}: --resume finds all {self.epoch} epochs done; the results are in run.json there"
             )

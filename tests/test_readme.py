@@ -1,5 +1,6 @@
 """Every command and every piece of code in the README and the docs runs."""
 
+import json
 import re
 import shlex
 import shutil
@@ -10,6 +11,7 @@ import torch
 
 from deepkd_plugin import cli, evaluate
 from deepkd_plugin.builtin.models import cifar_model_dict
+from deepkd_plugin.reproduce import estimate
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -38,6 +40,25 @@ def test_commands(command, train, data_root, cifar_root, capsys, monkeypatch, re
             options += ["DISTILLER.TEACHER_WEIGHTS", "builtin:glyphs100_resnet20", "SOLVER.EPOCHS", "1"]
         code, _, err = train(str(ROOT / words[3]), *options)
         assert code == 0, err
+    elif words[:2] == ["deepkd", "reproduce"]:
+        # what it would start; tests/reproduce starts it
+        monkeypatch.setattr(estimate, "measure", lambda *_: estimate.Parts(0.0, 0.0, 0.0))
+        words = [word for word in words[1:] if word != "--dry-run"]
+        assert cli.main([*words, "--dry-run", "--out", str(tmp_path), "DATASET.ROOT", str(data_root)]) == 0
+        assert f"{tmp_path}" in capsys.readouterr().out
+    elif words[:2] == ["deepkd", "report"]:
+        plan = {
+            "table": "t",
+            "dataset": "d",
+            "metric": "m",
+            "seeds": [0],
+            "pairs": [],
+            "methods": [],
+            "runs": [],
+        }
+        (tmp_path / "table.json").write_text(json.dumps(plan))
+        assert cli.main([*words[1:-1], str(tmp_path)]) == 0
+        assert (tmp_path / "report.html").is_file()
     elif words[:2] == ["deepkd", "gsnr"]:
         assert words[2] == "--cfg"
         small = ["GSNR.EVERY", "2", "GSNR.WINDOW", "2", "DATASET.TRAIN_PER_CLASS", "2", "SOLVER.EPOCHS", "2"]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from deepkd_plugin import builtin, checkpoint
+from deepkd_plugin import builtin, checkpoint, record
 from deepkd_plugin.builtin.vanilla import Vanilla
 from deepkd_plugin.config import add_deepkd_config
 from deepkd_plugin.device import seed_everything
@@ -227,6 +227,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_saved(cfg):
     assert "\n" not in str(caught.value)
     assert checkpoint.load(trainer.folder / "latest", "test")["epoch"] == 1
     assert [r["epoch"] for r in read_metrics(trainer.folder)] == [1]
+
+
+def test_a_run_that_ended_before_its_result_was_noted_gets_the_note(cfg):
+    trainer = make(cfg)
+    result = trainer.train()
+    record.note(trainer.folder, {"finished": False, "result": None})
+    assert make(cfg).train(resume=True) == result
+    held = record.read_run(trainer.folder)
+    assert (held["finished"], held["result"]) == (True, result)
+    with pytest.raises(UserError, match=f"--resume finds all {cfg.SOLVER.EPOCHS} epochs done"):
+        make(cfg).train(resume=True)
 
 
 def test_resuming_needs_the_same_config(cfg):

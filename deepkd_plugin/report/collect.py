@@ -1,0 +1,354 @@
+"""What the runs of a table left: a record of each, and for every planned run without one the reason.
+
+Only runs that belong together are in one cell (a pair, a method): finished, under the planned config, and all by
+the same code, teacher and settings.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .. import record
+from ..config import computes, flatten
+from ..errors import UserError
+from ..metrics import METRICS, read_metrics
+
+PLAN = "table.json"
+
+NOT_STARTED, UNFINISHED, OTHER_CONFIG, MIXED, UNREADABLE = (
+    "not started",
+    "unfinished",
+    "other config",
+    "does not fit its cell",
+    "unreadable",
+)
+"""Why a planned run has no record."""
+
+LONGEST = 200
+"""Characters that a reason quotes, of a log's last line or an error."""
+
+# libyaml's reader, where PyYAML was built with it, takes a tenth of the time
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A teacher and a student."""
+
+    name: str
+    teacher: str
+    student: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.teacher} → {self.student}" if self.teacher else self.student
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table; base names the method that its gain is taken over, None without one."""
+
+    name: str
+    label: str
+    base: str | None
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run of the plan: where it belongs, its folder, and the hash of the config it must have."""
+
+    pair: str
+    method: str
+    seed: int
+    folder: Path
+    hash: str
+    epochs: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one finished run measured and by what it was made.
+
+    best, last: test accuracy in percent of the best and the last epoch. curve, lr, momentum: test accuracy,
+    learning rate and momenta by epoch, empty where the run did not write them. teacher: fingerprint of its
+    weights, None without one; teacher_acc: its accuracy in percent. execution: the ways its steps were taken.
+    settings: the config by dotted path. codes: hashes of the package's code, one for each that a session ran.
+    """
+
+    run: Planned
+    best: float
+    best_epoch: int
+    last: float
+    epochs: int
+    curve: dict[int, float]
+    lr: dict[int, float]
+    momentum: dict[int, dict[str, float]]
+    teacher: str | None
+    teacher_acc: float | None
+    minutes: float
+    execution: tuple[str, ...]
+    versions: dict[str, str]
+    processor: str
+    device: str
+    python: str
+    commit: str
+    codes: tuple[str, ...]
+    started: str
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A planned run that does not count: the kind of reason (NOT_STARTED, …), and the reason in words."""
+
+    run: Planned
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table's plan and what there is of it.
+
+    over: the base method of an ablation. options: KEY → value that every run was given. records: by (pair,
+    method, seed).
+    """
+
+    folder: Path
+    name: str
+    dataset: str
+    over: str | None
+    options: dict[str, str]
+    metric: str
+    seeds: tuple[int, ...]
+    pairs: tuple[Pair, ...]
+    methods: tuple[Method, ...]
+    runs: tuple[Planned, ...]
+    records: dict[tuple[str, str, int], Record]
+    left_out: tuple[LeftOut, ...]
+
+    @property
+    def title(self) -> str:
+        """The name; an ablation's with what it is of."""
+        return self.name if self.over is None else f"{self.name} over {self.over} on {self.dataset}"
+
+
+class _RejectedError(Exception):
+    """A run that does not count: kind and reason."""
+
+
+def collect(folder: Path) -> Table:
+    """Read a table's plan and its runs' folders.
+
+    A run that is broken in whatever way is left out with a reason. Raises UserError only where the plan itself
+    cannot be read.
+    """
+    plan = read_plan(folder)
+    records: dict[Planned, Record] = {}
+    left_out: list[LeftOut] = []
+    for run in plan["runs"]:
+        try:
+            records[run] = read_record(run)
+        except _RejectedError as why:
+            left_out.append(LeftOut(run, *why.args))
+        # files from a full disk or a killed editor hold anything
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split()).replace(f"{run.folder}/", "")
+            left_out.append(LeftOut(run, UNREADABLE, f"cannot be read: {reason[:LONGEST]}"))
+    by_code = Counter(found.codes for found in records.values())
+    cells = dict.fromkeys((run.pair, run.method) for run in plan["runs"])
+    for cell in cells:
+        held = [found for run, found in records.items() if (run.pair, run.method) == cell]
+        for run, reason in _misfits(held, by_code):
+            del records[run]
+            left_out.append(LeftOut(run, MIXED, reason))
+    order = {run: i for i, run in enumerate(plan["runs"])}
+    left_out.sort(key=lambda left: order[left.run])
+    by_key = {(run.pair, run.method, run.seed): found for run, found in records.items()}
+    return Table(folder, **plan, records=by_key, left_out=tuple(left_out))
+
+
+def read_plan(folder: Path) -> dict[str, Any]:
+    """The fields of a Table that table.json holds; UserError where it cannot be read."""
+    path = folder / PLAN
+    if not path.is_file():
+        raise UserError(f"{folder}: holds no {PLAN}; it must be a folder that 'deepkd reproduce' made")
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        runs = tuple(
+            Planned(
+                str(run["pair"]),
+                str(run["method"]),
+                int(run["seed"]),
+                folder / run["folder"],
+                str(run["hash"]),
+                int(run["epochs"]),
+            )
+            for run in held["runs"]
+        )
+        options = [str(word) for word in held.get("options", ())]
+        plan = {
+            "name": str(held["table"]),
+            "dataset": str(held["dataset"]),
+            "over": _text(held.get("over")),
+            "options": dict(zip(options[::2], options[1::2])),
+            "metric": str(held["metric"]),
+            "seeds": tuple(int(seed) for seed in held["seeds"]),
+            "pairs": tuple(Pair(str(p["name"]), str(p["teacher"]), str(p["student"])) for p in held["pairs"]),
+            "methods": tuple(
+                Method(str(m["name"]), str(m["label"]), _text(m["base"])) for m in held["methods"]
+            ),
+            "runs": runs,
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: must be the plan of a table ({type(error).__name__}: {error})") from None
+    keys = Counter((run.pair, run.method, run.seed) for run in runs)
+    twice = [key for key, count in keys.items() if count > 1]
+    if twice:
+        pair, method, seed = twice[0]
+        raise UserError(f"{path}: {pair} {method} seed {seed} is planned twice; a run must be there once")
+    known = {pair.name for pair in plan["pairs"]}, {method.name for method in plan["methods"]}
+    for run in runs:
+        for what, name, names in (("pair", run.pair, known[0]), ("method", run.method, known[1])):
+            if name not in names:
+                raise UserError(
+                    f"{path}: a run's {what} is {name!r}; it must be one of {', '.join(sorted(names))}"
+                )
+    return plan
+
+
+def _text(held: Any) -> str | None:
+    return None if held is None else str(held)
+
+
+def read_record(run: Planned) -> Record:
+    """What a finished run left; raises _RejectedError(kind, reason) for any other, anything for broken files."""
+    if not (run.folder / "run.json").exists():
+        raise _RejectedError(NOT_STARTED, "not started" + _last_words(run.folder))
+    held = record.read_run(run.folder)
+    if held["config_hash"] != run.hash:
+        reason = f"made under another config: its hash is {held['config_hash']}, the plan's {run.hash}"
+        raise _RejectedError(OTHER_CONFIG, reason)
+    if not held["finished"]:
+        reason = f"unfinished: {_epochs_done(run.folder)} of {run.epochs} epochs"
+        raise _RejectedError(UNFINISHED, reason + _last_words(run.folder))
+    settings = yaml.load((run.folder / "config.yaml").read_text(encoding="utf-8"), _Loader)
+    return _record(run, held, read_metrics(run.folder), flatten(settings))
+
+
+def _record(
+    run: Planned, held: dict[str, Any], lines: Sequence[dict[str, Any]], settings: dict[str, Any]
+) -> Record:
+    result, teacher_acc = held["result"], held.get("teacher_acc")
+    curve = {int(line["epoch"]): float(line["test_acc"]) for line in lines if "test_acc" in line}
+    found = Record(
+        run=run,
+        best=float(result["best"]),
+        best_epoch=int(result["best_epoch"]),
+        last=float(result["last"]),
+        epochs=int(result["epochs"]),
+        curve=curve,
+        lr={int(line["epoch"]): float(line["lr"]) for line in lines if "lr" in line},
+        momentum={
+            int(line["epoch"]): {stream: float(value) for stream, value in line["momentum"].items()}
+            for line in lines
+            if "momentum" in line
+        },
+        teacher=_text(held.get("teacher")),
+        teacher_acc=teacher_acc if teacher_acc is None else float(teacher_acc),
+        minutes=float(held["minutes"]),
+        execution=tuple(dict.fromkeys(str(line["execution"]) for line in lines if "execution" in line)),
+        versions={str(name): str(version) for name, version in held["versions"].items()},
+        processor=str(held["processor"]),
+        device=str(held["device"]),
+        python=str(held["python"]),
+        commit=str(held["commit"]),
+        codes=tuple(dict.fromkeys(str(session.get("code")) for session in (held, *held.get("resumed", ())))),
+        started=str(held["started"]),
+        settings=settings,
+    )
+    numbers = (found.best, found.last, found.minutes, found.teacher_acc or 0.0, *curve.values())
+    if not all(math.isfinite(value) for value in numbers):
+        raise ValueError("a number is not finite")
+    if not lines or lines[-1]["epoch"] != found.epochs:
+        ended = lines[-1]["epoch"] if lines else 0
+        raise ValueError(f"{METRICS} ends at epoch {ended}, run.json at {found.epochs}")
+    if abs(curve.get(found.epochs, found.last) - found.last) > 1e-6:
+        raise ValueError(f"the last epoch has {curve[found.epochs]} in {METRICS}, {found.last} in run.json")
+    return found
+
+
+def _misfits(cell: list[Record], by_code: Counter[tuple[str, ...]]) -> list[tuple[Planned, str]]:
+    """The runs of a cell that do not belong with most of it, and why.
+
+    Of several groups of equal size the one stays whose code made most of the table, then the latest.
+    """
+    whole, rest = [], []
+    for found in cell:
+        if found.codes == ("None",):
+            rest.append((found.run, "run.json does not name the code that made it"))
+        elif len(found.codes) > 1:
+            rest.append((found.run, f"its sessions ran different code: {', '.join(found.codes)}"))
+        else:
+            whole.append(found)
+    if not whole:
+        return rest
+    count = Counter(_maker(found) for found in whole)
+    first = max(whole, key=lambda found: (count[_maker(found)], by_code[found.codes], found.started))
+    for found in whole:
+        if _maker(found) == _maker(first):
+            continue
+        if found.codes != first.codes:
+            reason = f"made by code {found.codes[0]}, the rest of its cell by {first.codes[0]}"
+        elif found.teacher != first.teacher:
+            reason = (
+                f"its teacher's weights are {found.teacher}, those of the rest of its cell {first.teacher}"
+            )
+        else:
+            ours, theirs = _computed(found), _computed(first)
+            key = next(k for k in sorted(ours.keys() | theirs.keys()) if ours.get(k) != theirs.get(k))
+            reason = f"{key} is {ours.get(key)}, in the rest of its cell {theirs.get(key)}"
+        rest.append((found.run, reason))
+    return rest
+
+
+def _maker(found: Record) -> tuple[Any, ...]:
+    """What runs of a cell have in common."""
+    return found.codes, found.teacher, tuple(sorted(_computed(found).items()))
+
+
+def _computed(found: Record) -> dict[str, str]:
+    """What a run's config computes, but for its seed, as text."""
+    held = {k: v for k, v in found.settings.items() if computes(k) and k != "SOLVER.SEED"}
+    return {key: json.dumps(value, default=str) for key, value in held.items()}
+
+
+def _epochs_done(folder: Path) -> int:
+    try:
+        return len((folder / METRICS).read_bytes().splitlines())
+    except OSError:
+        return 0
+
+
+def _last_words(folder: Path) -> str:
+    """The last line of a run's log, for a reason."""
+    try:
+        with (folder / "log.txt").open("rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - 8192))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return ""
+    # colours, and bars that overwrite themselves
+    lines = [line.strip() for line in re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text))]
+    lines = [line for line in lines if line]
+    return f"; its log ends: {lines[-1][:LONGEST]}" if lines else ""

@@ -1,0 +1,145 @@
+"""Under which protocol the numbers of a pair were made, read from its runs' records and configs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .cells import Cell
+from .collect import Record
+from .formats import ranges
+
+ALIKE = ("Training images", "Test images", "Teacher", "Versions", "Code")
+"""What must be the same in all cells of a pair; methods may differ in the rest by their recipes."""
+
+MOST_ANSWERS = 4
+"""Different answers that are told with the methods that give them; an ablation's rows name theirs anyway."""
+
+
+def protocol(cells: Sequence[Cell]) -> list[tuple[str, list[str]]]:
+    """Under which protocol the cells of one pair were made: (what, answers), naming the methods that differ.
+
+    What only a run's record tells is left out as long as there is none.
+    """
+    told = [
+        ("Seeds planned", _by_method(cells, lambda cell: ranges(run.seed for run in cell.planned))),
+        ("Epochs", _by_method(cells, lambda cell: [run.epochs for run in cell.planned])),
+    ]
+    for what, get in _PROTOCOL:
+        answers = _by_method(cells, _of_records(get))
+        if answers:
+            told.append((what, answers))
+    return told
+
+
+def cautions(cells: Sequence[Cell]) -> list[str]:
+    """Where the cells of one pair cannot simply be compared, because they were not made alike."""
+    found = []
+    for what, get in _PROTOCOL:
+        answers = _by_method(cells, _of_records(get))
+        if what in ALIKE and len(answers) > 1:
+            found.append(f"{what} differ: {'; '.join(answers)}")
+    return found
+
+
+def _of_records(get: Callable[[Record], Any]) -> Callable[[Cell], list[Any]]:
+    return lambda cell: [get(found) for found in cell.records]
+
+
+def _by_method(cells: Sequence[Cell], get: Callable[[Cell], Any]) -> list[str]:
+    """What cells say, the answer of most first; answers that are not most cells' name the methods that give them."""
+    said: dict[str, list[str]] = {}
+    for cell in cells:
+        answer = get(cell)
+        answers = answer if isinstance(answer, list) else [answer]
+        text = " and ".join(dict.fromkeys(str(one) for one in answers if one not in (None, "")))
+        if text:
+            said.setdefault(text, []).append(cell.method.label)
+    ordered = sorted(said.items(), key=lambda item: -len(item[1]))
+    total = sum(len(labels) for labels in said.values())
+    if len(said) > MOST_ANSWERS:
+        return ["by row:", *said]
+    return [text if 2 * len(labels) > total else f"{text} ({', '.join(labels)})" for text, labels in ordered]
+
+
+def _setting(form: Callable[[dict[str, Any]], str | None]) -> Callable[[Record], str | None]:
+    """A value of a run's config; None where the config lacks a key or holds something else there."""
+
+    def get(found: Record) -> str | None:
+        try:
+            return form(found.settings)
+        except (KeyError, TypeError, ValueError):
+            return None
+
+    return get
+
+
+def _rate(found: Record) -> str | None:
+    rates = list(found.lr.values())
+    schedule = found.settings.get("SOLVER.LR_SCHEDULE", "")
+    return f"{max(rates):g} to {rates[-1]:g} {schedule}".strip() if rates else None
+
+
+def _momenta(found: Record) -> str | None:
+    held = {stream: f"{value:g}" for stream, value in next(reversed(found.momentum.values()), {}).items()}
+    values = set(held.values())
+    if len(values) < 2:
+        return next(iter(values), None)
+    return ", ".join(f"{stream.upper()} {value}" for stream, value in held.items())
+
+
+def _variant(settings: dict[str, Any]) -> str | None:
+    deltas = [v for k, v in settings.items() if k.startswith("SOLVER.DECOUPLED.DELTA.")]
+    return settings["SOLVER.DECOUPLED.VARIANT"] if any(deltas) else None
+
+
+def _mask(settings: dict[str, Any]) -> str | None:
+    if settings.get("DISTILLER.TYPE") != "DeepKD":
+        return None
+    kind = settings["DeepKD.MASK.TYPE"]
+    if kind == "none":
+        return "none"
+    names = ("K",) if kind == "static" else ("INITIAL", "OPTIMAL")
+    size = " to ".join(f"{settings[f'DeepKD.MASK.{name}']:g}" for name in names)
+    ends = "" if kind == "static" else f", phases end at {_numbers(settings['DeepKD.MASK.PHASES'])}"
+    return f"{kind}, K {size}{ends}; {settings['DeepKD.MASK.READING']}"
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return " and ".join(f"{value:.3g}" for value in values)
+
+
+def _training(settings: dict[str, Any]) -> str:
+    per_class = settings["DATASET.TRAIN_PER_CLASS"]
+    return f"the first {per_class} of each class" if per_class else "all"
+
+
+def _testing(settings: dict[str, Any]) -> str:
+    share = settings["DATASET.HOLDOUT"]
+    return f"{100 * share:g} % of the training images, held out" if share else "the data set's own"
+
+
+_PROTOCOL: tuple[tuple[str, Callable[[Record], str | None]], ...] = (
+    ("Learning rate", _rate),
+    ("Batch", _setting(lambda held: f"{held['SOLVER.BATCH_SIZE']} images")),
+    ("Precision", _setting(lambda held: "bfloat16 autocast" if held["SOLVER.AMP"] else "float32")),
+    ("Training images", _setting(_training)),
+    ("Test images", _setting(_testing)),
+    (
+        "Teacher",
+        lambda found: (
+            found.teacher_acc and f"{found.teacher_acc:.2f} % on the test images (weights {found.teacher})"
+        ),
+    ),
+    ("Momentum variant", _setting(_variant)),
+    ("Momenta, last epoch", _momenta),
+    ("Mask", _setting(_mask)),
+    ("Execution", lambda found: " and ".join(found.execution)),
+    (
+        "Versions",
+        lambda found: ", ".join(f"{k} {v}" for k, v in {"python": found.python, **found.versions}.items()),
+    ),
+    ("Hardware", lambda found: f"{found.device}; {found.processor}"),
+    ("Commit", lambda found: found.commit),
+    ("Code", lambda found: found.codes[0]),
+)

@@ -1,0 +1,295 @@
+"""How long a run will take, from its steps' parts timed here on noise: an estimate, shown before a table starts."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .. import config, data, device
+from ..data import glyphs
+from ..host import Host
+from ..keys import TRAINER
+from ..metrics import read_metrics
+from ..networks import network
+from ..record import read_run
+
+if TYPE_CHECKING:
+    from .plan import Plan, Run
+
+
+@dataclass(frozen=True)
+class Size:
+    """A data set's numbers of images, and what one is like before (pixels, on average) and in a network (side)."""
+
+    train: int
+    test: int
+    side: int
+    stored: tuple[int, int]
+
+
+SIZES = {
+    "cifar100": Size(50_000, 10_000, 32, (32, 32)),
+    "glyphs100": Size(100 * glyphs.PER_CLASS["train"], 100 * glyphs.PER_CLASS["test"], 32, (32, 32)),
+    "imagenet": Size(1_281_167, 50_000, 224, (500, 375)),
+    "tiny_imagenet": Size(100_000, 10_000, 64, (64, 64)),
+}
+"""By DATASET.TYPE."""
+
+BUDGET = 3.0
+"""Seconds that the timing of a pair's networks may take, about."""
+
+FEW = 8
+"""Images in the batch that tells whether a whole one fits the budget."""
+
+
+class Parts(NamedTuple):
+    """Seconds that a pair's networks take for SOLVER.BATCH_SIZE images: both forward passes, one backward pass."""
+
+    teacher: float
+    student: float
+    backward: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds that a plan's runs still take, None where nobody can tell, and how that was found, in words."""
+
+    seconds: float | None
+    how: str
+
+    def __str__(self) -> str:
+        return self.how if self.seconds is None else f"about {duration(self.seconds)}; {self.how}"
+
+
+def estimate(plan: Plan, states: Mapping[Run, str], jobs: int, here: bool = True) -> Estimate:
+    """How long the runs that are not finished take, `jobs` at a time.
+
+    A run takes what the finished ones of its pair and method did (median); without any, what its steps take by its
+    pair's networks timed here, or, without `here`, which is for other machines, nobody knows. Runs that share a
+    GPU or, beyond one for each core, a CPU are counted as if in turn. What a run has done already is taken off.
+    """
+    left = [run for run in plan.runs if states[run] != "finished"]
+    known = _finished_seconds(run for run in plan.runs if states[run] == "finished")
+    jobs = min(jobs, len(left)) or 1
+    slots, threads = device.count() or cores(), max(1, cores() // jobs)
+    untimed = {run.pair for run in left if (run.pair, run.method) not in known}
+    if here and len(untimed) > 1:
+        print(f"timing the networks of {len(untimed)} pairs, some seconds each", file=sys.stderr, flush=True)
+    measured: dict[str, Parts] = {}
+    loading: dict[tuple[str, int], float] = {}
+    seconds, by_finished = [], 0
+    for run in left:
+        cell = (run.pair, run.method)
+        cfg = plan.cfgs[cell]
+        done = len(read_metrics(run.folder)) / run.epochs if states[run] == "resumable" else 0.0
+        if cell in known:
+            by_finished += 1
+            seconds.append((1 - done) * known[cell])
+            continue
+        if not here:
+            return Estimate(None, "not known: no run of each pair and method is finished yet")
+        try:
+            if run.pair not in measured:
+                measured[run.pair] = measure(plan.host, _with_teacher(plan, run.pair), threads)
+        except RuntimeError as error:  # such as a GPU whose memory others use
+            return Estimate(None, f"not known: timing {run.pair} failed ({str(error).splitlines()[0]})")
+        views = (cfg.DATASET.TYPE, config.views(cfg))
+        if views not in loading:
+            loading[views] = loading_seconds(cfg)
+        seconds.append(
+            (1 - done) * max(1.0, jobs / slots) * run_seconds(cfg, measured[run.pair], loading[views])
+        )
+    timed = len(left) - by_finished
+    how = [f"{by_finished} by finished runs of their kind"] * (by_finished > 0)
+    how += [f"{timed} by their networks' passes over noise, timed here, {_share(threads, jobs)}"] * (
+        timed > 0
+    )
+    return Estimate(total_seconds(seconds, jobs), f"an estimate: {'; '.join(how)}")
+
+
+def images(cfg: Any) -> tuple[int, int]:
+    """How many images a run trains on in an epoch, and how many it tests on."""
+    node, size, classes = cfg.DATASET, SIZES[cfg.DATASET.TYPE], data.num_classes(cfg)
+    held = classes * round(node.HOLDOUT * (size.train // classes))
+    train = size.train - held
+    if node.TRAIN_PER_CLASS:
+        train = min(train, node.TRAIN_PER_CLASS * classes)
+    return train, held or size.test
+
+
+def steps(cfg: Any) -> int:
+    """A run's steps in an epoch."""
+    return math.ceil(images(cfg)[0] / cfg.SOLVER.BATCH_SIZE)
+
+
+def run_seconds(cfg: Any, parts: Parts, loading: float) -> float:
+    """A run's time from its parts.
+
+    loading: seconds of one core for each training image. Every view costs both forward passes and its part of
+    every backward pass, of which there is one for each distinct momentum. Workers load beside the steps. What is
+    left out: losses, optimizer, reading files, checkpoints.
+    """
+    views, batch = config.views(cfg), cfg.SOLVER.BATCH_SIZE
+    with_teacher = cfg.DISTILLER.TYPE != "NONE"
+    passes = _backward_passes(cfg)
+    step = views * (with_teacher * parts.teacher + parts.student + passes * parts.backward)
+    load = 0.0 if cfg.DATASET.PIPELINE == "device" else batch * loading
+    workers = min(cfg.DATASET.NUM_WORKERS, cores())
+    step = max(step, load / workers) if workers else step + load
+    test = images(cfg)[1] / batch
+    epoch = steps(cfg) * step + test * parts.student
+    return cfg.SOLVER.EPOCHS * epoch + with_teacher * test * parts.teacher
+
+
+def total_seconds(seconds: Sequence[float], jobs: int) -> float:
+    """The time of runs made `jobs` at a time: no less than the longest of them."""
+    return max(sum(seconds) / jobs, max(seconds, default=0.0))
+
+
+def measure(host: Host, cfg: Any, threads: int) -> Parts:
+    """Time a config's networks, untrained, on noise of the real size; on a CPU by `threads` threads.
+
+    Or by one, if that is faster: where other work keeps a core busy, threads that wait for each other take many
+    times as long. A CPU that would take longer than BUDGET is given a smaller batch, and the time is scaled.
+    """
+    at, solver = device.pick(), cfg.SOLVER
+    timed = _Timed(host, cfg, at)
+    before = torch.get_num_threads()
+    try:
+        if at.type == "cuda":
+            return timed.parts(solver.BATCH_SIZE, BUDGET / 3)
+        torch.set_num_threads(1)
+        count = min(FEW, solver.BATCH_SIZE)
+        each = sum(timed.parts(count, 0.0))
+        count = max(count, min(solver.BATCH_SIZE, int(solver.BATCH_SIZE * BUDGET / (6 * each))))
+        alone = timed.parts(count, BUDGET / 6)
+        torch.set_num_threads(threads)
+        if threads == 1 or timed.student(count, 0.0) > alone.student:
+            return alone
+        return min(alone, timed.parts(count, BUDGET / 6), key=sum)
+    finally:
+        torch.set_num_threads(before)
+        timed.made.clear()
+        device.release()  # this process stays while others train
+
+
+class _Timed:
+    """A config's networks, to be timed."""
+
+    def __init__(self, host: Host, cfg: Any, at: torch.device) -> None:
+        self.cfg, self.at = cfg, at
+        kind, classes = cfg.DATASET.TYPE, data.num_classes(cfg)
+        names = {"student": cfg.DISTILLER.STUDENT}
+        if cfg.DISTILLER.TYPE != "NONE":
+            names["teacher"] = cfg.DISTILLER.TEACHER
+        self.made = {
+            part: device.place(network(host, kind, name, classes), at, cfg.SOLVER.CHANNELS_LAST)
+            for part, name in names.items()
+        }
+        if "teacher" in self.made:
+            self.made["teacher"].eval()
+
+    def parts(self, count: int, budget: float) -> Parts:
+        """The parts' times for a whole batch, by `count` images; each for `budget` seconds, two calls at least."""
+        teacher = 0.0
+        if "teacher" in self.made:
+            with torch.inference_mode():
+                teacher = self._seconds("teacher", count, budget)
+        student = self.student(count, budget)
+        return Parts(teacher, student, max(self._seconds("student", count, budget, True) - student, 0.0))
+
+    def student(self, count: int, budget: float) -> float:
+        """The time of the student's forward pass, as parts has it."""
+        return self._seconds("student", count, budget)
+
+    def _seconds(self, part: str, count: int, budget: float, backward: bool = False) -> float:
+        solver, side, made = self.cfg.SOLVER, SIZES[self.cfg.DATASET.TYPE].side, self.made[part]
+        image = device.place_batch(torch.randn(count, 3, side, side), self.at, solver.CHANNELS_LAST)
+
+        def call() -> None:
+            with device.autocast(self.at, solver.AMP):
+                logits = made(image)[0]
+            if backward:
+                made.zero_grad()
+                logits.float().sum().backward()
+
+        return solver.BATCH_SIZE / count * _least_seconds(call, self.at, budget)
+
+
+def loading_seconds(cfg: Any) -> float:
+    """Seconds of one core to make a training image's views from pixels."""
+    source = data.DATASETS[cfg.DATASET.TYPE]
+    width, height = SIZES[cfg.DATASET.TYPE].stored
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    make, image = source.training_transform(config.views(cfg)), Image.fromarray(pixels)
+    return _least_seconds(lambda: make(image), None, 0.0, calls=20)
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it: "40 seconds", "12 minutes", "5.5 hours", "3.1 days"."""
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= (2 if unit != "minutes" else 1.5) * length:
+            return f"{seconds / length:.{0 if unit == 'minutes' else 1}f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def _finished_seconds(runs: Iterable[Run]) -> dict[tuple[str, str], float]:
+    """The median time of finished runs by pair and method."""
+    held: dict[tuple[str, str], list[float]] = {}
+    for run in runs:
+        held.setdefault((run.pair, run.method), []).append(60 * read_run(run.folder)["minutes"])
+    return {cell: statistics.median(seconds) for cell, seconds in held.items()}
+
+
+def _share(threads: int, jobs: int) -> str:
+    """How runs side by side were taken to share the machine."""
+    if device.count():
+        return "those on one GPU in turn" if jobs > device.count() else "each on a GPU of its own"
+    return f"each on {threads} of {cores()} cores"
+
+
+def _with_teacher(plan: Plan, pair: str) -> Any:
+    """A config of the pair that has a teacher, if there is one."""
+    of = [cfg for (name, _), cfg in plan.cfgs.items() if name == pair]
+    return next((cfg for cfg in of if cfg.DISTILLER.TYPE != "NONE"), of[0])
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _backward_passes(cfg: Any) -> float:
+    """Backward passes of a step, those that sample gradients for their GSNR among them."""
+    if cfg.SOLVER.TRAINER != TRAINER:
+        return 1
+    momentum = config.momenta(cfg)[0]
+    measured = cfg.SOLVER.DECOUPLED.ALLOCATION == "gsnr"
+    # momenta that are allocated are equal only before the first window
+    passes = len(momentum) if measured else len(set(momentum.values()))
+    return passes + (len(momentum) / cfg.GSNR.EVERY if measured or cfg.GSNR.MEASURE else 0)
+
+
+def _least_seconds(call: Callable[[], Any], at: torch.device | None, budget: float, calls: int = 2) -> float:
+    """The shortest time of a call, which other work disturbs least. at: None without a device to wait for.
+
+    At least `calls` of them, as the first one sets things up, then until the budget is used up, 20 at most.
+    """
+    times: list[float] = []
+    while len(times) < calls or (sum(times) < budget and len(times) < 20):
+        started = time.perf_counter()
+        call()
+        if at is not None:
+            device.synchronise(at)
+        times.append(time.perf_counter() - started)
+    return min(times)

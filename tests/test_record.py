@@ -1,0 +1,48 @@
+"""What run.json says about the code."""
+
+import pytest
+import torch
+
+from deepkd_plugin import builtin, config, record
+
+
+@pytest.fixture
+def package(tmp_path):
+    for name in ("losses.py", "distillers/kd.py", "reproduce/plan.py", "builtin/defaults.yaml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"content of {name}\n")
+    return tmp_path
+
+
+def test_the_code_s_hash_is_of_names_and_contents(package):
+    first = record.code_hash(package)
+    assert len(first) == 16
+    assert int(first, 16) >= 0
+    (package / "distillers" / "kd.py").write_text("content of distillers/kd.py \n")
+    changed = record.code_hash(package)
+    (package / "distillers" / "kd.py").rename(package / "distillers" / "k.py")
+    renamed = record.code_hash(package)
+    (package / "empty.py").touch()
+    assert len({first, changed, renamed, record.code_hash(package)}) == 4
+
+
+def test_what_computes_nothing_is_not_part_of_it(package):
+    first = record.code_hash(package)
+    (package / "reproduce" / "plan.py").write_text("")
+    (package / "reproduce" / "page.py").write_text("")
+    (package / "builtin" / "defaults.yaml").write_text("")  # it is in the hash of the config
+    (package / "notes.txt").write_text("")
+    assert record.code_hash(package) == first
+
+
+def test_a_run_and_each_of_its_sessions_name_their_code(tmp_path, monkeypatch):
+    def prepare(resume):
+        record.prepare_folder(tmp_path, builtin.CFG, torch.device("cpu"), "command", resume, None, None, {})
+
+    config.add_deepkd_config(builtin.CFG)
+    prepare(resume=False)
+    first = record.code_hash()
+    monkeypatch.setattr(record, "code_hash", lambda: "of later")
+    prepare(resume=True)
+    held = record.read_run(tmp_path)
+    assert [held["code"], held["resumed"][0]["code"]] == [first, "of later"]
