@@ -155,7 +155,9 @@ def _parser() -> Parser:
     reproduce.add_argument("--out", metavar="DIR", type=Path, help="default: output/TABLE")
     reproduce.add_argument("--dry-run", action="store_true", help="show the plan, start and write nothing")
     reproduce.add_argument(
-        "--overwrite", action="store_true", help="make runs anew that other code made, instead of refusing"
+        "--overwrite",
+        action="store_true",
+        help="make runs anew that other code made, and let those go that had other options, instead of refusing",
     )
     reproduce.add_argument(
         "--launcher",

@@ -251,8 +251,8 @@ class GSNRAllocation:
 
     So Δ_i depends on the order and the distance of the streams, not on the unit of the GSNR, and not on the weights
     of the losses. A highest GSNR `separation` times the lowest gives the outermost streams ±bound; a stream in the
-    middle gets 0. With task and non-target stream both in the upper part and the target stream below, at full
-    separation, this is the paper's fixed assignment (+Δ, −Δ, +Δ). Noise alone pulls all streams to the same GSNR
+    middle gets 0. With the target stream lowest and task and non-target stream both half of log separation above the
+    middle, this is the paper's fixed assignment (+Δ, −Δ, +Δ). Noise alone pulls all streams to the same GSNR
     and so Δ to 0. A window in which a stream has no GSNR leaves that stream's x as it is; before its first its Δ is 0.
     """
 

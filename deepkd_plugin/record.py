@@ -106,11 +106,14 @@ def config_hash(cfg: Any) -> str:
     return hashlib.sha256(json.dumps(computed, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def code_hash(package: Path = Path(__file__).parent) -> str:
+def code_hash(package: Path | None = None) -> str:
     """A hash of the package's .py files: of every one that can change what a run computes.
 
+    package: its folder; by default this one, as it was when this process began.
     Those of APART are left out, so that a report may be mended without parting the runs of before from those of after.
     """
+    if package is None:
+        return _LOADED
     held = hashlib.sha256()
     files = {path.relative_to(package).as_posix(): path for path in package.rglob("*.py")}
     for name in sorted(files):
@@ -118,6 +121,10 @@ def code_hash(package: Path = Path(__file__).parent) -> str:
             content = files[name].read_bytes()
             held.update(f"{name} {len(content)}\n".encode() + content)
     return held.hexdigest()[:16]
+
+
+_LOADED = code_hash(Path(__file__).parent)
+# read with the modules, because files may be edited while a run loads its data
 
 
 def add_minutes(folder: Path, minutes: float) -> float:

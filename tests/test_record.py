@@ -35,6 +35,13 @@ def test_what_computes_nothing_is_not_part_of_it(package):
     assert record.code_hash(package) == first
 
 
+def test_the_package_s_own_hash_is_that_of_what_was_loaded(monkeypatch):
+    """Files that are edited while a run loads its data are not what it computes with."""
+    assert record.code_hash() == record.code_hash(record.Path(record.__file__).parent)
+    monkeypatch.setattr(record.Path, "read_bytes", lambda path: b"edited")
+    assert record.code_hash() != record.code_hash(record.Path(record.__file__).parent)
+
+
 def test_a_run_and_each_of_its_sessions_name_their_code(tmp_path, monkeypatch):
     def prepare(resume):
         record.prepare_folder(tmp_path, builtin.CFG, torch.device("cpu"), "command", resume, None, None, {})

@@ -233,7 +233,10 @@ def _text(held: Any) -> str | None:
 def read_record(run: Planned) -> Record:
     """What a finished run left; raises _RejectedError(kind, reason) for any other, anything for broken files."""
     if not (run.folder / "run.json").exists():
-        raise _RejectedError(NOT_STARTED, "not started" + _last_words(run.folder))
+        words = _last_words(run.folder)
+        if words:
+            raise _RejectedError(UNFINISHED, "ended before its first epoch" + words)
+        raise _RejectedError(NOT_STARTED, "not started")
     held = record.read_run(run.folder)
     if held["config_hash"] != run.hash:
         reason = f"made under another config: its hash is {held['config_hash']}, the plan's {run.hash}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from ..checkpoint import write_whole
 from ..errors import UserError
 from .cells import NUMBERS, Cell, agreement, assemble, by_base, headline
-from .collect import Table, collect
+from .collect import NOT_STARTED, UNFINISHED, Table, collect
 from .columns import columns, title
 from .notes import left_out, notes, what_was_run
 from .page import page
@@ -23,7 +24,8 @@ from .statistics import Difference
 def report(folder: Path) -> list[Path]:
     """Write the report of a table's folder; returns the files: report.md, report.csv, runs.csv, report.html.
 
-    Each is written whole. Raises UserError where the folder holds no table or cannot be written.
+    Each is written whole. Finished runs that do not count are told of on stderr. Raises UserError where the folder
+    holds no table or cannot be written.
     """
     folder = Path(folder)
     table = collect(folder)
@@ -42,6 +44,14 @@ def report(folder: Path) -> list[Path]:
         except OSError as error:
             raise UserError(f"{folder / name}: must be a file that can be written ({error})") from None
         written.append(folder / name)
+    lost = [left for left in table.left_out if left.kind not in (NOT_STARTED, UNFINISHED)]
+    if lost:
+        first = lost[0]
+        print(
+            f"{folder}: {len(lost)} of the runs there do not count, the first {first.run.folder}: {first.reason}; "
+            f"report.md has all",
+            file=sys.stderr,
+        )
     return written
 
 

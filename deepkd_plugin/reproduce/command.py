@@ -56,6 +56,12 @@ def reproduce(request: Request) -> int:
     states = {run: state(run, request.overwrite, code) for run in plan.runs}
     left = [run for run in plan.runs if states[run] != "finished"]
     missing = problems(plan, left, prepare=False)
+    if plan.replaced and not request.overwrite:
+        missing.insert(
+            0,
+            f"{plan.out}: {plan.replaced} runs of earlier calls had other options or config files, and would leave the "
+            f"table; give another --out, the same options, or --overwrite",
+        )
     if missing and not request.dry_run:
         raise UserError("; ".join(missing))
     local = request.launcher == "local"

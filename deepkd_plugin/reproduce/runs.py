@@ -91,6 +91,8 @@ def state(run: Run, overwrite: bool = False, code: str | None = None) -> State:
         held = json.loads((run.folder / "run.json").read_text())
     except (OSError, ValueError):
         return "new"
+    if not isinstance(held, dict):
+        return "new"
     if not held.get("finished") and not (run.folder / "latest").is_file():
         return "new"
     code = code or record.code_hash()
@@ -171,12 +173,16 @@ def execute(
                 else:
                     display.started(run, resumed=before == "resumable")
             for task in pool.ended():
-                if pool.succeeded(task):
-                    display.finished(task.run)
-                    continue
                 number = task.process.returncode
-                again = number != 2 and task.attempt < attempts
                 lines = task.last_lines()
+                if number == 0:
+                    try:
+                        if state(task.run, False, code) == "finished":
+                            display.finished(task.run)
+                            continue
+                    except OtherCodeError as error:
+                        lines = (str(error),)
+                again = number != 2 and task.attempt < attempts
                 if again:
                     waiting.append((task.run, task.attempt + 1))
                 else:
@@ -263,6 +269,8 @@ class _Pool:
                 self.active.append(_Task(run, attempt, slot, process, log.tell()))
                 _sign(lock, process.pid)
             return before
+        except OSError as error:  # a full disk, say: the other runs go on
+            raise UserError(f"{run.folder}: must be a folder that can be written ({error})") from None
         finally:
             os.close(lock)  # the process has it, for as long as it lives
 
@@ -273,12 +281,6 @@ class _Pool:
             self.active.remove(task)
             self.free.append(task.slot)
         return ended
-
-    def succeeded(self, task: _Task) -> bool:
-        try:
-            return task.process.returncode == 0 and state(task.run, False, self.code) == "finished"
-        except OtherCodeError:  # the package's files were changed meanwhile
-            return False
 
     def stop(self) -> None:
         """End all processes: SIGTERM, and SIGKILL to their whole groups after a grace or a second Ctrl-C."""

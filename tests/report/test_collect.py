@@ -67,7 +67,10 @@ def test_a_run_that_fell_before_its_record_quotes_its_log(folder):
     (at / "run.json").unlink()
     (at / "log.txt").write_bytes(b"epoch 1\n\x1b[31mdata set is missing\x1b[0m\r\n\n")
 
-    assert reasons(folder)["kd", 0] == ("not started", "not started; its log ends: data set is missing")
+    assert reasons(folder)["kd", 0] == (
+        "unfinished",
+        "ended before its first epoch; its log ends: data set is missing",
+    )
 
 
 def test_an_unfinished_run_tells_how_far_it_came(folder):

@@ -181,3 +181,16 @@ def test_a_report_is_made_of_a_plan_that_grew(tmp_path):
     report(folder)
 
     assert [row["pair"] for row in rows(folder / "report.csv")] == [PAIR, other["name"]]
+
+
+def test_finished_runs_that_do_not_count_are_told_of(tmp_path, capsys):
+    folder = make_table(tmp_path / "table", {(PAIR, "kd"): [*LOW, None]})
+    report(folder)
+    assert capsys.readouterr().err == ""  # one that is not there yet is no loss
+    change(next(folder.glob("runs/*/kd/seed0-*")) / "run.json", {"code": "another"})
+    report(folder)
+    err = capsys.readouterr().err
+    assert err.startswith(
+        f"{folder}: 1 of the runs there do not count, the first {folder}/runs/{PAIR}/kd/seed0-"
+    )
+    assert err.count("\n") == 1

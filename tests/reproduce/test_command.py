@@ -190,7 +190,12 @@ def test_a_finished_table_needs_neither_data_nor_an_estimate(reproduce, calls, c
 
 def test_runs_of_earlier_calls_under_other_options_are_told(reproduce, calls, tmp_path):
     reproduce(*GLYPHS)
-    _, out, _ = reproduce(*GLYPHS, "SOLVER.EPOCHS", "2")
+    before = (tmp_path / "output" / "glyphs100" / "table.json").read_text()
+    code, _, err = reproduce(*GLYPHS, "SOLVER.EPOCHS", "2")
+    assert (code, err.count("\n"), len(calls.executed)) == (2, 1, 1)
+    assert "4 runs of earlier calls had other options or config files, and would leave the table" in err
+    assert (tmp_path / "output" / "glyphs100" / "table.json").read_text() == before
+    _, out, _ = reproduce(*GLYPHS, "--overwrite", "SOLVER.EPOCHS", "2")
     assert entry(out, "earlier").startswith("4 runs of earlier calls had other options or config ")
     held = json.loads((tmp_path / "output" / "glyphs100" / "table.json").read_text())
     assert {run["epochs"] for run in held["runs"]} == {2}

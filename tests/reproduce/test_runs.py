@@ -176,6 +176,43 @@ def test_a_mistake_of_the_user_is_not_tried_again(fake_run):
     assert (failure.code, failure.attempts) == (2, 1)
 
 
+def test_a_log_that_cannot_be_written_is_one_runs_failure(fake_run):
+    runs = [fake_run(seed) for seed in range(2)]
+    (runs[0].folder / "log.txt").mkdir(parents=True)
+    (failure,) = execute(runs, 1, display=Told(), worker=fake_run.worker)
+    assert failure.run is runs[0]
+    assert "must be a folder that can be written" in failure.lines[0]
+    assert state(runs[1]) == "finished"
+
+
+def test_a_record_of_another_form_is_no_run(fake_run):
+    run = fake_run()
+    run.folder.mkdir(parents=True)
+    (run.folder / "run.json").write_text("[]")
+    assert state(run) == "new"
+
+
+def test_files_changed_after_the_start_are_told_of(fake_run, monkeypatch):
+    """A process that loaded other code than the command did leaves a run that does not count, and the reason."""
+    run = fake_run()
+    done = state_until_the_end(run)
+    told = Told()
+    monkeypatch.setattr(module, "state", done)
+    (failure,) = execute([run], 1, display=told, attempts=1, worker=fake_run.worker)
+    assert failure.lines == ("made by other code",)
+
+
+def state_until_the_end(run):
+    """`state` as it is until the run ends, and then that of a run of other code."""
+
+    def held(asked, *rest):
+        if (run.folder / "run.json").exists():
+            raise module.OtherCodeError("made by other code")
+        return "new"
+
+    return held
+
+
 def test_a_process_that_ends_well_without_a_result_has_failed(fake_run):
     (failure,) = execute([fake_run(FAIL="0:9")], 1, attempts=2, worker=fake_run.worker)
     assert (failure.code, failure.attempts) == (0, 2)
