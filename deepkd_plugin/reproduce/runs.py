@@ -270,7 +270,7 @@ class _Pool:
                 _sign(lock, process.pid)
             return before
         except OSError as error:  # a full disk, say: the other runs go on
-            raise UserError(f"{run.folder}: must be a folder that can be written ({error})") from None
+            raise UserError(f"{run.folder}: its process cannot be started ({error})") from None
         finally:
             os.close(lock)  # the process has it, for as long as it lives
 

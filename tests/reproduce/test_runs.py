@@ -181,7 +181,7 @@ def test_a_log_that_cannot_be_written_is_one_runs_failure(fake_run):
     (runs[0].folder / "log.txt").mkdir(parents=True)
     (failure,) = execute(runs, 1, display=Told(), worker=fake_run.worker)
     assert failure.run is runs[0]
-    assert "must be a folder that can be written" in failure.lines[0]
+    assert failure.lines[0].startswith(f"{runs[0].folder}: its process cannot be started (")
     assert state(runs[1]) == "finished"
 
 
