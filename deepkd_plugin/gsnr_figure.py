@@ -28,7 +28,7 @@ from .gsnr import noise_floor
 if TYPE_CHECKING:
     from .gsnr_report import Run
 
-SUMMARIES = {"ratio": "ratio of sums", "mean": "mean over coordinates"}
+TITLES = {"ratio": "ratio of sums", "mean": "mean over coordinates"}
 """gsnr.py's two, in the order of the panels, and what they are called."""
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
@@ -69,7 +69,7 @@ def draw(runs: Sequence[Run]) -> Figure:
     FigureCanvasAgg(figure)
     panels = list(figure.subplots(len(heights), sharex=True, height_ratios=heights))
 
-    for panel, (name, title) in zip(panels, SUMMARIES.items()):
+    for panel, (name, title) in zip(panels, TITLES.items()):
         for stream, style in styles.items():
             values = _grid(runs, iterations, "gsnr", stream, name)
             _line(panel, iterations, values, stream.upper(), style)

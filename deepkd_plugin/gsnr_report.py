@@ -16,8 +16,8 @@ import yaml
 from . import config
 from .checkpoint import write_whole
 from .errors import UserError
-from .gsnr import noise_floor
-from .gsnr_figure import SUMMARIES, draw
+from .gsnr import SUMMARIES, noise_floor
+from .gsnr_figure import TITLES, draw
 from .metrics import GSNR
 
 ORDERINGS = (("tog", "tcg"), ("ncg", "tcg"))
@@ -208,14 +208,14 @@ def summarise(runs: Sequence[Run]) -> str:
     windows = [window for run in runs for window in run.windows]
     noise = noise_floor(windows[0]["samples"])
     seeds = f"seed{'s' if len(runs) > 1 else ''} {', '.join(str(run.seed) for run in runs)}"
-    rows = [("GSNR", "median of windows", *SUMMARIES.values())]
+    rows = [("GSNR", "median of windows", *TITLES.values())]
     for stream in first.streams:
-        medians = [_median(window["gsnr"][stream][name] for window in windows) for name in SUMMARIES]
+        medians = [_median(window["gsnr"][stream][name] for window in windows) for name in TITLES]
         rows.append(("", stream.upper(), *medians))
-    rows.append(("", "noise alone", *(f"{noise[name]:.4g}" for name in SUMMARIES)))
+    rows.append(("", "noise alone", *(f"{noise[name]:.4g}" for name in TITLES)))
     for high, low in ORDERINGS:
         if {high, low} <= set(first.streams):
-            held = [_holds(windows, name, high, low) for name in SUMMARIES]
+            held = [_holds(windows, name, high, low) for name in TITLES]
             rows.append(("ordering", f"{high.upper()} > {low.upper()}", *held))
     table = [f"{row[0]:10}{row[1]:20}{row[2]:24}{row[3]}" for row in rows]
     measured = (

@@ -57,9 +57,10 @@ def notes(cells: Sequence[Cell]) -> list[str]:
         "Last epoch: the accuracy after the last epoch of training. Best epoch: the highest of all epochs, chosen "
         "on the test images, so it flatters. It is shown because papers often print it.",
         "Mean ± sample standard deviation (n − 1) over the seeds that count; differences are in percentage points.",
-        f"Gain: our mean minus the base method's under the same protocol, with the {CONFIDENCE} interval and the "
-        "p value of Welch's t-test. Runs that share a seed are treated as independent, because how far they go "
-        f"together is unknown. Higher and lower: p is below {1 - LEVEL:.2f}.",
+        "Gain: our mean minus the base method's in this table, each under its protocol above, with the "
+        f"{CONFIDENCE} interval and the p value of Welch's t-test. Runs that share a seed are treated as independent, "
+        "because how far they go together is unknown. "
+        f"Higher and lower: p is below {1 - LEVEL:.2f}.",
         f"A cell with fewer than {MIN_RUNS} runs, or against a base with fewer, gets no interval, no p value and "
         "no verdict.",
     ]

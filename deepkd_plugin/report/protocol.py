@@ -12,6 +12,9 @@ from .formats import ranges
 ALIKE = ("Training images", "Test images", "Teacher", "Versions", "Code")
 """What must be the same in all cells of a pair; methods may differ in the rest by their recipes."""
 
+AS_BASE = ("Learning rate", "Batch", "Precision", "Epochs")
+"""What a gain over a base takes for equal: where it is not, the gain is not the method's alone."""
+
 MOST_ANSWERS = 4
 """Different answers that are told with the methods that give them; an ablation's rows name theirs anyway."""
 
@@ -39,7 +42,21 @@ def cautions(cells: Sequence[Cell]) -> list[str]:
         answers = _by_method(cells, _of_records(get))
         if what in ALIKE and len(answers) > 1:
             found.append(f"{what} differ: {'; '.join(answers)}")
+    by_name = {cell.method.name: cell for cell in cells}
+    for cell in cells:
+        base = by_name.get(cell.base.name) if cell.base else None
+        if base is None or not (cell.records and base.records):
+            continue
+        for what, get in (*_PROTOCOL, ("Epochs", lambda record: record.epochs)):
+            mine, theirs = (_answer(get, one) for one in (cell, base))
+            if what in AS_BASE and mine != theirs:
+                found.append(f"{what} of {cell.method.label} is {mine}, of its base {theirs}")
     return found
+
+
+def _answer(get: Callable[[Record], Any], cell: Cell) -> str:
+    """What a cell's records say, once each."""
+    return " and ".join(dict.fromkeys(str(get(found)) for found in cell.records))
 
 
 def _of_records(get: Callable[[Record], Any]) -> Callable[[Cell], list[Any]]:

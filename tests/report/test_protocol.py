@@ -116,3 +116,19 @@ def test_cells_of_other_code_versions_or_teacher_are_cautioned_of(tmp_path, entr
 
     (said,) = cautions(assemble(collect(folder)))
     assert said.startswith(what)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "what"),
+    [
+        ("SOLVER.BATCH_SIZE", 128, "Batch of KD + DeepKD + DTM is 128 images, of its base 64 images"),
+        (
+            "SOLVER.LR_SCHEDULE",
+            "cosine",
+            "Learning rate of KD + DeepKD + DTM is 0.05 to 0.0005 cosine, of its base ",
+        ),
+    ],
+)
+def test_a_gain_over_a_base_of_another_protocol_is_cautioned_of(tmp_path, key, value, what):
+    (said,) = cautions(cells(tmp_path, runs={(PAIR, "deepkd"): {"settings": {key: value}}}))
+    assert said.startswith(what)
