@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .streams import Sets, backward_by_set, merge_streams
+from .streams import Sets, average, backward_by_set, merge_streams
 
 
 class Coefficients(NamedTuple):
@@ -42,8 +42,9 @@ class DecoupledMomentumSGD(Optimizer):
 
     `backward` may be called several times before a step; gradients add up. `p.grad` holds the sum of the
     streams. With a single stream (or all coefficients equal) p.grad is what `step` reads, so gradient
-    clipping, a GradScaler and plain `loss.backward()` work as with any optimizer; with several, `step` reads
-    and uses up the streams' own gradients, and p.grad is for looking at: clipping it changes nothing.
+    clipping, a GradScaler and plain `loss.backward()` work as with any optimizer. With several, `step` reads
+    and uses up the streams' own gradients: whatever changes p.grad between the two goes through `clip`,
+    `scale_gradients` and `average_gradients`, which bring the streams along.
 
     merge: let streams with equal coefficients share a buffer and a backward pass (the same result up to
     rounding). Coefficients may be changed between steps through `param_groups[i]["momentum"]`. Streams
@@ -137,6 +138,49 @@ class DecoupledMomentumSGD(Optimizer):
         _add(grads, total)
         for p in total:
             p.grad = grads[p]
+
+    @torch.no_grad()
+    def clip(self, clipper: Callable[[list[Tensor]], Any]) -> None:
+        """Let `clipper` clip p.grad of the parameters that it is given, in place; the streams follow it.
+
+        Each coordinate of each stream is scaled as that of their sum was, so a clipped sum stays the streams'
+        sum. Where streams cancel exactly there is nothing to follow, and they stay as they are::
+
+            opt.clip(lambda params: torch.nn.utils.clip_grad_norm_(params, 10.0))
+        """
+        params = [p for p in self._params() if p.grad is not None]
+        apart = [mine for mine in self._gradients if mine]
+        before = [p.grad.clone() for p in params] if apart else []
+        clipper(params)
+        for p, was in zip(params, before):
+            factor = torch.where(was != 0, p.grad / was, 1.0)
+            for mine in apart:
+                if p in mine:
+                    mine[p].mul_(factor)
+
+    @torch.no_grad()
+    def scale_gradients(self, factor: float | Tensor) -> None:
+        """Multiply p.grad and every stream's gradient, say by the inverse of a GradScaler's scale."""
+        held = [p.grad for p in self._params() if p.grad is not None]
+        held += [g for mine in self._gradients for g in mine.values()]
+        if held:
+            torch._foreach_mul_(held, factor)
+
+    @torch.no_grad()
+    def average_gradients(self, group: Any = None) -> None:
+        """Average every stream's gradient, and p.grad with them, over the processes of torch.distributed.
+
+        All processes of `group` (default: all) must call it between backward and step. A parameter without a gradient
+        here, but with one elsewhere, counts as 0; one without any stays without.
+        """
+        params = [p for p in self._params() if p.requires_grad]
+        apart = len(self._sets or ()) > 1
+        held = self._gradients if apart else [{p: p.grad for p in params if p.grad is not None}]
+        averaged = average(held, params, group)
+        if apart:
+            self._gradients = averaged
+        for p, gradient in (_total(averaged) if apart else averaged[0]).items():
+            p.grad = gradient
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:

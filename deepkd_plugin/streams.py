@@ -8,8 +8,10 @@ may share one backward pass and one buffer without changing the result.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 Sets = tuple[tuple[str, ...], ...]
@@ -86,6 +88,51 @@ def backward_by_set(
     else:
         columns = _in_turn(present, params, retain_graph)
     return [[None] * len(params) if total is None else next(columns) for total in totals]
+
+
+def average(
+    gradients: Sequence[Mapping[Tensor, Tensor]], params: Sequence[Tensor], group: Any = None
+) -> list[dict[Tensor, Tensor]]:
+    """Each set's gradients by parameter, averaged over the processes of torch.distributed's `group`.
+
+    params: all that may have a gradient, in one order on all processes. Where only some processes have a gradient the
+    others count as 0, and where none has there is none. The given gradients are overwritten.
+    """
+    present = torch.tensor([[p in mine for p in params] for mine in gradients], device=params[0].device)
+    present = present.to(torch.int32)
+    dist.all_reduce(present, dist.ReduceOp.MAX, group)
+    averaged = [
+        {p: mine[p] if p in mine else torch.zeros_like(p) for p, there in zip(params, row) if there}
+        for mine, row in zip(gradients, present.tolist())
+    ]
+    for bucket in _buckets([g for mine in averaged for g in mine.values()]):
+        flat = torch.cat([g.reshape(-1) for g in bucket])
+        dist.all_reduce(flat, group=group)
+        flat /= dist.get_world_size(group)
+        for g, part in zip(bucket, flat.split([g.numel() for g in bucket])):
+            g.copy_(part.view_as(g))
+    return averaged
+
+
+BUCKET = 25 * 2**20
+"""Bytes that are reduced at once, more or less; DistributedDataParallel's number."""
+
+
+def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Gradients of one dtype, in order, until their bytes fill a bucket."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for g in gradients:
+        by_dtype.setdefault(g.dtype, []).append(g)
+    for alike in by_dtype.values():
+        bucket, size = [], 0
+        for g in alike:
+            bucket.append(g)
+            size += g.numel() * g.element_size()
+            if size >= BUCKET:
+                yield bucket
+                bucket, size = [], 0
+        if bucket:
+            yield bucket
 
 
 def _in_turn(

@@ -633,3 +633,89 @@ def test_every_partition_of_four_streams_is_one_formula():
         for step in range(3):
             one_step(opt, params, step)
         assert_equal_params(params, formula(start, lambda _, m=momentum: m, 0.0, 0.02, "features", 0.1, 3))
+
+
+DECOUPLED = {"tog": 0.9, "tcg": 0.5, "ncg": 0.7}
+
+
+@pytest.mark.parametrize("factor", [0.25, torch.tensor(0.25)])
+@pytest.mark.parametrize("momentum", [DECOUPLED, dict.fromkeys(DECOUPLED, 0.9)])
+def test_scaled_gradients_are_those_of_scaled_losses(momentum, factor):
+    """What a GradScaler does: losses times 4, gradients over 4."""
+    found = []
+    for scaled in (False, True):
+        params = random_params()
+        opt = DecoupledMomentumSGD(params, 0.1, momentum, 0.01, "tcg")
+        for step in range(3):
+            opt.zero_grad()
+            losses = {s: linear_loss(params, random_gradients(step, i)) for i, s in enumerate(opt.streams)}
+            opt.backward({s: 4.0 * loss if scaled else loss for s, loss in losses.items()})
+            if scaled:
+                opt.scale_gradients(factor)
+            opt.step()
+        found.append(params)
+    for plain, scaled in zip(*found):
+        torch.testing.assert_close(scaled, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_scaling_without_gradients_is_nothing():
+    DecoupledMomentumSGD(random_params(), 0.1, DECOUPLED).scale_gradients(0.5)
+
+
+CLIPPERS = {
+    "norm": lambda params: torch.nn.utils.clip_grad_norm_(params, 0.5),
+    "norm of each": lambda params: [torch.nn.utils.clip_grad_norm_(p, 0.3) for p in params],
+    "value": lambda params: torch.nn.utils.clip_grad_value_(params, 0.2),
+}
+
+
+@pytest.mark.parametrize("name", CLIPPERS)
+def test_equal_streams_apart_are_clipped_as_one_stream(name):
+    """merge=False takes the streams' own gradients; with equal momenta the result must be plain clipped SGD's."""
+    params, plain = random_params(), random_params()
+    opt = DecoupledMomentumSGD(params, 0.1, dict.fromkeys(DECOUPLED, 0.9), 0.01, "tog", merge=False)
+    sgd = torch.optim.SGD(plain, 0.1, 0.9, weight_decay=0.01)
+    for step in range(4):
+        opt.zero_grad()
+        opt.backward({s: linear_loss(params, random_gradients(step, i)) for i, s in enumerate(opt.streams)})
+        opt.clip(CLIPPERS[name])
+        opt.step()
+        for i, p in enumerate(plain):
+            p.grad = sum(random_gradients(step, s)[i] for s in range(3))
+        CLIPPERS[name](plain)
+        sgd.step()
+    for ours, theirs in zip(params, plain):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_clipping_by_norm_scales_every_stream_alike():
+    params = random_params()
+    opt = DecoupledMomentumSGD(params, 1.0, DECOUPLED)
+    opt.backward({s: linear_loss(params, random_gradients(0, i)) for i, s in enumerate(opt.streams)})
+    norm = torch.cat([p.grad.flatten() for p in params]).norm()
+    opt.clip(lambda held: torch.nn.utils.clip_grad_norm_(held, norm.item() / 4))
+    opt.step()
+    for i, p in enumerate(params):
+        for s in range(3):
+            expected = random_gradients(0, s)[i] / 4
+            torch.testing.assert_close(opt.state[p]["buffers"][s], expected, rtol=1e-5, atol=1e-8)
+
+
+def test_a_merged_step_reads_the_clipped_gradient():
+    params = random_params()
+    start = [p.detach().clone() for p in params]
+    opt = DecoupledMomentumSGD(params, 1.0, dict.fromkeys(DECOUPLED, 0.9))
+    opt.backward({s: linear_loss(params, random_gradients(0, i)) for i, s in enumerate(opt.streams)})
+    opt.clip(lambda held: torch.nn.utils.clip_grad_value_(held, 0.1))
+    opt.step()
+    assert max((p - s).abs().max().item() for p, s in zip(params, start)) == pytest.approx(0.1)
+
+
+def test_a_zero_sum_leaves_its_streams_as_they_are():
+    p = torch.zeros(2, dtype=F64, requires_grad=True)
+    opt = DecoupledMomentumSGD([p], 1.0, {"a": 0.9, "b": 0.5})
+    up = torch.tensor([1.0, 4.0], dtype=F64)
+    opt.backward({"a": (p * up).sum(), "b": -(p * torch.tensor([1.0, 2.0], dtype=F64)).sum()})
+    opt.clip(lambda held: torch.nn.utils.clip_grad_value_(held, 1.0))
+    opt.step()
+    assert [b.tolist() for b in opt.state[p]["buffers"]] == [[1.0, 2.0], [-1.0, -1.0]]

@@ -1,0 +1,86 @@
+"""The streams of a detector's step: class logits of sampled proposals in, losses by stream out.
+
+A proposal is to a detector what an image is to a classifier: it has K + 1 class logits, of K classes and of the
+background, and a class, which may be the background. Distillation is decoupled over it as over an image (DKD, Zhao
+et al., 2022, section 4.3: background proposals take part, and their target is the background).
+
+Normaliser: every term is the mean over the N proposals that the step sampled, of all images and classes, as
+in mdistiller's rcnn_dkd_loss and as detectors' own classification losses have it. Where there is none, it is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from ..losses import decoupled_kd, kd_divergence, wide
+
+BASES = ("KD", "DKD")
+"""Methods on class logits that can be taken apart; KD keeps the teacher's (1 - p) on NCKD."""
+
+TASK, TARGET, NON_TARGET, FEATURES = STREAMS = ("tog", "tcg", "ncg", "feat")
+"""Streams: all detection losses, target class, non-target classes, and a feature method's loss where there is one."""
+
+
+def proposal_kd(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Plain KD over proposals: the mean of T² · KL(teacher ‖ student), a scalar.
+
+    student_logits, teacher_logits: (N, K + 1). Raises ValueError for other shapes or T ≤ 0.
+    """
+    return _mean(kd_divergence(student_logits, teacher_logits, temperature), student_logits)
+
+
+def proposal_terms(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    *,
+    base: str = "DKD",
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    mask: str = "renormalise",
+) -> tuple[Tensor, Tensor]:
+    """The target-class and the non-target-class term over proposals, two scalars without weights.
+
+    student_logits, teacher_logits: (N, K + 1); target: (N,) integers, the column of each proposal's class, the
+    background's (detectron2: the last, torchvision: the first) for those without an object. base: "DKD", or "KD",
+    whose two terms add up to proposal_kd where no mask is set. top_k, mask: as in losses.decoupled_kd; for a
+    proposal with an object the background is one of the non-target classes. Raises ValueError as that does, and for
+    another base.
+    """
+    if base not in BASES:
+        raise ValueError(f"base must be one of {BASES}, got {base!r}")
+    tckd, nckd, p = decoupled_kd(student_logits, teacher_logits, target, temperature, top_k, mask)
+    if base == "KD":
+        nckd = (1.0 - p) * nckd
+    return _mean(tckd, student_logits), _mean(nckd, student_logits)
+
+
+def losses_by_stream(
+    detection_losses: Mapping[str, Tensor],
+    terms: tuple[Tensor, Tensor],
+    *,
+    task_weight: float = 1.0,
+    tcg_weight: float = 1.0,
+    ncg_weight: float = 0.25,
+    feature_losses: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Everything that a step minimises, by stream.
+
+    detection_losses: name → scalar, of the proposal network and the box head; their sum is the task stream. terms:
+    what proposal_terms gave. feature_losses: name → scalar, weighted already, of a method on features such as
+    ReviewKD; a stream of its own where there are any. The default weights are mdistiller's for DKD on detectors.
+    """
+    tcg, ncg = terms
+    streams = {
+        TASK: task_weight * sum(detection_losses.values()),
+        TARGET: tcg_weight * tcg,
+        NON_TARGET: ncg_weight * ncg,
+    }
+    return streams | ({FEATURES: sum(feature_losses.values())} if feature_losses else {})
+
+
+def _mean(per_proposal: Tensor, logits: Tensor) -> Tensor:
+    """The mean over proposals; 0, with a gradient of 0, where there are none."""
+    return per_proposal.mean() if len(per_proposal) else wide(logits).sum()
