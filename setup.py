@@ -51,9 +51,10 @@ setup(
     ],
     extras_require={
         "mdistiller": ["scipy"],  # mdistiller imports it and does not declare it
+        "detection": ["pycocotools"],  # COCO-format sets, AP
         "wandb": ["wandb"],
         "slurm": ["submitit"],
-        "test": ["pytest>=8", "ruff", "submitit"],
+        "test": ["pytest>=8", "ruff", "submitit", "pycocotools"],
     },
     entry_points={"console_scripts": ["deepkd = deepkd_plugin.cli:entry"]},
     cmdclass={"build_py": BuildPy},

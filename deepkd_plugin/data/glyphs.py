@@ -117,6 +117,18 @@ def _atlas() -> tuple[list[list[Image.Image]], np.ndarray]:
     return masks, sides
 
 
+def glyph_masks(characters: str) -> tuple[list[list[Image.Image]], np.ndarray]:
+    """Some of CHARACTERS in every font, as drawn for this set.
+
+    Returns:
+        masks[character][font], "L" images of ATLAS_SIDE x ATLAS_SIDE with the glyph in the middle, and the glyphs'
+        (width, height) in pixels of that image, float64 (characters, fonts, 2).
+    """
+    masks, sides = _atlas()
+    places = [CHARACTERS.index(character) for character in characters]
+    return [masks[place] for place in places], sides[places]
+
+
 def _placements(rng: np.random.Generator, glyph_sides: np.ndarray) -> np.ndarray:
     """Random size, aspect, rotation, shear and position, the glyph kept inside the image.
 
@@ -155,14 +167,25 @@ def _stroke(points: np.ndarray, width: float) -> Image.Image:
     return mask
 
 
-def _colours(rng: np.random.Generator, base: np.ndarray) -> np.ndarray:
-    """A colour per image, (N, 3), lighter or darker than `base` by a random contrast."""
+def colours(
+    rng: np.random.Generator, base: np.ndarray, contrasts: tuple[float, float] = CONTRAST
+) -> np.ndarray:
+    """Colours (N, 3), each lighter or darker than its `base` (N, 3) by a random contrast; 1 is black on white."""
     n = len(base)
-    contrast = rng.uniform(*CONTRAST, n) * rng.choice([-1.0, 1.0], n)
+    contrast = rng.uniform(*contrasts, n) * rng.choice([-1.0, 1.0], n)
     # The sign is turned where there is no room for it, else the contrast would be cut off at black or white.
     brightness = base.mean(axis=1)
     contrast = np.where((brightness + contrast > 1) | (brightness + contrast < 0), -contrast, contrast)
     return base + contrast[:, None] + rng.uniform(-CHROMA, CHROMA, (n, 3))
+
+
+def textures(rng: np.random.Generator, n: int, side: int) -> np.ndarray:
+    """Smooth random patterns (n, side, side, 3) float64: TEXTURE_CELLS² normal values, spread over the image."""
+    # bilinear weights that spread the coarse grid
+    position = (np.arange(side) + 0.5) / side * (TEXTURE_CELLS - 1)
+    spread = np.maximum(1 - np.abs(position[:, None] - np.arange(TEXTURE_CELLS)), 0)
+    grid = rng.normal(size=(n, TEXTURE_CELLS, TEXTURE_CELLS, 3))
+    return np.einsum("yj,njkc,xk->nyxc", spread, grid, spread, optimize=True)
 
 
 def render_glyphs(split: str, per_class: int | None = None, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -219,15 +242,10 @@ def _render_block(rng: np.random.Generator, masks: list[list[Image.Image]], side
     glyph /= 255
     stroke /= 255
 
-    # Bilinear weights that spread a coarse grid of random values over the image.
-    position = (np.arange(SIZE) + 0.5) / SIZE * (TEXTURE_CELLS - 1)
-    spread = np.maximum(1 - np.abs(position[:, None] - np.arange(TEXTURE_CELLS)), 0)
-    grid = rng.normal(size=(n, TEXTURE_CELLS, TEXTURE_CELLS, 3))
-    texture = np.einsum("yj,njkc,xk->nyxc", spread, grid, spread, optimize=True)
-
+    texture = textures(rng, n, SIZE)
     ground = rng.uniform(0.1, 0.9, (n, 1)) + rng.uniform(-CHROMA, CHROMA, (n, 3))
     image = ground[:, None, None] + texture * rng.uniform(*TEXTURE, (n, 1, 1, 1))
-    for mask, colour in ((stroke, _colours(rng, ground)), (glyph, _colours(rng, ground))):
+    for mask, colour in ((stroke, colours(rng, ground)), (glyph, colours(rng, ground))):
         image = image + mask * (colour[:, None, None] - image)
     image += rng.normal(size=image.shape) * rng.uniform(*NOISE, (n, 1, 1, 1))
     return (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
