@@ -132,10 +132,13 @@ def _parser() -> Parser:
         help="train what a table compares, and compare it",
         description="Plan the runs of a table (pair x method x seed), show the plan and an estimate of its time, "
         "run what is not finished yet, and report. The same command goes on after an interruption. Tables: the "
-        "folders of configs/, and ablation-momentum, ablation-mask, ablation-delta and ablation-phases.",
+        "folders of configs/ and of configs/detection/, coco (mdistiller's detectors, on detectron2), and "
+        "ablation-momentum, ablation-mask, ablation-delta and ablation-phases.",
         allow_abbrev=False,
     )
-    reproduce.add_argument("table", metavar="TABLE", help="cifar100, imagenet, tiny_imagenet, glyphs100, ...")
+    reproduce.add_argument(
+        "table", metavar="TABLE", help="cifar100, imagenet, glyphs100, glyph_canvas, coco, ..."
+    )
     reproduce.add_argument(
         "--pairs", metavar="PAIR", nargs="+", help="some of the table's pairs (default: all)"
     )
@@ -157,7 +160,8 @@ def _parser() -> Parser:
     reproduce.add_argument(
         "--overwrite",
         action="store_true",
-        help="make runs anew that other code made, and let those go that had other options, instead of refusing",
+        help="make runs anew that other code made or another teacher taught, and let those go that had other "
+        "options, instead of refusing",
     )
     reproduce.add_argument(
         "--launcher",
@@ -181,6 +185,27 @@ def _parser() -> Parser:
     )
     report.add_argument("folder", metavar="DIR", type=Path, help="where reproduce put a table")
     report.set_defaults(run=_report)
+
+    merge = commands.add_parser(
+        "merge-detector-weights",
+        help="make the start file of mdistiller's detection",
+        description="Put a teacher's detector and a student's ImageNet backbone into one file, which "
+        "MODEL.WEIGHTS of mdistiller's detection configs names.",
+    )
+    merge.add_argument(
+        "teacher", metavar="TEACHER", type=Path, help="a Faster R-CNN with FPN of detectron2, .pth or .pkl"
+    )
+    merge.add_argument(
+        "student",
+        metavar="STUDENT",
+        type=Path,
+        help="a resnet18, resnet50 or mobilenet_v2 of torchvision (.pth), or MSRA's R-50.pkl",
+    )
+    merge.add_argument("out", metavar="OUT", type=Path, help="the file to write, .pth")
+    merge.add_argument(
+        "--classes", metavar="N", type=_count, help="refuse a teacher of another number of classes"
+    )
+    merge.set_defaults(run=_merge)
     return parser
 
 
@@ -214,6 +239,13 @@ def _report(args: argparse.Namespace) -> int:
 
     for path in report(args.folder):
         print(path)
+    return 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from .detection.merge import merge
+
+    print(merge(args.teacher, args.student, args.out, args.classes))
     return 0
 
 

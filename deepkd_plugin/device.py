@@ -108,6 +108,11 @@ def autocast(device: torch.device, enabled: bool) -> contextlib.AbstractContextM
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
+def shapes_only() -> contextlib.AbstractContextManager[Any]:
+    """Networks made inside have shapes and no memory."""
+    return torch.device("meta")
+
+
 def seed_everything(seed: int, epoch: int = 0) -> None:
     """Seed Python, numpy and torch for one epoch (0: before the first).
 

@@ -35,7 +35,6 @@ from deepkd_plugin.errors import UserError
         (["gsnr", "--cfg", "a.yaml", "--fast"], "unrecognized arguments: --fast"),
         (["reproduce"], "the following arguments are required: TABLE; see deepkd reproduce --help"),
         (["reproduce", "glyphs"], "TABLE is 'glyphs'; it must be one of cifar100, cifar100_cpu, glyphs100, "),
-        (["reproduce", "coco"], "TABLE coco is detection, which this version does not have; the tables are"),
         (["reproduce", "glyphs100", "--pairs"], "argument --pairs: expected at least one argument"),
         (["reproduce", "glyphs100", "--pairs", "SOLVER.LR", "1"], "--pairs: expected at least one argument"),
         (["reproduce", "glyphs100", "--out"], "--out: expected one argument; see deepkd reproduce --help"),
@@ -46,6 +45,15 @@ from deepkd_plugin.errors import UserError
         (["reproduce", "glyphs100", "--seed", "1"], "unrecognized arguments: --seed"),
         (["reproduce", "glyphs100", "cifar100"], "options come in pairs KEY VALUE, 'cifar100' has no value"),
         (["report"], "the following arguments are required: DIR; see deepkd report --help"),
+        (
+            ["merge-detector-weights", "a.pkl", "b.pth"],
+            "the following arguments are required: OUT; see deepkd",
+        ),
+        (
+            ["merge-detector-weights", "a.pkl", "b.pth", "c.pth", "--classes", "0"],
+            "--classes: is '0'; it must be a whole number from 1 on",
+        ),
+        (["merge-detector-weights", "a.pkl", "b.pth", "c.pkl"], "OUT is c.pkl; it must end in .pth"),
     ],
 )
 def test_a_mistake_in_the_command_line_is_one_line(capsys, words, complaint):
@@ -106,6 +114,7 @@ def test_help_names_every_command(capsys):
     assert "\n    gsnr " in out
     assert "\n    reproduce" in out
     assert "\n    report " in out
+    assert "\n    merge-detector-weights" in out
 
 
 WINDOW = {
