@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+from ..reproduce.measures import CLASSIFICATION, MEASURES, Measures
 from . import published
 from .collect import Method, Pair, Planned, Record, Table
 from .formats import CONFIDENCE, interval, signed
@@ -27,14 +28,23 @@ NUMBERS = {"last": "last epoch", "best": "best of all epochs, chosen on the test
 """The two numbers of a run. The last epoch's is the main one: it needs no look at the test images."""
 
 
+def number_name(number: str, measures: Measures) -> str:
+    """What one of NUMBERS is called in a table whose runs measure these."""
+    return NUMBERS[number].replace("epoch", measures.step)
+
+
 @dataclass(frozen=True)
 class Number:
-    """One of a cell's two numbers over its runs: against the published value, and against its base."""
+    """One of a cell's two numbers over its runs: against the published value, and against its base.
+
+    further: the other measures of the same epochs, by name.
+    """
 
     summary: Summary
     minus_published: Difference | None
     gain: Difference | None
     holm_p: float | None = None
+    further: dict[str, Summary] = field(default_factory=dict)
 
     @property
     def after_holm(self) -> str | None:
@@ -59,6 +69,7 @@ class Cell:
     published: Published | None
     base_published: Published | None
     numbers: dict[str, Number]
+    measures: Measures = MEASURES[CLASSIFICATION]
 
     @property
     def published_gain(self) -> float | None:
@@ -92,6 +103,7 @@ def assemble(table: Table) -> list[Cell]:
                 published=published.find(*names, settings, table.options),
                 base_published=None,
                 numbers={},
+                measures=table.measures,
             )
     cells = [_compare(cell, found.get((cell.pair.name, cell.method.base))) for cell in found.values()]
     return _correct(cells)
@@ -108,7 +120,11 @@ def _compare(cell: Cell, base: Cell | None) -> Cell:
             others = [getattr(record, name) for record in base.records]
             gain = compare(values, others, (cell.method.label, base.method.label))
         minus = compare_published(values, held.value) if known else None
-        numbers[name] = Number(summarise(values), minus, gain)
+        further = {
+            other: summarise([record.further[name][other] for record in cell.records])
+            for other in cell.measures.further
+        }
+        numbers[name] = Number(summarise(values), minus, gain, further=further)
     return replace(cell, numbers=numbers, base_published=base.published if base is not None else None)
 
 

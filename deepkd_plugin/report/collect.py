@@ -11,7 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from .. import record
 from ..config import computes, flatten
 from ..errors import UserError
 from ..metrics import METRICS, read_metrics
-
-PLAN = "table.json"
+from ..reproduce.measures import CLASSIFICATION, MEASURES, Measures
+from ..reproduce.shared import FILE
+from .detectron2 import settings as ours
 
 NOT_STARTED, UNFINISHED, OTHER_CONFIG, MIXED, UNREADABLE = (
     "not started",
@@ -78,9 +79,10 @@ class Planned:
 class Record:
     """What one finished run measured and by what it was made.
 
-    best, last: test accuracy in percent of the best and the last epoch. curve, lr, momentum: test accuracy,
-    learning rate and momenta by epoch, empty where the run did not write them. teacher: fingerprint of its
-    weights, None without one; teacher_acc: its accuracy in percent. execution: the ways its steps were taken.
+    best, last: the main measure, on the test images in percent, of the best and the last epoch; further: others of
+    the same epochs, {"last" or "best": {name: value}}. curve, lr, momentum: the main measure, learning rate and momenta
+    by epoch, empty where the run did not write them. teacher: fingerprint of its weights, None without one;
+    teacher_acc: its own main measure, None where it was not tested. execution: the ways its steps were taken.
     settings: the config by dotted path. codes: hashes of the package's code, one for each that a session ran.
     """
 
@@ -104,6 +106,8 @@ class Record:
     codes: tuple[str, ...]
     started: str
     settings: dict[str, Any]
+    measures: Measures = MEASURES[CLASSIFICATION]
+    further: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ class Table:
     """A table's plan and what there is of it.
 
     over: the base method of an ablation. options: KEY → value that every run was given. records: by (pair,
-    method, seed).
+    method, seed). kind: of MEASURES.
     """
 
     folder: Path
@@ -135,6 +139,11 @@ class Table:
     runs: tuple[Planned, ...]
     records: dict[tuple[str, str, int], Record]
     left_out: tuple[LeftOut, ...]
+    kind: str = CLASSIFICATION
+
+    @property
+    def measures(self) -> Measures:
+        return MEASURES[self.kind]
 
     @property
     def title(self) -> str:
@@ -157,7 +166,7 @@ def collect(folder: Path) -> Table:
     left_out: list[LeftOut] = []
     for run in plan["runs"]:
         try:
-            records[run] = read_record(run)
+            records[run] = read_record(run, plan["kind"])
         except _RejectedError as why:
             left_out.append(LeftOut(run, *why.args))
         # files from a full disk or a killed editor hold anything
@@ -179,9 +188,9 @@ def collect(folder: Path) -> Table:
 
 def read_plan(folder: Path) -> dict[str, Any]:
     """The fields of a Table that table.json holds; UserError where it cannot be read."""
-    path = folder / PLAN
+    path = folder / FILE
     if not path.is_file():
-        raise UserError(f"{folder}: holds no {PLAN}; it must be a folder that 'deepkd reproduce' made")
+        raise UserError(f"{folder}: holds no {FILE}; it must be a folder that 'deepkd reproduce' made")
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
         runs = tuple(
@@ -202,6 +211,7 @@ def read_plan(folder: Path) -> dict[str, Any]:
             "over": _text(held.get("over")),
             "options": dict(zip(options[::2], options[1::2])),
             "metric": str(held["metric"]),
+            "kind": str(held.get("kind", CLASSIFICATION)),
             "seeds": tuple(int(seed) for seed in held["seeds"]),
             "pairs": tuple(Pair(str(p["name"]), str(p["teacher"]), str(p["student"])) for p in held["pairs"]),
             "methods": tuple(
@@ -211,6 +221,8 @@ def read_plan(folder: Path) -> dict[str, Any]:
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: must be the plan of a table ({type(error).__name__}: {error})") from None
+    if plan["kind"] not in MEASURES:
+        raise UserError(f"{path}: kind is {plan['kind']!r}; it must be one of {', '.join(MEASURES)}")
     keys = Counter((run.pair, run.method, run.seed) for run in runs)
     twice = [key for key, count in keys.items() if count > 1]
     if twice:
@@ -230,7 +242,7 @@ def _text(held: Any) -> str | None:
     return None if held is None else str(held)
 
 
-def read_record(run: Planned) -> Record:
+def read_record(run: Planned, kind: str = CLASSIFICATION) -> Record:
     """What a finished run left; raises _RejectedError(kind, reason) for any other, anything for broken files."""
     if not (run.folder / "run.json").exists():
         words = _last_words(run.folder)
@@ -242,17 +254,28 @@ def read_record(run: Planned) -> Record:
         reason = f"made under another config: its hash is {held['config_hash']}, the plan's {run.hash}"
         raise _RejectedError(OTHER_CONFIG, reason)
     if not held["finished"]:
-        reason = f"unfinished: {_epochs_done(run.folder)} of {run.epochs} epochs"
+        reason = f"unfinished: {_epochs_done(run.folder)} of {run.epochs} {MEASURES[kind].step}s"
         raise _RejectedError(UNFINISHED, reason + _last_words(run.folder))
     settings = yaml.load((run.folder / "config.yaml").read_text(encoding="utf-8"), _Loader)
-    return _record(run, held, read_metrics(run.folder), flatten(settings))
+    found = ours(kind, flatten(settings))
+    return _record(run, held, read_metrics(run.folder), found, MEASURES[kind])
 
 
 def _record(
-    run: Planned, held: dict[str, Any], lines: Sequence[dict[str, Any]], settings: dict[str, Any]
+    run: Planned,
+    held: dict[str, Any],
+    lines: Sequence[dict[str, Any]],
+    settings: dict[str, Any],
+    measures: Measures,
 ) -> Record:
     result, teacher_acc = held["result"], held.get("teacher_acc")
-    curve = {int(line["epoch"]): float(line["test_acc"]) for line in lines if "test_acc" in line}
+    key = measures.key
+    curve = {int(line["epoch"]): float(line[key]) for line in lines if key in line}
+    of_epoch = {int(line["epoch"]): line for line in lines}
+    further = {
+        number: {name: float(of_epoch[int(result[at])][other]) for name, other in measures.further.items()}
+        for number, at in (("last", "epochs"), ("best", "best_epoch"))
+    }
     found = Record(
         run=run,
         best=float(result["best"]),
@@ -278,8 +301,11 @@ def _record(
         codes=tuple(dict.fromkeys(str(session.get("code")) for session in (held, *held.get("resumed", ())))),
         started=str(held["started"]),
         settings=settings,
+        measures=measures,
+        further=further,
     )
-    numbers = (found.best, found.last, found.minutes, found.teacher_acc or 0.0, *curve.values())
+    numbers = [found.best, found.last, found.minutes, found.teacher_acc or 0.0, *curve.values()]
+    numbers += [value for values in further.values() for value in values.values()]
     if not all(math.isfinite(value) for value in numbers):
         raise ValueError("a number is not finite")
     if not lines or lines[-1]["epoch"] != found.epochs:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .cells import NUMBERS, Cell, Number
+from ..reproduce.measures import CLASSIFICATION, MEASURES, Measures
+from .cells import Cell, Number, number_name
 from .formats import CONFIDENCE, NONE, interval, mean_std, p_value
 from .statistics import EQUAL, Difference
 
@@ -26,8 +27,10 @@ def columns(cells: Sequence[Cell], number: str) -> list[Column]:
     """The columns that the cells of one pair need for one of NUMBERS, the method's first.
 
     Without any published value, or without any base, the columns on it are left out. The published values stand
-    in the main table alone, and beside its number the best epoch's.
+    in the main table alone, and beside its number the best epoch's. Further measures follow the main one.
     """
+    measures = cells[0].measures
+    step = measures.step
     bases = list(dict.fromkeys(cell.base.label for cell in cells if cell.base is not None))
     over = f"Gain over {bases[0]}" if len(bases) == 1 else "Gain over the base"
     several = len(bases) > 1
@@ -44,13 +47,17 @@ def columns(cells: Sequence[Cell], number: str) -> list[Column]:
     shown = [Column("Method", lambda cell: (cell.method.label,), "words"), Column("Runs", _runs)]
     known = any(cell.published is not None for cell in cells)
     if number == "last":
-        shown.append(Column("Ours, last epoch", lambda cell: (mean_std(held(cell).summary),)))
-        if known:
-            shown.append(Column("Published", _published, "prose"))
+        shown.append(Column(f"Ours, last {step}", lambda cell: (mean_std(held(cell).summary),)))
     else:
         shown.append(
-            Column("Ours, best epoch", lambda cell: (mean_std(held(cell).summary), *_best_epochs(cell)))
+            Column(f"Ours, best {step}", lambda cell: (mean_std(held(cell).summary), *_best_epochs(cell)))
         )
+    shown += [
+        Column(name, lambda cell, name=name: (mean_std(held(cell).further[name]),))
+        for name in measures.further
+    ]
+    if known and number == "last":
+        shown.append(Column("Published", _published, "prose"))
     if known:
         minus = f"Ours − published [{CONFIDENCE}]"
         shown.append(Column(minus, lambda cell: _minus(held(cell).minus_published, cell)))
@@ -61,7 +68,7 @@ def columns(cells: Sequence[Cell], number: str) -> list[Column]:
             Column("Verdict", lambda cell: verdict(cell, number), "words"),
         ]
     if number == "last":
-        shown.append(Column("Best epoch*", lambda cell: (mean_std(cell.numbers["best"].summary),)))
+        shown.append(Column(f"Best {step}*", lambda cell: (mean_std(cell.numbers["best"].summary),)))
     return shown
 
 
@@ -79,9 +86,10 @@ def verdict(cell: Cell, number: str) -> Words:
     return (held.gain.verdict,)
 
 
-def title(number: str, metric: str) -> str:
+def title(number: str, metric: str, measures: Measures = MEASURES[CLASSIFICATION]) -> str:
     """The caption of a table of one of NUMBERS."""
-    return f"{NUMBERS[number][0].upper()}{NUMBERS[number][1:]}: {metric}"
+    name = number_name(number, measures)
+    return f"{name[0].upper()}{name[1:]}: {metric}"
 
 
 def _runs(cell: Cell) -> Words:
@@ -120,4 +128,5 @@ def _best_epochs(cell: Cell) -> Words:
     epochs = sorted(record.best_epoch for record in cell.records)
     if not epochs:
         return ()
-    return (f"epoch {epochs[0]}" if epochs[0] == epochs[-1] else f"epochs {epochs[0]} to {epochs[-1]}",)
+    step = cell.measures.step
+    return (f"{step} {epochs[0]}" if epochs[0] == epochs[-1] else f"{step}s {epochs[0]} to {epochs[-1]}",)

@@ -51,15 +51,17 @@ def curves(groups: Mapping[str, Sequence[Cell]], metric: str, name: str) -> Mark
     everything = [curve for drawn in held.values() for curve in drawn]
     if not everything:
         return None
-    scale = _accuracy_scale(everything)
-    panels = [_panel(heading, drawn, scale, f"{metric}, {name}") for heading, drawn in held.items() if drawn]
+    scale = _scale(everything)
+    step = next(cell for cells in groups.values() for cell in cells).measures.step
+    what = f"{metric}, {name}"
+    panels = [_panel(heading, drawn, scale, what, step) for heading, drawn in held.items() if drawn]
     thinned = max(_every(curve.epochs) for curve in everything)
     caption = (
-        f"{metric} on the test images by epoch: the mean of the runs that count, in a band from the lowest to the "
+        f"{metric} on the test images by {step}: the mean of the runs that count, in a band from the lowest to the "
         "highest of them. The vertical axis, one for all, leaves out what lies below the second half of training."
     )
     if thinned > 1:
-        caption += f" At least every {_nth(thinned)} epoch is drawn."
+        caption += f" At least every {_nth(thinned)} {step} is drawn."
     return tag("figure", tag("figcaption", caption), tag("div", panels, class_="panels"))
 
 
@@ -82,7 +84,7 @@ def _curve(cell: Cell, style: int) -> _Curve | None:
     )
 
 
-def _accuracy_scale(drawn: Sequence[_Curve]) -> tuple[float, float]:
+def _scale(drawn: Sequence[_Curve]) -> tuple[float, float]:
     """Ends of the vertical axis: all that curves and bands reach in the second half of training."""
     late = [
         value
@@ -96,7 +98,7 @@ def _accuracy_scale(drawn: Sequence[_Curve]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _panel(heading: str, drawn: Sequence[_Curve], scale: tuple[float, float], what: str) -> Markup:
+def _panel(heading: str, drawn: Sequence[_Curve], scale: tuple[float, float], what: str, step: str) -> Markup:
     first, last = min(c.epochs[0] for c in drawn), max(c.epochs[-1] for c in drawn)
     low, high = scale
 
@@ -114,11 +116,11 @@ def _panel(heading: str, drawn: Sequence[_Curve], scale: tuple[float, float], wh
     bands = [_band(curve, x, y) for curve in drawn if curve.runs > 1]
     lines = [_line(curve, x, y) for curve in drawn]
     says = "; ".join(
-        f"{c.label}: {c.runs} run{'s' if c.runs > 1 else ''}, {c.mean[0]:.1f} at epoch {c.epochs[0]}, "
-        f"{c.mean[-1]:.2f} at epoch {c.epochs[-1]}"
+        f"{c.label}: {c.runs} run{'s' if c.runs > 1 else ''}, {c.mean[0]:.1f} at {step} {c.epochs[0]}, "
+        f"{c.mean[-1]:.2f} at {step} {c.epochs[-1]}"
         for c in drawn
     )
-    title = f"{heading}: {what} by epoch"
+    title = f"{heading}: {what} by {step}"
     plot = tag(
         "svg", tag("title", title), tag("desc", says), grid, bands, lines,
         class_="lines", role="img", viewBox="0 0 1000 1000", preserveAspectRatio="none",
@@ -149,7 +151,7 @@ def _panel(heading: str, drawn: Sequence[_Curve], scale: tuple[float, float], wh
             leaders,
             tag("div", labels, class_="labels", aria_hidden="true"),
             tag("div", x_axis, class_="x", aria_hidden="true"),
-            tag("div", "epoch", class_="unit", aria_hidden="true"),
+            tag("div", step, class_="unit", aria_hidden="true"),
             class_="drawing",
             style=f"--height:{HEIGHT}px;--letters:{letters}",
         ),

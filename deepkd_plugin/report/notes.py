@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from .cells import NUMBERS, Cell, comparisons
+from ..reproduce.measures import CLASSIFICATION, MEASURES
+from ..reproduce.shared import duration
+from .cells import Cell, comparisons, number_name
 from .collect import NOT_STARTED, UNFINISHED, Table
 from .formats import CONFIDENCE, ranges
+from .published import without_pair
 from .statistics import LEVEL, MIN_RUNS
 
 
@@ -27,16 +30,21 @@ def what_was_run(table: Table) -> str:
     said += [f"{others} left out"] if others else []
     text += f", {', '.join(said)}. " if said else ". "
     if records:
-        minutes = sum(found.minutes for found in records)
-        spent = f"{minutes / 60:.1f} hours" if minutes >= 90 else f"{minutes:.0f} minutes"
+        spent = duration(60 * sum(found.minutes for found in records))
         text += f"The counted runs trained for {spent} in all, the first started {min(r.started for r in records)}. "
     if table.options:
-        given = ", ".join(f"{key} {value}" for key, value in table.options.items())
+        given = ", ".join(f"{key} {value or repr(value)}" for key, value in table.options.items())
         text += f"Every run was given the options {given}. "
     return (
         f"{text}All go through this package's launcher, under the protocol that stands over each table. "
-        f"The main tables have the {NUMBERS['last']}."
+        f"The main tables have the {number_name('last', table.measures)}."
     )
+
+
+def published_without_pair(table: Table) -> list[str]:
+    """What is published for no pair in particular: a sentence that says so, then the values; empty without any."""
+    found = without_pair(table.dataset, table.metric)
+    return ["Published for a pair that is not named, so beside no cell of ours:", *found] if found else []
 
 
 def left_out(table: Table) -> list[tuple[str, str, str, str]]:
@@ -53,8 +61,10 @@ def left_out(table: Table) -> list[tuple[str, str, str, str]]:
 
 def notes(cells: Sequence[Cell]) -> list[str]:
     """How the numbers were made and what they do not say."""
+    measures = cells[0].measures if cells else MEASURES[CLASSIFICATION]
+    noun, step = measures.noun, measures.step
     said = [
-        "Last epoch: the accuracy after the last epoch of training. Best epoch: the highest of all epochs, chosen "
+        f"Last {step}: the {noun} at the end of training. Best {step}: the highest of all {step}s, chosen "
         "on the test images, so it flatters. It is shown because papers often print it.",
         "Mean ± sample standard deviation (n − 1) over the seeds that count; differences are in percentage points.",
         "Gain: our mean minus the base method's in this table, each under its protocol above, with the "
@@ -68,7 +78,7 @@ def notes(cells: Sequence[Cell]) -> list[str]:
     if last:
         holm = (
             f"Holm's p is adjusted over the {_count(last, 'comparison')} with a base in this table that have a "
-            f"p value ({best} for the best epoch): read by it, the chance that any of them is called higher or "
+            f"p value ({best} for the best {step}): read by it, the chance that any of them is called higher or "
             f"lower by mistake stays below {100 * (1 - LEVEL):g} %."
         )
         said.insert(3, holm)
@@ -76,8 +86,14 @@ def notes(cells: Sequence[Cell]) -> list[str]:
         said.append(
             "Published numbers stand with their source and how sure they are; 'inferred' ones were worked out from "
             "a stated gain and nobody printed them. How many runs they come from, how far those spread and whether "
-            "they are of the last or the best epoch is not known here. So a difference from them has only the "
+            f"they are of the last or the best {step} is not known here. So a difference from them has only the "
             f"{CONFIDENCE} t interval of our mean, and no test."
+        )
+    if measures.further:
+        others = " and ".join(measures.further)
+        said.append(
+            f"{noun}: COCO's, the mean over overlaps of 0.50 to 0.95 and over the classes. {others}: at one overlap, "
+            f"of the same {step}; gains and tests are of {noun}."
         )
     said.append("report.csv has every number of this page unrounded, runs.csv every run.")
     return said

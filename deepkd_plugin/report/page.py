@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .cells import NUMBERS, Cell, agreement, by_base, headline
+from .cells import NUMBERS, Cell, agreement, by_base, headline, number_name
 from .collect import Table
 from .columns import Column, columns, title
 from .curves import LINES, curves
 from .dots import dot_plot
 from .markup import Markup, join, tag
-from .notes import left_out, notes, what_was_run
+from .notes import left_out, notes, published_without_pair, what_was_run
 from .protocol import cautions, protocol
 from .statistics import EQUAL, HIGHER, LOWER
 
@@ -26,7 +26,7 @@ def page(table: Table, cells: Sequence[Cell]) -> str:
     heading = f"DeepKD: {table.title}"
     by_pair = {pair: [cell for cell in cells if cell.pair is pair] for pair in table.pairs}
     sections = [
-        ("summary", "Result", _summary(cells)),
+        ("summary", "Result", join(_summary(cells), _published(table))),
         *(
             (f"pair-{i}", pair.label, _pair(held, table.metric, f"pair-{i}"))
             for i, (pair, held) in enumerate(by_pair.items(), 1)
@@ -73,13 +73,20 @@ def _summary(cells: Sequence[Cell]) -> Markup:
     results = [tag("li", tag("b", f"{heading}: "), headline(group)) for heading, group in groups.items()]
     figure = None
     if any(cell.numbers["last"].gain is not None for cell in cells):
-        figure = dot_plot(groups, "last", f"Gain over the base, {NUMBERS['last']}")
+        figure = dot_plot(groups, "last", f"Gain over the base, {number_name('last', cells[0].measures)}")
     return join(tag("ul", results, class_="verdicts"), _agreement(cells), figure)
 
 
 def _agreement(cells: Sequence[Cell]) -> Markup | None:
     text = agreement(cells)
     return tag("p", f"{text[0].upper()}{text[1:]}.") if text else None
+
+
+def _published(table: Table) -> Markup | None:
+    said = published_without_pair(table)
+    if not said:
+        return None
+    return join(tag("p", said[0]), tag("ul", [tag("li", one) for one in said[1:]]))
 
 
 def _pair(cells: Sequence[Cell], metric: str, anchor: str) -> Markup:
@@ -95,7 +102,7 @@ def _pair(cells: Sequence[Cell], metric: str, anchor: str) -> Markup:
         tag("dl", told, class_="protocol", id=f"{anchor}-protocol"),
         tag("div", tag("b", "Not all alike. "), tag("ul", warned), class_="caution") if warned else None,
         [_table(cells, number, metric, anchor) for number in NUMBERS],
-        tag("p", "* best of all epochs, chosen on the test images", class_="footnote"),
+        tag("p", f"* {number_name('best', cells[0].measures)}", class_="footnote"),
         _curves(cells, metric),
     )
 
@@ -107,7 +114,7 @@ def _table(cells: Sequence[Cell], number: str, metric: str, anchor: str) -> Mark
     rows = [tag("tr", _fields(cell, shown)) for cell in cells]
     table = tag(
         "table",
-        tag("caption", tag("span", title(number, metric)), id=caption),
+        tag("caption", tag("span", title(number, metric, cells[0].measures)), id=caption),
         tag("thead", tag("tr", heads)),
         tag("tbody", rows),
         class_="numbers",

@@ -9,10 +9,10 @@ from .cells import Cell
 from .collect import Record
 from .formats import ranges
 
-ALIKE = ("Training images", "Test images", "Teacher", "Versions", "Code")
+ALIKE = ("Training images", "Test images", "Images", "Teacher", "Versions", "Code")
 """What must be the same in all cells of a pair; methods may differ in the rest by their recipes."""
 
-AS_BASE = ("Learning rate", "Batch", "Precision", "Epochs")
+AS_BASE = ("Learning rate", "Batch", "Precision", "Iterations", "Epochs", "Evaluations")
 """What a gain over a base takes for equal: where it is not, the gain is not the method's alone."""
 
 MOST_ANSWERS = 4
@@ -26,7 +26,7 @@ def protocol(cells: Sequence[Cell]) -> list[tuple[str, list[str]]]:
     """
     told = [
         ("Seeds planned", _by_method(cells, lambda cell: ranges(run.seed for run in cell.planned))),
-        ("Epochs", _by_method(cells, lambda cell: [run.epochs for run in cell.planned])),
+        (_length(cells[0]), _by_method(cells, lambda cell: [run.epochs for run in cell.planned])),
     ]
     for what, get in _PROTOCOL:
         answers = _by_method(cells, _of_records(get))
@@ -47,11 +47,16 @@ def cautions(cells: Sequence[Cell]) -> list[str]:
         base = by_name.get(cell.base.name) if cell.base else None
         if base is None or not (cell.records and base.records):
             continue
-        for what, get in (*_PROTOCOL, ("Epochs", lambda record: record.epochs)):
+        for what, get in (*_PROTOCOL, (_length(cell), lambda record: record.epochs)):
             mine, theirs = (_answer(get, one) for one in (cell, base))
             if what in AS_BASE and mine != theirs:
                 found.append(f"{what} of {cell.method.label} is {mine}, of its base {theirs}")
     return found
+
+
+def _length(cell: Cell) -> str:
+    """What the length of a run is counted in, as an entry of the protocol."""
+    return f"{cell.measures.step.capitalize()}s"
 
 
 def _answer(get: Callable[[Record], Any], cell: Cell) -> str:
@@ -92,6 +97,10 @@ def _setting(form: Callable[[dict[str, Any]], str | None]) -> Callable[[Record],
 
 
 def _rate(found: Record) -> str | None:
+    held = found.settings
+    if "SOLVER.BASE_LR" in held:  # on detectron2, where few of its values are written down
+        at = " and ".join(f"{step:,}" for step in held["SOLVER.STEPS"])
+        return f"{held['SOLVER.BASE_LR']:g}, times {held['SOLVER.GAMMA']:g} after {at} iterations"
     rates = list(found.lr.values())
     schedule = found.settings.get("SOLVER.LR_SCHEDULE", "")
     return f"{max(rates):g} to {rates[-1]:g} {schedule}".strip() if rates else None
@@ -111,7 +120,7 @@ def _variant(settings: dict[str, Any]) -> str | None:
 
 
 def _mask(settings: dict[str, Any]) -> str | None:
-    if settings.get("DISTILLER.TYPE") != "DeepKD":
+    if not str(settings.get("DISTILLER.TYPE")).endswith("DeepKD"):
         return None
     kind = settings["DeepKD.MASK.TYPE"]
     if kind == "none":
@@ -136,18 +145,40 @@ def _testing(settings: dict[str, Any]) -> str:
     return f"{100 * share:g} % of the training images, held out" if share else "the data set's own"
 
 
+def _sets(settings: dict[str, Any]) -> str:
+    """The data sets of a run on detectron2."""
+    train, test = (", ".join(settings[f"DATASETS.{part}"]) for part in ("TRAIN", "TEST"))
+    return f"{train} to train on, {test} to test on"
+
+
+def _proposals(settings: dict[str, Any]) -> str:
+    names = ("DETECTION.PROPOSALS", "DETECTION.FOREGROUND")
+    if names[0] not in settings:
+        names = ("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "MODEL.ROI_HEADS.POSITIVE_FRACTION")
+    count, share = (settings[name] for name in names)
+    return f"{count} an image, at most {100 * share:g} % of them foreground"
+
+
+def _teacher(found: Record) -> str | None:
+    if found.teacher is None:
+        return None
+    weights = f"weights {found.teacher}"
+    if found.teacher_acc is None:
+        return weights
+    noun = "" if found.measures.noun == "accuracy" else f"{found.measures.noun} "
+    return f"{noun}{found.teacher_acc:.2f} % on the test images ({weights})"
+
+
 _PROTOCOL: tuple[tuple[str, Callable[[Record], str | None]], ...] = (
     ("Learning rate", _rate),
     ("Batch", _setting(lambda held: f"{held['SOLVER.BATCH_SIZE']} images")),
     ("Precision", _setting(lambda held: "bfloat16 autocast" if held["SOLVER.AMP"] else "float32")),
+    ("Iterations", _setting(lambda held: f"{held['SOLVER.MAX_ITER']:,}")),
     ("Training images", _setting(_training)),
     ("Test images", _setting(_testing)),
-    (
-        "Teacher",
-        lambda found: (
-            found.teacher_acc and f"{found.teacher_acc:.2f} % on the test images (weights {found.teacher})"
-        ),
-    ),
+    ("Images", _setting(_sets)),
+    ("Proposals", _setting(_proposals)),
+    ("Teacher", _teacher),
     ("Momentum variant", _setting(_variant)),
     ("Momenta, last epoch", _momenta),
     ("Mask", _setting(_mask)),

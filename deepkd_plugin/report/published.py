@@ -123,6 +123,16 @@ def find(
     return replace(_published(held[name]), note="; ".join(notes), comparable=comparable)
 
 
+def without_pair(dataset: str, metric: str) -> list[str]:
+    """What is published for a data set without saying which pair it is of, a sentence each: no cell's value."""
+    return [
+        f"{row['method']}: {row['metric']} {row['value']} ({row['source']}; {row['certainty']})"
+        for row in rows()
+        if (row["dataset"], row["teacher"], row["student"]) == (dataset, "", "")
+        and _plain(metric).startswith(_plain(row["metric"]))
+    ]
+
+
 def _published(row: Mapping[str, str]) -> Published:
     try:
         value = float(row["value"])

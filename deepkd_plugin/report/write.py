@@ -12,10 +12,10 @@ from typing import Any
 
 from ..checkpoint import write_whole
 from ..errors import UserError
-from .cells import NUMBERS, Cell, agreement, assemble, by_base, headline
+from .cells import NUMBERS, Cell, agreement, assemble, by_base, headline, number_name
 from .collect import NOT_STARTED, UNFINISHED, Table, collect
 from .columns import columns, title
-from .notes import left_out, notes, what_was_run
+from .notes import left_out, notes, published_without_pair, what_was_run
 from .page import page
 from .protocol import cautions, protocol
 from .statistics import Difference
@@ -65,6 +65,8 @@ def markdown(table: Table, cells: Sequence[Cell]) -> str:
     )
     if text := agreement(cells):
         blocks.append(_plain(f"{text[0].upper()}{text[1:]}."))
+    if said := published_without_pair(table):
+        blocks += [_plain(said[0]), "\n".join(f"- {_plain(one)}" for one in said[1:])]
     for pair in table.pairs:
         held = [cell for cell in cells if cell.pair is pair]
         if not held:
@@ -74,11 +76,11 @@ def markdown(table: Table, cells: Sequence[Cell]) -> str:
         told += [f"- **Not all alike.** {_plain(text)}" for text in cautions(held)]
         for number in NUMBERS:
             blocks += [
-                f"### {_plain(title(number, table.metric))}",
-                "\n".join([f"- Number: {NUMBERS[number]}", *told]),
+                f"### {_plain(title(number, table.metric, table.measures))}",
+                "\n".join([f"- Number: {number_name(number, table.measures)}", *told]),
                 _table(held, number),
             ]
-        blocks.append("\\* best of all epochs, chosen on the test images")
+        blocks.append(f"\\* {number_name('best', table.measures)}")
     blocks.append("## Runs that are not counted")
     rows = left_out(table)
     blocks.append(
@@ -139,6 +141,9 @@ def cell_rows(table: Table, cells: Sequence[Cell]) -> list[dict[str, Any]]:
         for name in NUMBERS:
             number = cell.numbers[name]
             row |= {f"{name}_mean": number.summary.mean, f"{name}_std": number.summary.std}
+            for other, summary in number.further.items():
+                measure = f"{name}_{other.lower()}"
+                row |= {f"{measure}_mean": summary.mean, f"{measure}_std": summary.std}
             row |= _difference(f"{name}_minus_published", number.minus_published)
             row |= _difference(f"{name}_gain", number.gain)
             row[f"{name}_p"] = number.gain and number.gain.p
@@ -166,8 +171,15 @@ def run_rows(table: Table) -> list[dict[str, Any]]:
         found, left = table.records.get(key), reasons.get(key)
         row: dict[str, Any] = {"pair": run.pair, "method": run.method, "seed": run.seed}
         row |= {"status": "counted" if left is None else left.kind, "reason": left and left.reason}
-        for name in ("last", "best", "best_epoch", "epochs", "minutes", "teacher", "teacher_acc"):
+        for number in NUMBERS:
+            row[number] = found and getattr(found, number)
+            row |= {
+                f"{number}_{name.lower()}": found and found.further[number][name]
+                for name in table.measures.further
+            }
+        for name in ("best_epoch", "epochs", "minutes", "teacher"):
             row[name] = found and getattr(found, name)
+        row[table.measures.key.replace("test", "teacher")] = found and found.teacher_acc
         row["execution"] = found and "; ".join(found.execution)
         for name in ("device", "processor", "python", "commit", "started"):
             row[name] = found and getattr(found, name)

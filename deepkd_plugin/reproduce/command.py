@@ -15,9 +15,10 @@ from .. import device, record
 from ..errors import UserError
 from ..terminal import Stopped, exit_code
 from . import tables
-from .estimate import Estimate, cores, estimate
-from .plan import METRIC, Plan, Run, make_plan, problems, write
+from .estimate import Estimate, estimate
+from .plan import Plan, Run, make_plan, problems, with_teachers, write
 from .runs import locked, state
+from .shared import cores
 
 DONE = {"finished": "finished", "resumable": "to go on with", "new": "new"}
 """States of a run, in words."""
@@ -50,7 +51,7 @@ def reproduce(request: Request) -> int:
     started or written. Raises UserError for what the user can mend, and Stopped after an interruption.
     """
     parameters = slurm_parameters(request)
-    plan = _plan(request)
+    plan = with_teachers(_plan(request))
     jobs = request.jobs or device.count() or 1
     code = record.code_hash()
     states = {run: state(run, request.overwrite, code) for run in plan.runs}
@@ -89,7 +90,7 @@ def describe(
     numbers = " × ".join(_number(len(what), name) for name, what in parts.items())
     held = [f"{count[state]} {words}" for state, words in DONE.items() if count[state]]
     entries = {
-        "table": f"{plan.table.title}, {METRIC}: {numbers} = {_number(len(plan.runs), 'run')}",
+        "table": f"{plan.table.title}, {plan.table.kind.measures.metric}: {numbers} = {_number(len(plan.runs), 'run')}",
         "pairs": " ".join(plan.pairs),
         "methods": " ".join(plan.methods),
         "runs": ", ".join(held),
@@ -99,6 +100,7 @@ def describe(
         f"stay on disk, and are no part of the table until a call has their options again"
         if plan.replaced
         else "",
+        "warning": _without_base(plan),
         "on": where,
         "time": str(expected or ""),
         "folder": str(plan.out),
@@ -173,12 +175,26 @@ def _number(count: int, name: str) -> str:
     return f"{count} {name}{'' if count == 1 else 's'}"
 
 
+def _without_base(plan: Plan) -> str:
+    """Which methods will have no gain, because their base is neither asked for nor in the table."""
+    planned = {(run["pair"], run["method"]) for run in plan.document["runs"]}
+    lonely: dict[str, list[str]] = {}
+    for method in plan.table.methods:
+        of = {run.pair for run in plan.runs if run.method == method.name}
+        if method.base is not None and any((pair, method.base) not in planned for pair in of):
+            lonely.setdefault(method.base, []).append(method.name)
+    said = [
+        f"{base}, the base of {' '.join(names)}, is not asked for and has no runs in the table"
+        for base, names in lonely.items()
+    ]
+    return "; ".join(said) + ": there will be no gain over it" if said else ""
+
+
 def _protocol(plan: Plan) -> str:
-    """Epochs and batch, with the methods that have them where they differ."""
+    """How long runs train, with the methods that do so where they differ."""
     held: dict[str, list[str]] = {}
     for (_, method), cfg in plan.cfgs.items():
-        solver = cfg.SOLVER
-        held.setdefault(f"{solver.EPOCHS} epochs in batches of {solver.BATCH_SIZE} images", []).append(method)
+        held.setdefault(plan.table.kind.protocol(cfg), []).append(method)
     if len(held) == 1:
         return next(iter(held))
     return "; ".join(f"{text} ({' '.join(dict.fromkeys(methods))})" for text, methods in held.items())

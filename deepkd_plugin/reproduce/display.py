@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 from ..metrics import METRICS, read_metrics
+from .measures import MEASURES
+from .shared import duration
 
 if TYPE_CHECKING:
     from .plan import Run
@@ -118,10 +120,11 @@ class _Progress:
         self._stamp = stamp
         if len(lines) != self.epoch:
             self.changed = time.monotonic()
-        accuracies = [line["test_acc"] for line in lines if "test_acc" in line]
+        key = MEASURES[self.run.kind].key
+        values = [line[key] for line in lines if key in line]
         self.epoch = len(lines)
-        self.last = accuracies[-1] if accuracies else None
-        self.best = max(accuracies, default=None)
+        self.last = values[-1] if values else None
+        self.best = max(values, default=None)
 
     def _changed_at(self) -> int | None:
         with contextlib.suppress(OSError):
@@ -225,9 +228,9 @@ class LiveDisplay(PlainDisplay):
         names = min(self._names, max(24, width - len(_columns())))
         lines = [f"{'run':<{names}}{_columns('epoch', 'test', 'best', 'time', 'left')}"] if shown else []
         for p in shown:
-            accuracies = ("-" if value is None else f"{value:.2f}" for value in (p.last, p.best))
+            values = ("-" if value is None else f"{value:.2f}" for value in (p.last, p.best))
             times = (_duration(p.minutes), _duration(p.minutes_left))
-            row = _columns(f"{p.epoch}/{p.run.epochs}", *accuracies, *times)
+            row = _columns(f"{p.epoch}/{p.run.epochs}", *values, *times)
             lines.append(f"{self._shorten(p.run.name, names):<{names}}{row}")
         lines = [line[:width] for line in lines]
         return [*lines, self._bar(columns, more=len(self.running) - len(shown))]
@@ -267,13 +270,7 @@ def _columns(epoch: str = "", test: str = "", best: str = "", so_far: str = "", 
 
 def _duration(minutes: float | None) -> str:
     """A time in at most seven characters."""
-    if minutes is None:
-        return "-"
-    if minutes < 1:
-        return f"{60 * minutes:.0f} s"
-    if minutes < 100:
-        return f"{minutes:.0f} min"
-    return f"{minutes / 60:.1f} h" if minutes < 100 * 60 else f"{minutes / 1440:.1f} d"
+    return "-" if minutes is None else duration(60 * minutes, short=True)
 
 
 def _result(run: Run) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import statistics
 import sys
 import time
@@ -22,8 +21,11 @@ from ..keys import TRAINER
 from ..metrics import read_metrics
 from ..networks import network
 from ..record import read_run
+from ..registry import find_host
+from .shared import cores, duration, threads
 
 if TYPE_CHECKING:
+    from .kind import Cell
     from .plan import Plan, Run
 
 
@@ -81,40 +83,48 @@ def estimate(plan: Plan, states: Mapping[Run, str], jobs: int, here: bool = True
     left = [run for run in plan.runs if states[run] != "finished"]
     known = _finished_seconds(run for run in plan.runs if states[run] == "finished")
     jobs = min(jobs, len(left)) or 1
-    slots, threads = device.count() or cores(), max(1, cores() // jobs)
+    each = threads(jobs, cores())
+    turns = jobs / device.count() if device.count() else jobs * each / cores()
+    timer = plan.table.kind.timer(plan.cfgs, each) if here else None
     untimed = {run.pair for run in left if (run.pair, run.method) not in known}
-    if here and len(untimed) > 1:
+    if timer is not None and len(untimed) > 1:
         print(f"timing the networks of {len(untimed)} pairs, some seconds each", file=sys.stderr, flush=True)
-    measured: dict[str, Parts] = {}
-    loading: dict[tuple[str, int], float] = {}
     seconds, by_finished = [], 0
     for run in left:
         cell = (run.pair, run.method)
-        cfg = plan.cfgs[cell]
         done = len(read_metrics(run.folder)) / run.epochs if states[run] == "resumable" else 0.0
         if cell in known:
             by_finished += 1
             seconds.append((1 - done) * known[cell])
             continue
-        if not here:
+        if timer is None:
             return Estimate(None, "not known: no run of each pair and method is finished yet")
         try:
-            if run.pair not in measured:
-                measured[run.pair] = measure(plan.host, _with_teacher(plan, run.pair), threads)
+            alone = timer(run.pair, plan.cfgs[cell])
         except RuntimeError as error:  # such as a GPU whose memory others use
             return Estimate(None, f"not known: timing {run.pair} failed ({str(error).splitlines()[0]})")
-        views = (cfg.DATASET.TYPE, config.views(cfg))
-        if views not in loading:
-            loading[views] = loading_seconds(cfg)
-        seconds.append(
-            (1 - done) * max(1.0, jobs / slots) * run_seconds(cfg, measured[run.pair], loading[views])
-        )
+        seconds.append((1 - done) * max(1.0, turns) * alone)
     timed = len(left) - by_finished
     how = [f"{by_finished} by finished runs of their kind"] * (by_finished > 0)
-    how += [f"{timed} by their networks' passes over noise, timed here, {_share(threads, jobs)}"] * (
-        timed > 0
-    )
+    how += [f"{timed} by their networks' passes over noise, timed here, {_share(each, jobs)}"] * (timed > 0)
     return Estimate(total_seconds(seconds, jobs), f"an estimate: {'; '.join(how)}")
+
+
+class ClassifierTimer:
+    """Times each pair's networks once, and how long an image takes to load."""
+
+    def __init__(self, cfgs: Mapping[Cell, Any], threads: int) -> None:
+        self.cfgs, self.threads = cfgs, threads
+        self.measured: dict[str, Parts] = {}
+        self.loading: dict[tuple[str, int], float] = {}
+
+    def __call__(self, pair: str, cfg: Any) -> float:
+        if pair not in self.measured:
+            self.measured[pair] = measure(find_host(), with_teacher(self.cfgs, pair), self.threads)
+        views = (cfg.DATASET.TYPE, config.views(cfg))
+        if views not in self.loading:
+            self.loading[views] = loading_seconds(cfg)
+        return run_seconds(cfg, self.measured[pair], self.loading[views])
 
 
 def images(cfg: Any) -> tuple[int, int]:
@@ -141,7 +151,7 @@ def run_seconds(cfg: Any, parts: Parts, loading: float) -> float:
     """
     views, batch = config.views(cfg), cfg.SOLVER.BATCH_SIZE
     with_teacher = cfg.DISTILLER.TYPE != "NONE"
-    passes = _backward_passes(cfg)
+    passes = backward_passes(cfg)
     step = views * (with_teacher * parts.teacher + parts.student + passes * parts.backward)
     load = 0.0 if cfg.DATASET.PIPELINE == "device" else batch * loading
     workers = min(cfg.DATASET.NUM_WORKERS, cores())
@@ -162,16 +172,19 @@ def measure(host: Host, cfg: Any, threads: int) -> Parts:
     Or by one, if that is faster: where other work keeps a core busy, threads that wait for each other take many
     times as long. A CPU that would take longer than BUDGET is given a smaller batch, and the time is scaled.
     """
-    at, solver = device.pick(), cfg.SOLVER
-    timed = _Timed(host, cfg, at)
+    return least_parts(Timed(host, cfg, device.pick()), cfg.SOLVER.BATCH_SIZE, threads)
+
+
+def least_parts(timed: Timed, batch: int, threads: int) -> Parts:
+    """The times of a whole batch, as `measure` has them."""
     before = torch.get_num_threads()
     try:
-        if at.type == "cuda":
-            return timed.parts(solver.BATCH_SIZE, BUDGET / 3)
+        if timed.at.type == "cuda":
+            return timed.parts(batch, BUDGET / 3)
         torch.set_num_threads(1)
-        count = min(FEW, solver.BATCH_SIZE)
+        count = min(timed.few, batch)
         each = sum(timed.parts(count, 0.0))
-        count = max(count, min(solver.BATCH_SIZE, int(solver.BATCH_SIZE * BUDGET / (6 * each))))
+        count = max(count, min(batch, int(batch * BUDGET / (6 * each))))
         alone = timed.parts(count, BUDGET / 6)
         torch.set_num_threads(threads)
         if threads == 1 or timed.student(count, 0.0) > alone.student:
@@ -183,8 +196,10 @@ def measure(host: Host, cfg: Any, threads: int) -> Parts:
         device.release()  # this process stays while others train
 
 
-class _Timed:
-    """A config's networks, to be timed."""
+class Timed:
+    """A config's networks, to be timed. few: images in the batch that tells whether a whole one fits the budget."""
+
+    few = FEW
 
     def __init__(self, host: Host, cfg: Any, at: torch.device) -> None:
         self.cfg, self.at = cfg, at
@@ -223,7 +238,7 @@ class _Timed:
                 made.zero_grad()
                 logits.float().sum().backward()
 
-        return solver.BATCH_SIZE / count * _least_seconds(call, self.at, budget)
+        return solver.BATCH_SIZE / count * least_seconds(call, self.at, budget)
 
 
 def loading_seconds(cfg: Any) -> float:
@@ -232,15 +247,7 @@ def loading_seconds(cfg: Any) -> float:
     width, height = SIZES[cfg.DATASET.TYPE].stored
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
     make, image = source.training_transform(config.views(cfg)), Image.fromarray(pixels)
-    return _least_seconds(lambda: make(image), None, 0.0, calls=20)
-
-
-def duration(seconds: float) -> str:
-    """A time in the unit that suits it: "40 seconds", "12 minutes", "5.5 hours", "3.1 days"."""
-    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= (2 if unit != "minutes" else 1.5) * length:
-            return f"{seconds / length:.{0 if unit == 'minutes' else 1}f} {unit}"
-    return f"{seconds:.0f} seconds"
+    return least_seconds(lambda: make(image), None, 0.0, calls=20)
 
 
 def _finished_seconds(runs: Iterable[Run]) -> dict[tuple[str, str], float]:
@@ -258,18 +265,13 @@ def _share(threads: int, jobs: int) -> str:
     return f"each on {threads} of {cores()} cores"
 
 
-def _with_teacher(plan: Plan, pair: str) -> Any:
+def with_teacher(cfgs: Mapping[Cell, Any], pair: str) -> Any:
     """A config of the pair that has a teacher, if there is one."""
-    of = [cfg for (name, _), cfg in plan.cfgs.items() if name == pair]
+    of = [cfg for (name, _), cfg in cfgs.items() if name == pair]
     return next((cfg for cfg in of if cfg.DISTILLER.TYPE != "NONE"), of[0])
 
 
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _backward_passes(cfg: Any) -> float:
+def backward_passes(cfg: Any) -> float:
     """Backward passes of a step, those that sample gradients for their GSNR among them."""
     if cfg.SOLVER.TRAINER != TRAINER:
         return 1
@@ -280,7 +282,7 @@ def _backward_passes(cfg: Any) -> float:
     return passes + (len(momentum) / cfg.GSNR.EVERY if measured or cfg.GSNR.MEASURE else 0)
 
 
-def _least_seconds(call: Callable[[], Any], at: torch.device | None, budget: float, calls: int = 2) -> float:
+def least_seconds(call: Callable[[], Any], at: torch.device | None, budget: float, calls: int = 2) -> float:
     """The shortest time of a call, which other work disturbs least. at: None without a device to wait for.
 
     At least `calls` of them, as the first one sets things up, then until the budget is used up, 20 at most.

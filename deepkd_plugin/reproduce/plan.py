@@ -4,41 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from os.path import normpath
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .. import data, record
 from ..checkpoint import write_whole
 from ..errors import UserError
-from ..host import Host
-from ..launch import read_config
-from ..networks import weights_file
-from ..registry import find_host
-from ..shipped import shipped
+from .kind import Cell
+from .measures import CLASSIFICATION
+from .shared import FILE
 from .tables import Method, Table, label
-
-FILE = "table.json"
-METRIC = "top-1 (%)"
-
-OURS = {
-    "SOLVER.SEED": "--seeds N",
-    "LOG.PREFIX": "--out DIR",
-    "EXPERIMENT.PROJECT": "--out DIR",
-    "EXPERIMENT.NAME": "--out DIR",
-}
-"""Keys that the plan sets itself, and what to use instead."""
-
-Cell = tuple[str, str]
-"""The names of a pair and a method."""
 
 
 @dataclass(frozen=True)
 class Run:
     """One training run: what it is, the config file and options it gets, and where it leaves its files.
 
-    options: KEY, VALUE, …: all that its process gets. hash: record.config_hash of the resolved config.
+    options: KEY, VALUE, …: all that its process gets. hash: record.config_hash of the resolved config. kind: of
+    kinds.KINDS. teacher: the fingerprint of its teacher, where runs on disk must have the same (see with_teachers).
     """
 
     pair: str
@@ -49,6 +32,8 @@ class Run:
     hash: str
     epochs: int
     folder: Path
+    kind: str = CLASSIFICATION
+    teacher: str | None = None
 
     @property
     def name(self) -> str:
@@ -65,7 +50,6 @@ class Plan:
 
     table: Table
     out: Path
-    host: Host
     runs: tuple[Run, ...]
     cfgs: Mapping[Cell, Any]
     document: Mapping[str, Any] = field(repr=False)
@@ -98,7 +82,7 @@ def make_plan(
     have now: a table is of one protocol. Nothing is written. Raises UserError for a config or option that is
     wrong, and where `out` holds another table.
     """
-    for key, instead in OURS.items():
+    for key, instead in table.kind.ours.items():
         if key in options[::2]:
             raise UserError(f"command line: {key} is set for each run by the plan; use {instead} instead")
     for key in table.varies:
@@ -120,14 +104,13 @@ def make_plan(
     runs = tuple(run for run in planned if (run.pair, run.method, run.seed) in asked)
     if not runs:
         raise UserError(
-            f"command line: --methods is {' '.join(methods)}; configs/{table.dataset} has none of them for "
+            f"command line: --methods is {' '.join(methods)}; {table.place} has none of them for "
             f"{' '.join(pairs)}"
         )
     now = {(run.pair, run.method, run.seed): run.hash for run in planned}
     return Plan(
         table=table,
         out=out,
-        host=reader.host,
         runs=runs,
         cfgs={cell: cfg for cell, cfg in reader.cfgs.items() if cell in {(r.pair, r.method) for r in runs}},
         document=_document(table, planned, reader.cfgs, options, out),
@@ -148,48 +131,33 @@ def write(plan: Plan) -> None:
 
 
 def problems(plan: Plan, runs: Iterable[Run], prepare: bool) -> list[str]:
-    """What would stop these runs, a line each: data sets that are not there, teachers without a file.
+    """What would stop these runs, a line each: data sets that are not there, teachers without a file, and the like.
 
-    prepare: also draw or fetch a data set, once, before several processes would. (Imagenet's teachers may be
-    torchvision's, which the first run fetches.)
+    prepare: also draw or fetch a data set, once, before several processes would.
     """
-    cells = dict.fromkeys((run.pair, run.method) for run in runs)
-    cfgs = [plan.cfgs[cell] for cell in cells]
-    found = []
-    sets = {(cfg.DATASET.TYPE, cfg.DATASET.ROOT): cfg for cfg in cfgs}
-    for cfg in sets.values():
-        try:
-            _look_at_data(cfg, prepare)
-        except UserError as error:
-            found.append(str(error))
-    missing: dict[str, list[str]] = {}
-    for (pair, _), cfg in zip(cells, cfgs):
-        if cfg.DISTILLER.TYPE == "NONE":
-            continue
-        kind, name = cfg.DATASET.TYPE, cfg.DISTILLER.TEACHER
-        file = weights_file(plan.host, kind, name, cfg.DISTILLER.TEACHER_WEIGHTS)
-        if not file and kind != "imagenet":
-            file = f"none in the zoo for {name}"
-        if file and not Path(file).is_file():
-            missing.setdefault(normpath(file), []).append(pair)
-    if missing:
-        files = "; ".join(f"{file} ({', '.join(dict.fromkeys(of))})" for file, of in missing.items())
-        found.append(
-            f"DISTILLER.TEACHER_WEIGHTS: files of teachers are missing: {files}; they must be there, or be named "
-            f"by it for the pairs of one teacher"
-        )
-    return found
+    first = {(run.pair, run.method): run for run in reversed(list(runs))}
+    cells = [cell for cell in plan.cfgs if cell in first]
+    return plan.table.kind.problems([(first[cell], plan.cfgs[cell]) for cell in cells], prepare)
 
 
-def _look_at_data(cfg: Any, prepare: bool) -> None:
-    """UserError where a data set is not there, by the part that is read fastest."""
-    kind, node = cfg.DATASET.TYPE, cfg.DATASET
-    if not prepare and (kind == "glyphs100" or node.DOWNLOAD):
-        return
-    source = data.DATASETS[kind]
-    # glyphs100 is drawn, and a process of each run would draw it
-    for split in ("train", "test") if kind == "glyphs100" else ("test",):
-        source.read(node, split, source.test_transform())
+def with_teachers(plan: Plan) -> Plan:
+    """The plan with the fingerprints of the teachers that runs on disk must have been taught by.
+
+    Where a cell has no run with a teacher yet it needs none, nor where a teacher's file is not there. Raises
+    UserError for a file that holds something else.
+    """
+    recorded = {(run.pair, run.method) for run in plan.runs if _names_a_teacher(run.folder)}
+    known = plan.table.kind.teachers({cell: cfg for cell, cfg in plan.cfgs.items() if cell in recorded})
+    runs = tuple(replace(run, teacher=known.get((run.pair, run.method))) for run in plan.runs)
+    return replace(plan, runs=runs)
+
+
+def _names_a_teacher(folder: Path) -> bool:
+    try:
+        held = json.loads((folder / "run.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(held, dict) and held.get("teacher") is not None
 
 
 class _Reader:
@@ -197,7 +165,6 @@ class _Reader:
 
     def __init__(self, table: Table, options: Sequence[str], out: Path) -> None:
         self.table, self.options, self.out = table, list(options), out
-        self.host = find_host()
         self.cfgs: dict[Cell, Any] = {}
 
     def runs(self, pair: str, method: Method, seeds: Sequence[int]) -> list[Run]:
@@ -205,58 +172,55 @@ class _Reader:
         file = self.table.file(pair, method)
         if file is None or not seeds:
             return []
-        options = self.options
-        base, _ = read_config(self.host, str(file), options)
+        options, kind = self.options, self.table.kind
+        base = kind.read(file, options)
         row = method.options(base)
         options = [*method.defaults(base), *options, *row]
         try:
-            cfg = read_config(self.host, str(file), options)[0] if row else base
+            cfg = kind.read(file, options) if row else base
         except UserError as error:  # the row's own options are nobody's words
             raise UserError(f"{self.table.name}, {pair} {method.name}: {error}") from None
+        if unfit := kind.unfit(cfg):
+            raise UserError(f"{self.table.name}, {pair} {method.name}: {unfit}")
         self.cfgs[pair, method.name] = cfg
         return [self._run(pair, method.name, seed, file, options, cfg) for seed in seeds]
 
     def _run(self, pair: str, method: str, seed: int, file: Path, options: Sequence[str], cfg: Any) -> Run:
-        seeded = cfg.clone()
-        seeded.defrost()
-        seeded.SOLVER.SEED = seed
-        held = record.config_hash(seeded)
+        kind = self.table.kind
+        held = kind.hash(cfg, seed)
         above, name = self.out.absolute() / "runs" / pair, f"seed{seed}-{held[:8]}"
-        ours = ("SOLVER.SEED", str(seed), "LOG.PREFIX", str(above))
-        ours += ("EXPERIMENT.PROJECT", method, "EXPERIMENT.NAME", name)
-        return Run(
-            pair, method, seed, file, (*options, *ours), held, cfg.SOLVER.EPOCHS, above / method / name
-        )
+        given = (*options, *kind.own_options(seed, above, method, name))
+        folder, lines = above / method / name, kind.lines(cfg)
+        return Run(pair, method, seed, file, given, held, lines, folder, kind.name)
 
 
 def _document(
     table: Table, runs: Sequence[Run], cfgs: Mapping[Cell, Any], options: Sequence[str], out: Path
 ) -> dict[str, Any]:
     """The content of table.json."""
+    kind = table.kind
     cells = dict.fromkeys((run.pair, run.method) for run in runs)
     pairs = []
     for pair in dict.fromkeys(pair for pair, _ in cells):
         of = [cfgs[cell] for cell in cells if cell[0] == pair]
-        taught = [cfg.DISTILLER.TEACHER for cfg in of if cfg.DISTILLER.TYPE != "NONE"]
-        pairs.append(
-            {"name": pair, "teacher": (taught or [""])[0], "student": of[0].DISTILLER.STUDENT},
-        )
+        teacher, student = kind.networks(pair, of)
+        pairs.append({"name": pair, "teacher": teacher, "student": student})
     methods = []
     for method in table.methods:
         of = [cfgs[cell] for cell in cells if cell[1] == method.name]
         if of:
             methods.append({"name": method.name, "label": label(method, of[0]), "base": method.base})
-    root, above = shipped("configs").parent, out.absolute()
+    above = out.absolute()
     entries = [
         {
             "pair": run.pair,
             "method": run.method,
             "seed": run.seed,
-            "config": run.config.relative_to(root).as_posix(),
+            "config": kind.shown(run.config),
             "options": [
                 word
                 for pair in zip(run.options[::2], run.options[1::2])
-                if pair[0] not in OURS
+                if pair[0] not in kind.ours
                 for word in pair
             ],
             "hash": run.hash,
@@ -265,11 +229,14 @@ def _document(
         }
         for run in runs
     ]
+    # a table of the first kind was written without one before there were others
+    named = {} if kind.name == CLASSIFICATION else {"kind": kind.name}
     return {
         "table": table.name,
+        **named,
         "dataset": table.dataset,
         "over": table.over,
-        "metric": METRIC,
+        "metric": kind.measures.metric,
         "options": list(options),
         "seeds": sorted({run.seed for run in runs}),
         "pairs": pairs,

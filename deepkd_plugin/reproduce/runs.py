@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Literal
 from .. import checkpoint, device, record
 from ..errors import UserError
 from .display import Display
+from .kinds import KINDS
+from .shared import cores, threads
 
 if TYPE_CHECKING:
     from .plan import Run
@@ -34,7 +36,7 @@ IMPORT = (
 
 WORKER = (sys.executable, "-c", f"{IMPORT}; sys.exit(worker.main(sys.argv[1:]))", json.dumps(sys.path))
 """What trains a run: a command that is given its lock's descriptor, our process id, the hashes of code and config,
-and the words of tools/train.py."""
+the run's kind, and --cfg FILE, --resume or --overwrite, KEY VALUE …."""
 
 PATIENCE = 10.0
 """Seconds for which a lock is waited for: processes of a killed command need a moment to end."""
@@ -51,7 +53,7 @@ class HeldError(UserError):
 
 
 class OtherCodeError(UserError):
-    """A run was made by other code than this: its numbers do not belong beside ours."""
+    """A run was made by other code than this, or with another teacher: its numbers do not belong beside ours."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def state(run: Run, overwrite: bool = False, code: str | None = None) -> State:
     """What is left of a run on disk: its result, a checkpoint to go on from, or nothing of use.
 
     Raises OtherCodeError, a UserError, for a result or a checkpoint of other code than `code`, by default
-    record.code_hash(), whose numbers must not share a cell with ours, and for those of another config.
+    record.code_hash(), whose numbers must not share a cell with ours, and for those of another config or teacher.
     overwrite: such a run is "new".
     """
     try:
@@ -93,7 +95,7 @@ def state(run: Run, overwrite: bool = False, code: str | None = None) -> State:
         return "new"
     if not isinstance(held, dict):
         return "new"
-    if not held.get("finished") and not (run.folder / "latest").is_file():
+    if not held.get("finished") and not (run.folder / KINDS[run.kind].checkpoint).is_file():
         return "new"
     code = code or record.code_hash()
     codes = {held.get("code"), *(session.get("code") for session in held.get("resumed", []))}
@@ -102,6 +104,8 @@ def state(run: Run, overwrite: bool = False, code: str | None = None) -> State:
         mixes = f"was made by other code ({others}; now {code})"
     elif held.get("config_hash") != run.hash:
         mixes = f"was made under another config ({held.get('config_hash')}; planned {run.hash})"
+    elif run.teacher is not None and held.get("teacher") != run.teacher:
+        mixes = f"was taught by another teacher (its weights were {held.get('teacher')}, now {run.teacher})"
     else:
         return "finished" if held.get("finished") else "resumable"
     if overwrite:
@@ -224,8 +228,7 @@ class _Pool:
         self.free = list(range(slots))
         self.active: list[_Task] = []
         self.overwrite, self.code, self.worker = overwrite, code, worker
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.threads = max(1, cores // max(side_by_side, 1))
+        self.threads = threads(side_by_side, cores())
         self.gpus = [str(index) for index in range(device.count())]
         if self.gpus and os.environ.get("CUDA_VISIBLE_DEVICES"):
             named = [name.strip() for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",")]
@@ -249,16 +252,17 @@ class _Pool:
             before = state(run, self.overwrite, self.code)
             if before == "finished":
                 return "finished"
-            how = "--resume" if before == "resumable" else "--overwrite"
-            words = ["--cfg", str(run.config), how, *run.options]
+            kind, resume = KINDS[run.kind], before == "resumable"
+            file, how = str(run.config), "--resume" if resume else "--overwrite"
             # a signal between the process's start and its entry here would leave it behind
             with checkpoint.uninterrupted(), open(run.folder / "log.txt", "ab") as log:
-                command = shlex.join(["python", "tools/train.py", *words])
+                command = shlex.join(["python", kind.tool, *kind.words(file, resume, run.options)])
                 log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {command}\n".encode())
                 log.flush()
                 slot = self.free.pop(0)
+                about = [str(lock), str(os.getpid()), self.code, run.hash, run.kind]
                 process = subprocess.Popen(
-                    [*self.worker, str(lock), str(os.getpid()), self.code, run.hash, *words],
+                    [*self.worker, *about, "--cfg", file, how, *run.options],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,

@@ -10,8 +10,10 @@ from typing import Any
 from ..config import get
 from ..errors import UserError
 from ..keys import STREAMS
-from ..shipped import shipped
 from .estimate import steps
+from .kind import Kind
+from .kinds import KINDS
+from .measures import CLASSIFICATION, DETECTION, DETECTRON2
 
 METHODS = (
     *("vanilla", "kd", "dkd", "mlkd", "crld"),
@@ -25,7 +27,8 @@ TEACHER = "teacher"
 BASES = ("kd", "dkd", "mlkd", "crld")
 """What DeepKD can be put over."""
 
-DETECTION = "coco"
+COCO = "coco"
+"""The table of mdistiller's detectors; of COCO under this package's own, configs/detection may have others."""
 
 DATASET = "glyphs100"
 """The data set of an ablation, unless another is asked for: the embedded one."""
@@ -57,7 +60,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Table:
-    """A table: its rows, and the pairs whose folders lie in configs/<dataset>.
+    """A table: its rows, and the pairs that have configs for them.
 
     over: the base method of an ablation. varies: the config keys that tell an ablation's rows apart.
     """
@@ -67,6 +70,7 @@ class Table:
     methods: tuple[Method, ...]
     over: str | None = None
     varies: tuple[str, ...] = ()
+    kind: Kind = KINDS[CLASSIFICATION]
 
     @property
     def title(self) -> str:
@@ -74,32 +78,31 @@ class Table:
         return self.name if self.over is None else f"{self.name} over {self.over} on {self.dataset}"
 
     @property
+    def place(self) -> str:
+        """Where its configs lie, in words."""
+        return self.kind.place(self.dataset)
+
+    @property
     def pairs(self) -> tuple[str, ...]:
         """The pairs that have a config for one of the rows."""
-        folders = sorted(path for path in (shipped("configs") / self.dataset).iterdir() if path.is_dir())
-        return tuple(f.name for f in folders if any(self.file(f.name, method) for method in self.methods))
+        pairs = self.kind.pairs(self.dataset)
+        return tuple(pair for pair in pairs if any(self.file(pair, method) for method in self.methods))
 
     def file(self, pair: str, method: Method) -> Path | None:
         """The config of a cell; None where the pair has none."""
-        path = shipped("configs") / self.dataset / pair / f"{method.config}.yaml"
-        return path if path.is_file() else None
+        return self.kind.file(self.dataset, pair, method.config)
 
 
 def names() -> list[str]:
     """Every table's name."""
-    return [*_datasets(), *ABLATIONS]
+    return [*_datasets(), *_detection(), COCO, *ABLATIONS]
 
 
 def find(name: str, base: str | None = None, dataset: str | None = None) -> Table:
     """The table of a name; base and dataset, of an ablation, are kd and glyphs100 unless they are given.
 
-    Raises UserError for an unknown name, base or data set, and for detection.
+    Raises UserError for an unknown name, base or data set, and where what a table needs is not installed.
     """
-    if name == DETECTION:
-        raise UserError(
-            f"command line: TABLE {DETECTION} is detection, which this version does not have; the tables are "
-            f"{', '.join(names())}"
-        )
     if name not in names():
         raise UserError(f"command line: TABLE is {name!r}; it must be one of {', '.join(names())}")
     if name not in ABLATIONS:
@@ -108,7 +111,9 @@ def find(name: str, base: str | None = None, dataset: str | None = None) -> Tabl
                 raise UserError(
                     f"command line: {flag} is of the ablations ({', '.join(ABLATIONS)}); {name} must go without"
                 )
-        return Table(name, name, _methods(name))
+        table = _table(name)
+        table.kind.require()
+        return table
     over, dataset = base or BASES[0], dataset or DATASET
     if over not in BASES:
         raise UserError(f"command line: --base is {over!r}; it must be one of {', '.join(BASES)}")
@@ -145,20 +150,49 @@ def label(method: Method, cfg: Any) -> str:
     return f"{cfg.DeepKD.BASE} + DeepKD{mask}{variant}"
 
 
+def _table(name: str) -> Table:
+    """The table of configs of a name."""
+    if name in _datasets():
+        return Table(name, name, _methods(CLASSIFICATION, name))
+    if name in _detection():
+        return Table(name, name, _methods(DETECTION, name), kind=KINDS[DETECTION])
+    return Table(name, name, _ON_DETECTRON2, kind=KINDS[DETECTRON2])
+
+
 def _datasets() -> list[str]:
-    root = shipped("configs")
-    return sorted(path.name for path in root.iterdir() if any(path.glob("*/*.yaml")))
+    return KINDS[CLASSIFICATION].tables()
 
 
-def _methods(dataset: str) -> tuple[Method, ...]:
+def _detection() -> list[str]:
+    return KINDS[DETECTION].tables()
+
+
+def _methods(kind: str, table: str) -> tuple[Method, ...]:
     """A row for each config that lies in a pair's folder."""
-    found = {path.stem for path in (shipped("configs") / dataset).glob("*/*.yaml")} - {TEACHER}
+    found = KINDS[kind].configs(table) - {TEACHER}
     ordered = [name for name in METHODS if name in found] + sorted(found - set(METHODS))
     bases = {"deepkd": "kd"} | {f"deepkd_{base}": base for base in BASES}
     # another DeepKD is one over the same base, such as deepkd_release
     return tuple(
         Method(name, name, bases.get(name, "kd" if name.startswith("deepkd_") else None)) for name in ordered
     )
+
+
+def _reviewdkd(cfg: Any) -> list[str]:
+    """mdistiller's own, with the weight of ReviewKD's loss that its DeepKD has."""
+    deltas = [f"SOLVER.DECOUPLED.DELTA.{stream}" for stream in cfg.SOLVER.DECOUPLED.DELTA]
+    return ["KD.TYPE", "ReviewDKD", *(word for path in deltas for word in (path, "0.0"))]
+
+
+_ON_DETECTRON2 = (
+    Method("kd", "KD-{}", None, "KD"),
+    Method("dkd", "DKD-{}", None, "DKD"),
+    Method("reviewdkd", "ReviewDeepKD-{}", None, "ReviewDKD", _reviewdkd),
+    Method("deepkd_dkd_nodtm", "DeepKD-{}-noDTM", "dkd", "DKD + DeepKD"),
+    Method("deepkd_dkd", "DeepKD-{}", "dkd", "DKD + DeepKD + DTM"),
+    Method("deepkd_reviewdkd", "ReviewDeepKD-{}", "reviewdkd", "ReviewDKD + DeepKD + DTM"),
+)
+"""The rows of COCO; a config's name has a place for the pair."""
 
 
 def _momentum(config: str) -> tuple[Method, ...]:

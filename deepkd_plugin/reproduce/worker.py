@@ -7,26 +7,32 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from .. import launch, record
+from .. import record
 from ..errors import UserError
 from ..registry import find_host
 from ..terminal import guarded
+from .kind import Kind
+from .kinds import KINDS
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train under the run's lock, for as long as the parent lives: LOCK PARENT CODE CONFIG WORDS….
+    """Train under the run's lock, for as long as the parent lives: LOCK PARENT CODE CONFIG KIND --cfg FILE HOW ….
 
     LOCK: the lock's descriptor, inherited. PARENT: the id of the process that waits for this one. CODE, CONFIG:
-    the hashes that the run was planned with. WORDS: those of tools/train.py. Returns launch.main's exit code.
+    the hashes that the run was planned with. KIND: of KINDS. HOW: --resume or --overwrite; KEY VALUE pairs follow.
+    Returns the exit code of the kind's tool.
     """
-    lock, parent, code, planned, *words = argv
+    lock, parent, code, planned, name, *words = argv
     keep(int(lock))
     end_with(int(parent))
-    return guarded(lambda: check(code, planned, words)) or launch.main(words)
+    kind = KINDS[name]
+    _, file, how, *options = words
+    return guarded(lambda: check(code, planned, kind, words)) or kind.train(file, how == "--resume", options)
 
 
-def check(code: str, planned: str, words: Sequence[str]) -> None:
+def check(code: str, planned: str, kind: Kind, words: Sequence[str]) -> None:
     """UserError where the run would not be the one that was planned, before it takes its time."""
     now = record.code_hash()
     if now != code:
@@ -34,12 +40,11 @@ def check(code: str, planned: str, words: Sequence[str]) -> None:
             f"the package's code was changed since the table was started: it was {code}, is {now}"
         )
     _, file, _, *options = words
-    host = find_host()
-    resolved = record.config_hash(launch.read_config(host, file, options)[0])
+    resolved = kind.hash(kind.read(Path(file), options))
     if resolved != planned:
         raise UserError(
             f"{file}: its config was changed since the table was started: its hash was {planned}, is {resolved} "
-            f"on the host {host.name}"
+            f"on the host {find_host().name}"
         )
 
 

@@ -76,13 +76,29 @@ def make_table(folder, accuracies, methods=(KD, DEEPKD), pairs=PAIRS, epochs=4, 
     return folder
 
 
-def make_run(folder, last, seed, hash_, epochs, settings=None, curve=None, momentum=0.9, **entries):
-    """A finished run whose best epoch is 0.25 above the last one; entries go into its run.json."""
+def make_run(
+    folder,
+    last,
+    seed,
+    hash_,
+    epochs,
+    settings=None,
+    curve=None,
+    momentum=0.9,
+    config=CONFIG,
+    key="test_acc",
+    **entries,
+):
+    """A finished run whose best epoch is 0.25 above the last one; entries go into its run.json.
+
+    key: what metrics.jsonl calls the curve; of test_ap, AP50 is 20 above it and AP75 5 below.
+    """
     folder.mkdir(parents=True)
     curve = curve or rising(last, epochs)
     momenta = momentum if isinstance(momentum, dict) else dict.fromkeys(("tog", "tcg", "ncg"), momentum)
     lines = [
-        {"epoch": epoch, "lr": 0.05 if epoch < epochs else 0.0005, "momentum": momenta, "test_acc": value}
+        {"epoch": epoch, "lr": 0.05 if epoch < epochs else 0.0005, "momentum": momenta, key: value}
+        | ({"test_ap50": value + 20, "test_ap75": value - 5} if key == "test_ap" else {})
         | {"execution": "eager, sequential gradients"}
         for epoch, value in enumerate(curve, 1)
     ]
@@ -110,7 +126,7 @@ def make_run(folder, last, seed, hash_, epochs, settings=None, curve=None, momen
         "epochs": len(curve),
     }
     (folder / "run.json").write_text(json.dumps(run | entries))
-    config = copy.deepcopy(CONFIG)
+    config = copy.deepcopy(config)
     for key, value in {"SOLVER.SEED": seed, "SOLVER.EPOCHS": epochs, **(settings or {})}.items():
         *parents, leaf = key.split(".")
         node = config
@@ -135,3 +151,56 @@ def rising(last, epochs):
 def change(path, entries):
     """Change entries of a JSON file."""
     Path(path).write_text(json.dumps(json.loads(Path(path).read_text()) | entries))
+
+
+DETECTION = {
+    "table": "glyph_canvas",
+    "dataset": "glyph_canvas",
+    "metric": "AP (%)",
+    "kind": "detection",
+    "pairs": [
+        {"name": "res20_res8", "teacher": "fasterrcnn_resnet20_fpn", "student": "fasterrcnn_resnet8_fpn"}
+    ],
+}
+"""Entries of table.json of this package's detectors."""
+
+ON_DETECTRON2 = {
+    "table": "coco",
+    "dataset": "coco",
+    "metric": "AP (%)",
+    "kind": "detectron2",
+    "pairs": [{"name": "r101_r18", "teacher": "ResNet101", "student": "ResNet18"}],
+}
+"""Of mdistiller's."""
+
+DETECTRON2_CONFIG = {
+    "OUTPUT_DIR": "somewhere",
+    "SEED": 0,
+    "DATASETS": {"TRAIN": ["coco_2017_train"], "TEST": ["coco_2017_val"]},
+    "MODEL": {
+        "WEIGHTS": "pretrained/r18-r101.pth",
+        "ROI_HEADS": {"BATCH_SIZE_PER_IMAGE": 512, "POSITIVE_FRACTION": 0.25},
+    },
+    "KD": {"TYPE": "DeepKD", "DEEPKD": {"BASE": "DKD", "MASK": MASK}},
+    "SOLVER": {
+        "IMS_PER_BATCH": 8,
+        "BASE_LR": 0.01,
+        "GAMMA": 0.1,
+        "STEPS": [120000, 160000],
+        "MAX_ITER": 180000,
+        "AMP": {"ENABLED": False},
+        "DECOUPLED": {"VARIANT": "paper", "DELTA": {"TOG": 0.05, "TCG": -0.05, "NCG": 0.05, "FEAT": 0.0}},
+    },
+}
+
+
+def make_detection_table(folder, accuracies, plan=DETECTION, **keywords):
+    """As make_table, of APs."""
+    plan, pairs = dict(plan), plan["pairs"]
+    plan.pop("pairs")
+    runs = {cell: {"key": "test_ap", **keywords.get("run", {})} for cell in accuracies}
+    if plan["kind"] == "detectron2":
+        for cell in accuracies:
+            runs[cell] |= {"config": DETECTRON2_CONFIG, "settings": {}, "teacher_acc": None}
+    methods = keywords.get("methods", (KD, DEEPKD))
+    return make_table(folder, accuracies, methods, pairs, keywords.get("epochs", 4), runs, **plan)

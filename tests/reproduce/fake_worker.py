@@ -27,7 +27,7 @@ def write(path, text):
 
 
 def main():
-    _, parent, code, config, cfg, _, how, *pairs = sys.argv[1:]
+    _, parent, code, config, _, cfg, _, how, *pairs = sys.argv[1:]
     assert cfg == "--cfg"
     options = dict(zip(pairs[::2], pairs[1::2]))
     if "FAKE.ALONE" not in options and sys.platform == "linux":

@@ -212,6 +212,59 @@ def test_runs_of_other_code_are_refused_or_made_anew(reproduce, calls):
     assert calls.executed[1][2] is True
 
 
+def test_runs_of_another_teacher_are_refused_before_anything_is_trained_or_made_anew(
+    reproduce, calls, tmp_path
+):
+    from deepkd_plugin import checkpoint
+    from deepkd_plugin.networks import trained_network
+    from deepkd_plugin.registry import BUILTIN
+
+    name = "builtin:glyphs100_resnet20"
+    network = trained_network(BUILTIN, "glyphs100", "resnet20", 100, name, "a test")
+    reproduce(*GLYPHS)
+    first = calls.executed[0][0][0]
+    finish(first, teacher=checkpoint.fingerprint(network))
+    code, out, _ = reproduce(*GLYPHS)
+    assert (code, entry(out, "runs")) == (0, "1 finished, 3 new")
+    network.fc.bias.data += 1.0
+    checkpoint.save({"model": network.state_dict()}, tmp_path / "other.pt")
+    words = ("DISTILLER.TEACHER_WEIGHTS", str(tmp_path / "other.pt"))
+    code, _, err = reproduce(*GLYPHS, *words)
+    assert (code, err.count("\n"), len(calls.executed)) == (2, 1, 2)
+    assert f"{first.folder}: the run there was taught by another teacher (its weights were " in err
+    assert "--overwrite, which makes such runs anew" in err
+    code, out, _ = reproduce(*GLYPHS, "--overwrite", *words)
+    assert (code, entry(out, "runs")) == (0, "4 new")
+    # the same weights in another file are the same teacher
+    network.fc.bias.data -= 1.0
+    finish_again = json.loads((first.folder / "run.json").read_text())
+    finish_again["teacher"] = checkpoint.fingerprint(network)
+    (first.folder / "run.json").write_text(json.dumps(finish_again))
+    checkpoint.save({"model": network.state_dict()}, tmp_path / "other.pt")
+    assert entry(reproduce(*GLYPHS, *words)[1], "runs") == "1 finished, 3 new"
+
+
+def test_a_gain_without_its_base_is_warned_of(reproduce, calls):
+    words = ["reproduce", "glyphs100", "--seeds", "1", "--methods"]
+    _, out, _ = reproduce(*words, "deepkd", "deepkd_dkd", "dkd", "vanilla")
+    assert entry(out, "warning") == (
+        "kd, the base of deepkd, is not asked for and has no runs in the table: there will be no gain over it"
+    )
+    _, out, _ = reproduce(*words, "kd")
+    assert "warning" not in out
+    _, out, _ = reproduce(*words, "deepkd")
+    assert "warning" not in out  # the call before has it
+
+
+def test_a_gsnr_window_that_never_fills_is_refused(reproduce, calls):
+    code, _, err = reproduce(*GLYPHS, "SOLVER.EPOCHS", "2", "GSNR.MEASURE", "True")
+    assert (code, err.count("\n"), calls.executed) == (2, 1, [])
+    assert err.startswith(
+        "deepkd: error: glyphs100, res20_res8 kd: GSNR.EVERY x GSNR.WINDOW is 200 x 10 = 2000 iterations; it must be "
+        "at most 188, "
+    )
+
+
 def test_two_commands_in_one_folder(reproduce, calls, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "PATIENCE", 0.0)
     with runs.locked(tmp_path / "output" / "glyphs100"):

@@ -9,8 +9,9 @@ import torch
 
 from deepkd_plugin import data, device, registry
 from deepkd_plugin.reproduce import estimate, tables
-from deepkd_plugin.reproduce.estimate import Parts, duration, images, measure, run_seconds, steps
+from deepkd_plugin.reproduce.estimate import Parts, images, measure, run_seconds, steps
 from deepkd_plugin.reproduce.plan import make_plan
+from deepkd_plugin.reproduce.shared import duration
 
 PARTS = Parts(teacher=1.0, student=0.1, backward=0.01)
 
@@ -111,13 +112,13 @@ def test_durations(seconds, text):
 
 def test_the_networks_of_a_pair_are_timed(monkeypatch):
     counts = []
-    kept = estimate._Timed._seconds
+    kept = estimate.Timed._seconds
 
     def seconds(timed, part, count, budget, backward=False):
         counts.append((part, count, torch.get_num_threads(), backward))
         return kept(timed, part, count, budget, backward)
 
-    monkeypatch.setattr(estimate._Timed, "_seconds", seconds)
+    monkeypatch.setattr(estimate.Timed, "_seconds", seconds)
     monkeypatch.setattr(estimate, "BUDGET", 0.3)
     before = torch.get_num_threads()
     found = measure(registry.BUILTIN, cfg("kd", "SOLVER.BATCH_SIZE", "16"), 1)
@@ -144,7 +145,7 @@ def test_a_batch_that_takes_too_long_is_scaled(monkeypatch):
         each = {"teacher": 0.7, "student": 0.3 if backward else 0.1}[part]
         return 64 / count * count * each
 
-    monkeypatch.setattr(estimate._Timed, "_seconds", seconds)
+    monkeypatch.setattr(estimate.Timed, "_seconds", seconds)
     found = measure(registry.BUILTIN, cfg("kd"), 1)
     assert found == pytest.approx((64 * 0.7, 64 * 0.1, 64 * 0.2))
     assert max(counts) == estimate.FEW
@@ -157,7 +158,7 @@ def test_threads_that_wait_for_each_other_are_not_believed(monkeypatch):
     def seconds(timed, part, count, budget, backward=False):
         return (2.0 if backward else 1.0) * (100.0 if torch.get_num_threads() == 2 else 1.0)
 
-    monkeypatch.setattr(estimate._Timed, "_seconds", seconds)
+    monkeypatch.setattr(estimate.Timed, "_seconds", seconds)
     assert measure(registry.BUILTIN, cfg("kd"), 2) == (1.0, 1.0, 1.0)
 
 
@@ -179,6 +180,7 @@ def timed(monkeypatch):
     monkeypatch.setattr(estimate, "loading_seconds", lambda held: 0.0)
     monkeypatch.setattr(estimate, "cores", lambda: 8)
     monkeypatch.setattr(device, "count", lambda: 0)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     return calls
 
 
@@ -206,6 +208,16 @@ def test_runs_that_share_a_device_take_turns(timed, monkeypatch, gpus, jobs, tur
     if gpus:
         share = "those on one GPU in turn" if turns > 1 else "each on a GPU of its own"
     assert found.how.endswith(share)
+
+
+@pytest.mark.parametrize(("given", "each", "turns"), [("2", 2, 1), ("8", 8, 4), ("4,2", 4, 2), ("x", 2, 1)])
+def test_threads_are_those_that_the_runs_will_have(timed, monkeypatch, given, each, turns):
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    made = plan(methods=("kd",), seeds=4)
+    found = estimate.estimate(made, dict.fromkeys(made.runs, "new"), 4)
+    assert timed == [("KD", each)]
+    assert found.seconds == pytest.approx(kd_seconds() * turns)
+    assert found.how.endswith(f"each on {each} of 8 cores")
 
 
 def test_several_pairs_are_announced(timed, capsys):

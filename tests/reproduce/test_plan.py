@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from deepkd_plugin import config, record, registry
+from deepkd_plugin import config, data, record, registry
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.launch import experiment_name, read_config
 from deepkd_plugin.report import collect
-from deepkd_plugin.reproduce import plan, tables
+from deepkd_plugin.reproduce import tables
 from deepkd_plugin.reproduce.plan import make_plan, problems, write
+from deepkd_plugin.shipped import shipped
 
 GLYPHS = tables.find("glyphs100")
 PAIR = GLYPHS.pairs
@@ -54,7 +55,7 @@ def test_a_run_is_what_the_launcher_makes_of_its_config_and_options(out):
         assert cfg.DATASET.ROOT == "elsewhere"
         assert Path(cfg.LOG.PREFIX) / experiment_name(cfg, run.options) == run.folder
         assert run.folder == out / "runs" / "res20_res8" / run.method / f"seed{run.seed}-{run.hash[:8]}"
-        assert run.config == tables.shipped("configs") / "glyphs100" / "res20_res8" / f"{run.method}.yaml"
+        assert run.config == shipped("configs") / "glyphs100" / "res20_res8" / f"{run.method}.yaml"
         assert run.name == f"res20_res8 {run.method} seed {run.seed}"
     assert len({run.hash for run in made.runs}) == 4
     assert not out.exists()
@@ -254,8 +255,8 @@ def test_a_teacher_that_the_zoo_has_no_file_of(out, tmp_path, monkeypatch):
 def test_a_look_neither_draws_nor_fetches(out, tmp_path, monkeypatch):
     asked = []
     drawn = [], []
-    monkeypatch.setattr(plan.data.glyphs, "load_glyphs100", lambda root, split: asked.append(split) or drawn)
-    monkeypatch.setattr(plan.data.cifar100, "_fetch", lambda root: asked.append("fetched"))
+    monkeypatch.setattr(data.glyphs, "load_glyphs100", lambda root, split: asked.append(split) or drawn)
+    monkeypatch.setattr(data.cifar100, "_fetch", lambda root: asked.append("fetched"))
     made = make(out, options=["DATASET.ROOT", str(tmp_path)])
     assert problems(made, made.runs, prepare=False) == []
     assert asked == []
@@ -271,5 +272,5 @@ def test_a_look_neither_draws_nor_fetches(out, tmp_path, monkeypatch):
 def test_the_other_keys_of_a_run_are_the_users(out):
     """Nothing but what is in OURS is set behind the user's back."""
     for run in make(out).runs:
-        assert set(run.options[::2]) == set(plan.OURS)
-    assert not [key for key in plan.OURS if config.computes(key) and key != "SOLVER.SEED"]
+        assert set(run.options[::2]) == set(GLYPHS.kind.ours)
+    assert not [key for key in GLYPHS.kind.ours if config.computes(key) and key != "SOLVER.SEED"]

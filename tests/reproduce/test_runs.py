@@ -20,6 +20,7 @@ from deepkd_plugin.registry import find_host
 from deepkd_plugin.reproduce import runs as module
 from deepkd_plugin.reproduce import worker
 from deepkd_plugin.reproduce.display import Display
+from deepkd_plugin.reproduce.kinds import KINDS
 from deepkd_plugin.reproduce.plan import Run
 from deepkd_plugin.reproduce.runs import HeldError, OtherCodeError, execute, locked, state
 from deepkd_plugin.terminal import guarded
@@ -315,11 +316,11 @@ def test_a_worker_checks_that_it_has_the_planned_run():
     words = ["--cfg", str(CONFIG), "--resume", "SOLVER.SEED", "3"]
     cfg, _ = launch.read_config(find_host(), str(CONFIG), words[3:])
     planned = record.config_hash(cfg)
-    worker.check(record.code_hash(), planned, words)
+    worker.check(record.code_hash(), planned, KINDS["classification"], words)
     with pytest.raises(
         UserError, match="kd.yaml: its config was changed since .*: its hash was .* host builtin"
     ):
-        worker.check(record.code_hash(), planned, words[:3])
+        worker.check(record.code_hash(), planned, KINDS["classification"], words[:3])
 
 
 def forked(work):

@@ -8,12 +8,13 @@ import pytest
 from deepkd_plugin import config
 from deepkd_plugin.distillers.deepkd import mask_size
 from deepkd_plugin.errors import UserError
-from deepkd_plugin.reproduce import tables
+from deepkd_plugin.reproduce import kinds, tables
 from deepkd_plugin.reproduce.estimate import steps
 from deepkd_plugin.reproduce.plan import make_plan
 
 EIGHT = ["kd", "dkd", "mlkd", "crld", "deepkd", "deepkd_dkd", "deepkd_mlkd", "deepkd_crld"]
 DATASETS = ["cifar100", "cifar100_cpu", "glyphs100", "imagenet", "tiny_imagenet"]
+DETECTION = ["coco_torchvision", "glyph_canvas"]
 
 
 def names(table):
@@ -36,7 +37,7 @@ def complaint(call, *arguments):
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
     """Two pairs of a data set of our own, of which the second has one method less."""
-    source = tables.shipped("configs") / "glyphs100" / "res20_res8"
+    source = kinds.shipped("configs") / "glyphs100" / "res20_res8"
     for pair, methods in {"a_b": "kd deepkd vanilla teacher mine", "c_d": "kd vanilla"}.items():
         (tmp_path / "ours" / pair).mkdir(parents=True)
         for method in methods.split():
@@ -44,12 +45,12 @@ def folders(tmp_path, monkeypatch):
             shutil.copy(file, tmp_path / "ours" / pair / f"{method}.yaml")
     (tmp_path / "empty").mkdir()
     (tmp_path / "ours" / "notes").mkdir()
-    monkeypatch.setattr(tables, "shipped", lambda name: tmp_path)
+    monkeypatch.setattr(kinds, "shipped", lambda name: tmp_path)
 
 
 def test_the_tables_are_the_folders_of_configs_and_the_ablations():
     ablations = ["ablation-momentum", "ablation-mask", "ablation-delta", "ablation-phases"]
-    assert tables.names() == DATASETS + ablations
+    assert tables.names() == [*DATASETS, *DETECTION, "coco", *ablations]
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,6 @@ def test_labels_say_what_the_configs_are():
     ("arguments", "line"),
     [
         (("cifar10",), "TABLE is 'cifar10'; it must be one of cifar100, cifar100_cpu, glyphs100, "),
-        (("coco",), "TABLE coco is detection, which this version does not have; the tables are cifar100, "),
         (("cifar100", "dkd"), "--base is of the ablations (ablation-momentum, "),
         (("glyphs100", None, "cifar100"), "--dataset is of the ablations (ablation-momentum, "),
         (("ablation-mask", "fitnet"), "--base is 'fitnet'; it must be one of kd, dkd, mlkd, crld"),
