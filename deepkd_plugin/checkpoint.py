@@ -146,12 +146,12 @@ def load_weights(module: nn.Module, path: str | Path, key: str, network: str) ->
         )
     if other:
         first = other[0]
-        rows = {wanted[name].shape[0] for name in other}, {held[name].shape[0] for name in other}
+        # a tensor without dimensions has no classes
+        ends = {(wanted[name].shape[:1], held[name].shape[:1]) for name in other if held[name].ndim}
         only_classes = all(wanted[name].shape[1:] == held[name].shape[1:] for name in other)
-        if only_classes and len(rows[0]) == len(rows[1]) == 1 and other == list(wanted)[-len(other) :]:
-            raise UserError(
-                f"{path}: {key} holds a {network} of {rows[1].pop()} classes; this run has {rows[0].pop()}"
-            )
+        if only_classes and len(ends) == 1 and other == list(wanted)[-len(other) :]:
+            ((ours,), (theirs,)) = ends.pop()
+            raise UserError(f"{path}: {key} holds a {network} of {theirs} classes; this run has {ours}")
         raise UserError(
             f"{path}: {key} holds another network than {network}: {first} is "
             f"{tuple(held[first].shape)}, not {tuple(wanted[first].shape)}"

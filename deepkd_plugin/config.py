@@ -21,7 +21,7 @@ from yacs.config import CfgNode
 
 from .distillers.deepkd import BASES, classes
 from .errors import UserError
-from .keys import EXTRA_STREAMS, HOST_KEYS, KEYS, STREAMS, TRAINER
+from .keys import EXTRA_STREAMS, HOST_KEYS, KEYS, STREAMS, TRAINER, Key
 from .topk import count_classes
 
 HOW = (
@@ -37,10 +37,18 @@ def add_deepkd_config(cfg: CfgNode) -> list[str]:
 
     One default of mdistiller's changes with the first of them: LOG.WANDB is off until a config asks for it.
     """
+    added = add_keys(cfg, KEYS)
+    if added:
+        set_default(cfg, "LOG.WANDB", False)
+    return added
+
+
+def add_keys(cfg: CfgNode, keys: Sequence[Key]) -> list[str]:
+    """Add keys with their defaults to a config tree, leaving what is there; returns the paths that were added."""
     added = []
     frozen = cfg.is_frozen()
     cfg.defrost()
-    for key in KEYS:
+    for key in keys:
         *parents, leaf = key.path.split(".")
         node = cfg
         for name in parents:
@@ -50,8 +58,6 @@ def add_deepkd_config(cfg: CfgNode) -> list[str]:
         if leaf not in node:
             node[leaf] = key.default
             added.append(key.path)
-    if added:
-        set_default(cfg, "LOG.WANDB", False)
     if frozen:
         cfg.freeze()
     return added
@@ -126,14 +132,7 @@ def check(cfg: CfgNode, origin: dict[str, str]) -> None:
     for path, value in flatten(cfg).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise wrong(origin, path, value, "a finite number")
-    for key in KEYS + HOST_KEYS:
-        value = get(cfg, key.path)
-        try:
-            valid = key.valid(value)
-        except (TypeError, ValueError, IndexError):  # elements of another type than the check compares
-            valid = False
-        if not valid:
-            raise wrong(origin, key.path, value, key.allowed)
+    check_keys(cfg, origin, KEYS + HOST_KEYS)
     stages = list(cfg.SOLVER.LR_DECAY_STAGES)
     if any(not isinstance(stage, int) for stage in stages) or stages != sorted(set(stages)):
         raise wrong(origin, "SOLVER.LR_DECAY_STAGES", stages, "epochs in ascending order")
@@ -155,6 +154,18 @@ def check(cfg: CfgNode, origin: dict[str, str]) -> None:
             trainer = f"SOLVER.TRAINER {cfg.SOLVER.TRAINER}, which does not read it; {TRAINER} does"
             allowed = f"{key.default!r} with {trainer}"
             raise wrong(origin, key.path, get(cfg, key.path), allowed)
+
+
+def check_keys(cfg: CfgNode, origin: dict[str, str], keys: Sequence[Key]) -> None:
+    """Raise UserError for the first of `keys` whose value it does not take."""
+    for key in keys:
+        value = get(cfg, key.path)
+        try:
+            valid = key.valid(value)
+        except (TypeError, ValueError, IndexError):  # elements of another type than the check compares
+            valid = False
+        if not valid:
+            raise wrong(origin, key.path, value, key.allowed)
 
 
 def _check_momenta(cfg: CfgNode, origin: dict[str, str]) -> None:

@@ -19,6 +19,8 @@ from .registry import find_host, register
 from .terminal import Parser, Stopped, exit_code, guarded
 from .trainer import Trainer, measure_teacher
 
+EXAMPLE = "configs/glyphs100/res20_res8/kd.yaml"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`tools/train.py`: train the student of a config. Returns the exit code (2: a mistake of the user)."""
@@ -26,18 +28,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(words: list[str]) -> None:
-    parser = Parser("tools/train.py", description="Train a student under a config.")
-    parser.add_argument(
-        "--cfg", required=True, metavar="FILE", help="for example configs/glyphs100/res20_res8/kd.yaml"
-    )
+    train(**read_words(words, "tools/train.py", "Train a student under a config.", EXAMPLE))
+
+
+def read_words(words: Sequence[str], tool: str, description: str, example: str) -> dict[str, Any]:
+    """The arguments of `train` from the command line of `tool`."""
+    parser = Parser(tool, description=description)
+    parser.add_argument("--cfg", required=True, metavar="FILE", help=f"for example {example}")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
     how.add_argument("--overwrite", action="store_true", help="start again where a run already lies")
     parser.epilog = "Any number of KEY VALUE pairs sets config keys, after the file's."
     flags, options = split_words(words)
     args = parser.parse_args(flags)
-    command = shlex.join(["python", "tools/train.py", "--cfg", args.cfg, *options])
-    train(args.cfg, options, args.resume, args.overwrite, command)
+    command = shlex.join(["python", tool, "--cfg", args.cfg, *options])
+    return {
+        "file": args.cfg,
+        "options": options,
+        "resume": args.resume,
+        "overwrite": args.overwrite,
+        "command": command,
+    }
 
 
 def split_words(words: Sequence[str], with_value: Sequence[str] = ("--cfg",)) -> tuple[list[str], list[str]]:
@@ -80,8 +91,15 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
     teacher_acc = measure_teacher(distiller, val_loader, cfg, source)
     trainer = make(name, device.parallel(distiller), train_loader, val_loader, cfg)
     trainer.teacher_acc = teacher_acc
+    result = run(trainer, resume, overwrite, command)
+    summarise(file, cfg, folder, teacher_acc, result)
+    return folder
+
+
+def run(trainer: Trainer, resume: bool, overwrite: bool, command: str) -> dict[str, Any]:
+    """Trainer.train; Stopped, with the command that goes on, where it is interrupted."""
     try:
-        result = trainer.train(resume, overwrite, command)
+        return trainer.train(resume, overwrite, command)
     except KeyboardInterrupt as interruption:
         again = (
             f"Resume with: {command} --resume"
@@ -90,8 +108,6 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
         )
         message = f"interrupted in epoch {trainer.epoch + 1}. {trainer.resume_point()} {again}"
         raise Stopped(message, exit_code(interruption)) from None
-    summarise(file, cfg, folder, teacher_acc, result)
-    return folder
 
 
 def make_distiller(host: Host, cfg: Any, num_data: int, num_classes: int) -> nn.Module:
@@ -152,8 +168,8 @@ def summarise(file: str, cfg: Any, folder: Path, teacher_acc: float | None, resu
     )
 
 
-def sibling(file: str) -> str:
-    """The command that trains the same pair with another method, for the end of a run."""
+def sibling(file: str, tool: str = "tools/train.py") -> str:
+    """The command of `tool` that trains the same pair with another method, for the end of a run."""
     others = sorted(p.name for p in Path(file).parent.glob("*.yaml") if p.name != Path(file).name)
     preferred = [name for name in ("kd.yaml", "dkd.yaml") if name in others] or others
-    return f"python tools/train.py --cfg {Path(file).parent / (preferred or [Path(file).name])[0]}"
+    return f"python {tool} --cfg {Path(file).parent / (preferred or [Path(file).name])[0]}"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
+from torch.nn.utils import clip_grad_norm_
 
 from . import device
 from .gsnr import GradientMonitor
@@ -27,6 +28,8 @@ class Step:
 
     name = "eager"
     monitor: GradientMonitor | None = None
+    clip_norm = 0.0
+    """Largest norm of the whole gradient in the update; 0: any."""
 
     def __init__(
         self,
@@ -46,6 +49,8 @@ class Step:
 
     def __call__(self, batch: Batch, epoch: int) -> Outcome:
         logits, losses = self.gradients(batch, epoch)
+        if self.clip_norm:
+            self.optimizer.clip(lambda params: clip_grad_norm_(params, self.clip_norm))
         self.optimizer.step()
         return logits, losses
 

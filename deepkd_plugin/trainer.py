@@ -38,8 +38,14 @@ class Trainer:
     """Trains a distiller under mdistiller's protocol: `Trainer(name, distiller, loaders…, cfg).train(resume)`.
 
     Losses are summed and take one momentum, SOLVER.MOMENTUM: mdistiller's base trainer. What a run leaves
-    in LOG.PREFIX/name is listed in docs/design.md.
+    in LOG.PREFIX/name is listed in docs/design.md. What is particular to classification lies in prepare, hits,
+    test and samples.
     """
+
+    metric = "test_acc"
+    """Of what test() gives, the number that the best epoch is chosen by; more is better."""
+    shown = "test"
+    """What it is called on the terminal."""
 
     def __init__(
         self, experiment_name: str, distiller: nn.Module, train_loader: Any, val_loader: Any, cfg: Any
@@ -144,15 +150,16 @@ class Trainer:
         try:
             for epoch in range(self.epoch + 1, self.cfg.SOLVER.EPOCHS + 1):
                 device.seed_everything(self.cfg.SOLVER.SEED, epoch)
-                entry = {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"]}
+                entry = {"epoch": epoch, "lr": self.scheduler.get_last_lr()[0]}
                 entry |= self.train_epoch(epoch)
-                entry |= evaluate(self.distiller, self.val_loader, self.device, self.cfg.SOLVER)
-                self.check_finite({"test_loss": entry["test_loss"]}, f"after epoch {epoch}")
+                entry |= self.test()
+                tested = {name: value for name, value in entry.items() if name.startswith("test_")}
+                self.check_finite(tested, f"after epoch {epoch}")
                 with checkpoint.uninterrupted():
                     self.finish_epoch(epoch, entry, log)
         finally:
             log.close()
-        last = log.lines[-1]["test_acc"]
+        last = log.lines[-1][self.metric]
         return {"best": self.best_acc, "best_epoch": self.best_epoch, "last": last, "epochs": self.epoch}
 
     def train_epoch(self, epoch: int) -> dict[str, Any]:
@@ -170,17 +177,15 @@ class Trainer:
                 asked = time.perf_counter()
                 batch = next(batches)
                 waited += time.perf_counter() - asked
-                parts = dict(zip(BATCH, device.place_batch(batch, self.device, solver.CHANNELS_LAST)))
+                parts = self.prepare(batch, epoch, step)
                 if self.monitor is not None:
                     self.monitor.tick()
                 logits, by_stream = self.step(parts, epoch)
                 if self.monitor is not None and self.monitor.full:
                     self.windows.append({"epoch": epoch} | self.finish_window(self.monitor))
-                target = parts["target"]
-                count = len(target)
-                sums.add({s: loss * count for s, loss in by_stream.items()} | correct(logits, target), count)
-                if step == 1 and hasattr(self.module, "top_k"):
-                    top_k = self.module.top_k(epoch, logits.shape[1])
+                count = len(parts["target"])
+                sums.add({s: loss * count for s, loss in by_stream.items()} | self.hits(logits, parts), count)
+                top_k = self.top_k(logits, epoch, step)
                 if step % READ_EVERY == 0 or step == steps:
                     seconds = time.perf_counter() - start
                     means = self.read(sums, epoch, step)
@@ -188,9 +193,9 @@ class Trainer:
                     left = seconds / step * (steps * (solver.EPOCHS - epoch + 1) - step)
                     bar.set_postfix_str(_postfix(means, top_k, sums.count / seconds, left))
         seconds = time.perf_counter() - start
-        accuracy = {f"train_{name}": means.pop(top) for name, top in (("acc", "top1"), ("acc_top5", "top5"))}
+        hits = {name: means.pop(name) for name in list(means) if name.startswith("train_")}
         momenta = dict(self.optimizer.param_groups[0]["momentum"])
-        entry = {"loss": means, "train_loss": sum(means.values())} | accuracy | {"momentum": momenta}
+        entry = {"loss": means, "train_loss": sum(means.values())} | hits | {"momentum": momenta}
         if top_k is not None:
             entry["top_k"] = top_k
         if self.windows:
@@ -201,6 +206,23 @@ class Trainer:
             "data_seconds": waited,
             "execution": f"{self.step.name}, {self.gradients or 'sequential'} gradients",
         }
+
+    def prepare(self, batch: Any, epoch: int, step: int) -> dict[str, Any]:
+        """A loader's batch on the device, as the distiller's arguments; `target` has the batch's length."""
+        return dict(zip(BATCH, device.place_batch(batch, self.device, self.cfg.SOLVER.CHANNELS_LAST)))
+
+    def hits(self, logits: torch.Tensor, parts: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """What a batch says of the student beside the losses: sums over its samples, named train_…."""
+        found = correct(logits, parts["target"])
+        return {"train_acc": found["top1"], "train_acc_top5": found["top5"]}
+
+    def top_k(self, logits: torch.Tensor, epoch: int, step: int) -> int | None:
+        """How many non-target classes the method's mask keeps in a step; None without one."""
+        return self.module.top_k(epoch, logits.shape[1]) if hasattr(self.module, "top_k") else None
+
+    def test(self) -> dict[str, float]:
+        """The student on the test set, by names test_…."""
+        return evaluate(self.distiller, self.val_loader, self.device, self.cfg.SOLVER)
 
     def losses_by_stream(self, losses: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return assign_losses(losses, self.optimizer.streams, self.assignment)
@@ -231,11 +253,11 @@ class Trainer:
         self.losses_by_stream(losses)
 
     def samples(self, count: int) -> dict[str, Any]:
-        """A training batch of `count` images, spread over the set."""
+        """A training batch of `count` images, spread over the set, as the distiller's arguments."""
         dataset = self.train_loader.dataset
         held = [dataset[i * (len(dataset) - 1) // max(count - 1, 1)] for i in range(count)]
-        batch = device.place_batch(default_collate(held), self.device, self.cfg.SOLVER.CHANNELS_LAST)
-        return dict(zip(BATCH, batch))
+        collate = getattr(self.train_loader, "collate_fn", None) or default_collate
+        return self.prepare(collate(held), 1, 1)
 
     def resume_point(self) -> str:
         """What is left to resume from, in a sentence."""
@@ -247,9 +269,9 @@ class Trainer:
         """Log an epoch and save its checkpoints."""
         self.scheduler.step()
         self.epoch = epoch
-        better = entry["test_acc"] > self.best_acc
+        better = entry[self.metric] > self.best_acc
         if better:
-            self.best_acc, self.best_epoch = entry["test_acc"], epoch
+            self.best_acc, self.best_epoch = entry[self.metric], epoch
         log.add(entry, self.windows)
         student = {"model": self.module.student.state_dict()}
         every = self.cfg.LOG.SAVE_CHECKPOINT_FREQ
@@ -259,9 +281,10 @@ class Trainer:
         for name, student_name in [*names, ("latest", "student_latest")]:
             checkpoint.save(student, self.folder / student_name)
             checkpoint.save(self.state(), self.folder / name)
+        trained = f"  train {entry['train_acc']:.2f}" if "train_acc" in entry else ""
         tqdm.write(
-            f"epoch {epoch:3d}  loss {entry['train_loss']:.4f}  train {entry['train_acc']:.2f}  "
-            f"test {entry['test_acc']:.2f}  best {self.best_acc:.2f}"
+            f"epoch {epoch:3d}  loss {entry['train_loss']:.4f}{trained}  "
+            f"{self.shown} {entry[self.metric]:.2f}  best {self.best_acc:.2f}"
             + (f"  K {entry['top_k']}" if "top_k" in entry else "")
             + f"  lr {entry['lr']:.4g}  {entry['images_per_second']:.0f} images/s"
         )
@@ -420,7 +443,8 @@ def progress_bar(title: str, steps: int) -> tqdm:
 
 def _postfix(means: dict[str, float], top_k: int | None, rate: float, left: float) -> str:
     """What the bar shows: losses, accuracy, K, speed, and the time until the last epoch ends."""
-    losses = " ".join(f"{s} {value:.3f}" for s, value in means.items() if not s.startswith("top"))
+    losses = " ".join(f"{s} {value:.3f}" for s, value in means.items() if not s.startswith("train_"))
+    accuracy = f" top-1 {means['train_acc']:.2f}" if "train_acc" in means else ""
     mask = "" if top_k is None else f" K {top_k}"
     time_left = tqdm.format_interval(left)
-    return f"{losses} top-1 {means['top1']:.2f}{mask} {rate:.0f} images/s {time_left} left"
+    return f"{losses}{accuracy}{mask} {rate:.0f} images/s {time_left} left"

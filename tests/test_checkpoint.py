@@ -95,6 +95,10 @@ def test_weights_of_another_network_or_class_count(tmp_path):
     refused(tmp_path, short, r"2 of its 9 tensors are missing and 0 are unknown to it \(no 0.weight\)")
     more = network().state_dict() | {"extra": torch.zeros(1)}
     refused(tmp_path, more, r"1 are unknown to it \(an unknown extra\)")
+    *_, last = network().state_dict()
+    for value in (torch.tensor(0.0), torch.zeros(1, 1, 1, 1, 1)):
+        held = network().state_dict() | {last: value}
+        refused(tmp_path, held, rf"another network than net: {last} is \(")
 
 
 def test_a_fingerprint_is_of_the_numbers(tmp_path):

@@ -311,7 +311,7 @@ def test_the_builtin_tree_is_mdistillers():
 
 def test_our_config_files_merge_under_plain_yacs(cfg):
     """mdistiller's own launcher merges with yacs, whose types are stricter than ours."""
-    files = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+    files = sorted((Path(__file__).parents[1] / "configs").glob("*/*/*.yaml"))
     assert len(files) >= 10
     for file in files:
         cfg.clone().merge_from_file(str(file))

@@ -85,6 +85,23 @@ def test_a_holdout_that_leaves_nothing_is_one_line(root, detection_cfg, holdout)
         get_detection_sets(detection_cfg("glyph_canvas", root, HOLDOUT=holdout))
 
 
+@pytest.mark.parametrize("holdout", [0.0, 0.25])
+def test_nothing_to_find_on_the_test_set_is_one_line(root, detection_cfg, monkeypatch, holdout):
+    load = canvas.load_glyph_canvas
+
+    def without_boxes(root, split):
+        pixels, boxes, labels = load(root, split)
+        first = 15 if split == "train" else 0
+        boxes, labels = (
+            [one[: 0 if i >= first else None] for i, one in enumerate(held)] for held in (boxes, labels)
+        )
+        return pixels, boxes, labels
+
+    monkeypatch.setattr(canvas, "load_glyph_canvas", without_boxes)
+    with pytest.raises(UserError, match=r"none of the \d images of glyph_canvas to test on has a box"):
+        get_detection_sets(detection_cfg("glyph_canvas", root, HOLDOUT=holdout))
+
+
 def test_an_unknown_set_is_one_line(root, detection_cfg):
     with pytest.raises(UserError, match=r"DATASET\.TYPE is 'voc'; for detection .* glyph_canvas, coco"):
         get_detection_sets(detection_cfg("voc", root))

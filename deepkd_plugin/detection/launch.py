@@ -1,0 +1,127 @@
+"""From a config file to a trained detector: sets, networks, distiller, trainer (torchvision's models)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from yacs.config import CfgNode
+
+from .. import builtin, config, device, record
+from ..launch import experiment_name, read_words, run, sibling
+from ..terminal import guarded
+from .average_precision import import_pycocotools
+from .data import DETECTION_SETS, get_detection_sets
+from .distillers import DISTILLERS, Detector
+from .keys import DETECTION_KEYS
+from .losses import BASES
+from .networks import NETWORKS, network, trained_network
+from .trainer import TRAINERS, measure_teacher
+
+TOOL = "tools/train_detection.py"
+EXAMPLE = "configs/detection/glyph_canvas/res20_res8/deepkd.yaml"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`tools/train_detection.py`: train the detector of a config. Returns the exit code (2: a mistake of the user)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return guarded(lambda: train(**read_words(words, TOOL, "Train a detector under a config.", EXAMPLE)))
+
+
+def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, command: str) -> None:
+    """Check everything, then train; nothing is written before the networks and the data are in place."""
+    cfg, origin = read_config(file, options)
+    import_pycocotools()  # it measures AP, the first time after an epoch
+    name = experiment_name(cfg, options)
+    folder = Path(cfg.LOG.PREFIX) / name
+    record.check_folder(folder, resume, overwrite)
+    at = device.pick()
+    device.seed_everything(cfg.SOLVER.SEED)
+    train_loader, test_loader, count, classes = get_detection_sets(cfg)
+    config.check_mask(cfg, origin, len(classes) + 1)
+    print(f"{name}: {cfg.DISTILLER.TYPE} on {cfg.DATASET.TYPE}, {count} images, {device.describe(at)}")
+    distiller = device.place(make_distiller(cfg, len(classes)), at, False)
+    source = origin.get("DISTILLER.TEACHER_WEIGHTS", "default")
+    teacher_ap = measure_teacher(distiller, test_loader, cfg, source)
+    trainer = TRAINERS[cfg.SOLVER.TRAINER](name, distiller, train_loader, test_loader, cfg)
+    trainer.teacher_acc = teacher_ap
+    result = run(trainer, resume, overwrite, command)
+    summarise(file, cfg, folder, teacher_ap, result)
+
+
+def make_distiller(cfg: Any, num_classes: int) -> Detector:
+    """The student, first, so that a seed gives one student whatever the teacher is; then the teacher."""
+    node = cfg.DETECTION
+    student = network(cfg.DISTILLER.STUDENT, num_classes, node, node.STUDENT_BACKBONE)
+    make = DISTILLERS[cfg.DISTILLER.TYPE]
+    if cfg.DISTILLER.TYPE == "NONE":
+        return make(student, cfg)
+    weights, key = cfg.DISTILLER.TEACHER_WEIGHTS, "DISTILLER.TEACHER_WEIGHTS"
+    return make(student, trained_network(cfg.DISTILLER.TEACHER, num_classes, node, weights, key), cfg)
+
+
+def read_config(file: str, options: Sequence[str]) -> tuple[CfgNode, dict[str, str]]:
+    """The built-in config tree and the node DETECTION with a file and options merged, checked and frozen.
+
+    Also returns where each value came from. Raises UserError.
+    """
+    cfg = builtin.CFG.clone()
+    config.add_deepkd_config(cfg)
+    config.add_keys(cfg, DETECTION_KEYS)
+    origin = config.load(cfg, file, options)
+    check(cfg, origin)
+    cfg.freeze()
+    return cfg, origin
+
+
+def check(cfg: CfgNode, origin: dict[str, str]) -> None:
+    """Raise UserError for the first value that is out of range or that detection has no use for."""
+    known = {
+        "DATASET.TYPE": DETECTION_SETS,
+        "DISTILLER.TYPE": DISTILLERS,
+        "SOLVER.TRAINER": TRAINERS,
+        "DISTILLER.STUDENT": NETWORKS,
+    }
+    if cfg.DISTILLER.TYPE != "NONE":
+        known["DISTILLER.TEACHER"] = NETWORKS
+    if cfg.DISTILLER.TYPE == "DeepKD":
+        known["DeepKD.BASE"] = BASES
+    for path, names in known.items():
+        value = config.get(cfg, path)
+        if value not in names:
+            raise config.wrong(origin, path, value, f"one of {', '.join(names)} for detection")
+    config.check(cfg, origin)
+    config.check_keys(cfg, origin, DETECTION_KEYS)
+    for path, only in ONLY.items():
+        value = config.get(cfg, path)
+        if value != only:
+            raise config.wrong(origin, path, value, f"{only!r} for detection")
+    if max(cfg.DETECTION.MIN_SIZE) > cfg.DETECTION.MAX_SIZE:
+        allowed = f"at least the largest of DETECTION.MIN_SIZE, {max(cfg.DETECTION.MIN_SIZE)}"
+        raise config.wrong(origin, "DETECTION.MAX_SIZE", cfg.DETECTION.MAX_SIZE, allowed)
+
+
+ONLY = {
+    "SOLVER.EXECUTION": "eager",
+    "SOLVER.CHANNELS_LAST": False,
+    "SOLVER.WARMUP_EPOCHS": 0,
+    "DATASET.PIPELINE": "workers",
+    "DATASET.TRAIN_PER_CLASS": 0,
+    "EXPERIMENT.LOGIT_STAND": False,
+}
+"""Keys that are for classification, and the value that they have here. (Warm-up is DETECTION.WARMUP_ITERATIONS.)"""
+
+
+def summarise(file: str, cfg: Any, folder: Path, teacher_ap: float | None, result: dict[str, Any]) -> None:
+    """The end of a run on the terminal: how good, where the files are, what to do next."""
+    teacher = "none" if teacher_ap is None else f"{cfg.DISTILLER.TEACHER} AP {teacher_ap:.2f} %"
+    minutes = record.read_run(folder)["minutes"]
+    print(
+        f"\nteacher   {teacher}\n"
+        f"student   {cfg.DISTILLER.STUDENT}: AP best {result['best']:.2f} % (epoch {result['best_epoch']}), last "
+        f"{result['last']:.2f} % (epoch {result['epochs']}), in {minutes:.1f} minutes\n"
+        f"files     {folder}/ (student_best, student_latest, metrics.jsonl with AP50 and AP75, train.events)\n"
+        f"next      {sibling(file, TOOL)}"
+    )

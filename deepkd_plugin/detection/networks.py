@@ -1,0 +1,220 @@
+"""Faster R-CNNs on a feature pyramid, out of torchvision's parts, by name.
+
+State-dict keys of the first three are torchvision's for the models of the same names, so that its weights load.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import mobilenet_backbone, resnet_fpn_backbone
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from .. import checkpoint
+from ..builtin.models.resnet import ResNet
+from ..errors import UserError
+from ..losses import wide
+from ..shipped import PACKAGE
+
+RATIOS = (0.5, 1.0, 2.0)
+"""Height over width of anchors."""
+
+
+def network(name: str, num_classes: int, node: Any, backbone: str = "", trained: bool = False) -> FasterRCNN:
+    """A detector for num_classes classes, background not counted.
+
+    node: the config node DETECTION. backbone: a file of ImageNet weights for it; trained: whether weights of a
+    detector come after. With either its norms are frozen. With a backbone, those of torchvision are not trained below
+    their last three stages, as in its models. Raises UserError for a file that does not fit.
+    """
+    norm = FrozenBatchNorm2d if backbone or trained else nn.BatchNorm2d
+    body, options = NETWORKS[name](norm, bool(backbone), num_classes + 1)
+    if backbone:
+        _load_backbone(body, backbone, name)
+    made = FasterRCNN(
+        body,
+        min_size=list(node.MIN_SIZE),
+        max_size=node.MAX_SIZE,
+        rpn_pre_nms_top_n_train=node.RANKED_TRAIN,
+        rpn_pre_nms_top_n_test=node.RANKED_TEST,
+        rpn_post_nms_top_n_train=node.KEPT_TRAIN,
+        rpn_post_nms_top_n_test=node.KEPT_TEST,
+        box_batch_size_per_image=node.PROPOSALS,
+        box_positive_fraction=node.FOREGROUND,
+        **options,
+    )
+    for part in (made.backbone, made.rpn.head, made.roi_heads.box_predictor):
+        part.register_forward_hook(_in_float32)
+    return made
+
+
+def _in_float32(module: nn.Module, inputs: Any, output: Any) -> Any:
+    """Under autocast torchvision would take anchors and boxes in bfloat16, which at 1,000 pixels has steps of 4."""
+    if isinstance(output, Tensor):
+        return wide(output)
+    if isinstance(output, dict):
+        return {name: wide(value) for name, value in output.items()}
+    return type(output)(_in_float32(module, inputs, part) for part in output)
+
+
+def trained_network(name: str, num_classes: int, node: Any, weights: str, key: str) -> FasterRCNN:
+    """A detector with the weights of a file, or of one that the package ships (builtin:NAME); takes no gradients.
+
+    Torchvision's files for COCO have a column for each of its 91 category ids, of which 80 are classes: these are
+    taken. key: the config key or option that gave `weights`, for the UserError of a file that is missing or does not
+    fit.
+    """
+    if not weights:
+        raise UserError(f"{key} names no file; it must name a checkpoint of {name} on this data set")
+    if weights.startswith("builtin:"):
+        file = PACKAGE / "builtin" / "weights" / f"{weights.removeprefix('builtin:')}.pt"
+    else:
+        file = Path(weights)
+    held = checkpoint.network_weights(checkpoint.load(file, key))
+    # frozen norms count no batches; torchvision's files and those of a pretrained backbone have them
+    frozen = held is not None and not any(tensor.endswith("num_batches_tracked") for tensor in held)
+    scores = (held or {}).get(SCORES)
+    found = num_classes if scores is None or scores.ndim != 2 else len(scores) - 1
+    made = network(name, max(found, 1), node, trained=frozen)
+    checkpoint.load_weights(made, file, key, name)
+    if (num_classes, found + 1) == (len(COCO_IDS), COCO_COLUMNS):
+        _keep_columns(made, [0, *COCO_IDS])
+    elif found != num_classes:
+        raise UserError(f"{file}: {key} holds a {name} of {found} classes; this run has {num_classes}")
+    if file.stem.endswith(TRAINED_WITHOUT_EPSILON):
+        for module in made.modules():
+            if isinstance(module, FrozenBatchNorm2d):
+                module.eps = 0.0
+    return made.requires_grad_(False)
+
+
+COCO_COLUMNS = 91
+COCO_IDS = tuple(i for i in range(1, COCO_COLUMNS) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83))
+"""The category ids of COCO's 80 classes."""
+
+SCORES = "roi_heads.box_predictor.cls_score.weight"
+
+TRAINED_WITHOUT_EPSILON = "-258fb6c6"
+"""How torchvision's file of fasterrcnn_resnet50_fpn ends: it sets the epsilon of that model's norms to 0."""
+
+
+def _keep_columns(detector: FasterRCNN, columns: list[int]) -> None:
+    """Leave a detector the given classes, background included, in this order."""
+    head = detector.roi_heads.box_predictor
+    boxes = [4 * column + i for column in columns for i in range(4)]
+    for layer, rows in ((head.cls_score, columns), (head.bbox_pred, boxes)):
+        layer.weight, layer.bias = (nn.Parameter(held[rows].clone()) for held in (layer.weight, layer.bias))
+        layer.out_features = len(rows)
+
+
+def count_classes(detector: FasterRCNN) -> int:
+    """The classes of a detector, background not counted."""
+    return detector.roi_heads.box_predictor.cls_score.out_features - 1
+
+
+def _load_backbone(backbone: nn.Module, file: str, name: str) -> None:
+    """Load ImageNet weights into a backbone's body; what only the classifier has is left out."""
+    option = "DETECTION.STUDENT_BACKBONE"
+    held = checkpoint.network_weights(checkpoint.load(file, option)) or {}
+    wanted = backbone.body.state_dict()
+    found = {tensor.removeprefix("features."): value for tensor, value in held.items()}
+    missing = [t for t, value in wanted.items() if t not in found or found[t].shape != value.shape]
+    if missing:
+        raise UserError(
+            f"{file}: {option} must hold ImageNet weights of the backbone of {name}; {len(missing)} of its "
+            f"{len(wanted)} tensors are missing ({missing[0]})"
+        )
+    backbone.body.load_state_dict({tensor: found[tensor] for tensor in wanted})
+
+
+Made = tuple[nn.Module, dict[str, Any]]
+"""A backbone with out_channels that gives named maps, and what else FasterRCNN is told, its classes among it."""
+
+Maker = Callable[[Any, bool, int], Made]
+"""(norm layer, whether the backbone starts from ImageNet weights, columns of class logits) -> Made."""
+
+
+def _resnet(depth: int) -> Maker:
+    def make(norm: Any, pretrained: bool, columns: int) -> Made:
+        # 5 stages in all; those that are not trained keep their ImageNet weights
+        layers = 3 if pretrained else 5
+        name = f"resnet{depth}"
+        body = resnet_fpn_backbone(backbone_name=name, weights=None, norm_layer=norm, trainable_layers=layers)
+        return body, {"num_classes": columns}
+
+    return make
+
+
+def _mobilenet_v3_320(norm: Any, pretrained: bool, columns: int) -> Made:
+    layers = 3 if pretrained else 6
+    body = mobilenet_backbone(
+        backbone_name="mobilenet_v3_large", weights=None, fpn=True, norm_layer=norm, trainable_layers=layers
+    )
+    anchors = AnchorGenerator(((32, 64, 128, 256, 512),) * 3, (RATIOS,) * 3)
+    return body, {"num_classes": columns, "rpn_anchor_generator": anchors, "rpn_score_thresh": 0.05}
+
+
+class SmallFPN(nn.Module):
+    """A CIFAR ResNet, its stem at stride 2, under a pyramid of two maps at strides 4 and 8: for glyph_canvas.
+
+    forward: images (B, 3, H, W) -> {"0": (B, 64, H/4, W/4), "1": (B, 64, H/8, W/8)}
+    """
+
+    out_channels = 64
+
+    def __init__(self, depth: int, norm: Any) -> None:
+        super().__init__()
+        self.body = ResNet(depth, (16, 16, 32, 64))
+        del self.body.fc
+        self.body.conv1.stride = (2, 2)
+        self.fpn = FeaturePyramidNetwork([32, 64], self.out_channels)
+        if norm is FrozenBatchNorm2d:
+            _freeze(self.body)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        body = self.body
+        x = body.layer1(body.relu(body.bn1(body.conv1(x)))).relu()
+        x = body.layer2(x).relu()
+        return self.fpn(OrderedDict([("0", x), ("1", F.relu(body.layer3(x)))]))
+
+
+def _freeze(module: nn.Module) -> None:
+    """Put frozen norms in the place of a network's own."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, FrozenBatchNorm2d(child.num_features))
+        else:
+            _freeze(child)
+
+
+def _small(depth: int) -> Maker:
+    def make(norm: Any, pretrained: bool, columns: int) -> Made:
+        channels, side, width = SmallFPN.out_channels, 5, 128
+        return SmallFPN(depth, norm), {
+            "rpn_anchor_generator": AnchorGenerator(((14, 20), (28, 38)), (RATIOS,) * 2),
+            # glyphs from 28 pixels on are looked up in the coarser map
+            "box_roi_pool": MultiScaleRoIAlign(["0", "1"], side, 2, canonical_scale=28, canonical_level=3),
+            "box_head": TwoMLPHead(channels * side**2, width),
+            "box_predictor": FastRCNNPredictor(width, columns),
+        }
+
+    return make
+
+
+NETWORKS: dict[str, Maker] = {
+    "fasterrcnn_resnet50_fpn": _resnet(50),
+    "fasterrcnn_resnet18_fpn": _resnet(18),
+    "fasterrcnn_mobilenet_v3_large_320_fpn": _mobilenet_v3_320,
+    "fasterrcnn_resnet20_fpn": _small(20),
+    "fasterrcnn_resnet8_fpn": _small(8),
+}
+"""By name. The last two, of CIFAR ResNets, are for images of about 100 pixels."""

@@ -1,0 +1,109 @@
+"""The trainer of detectors: the classification trainer's loop with boxes, a warm-up by iteration, and AP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import device
+from ..errors import UserError
+from ..trainer import DecoupledMomentumTrainer
+from .average_precision import average_precision
+from .networks import count_classes
+
+WARMUP_START = 0.001
+"""Share of the learning rate that warm-up starts from (torchvision's reference training)."""
+
+LEAST_AP = 1.0
+"""A teacher below this AP, in percent, is not trained on the data set."""
+
+
+class DetectionTrainer(DecoupledMomentumTrainer):
+    """Trains one of distillers.DISTILLERS; AP on the test set tells the best epoch.
+
+    With all deltas 0 every stream has one momentum, and this is plain SGD for every method. The learning rate
+    is the schedule's of the epoch, times a factor that rises over DETECTION.WARMUP_ITERATIONS.
+    """
+
+    metric = "test_ap"
+    shown = "AP"
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.step.clip_norm = self.cfg.DETECTION.CLIP_NORM
+
+    def train(self, *how: Any, **named: Any) -> dict[str, Any]:
+        """As the base trainer's; best and last are AP in percent."""
+        if self.teacher_acc is None:
+            self.teacher_acc = measure_teacher(self.module, self.val_loader, self.cfg, "config")
+        return super().train(*how, **named)
+
+    def prepare(self, batch: Any, epoch: int, step: int) -> dict[str, Any]:
+        """As the base trainer's, with the share of the training that is done; sets the learning rate."""
+        images, targets = batch
+        done = (epoch - 1) * len(self.train_loader) + step - 1
+        self.warm_up(done)
+        total = len(self.train_loader) * self.cfg.SOLVER.EPOCHS
+        return {
+            "image": device.place_batch(images, self.device, False),
+            "target": [{name: value.to(self.device) for name, value in t.items()} for t in targets],
+            "progress": done / max(total - 1, 1),
+        }
+
+    def warm_up(self, done: int) -> None:
+        """Set the learning rate of the iteration after `done` others."""
+        iterations = self.cfg.DETECTION.WARMUP_ITERATIONS
+        factor = WARMUP_START + (1 - WARMUP_START) * done / iterations if done < iterations else 1.0
+        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr()):
+            group["lr"] = factor * rate
+
+    def hits(self, logits: Tensor, parts: dict[str, Any]) -> dict[str, Tensor]:
+        """Nothing: proposals are easy to be right about, since most are background."""
+        return {}
+
+    def top_k(self, logits: Tensor, epoch: int, step: int) -> int | None:
+        steps = len(self.train_loader)
+        progress = ((epoch - 1) * steps + step - 1) / max(steps * self.cfg.SOLVER.EPOCHS - 1, 1)
+        return self.module.top_k(progress, logits.shape[1]) if hasattr(self.module, "top_k") else None
+
+    def test(self) -> dict[str, float]:
+        """The student's AP, AP50 and AP75 on the test set, in percent; in float32 whatever it was trained in."""
+        return evaluate(self.module.student, self.val_loader, self.device)
+
+
+@torch.no_grad()
+def evaluate(detector: nn.Module, loader: Any, at: torch.device) -> dict[str, float]:
+    """{"test_ap", "test_ap50", "test_ap75"} in percent of a torchvision detector on a loader of images and targets."""
+    detector.eval()
+    found, truths = [], []
+    for images, targets in loader:
+        detections = detector(device.place_batch(images, at, False))
+        found += [{name: value.float().cpu() for name, value in one.items()} for one in detections]
+        truths += targets
+    numbers = average_precision(found, truths, count_classes(detector))
+    return {f"test_{name.lower()}": value for name, value in numbers.items()}
+
+
+def measure_teacher(distiller: nn.Module, loader: Any, cfg: Any, source: str) -> float | None:
+    """Print and return the AP in percent of a distiller's teacher on the test set; None without one.
+
+    Raises UserError, naming `source`, below LEAST_AP.
+    """
+    teacher = getattr(distiller, "teacher", None)
+    if teacher is None:
+        return None
+    at = next(teacher.parameters()).device
+    ap = evaluate(teacher, loader, at)["test_ap"]
+    if ap < LEAST_AP:
+        raise UserError(
+            f"{source}: the teacher {cfg.DISTILLER.TEACHER} from DISTILLER.TEACHER_WEIGHTS finds nothing on "
+            f"{cfg.DATASET.TYPE} (AP {ap:.2f} %); it must be trained on this data set"
+        )
+    print(f"teacher   {cfg.DISTILLER.TEACHER} AP {ap:.2f} % on the test set")
+    return ap
+
+
+TRAINERS = {"base": DetectionTrainer, "DecoupledMomentumSGD": DetectionTrainer}
+"""By SOLVER.TRAINER; base is the same with one momentum."""
