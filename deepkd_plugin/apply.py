@@ -1,7 +1,8 @@
 """`deepkd apply`: the plugin in a checkout of mdistiller, and out of it again.
 
 mdistiller's tools/train.py and tools/eval.py import all they use at the top, so one import above that is
-enough. What goes in is read from patches/, which `git apply --unidiff-zero` takes too.
+enough. Its detection/train_net.py hands over to our launcher before it imports anything. What goes in is read from
+patches/, which `git apply --unidiff-zero` takes too.
 """
 
 from __future__ import annotations
@@ -30,14 +31,23 @@ KNOWN = {
         "f2b2ba458793cfc433f30e0c64771e453f6d6323a84a95fbe97ec3126a4978ce": "a08d46f",
         "9c1d8f40c49fbe0371e14a2a29c59cfccd3a24e83e2f8a30da532d1465d1ec27": "e8c5bb3",
     },
+    "detection/train_net.py": {
+        "7b0912ac813277530f88af38e1764d1141cd49dc5487af80e412a74f17c53762": "a08d46f",  # and e8c5bb3
+    },
 }
+DETECTION = "detection/train_net.py"
+"""The one script that a checkout may lack."""
+
+PLACES = {"detectron2": "detection/configs/DeepKD", "detection": None}
+"""Where a folder of our configs/ goes, if not to configs/: None is nowhere, for our own detection host."""
 IMPORT = re.compile(rb"^\s*(?:import|from)\s+deepkd_plugin\b", re.MULTILINE)
 FIRST_RUN = "configs/imagenet/r34_r18/deepkd.yaml"
+FIRST_DETECTOR = "DeepKD-R18-R101.yaml"
 
 
 @dataclass(frozen=True)
 class Script:
-    """tools/train.py or tools/eval.py of a checkout."""
+    """A script of KNOWN in a checkout."""
 
     name: str
     path: Path
@@ -99,7 +109,7 @@ class Change:
 
 
 def apply(root: Path) -> None:
-    """Put the plugin in, both scripts and all configs or nothing, and print what was done.
+    """Put the plugin in, all scripts and all configs or nothing, and print what was done.
 
     Raises UserError, with the checkout unchanged, where `root` is no checkout, a script is not a version
     of mdistiller, or a file cannot be written.
@@ -115,8 +125,8 @@ def apply(root: Path) -> None:
     )
     if new_scripts:
         print(f"patched   {_names(new_scripts)}")
-    if new_configs:
-        print(f"configs   {_count(new_configs)} copied to {root / 'configs'}")
+    for folder, group in _by_place(new_configs):
+        print(f"configs   {_count(group)} copied to {root / folder}")
     if not new_scripts and not new_configs:
         print(f"{root} has the plugin in place already")
     _print_kept(configs)
@@ -124,6 +134,8 @@ def apply(root: Path) -> None:
     if runs:
         run = FIRST_RUN if FIRST_RUN in runs else runs[0]
         print(f"next      cd {shlex.quote(str(root))} && python tools/train.py --cfg {run}")
+    if any(config.path.name == FIRST_DETECTOR for config in configs):
+        print(f"          python {DETECTION} --config-file configs/DeepKD/{FIRST_DETECTOR} --num-gpus 4")
     print(f"undo      deepkd apply {shlex.quote(str(root))} --revert")
 
 
@@ -134,9 +146,9 @@ def check(root: Path) -> int:
     """
     scripts, configs = _survey(root)
     for script in scripts:
-        print(f"{script.name:<16}{script.state}")
+        print(f"{script.name:<24}{script.state}")
     missing = sum(config.theirs is None for config in configs)
-    print(f"{'configs':<16}{sum(c.in_place for c in configs)} in place, {missing} not yet")
+    print(f"{'configs':<24}{sum(c.in_place for c in configs)} in place, {missing} not yet")
     _print_kept(configs)
     _refuse_unknown(scripts)
     return 0 if missing == 0 and all(script.patched for script in scripts) else 1
@@ -164,8 +176,8 @@ def revert(root: Path) -> None:
     )
     if old_scripts:
         print(f"reverted  {_names(old_scripts)}")
-    if old_configs:
-        print(f"configs   {_count(old_configs)} removed from {root / 'configs'}")
+    for folder, group in _by_place(old_configs):
+        print(f"configs   {_count(group)} removed from {root / folder}")
     if not old_scripts and not old_configs:
         print(f"{root} has nothing of the plugin to take out")
     left = [config for config in configs if config.theirs is not None and config not in old_configs]
@@ -175,7 +187,9 @@ def revert(root: Path) -> None:
 
 def _survey(root: Path) -> tuple[list[Script], list[Config]]:
     """Read everything that the commands look at or change. UserError where `root` is no checkout."""
-    for name in (*KNOWN, "mdistiller/__init__.py"):
+    detection = (root / DETECTION).is_file()
+    names = [name for name in KNOWN if detection or name != DETECTION]
+    for name in (*names, "mdistiller/__init__.py"):
         if not (root / name).is_file():
             raise UserError(
                 f"{root}: has no {name}; PATH must be the root folder of a checkout of mdistiller"
@@ -186,11 +200,13 @@ def _survey(root: Path) -> tuple[list[Script], list[Config]]:
     try:
         scripts = [
             Script(name, root / name, (root / name).read_bytes(), _lines_of_patch(Path(name).stem))
-            for name in KNOWN
+            for name in names
         ]
         configs = []
         for file in sorted(folder.rglob("*.yaml")):
-            name = f"configs/{file.relative_to(folder).as_posix()}"
+            name = _place(file.relative_to(folder), detection)
+            if name is None:
+                continue
             path = root / name
             theirs = path.read_bytes() if os.path.lexists(path) else None
             linked = path.resolve() != root.resolve() / name
@@ -198,6 +214,22 @@ def _survey(root: Path) -> tuple[list[Script], list[Config]]:
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror}); nothing was changed") from None
     return scripts, configs
+
+
+def _place(file: Path, detection: bool) -> str | None:
+    """Where a checkout has one of our configs, named relative to configs/; None where it is not for it."""
+    top = file.parts[0]
+    if top not in PLACES:
+        return f"configs/{file.as_posix()}"
+    place = PLACES[top]
+    return f"{place}/{file.relative_to(top).as_posix()}" if place and detection else None
+
+
+def _by_place(configs: Iterable[Config]) -> list[tuple[str, list[Config]]]:
+    """The configs of each folder that they go to, without folders that none goes to."""
+    places = ("configs", *(place for place in PLACES.values() if place))
+    groups = [(place, [c for c in configs if c.name.startswith(f"{place}/")]) for place in places]
+    return [(place, group) for place, group in groups if group]
 
 
 def _lines_of_patch(tool: str) -> bytes:
@@ -210,11 +242,15 @@ def _lines_of_patch(tool: str) -> bytes:
 def _refuse_unknown(scripts: Iterable[Script]) -> None:
     unknown = [script for script in scripts if not script.patched and script.commit is None]
     if unknown:
-        first, second = unknown[0].lines.decode().splitlines()
+        lines = " and ".join(f"`{line}`" for line in unknown[0].lines.decode().splitlines())
+        by_hand = (
+            f"these two lines on top by hand: {lines}"
+            if unknown[0].name != DETECTION
+            else f"the lines of {shipped('patches') / 'train_net.patch'} on top by hand"
+        )
         raise UserError(
             f"{' and '.join(str(script.path) for script in unknown)}: not a version of mdistiller that this "
-            f"command knows, and nothing was changed; put these two lines on top by hand, then run it again: "
-            f"`{first}` and `{second}`"
+            f"command knows, and nothing was changed; put {by_hand}, then run it again"
         )
 
 

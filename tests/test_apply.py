@@ -22,12 +22,39 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = {
     "tools/train.py": b"import os\n\nprint(os.name)\n",
     "tools/eval.py": b"import sys\nprint(sys.path)\n",
+    "detection/train_net.py": b"#!/usr/bin/env python\nimport torch\n",
 }
-LINES = (
+TWO_LINES = (
     b"# DeepKD: registers its distillers, trainer and config keys (deepkd apply; undo with deepkd apply --revert)\n"
     b"import deepkd_plugin.mdistiller  # noqa: F401\n"
 )
-CONFIGS = sorted(f"configs/{f.relative_to(ROOT / 'configs')}" for f in (ROOT / "configs").rglob("*.yaml"))
+LINES = {
+    "tools/train.py": TWO_LINES,
+    "tools/eval.py": TWO_LINES,
+    "detection/train_net.py": (
+        b"#!/usr/bin/env python\n"
+        b"# DeepKD: its trainer, meta architecture and config keys (deepkd apply; undo with deepkd apply --revert)\n"
+        b'if __name__ == "__main__":\n'
+        b"    from deepkd_plugin.detection.detectron2.launch import main\n\n"
+        b"    raise SystemExit(main())\n"
+    ),
+}
+
+
+def placed(file):
+    """Where a checkout has one of our configs."""
+    top, name = file.parts[0], file.as_posix()
+    return f"detection/configs/DeepKD/{name.split('/', 1)[1]}" if top == "detectron2" else f"configs/{name}"
+
+
+SOURCES = {
+    placed(file.relative_to(ROOT / "configs")): file
+    for file in sorted((ROOT / "configs").rglob("*.yaml"))
+    if file.relative_to(ROOT / "configs").parts[0] != "detection"
+}
+"""What a checkout gets: path there -> our file."""
+DETECTORS = [name for name in SOURCES if name.startswith("detection/")]
+CONFIGS = [name for name in SOURCES if name not in DETECTORS]
 
 
 @pytest.fixture
@@ -39,6 +66,7 @@ def fake(tmp_path, monkeypatch):
         (root / name).chmod(0o755)
     put(root / "mdistiller/__init__.py", b"")
     put(root / "configs/cifar100/theirs.yaml", b"theirs: 1\n")
+    put(root / "detection/configs/theirs.yaml", b"theirs: 1\n")
     known = {name: {hashlib.sha256(content).hexdigest(): "0123abc"} for name, content in SCRIPTS.items()}
     monkeypatch.setattr(apply, "KNOWN", known)
     return root
@@ -76,17 +104,22 @@ def test_apply_and_revert(fake, deepkd):
     assert (code, err) == (0, "")
     after = tree(fake)
     for name, content in SCRIPTS.items():
-        assert after[name] == (False, before[name][1], LINES + content)
-    assert {name for name in after if name.endswith(".yaml")} == {*CONFIGS, "configs/cifar100/theirs.yaml"}
-    assert all(after[name][2] == (ROOT / name).read_bytes() for name in CONFIGS)
+        assert after[name] == (False, before[name][1], LINES[name] + content)
+    theirs = {"configs/cifar100/theirs.yaml", "detection/configs/theirs.yaml"}
+    assert {name for name in after if name.endswith(".yaml")} == SOURCES.keys() | theirs
+    assert all(after[name][2] == file.read_bytes() for name, file in SOURCES.items())
     assert set(after) - set(before) == {
-        part for name in CONFIGS for part in (name, *map(str, Path(name).parents[:-2])) if part not in before
+        part for name in SOURCES for part in (name, *map(str, Path(name).parents[:-2])) if part not in before
     }
     lines = out.splitlines()
-    assert lines[0] == "patched   tools/train.py, tools/eval.py"
+    assert lines[0] == "patched   tools/train.py, tools/eval.py, detection/train_net.py"
     assert lines[1] == f"configs   {len(CONFIGS)} files copied to {fake / 'configs'}"
+    assert lines[2] == f"configs   {len(DETECTORS)} files copied to {fake / 'detection/configs/DeepKD'}"
     assert lines[-1] == f"undo      deepkd apply {shlex.quote(str(fake))} --revert"
-    words = shlex.split(lines[2])
+    words = shlex.split(lines[4])
+    assert words[:3] == ["python", "detection/train_net.py", "--config-file"]
+    assert f"detection/{words[3]}" in DETECTORS
+    words = shlex.split(lines[3])
     assert words[:2] == ["next", "cd"]
     assert words[3:-1] == ["&&", "python", "tools/train.py", "--cfg"]
     assert (Path(words[2]) / words[-1]).read_bytes() == (ROOT / words[-1]).read_bytes()
@@ -95,8 +128,9 @@ def test_apply_and_revert(fake, deepkd):
     assert (code, err) == (0, "")
     assert tree(fake) == before
     assert out.splitlines() == [
-        "reverted  tools/train.py, tools/eval.py",
+        "reverted  tools/train.py, tools/eval.py, detection/train_net.py",
         f"configs   {len(CONFIGS)} files removed from {fake / 'configs'}",
+        f"configs   {len(DETECTORS)} files removed from {fake / 'detection/configs/DeepKD'}",
     ]
 
 
@@ -113,6 +147,19 @@ def test_twice(fake, deepkd):
     assert out == f"{fake} has nothing of the plugin to take out\n"
 
 
+def test_a_checkout_without_a_detection_branch(fake, deepkd):
+    shutil.rmtree(fake / "detection")
+    before = tree(fake)
+    code, out, _ = deepkd(fake)
+    assert code == 0
+    assert "train_net" not in out
+    assert {name for name in tree(fake) if name in SOURCES} == set(CONFIGS)
+    code, out, _ = deepkd(fake, "--check")
+    assert (code, len(out.splitlines())) == (0, 3)
+    deepkd(fake, "--revert")
+    assert tree(fake) == before
+
+
 def test_a_checkout_without_configs(fake, deepkd):
     shutil.rmtree(fake / "configs")
     before = tree(fake)
@@ -123,34 +170,37 @@ def test_a_checkout_without_configs(fake, deepkd):
 
 
 def checked(deepkd, root):
-    """--check's exit code and what it says of the two scripts and of the configs; it changes nothing."""
+    """--check's exit code and what it says of the scripts and of the configs; it changes nothing."""
     before = tree(root)
     code, out, err = deepkd(root, "--check")
     assert tree(root) == before
-    assert [line[:16].strip() for line in out.splitlines()[:3]] == [
-        "tools/train.py",
-        "tools/eval.py",
-        "configs",
-    ]
-    return code, [line[16:] for line in out.splitlines()[:3]], err
+    assert [line[:24].strip() for line in out.splitlines()[:4]] == [*SCRIPTS, "configs"]
+    return code, [line[24:] for line in out.splitlines()[:4]], err
 
 
 def test_check_in_every_state(fake, deepkd):
-    n = len(CONFIGS)
+    n = len(SOURCES)
     pristine, patched = "not yet (mdistiller 0123abc)", "in place (mdistiller 0123abc)"
     unknown = "not a version that this command knows"
-    assert checked(deepkd, fake) == (1, [pristine, pristine, f"0 in place, {n} not yet"], "")
+
+    def states(*scripts, there, missing):
+        return [*scripts, f"{there} in place, {missing} not yet"]
+
+    assert checked(deepkd, fake) == (1, states(*[pristine] * 3, there=0, missing=n), "")
     deepkd(fake)
-    assert checked(deepkd, fake) == (0, [patched, patched, f"{n} in place, 0 not yet"], "")
+    assert checked(deepkd, fake) == (0, states(*[patched] * 3, there=n, missing=0), "")
     (fake / CONFIGS[0]).unlink()
-    assert checked(deepkd, fake) == (1, [patched, patched, f"{n - 1} in place, 1 not yet"], "")
+    assert checked(deepkd, fake) == (1, states(*[patched] * 3, there=n - 1, missing=1), "")
     put(fake / CONFIGS[0], b"mine: 1\n")
-    assert checked(deepkd, fake) == (0, [patched, patched, f"{n - 1} in place, 0 not yet"], "")
-    put(fake / "tools/train.py", SCRIPTS["tools/train.py"])
-    assert checked(deepkd, fake) == (1, [pristine, patched, f"{n - 1} in place, 0 not yet"], "")
+    assert checked(deepkd, fake) == (0, states(*[patched] * 3, there=n - 1, missing=0), "")
+    (fake / DETECTORS[0]).unlink()
+    assert checked(deepkd, fake) == (1, states(*[patched] * 3, there=n - 2, missing=1), "")
+    deepkd(fake)
+    put(fake / "detection/train_net.py", SCRIPTS["detection/train_net.py"])
+    assert checked(deepkd, fake) == (1, states(patched, patched, pristine, there=n - 1, missing=0), "")
     put(fake / "tools/train.py", b"import os\n")
-    code, states, err = checked(deepkd, fake)
-    assert (code, states[:2]) == (2, [unknown, patched])
+    code, found, err = checked(deepkd, fake)
+    assert (code, found[:3]) == (2, [unknown, patched, pristine])
     assert f"{fake / 'tools/train.py'}: not a version of mdistiller" in err
 
 
@@ -162,10 +212,10 @@ def test_an_edited_file_is_refused_and_the_lines_by_hand_are_enough(fake, deepkd
     assert tree(fake) == before
     assert err.startswith(f"deepkd: error: {fake / 'tools/eval.py'}: not a version of mdistiller that this")
     assert "train.py" not in err
-    for line in LINES.decode().splitlines():
+    for line in TWO_LINES.decode().splitlines():
         assert f"`{line}`" in err
     # what the message asks for
-    put(fake / "tools/eval.py", LINES + before["tools/eval.py"][2])
+    put(fake / "tools/eval.py", TWO_LINES + before["tools/eval.py"][2])
     assert deepkd(fake)[0] == 0
     code, states, _ = checked(deepkd, fake)
     assert (code, states[1]) == (0, "in place (otherwise an edited file)")
@@ -173,6 +223,19 @@ def test_an_edited_file_is_refused_and_the_lines_by_hand_are_enough(fake, deepkd
     assert tree(fake) == before
     put(fake / "tools/train.py", b"")
     assert f"{fake / 'tools/train.py'} and {fake / 'tools/eval.py'}: not a version" in deepkd(fake)[2]
+
+
+def test_an_edited_detection_script_is_refused_and_the_lines_by_hand_are_enough(fake, deepkd):
+    put(fake / "detection/train_net.py", b"# mine\n")
+    before = tree(fake)
+    code, _, err = deepkd(fake)
+    assert code == 2
+    assert tree(fake) == before
+    assert f"put the lines of {shipped('patches') / 'train_net.patch'} on top by hand" in err
+    put(fake / "detection/train_net.py", LINES["detection/train_net.py"] + b"# mine\n")
+    assert deepkd(fake)[0] == 0
+    assert deepkd(fake, "--revert")[0] == 0
+    assert tree(fake) == before
 
 
 def test_edits_after_apply_survive_revert(fake, deepkd):
@@ -184,7 +247,7 @@ def test_edits_after_apply_survive_revert(fake, deepkd):
     assert code == 0
     assert (fake / "tools/train.py").read_bytes() == SCRIPTS["tools/train.py"] + b"# mine\n"
     assert (fake / CONFIGS[0]).read_bytes() == b"mine: 1\n"
-    assert not any((fake / name).exists() for name in CONFIGS[1:])
+    assert not any((fake / name).exists() for name in SOURCES if name != CONFIGS[0])
     assert out.splitlines()[-1] == (
         f"left 1 file not as the plugin ships them, or behind a link: {CONFIGS[0]}"
     )
@@ -196,12 +259,12 @@ def test_crlf_stays_crlf(fake, deepkd):
     before = tree(fake)
     assert deepkd(fake)[0] == 0
     for name, content in SCRIPTS.items():
-        assert (fake / name).read_bytes() == (LINES + content).replace(b"\n", b"\r\n")
+        assert (fake / name).read_bytes() == (LINES[name] + content).replace(b"\n", b"\r\n")
     assert checked(deepkd, fake)[0] == 0
     deepkd(fake, "--revert")
     assert tree(fake) == before
     # git apply puts \n lines on top of \r\n ones
-    put(fake / "tools/train.py", LINES + before["tools/train.py"][2])
+    put(fake / "tools/train.py", TWO_LINES + before["tools/train.py"][2])
     assert checked(deepkd, fake)[1][0] == "in place (mdistiller 0123abc)"
     deepkd(fake, "--revert")
     assert tree(fake) == before
@@ -209,11 +272,13 @@ def test_crlf_stays_crlf(fake, deepkd):
 
 def test_a_checkout_with_one_file_patched_by_hand(fake, deepkd):
     before = tree(fake)
-    put(fake / "tools/eval.py", LINES + LINES + SCRIPTS["tools/eval.py"])  # git apply does not mind twice
+    put(
+        fake / "tools/eval.py", TWO_LINES + TWO_LINES + SCRIPTS["tools/eval.py"]
+    )  # git apply does not mind twice
     code, out, _ = deepkd(fake)
     assert code == 0
-    assert out.splitlines()[0] == "patched   tools/train.py"
-    assert (fake / "tools/train.py").read_bytes() == LINES + SCRIPTS["tools/train.py"]
+    assert out.splitlines()[0] == "patched   tools/train.py, detection/train_net.py"
+    assert (fake / "tools/train.py").read_bytes() == TWO_LINES + SCRIPTS["tools/train.py"]
     deepkd(fake, "--revert")
     assert tree(fake) == before
 
@@ -251,7 +316,7 @@ def test_what_lies_behind_a_link_is_not_removed(fake, deepkd, tmp_path):
     (fake / "tools/train.py").rename(tmp_path / "train.py")
     (fake / "tools/train.py").symlink_to(tmp_path / "train.py")
     assert deepkd(fake)[0] == 0
-    assert (tmp_path / "train.py").read_bytes() == LINES + SCRIPTS["tools/train.py"]
+    assert (tmp_path / "train.py").read_bytes() == TWO_LINES + SCRIPTS["tools/train.py"]
     code, out, _ = deepkd(fake, "--revert")
     assert code == 0
     assert "or behind a link: " in out
@@ -274,7 +339,7 @@ def test_the_plugin_s_own_configs_are_never_removed(fake, deepkd, monkeypatch):
 
 def test_revert_tells_of_an_import_elsewhere(fake, deepkd):
     deepkd(fake)
-    put(fake / "tools/eval.py", b"#!/usr/bin/env python\n" + LINES + SCRIPTS["tools/eval.py"])
+    put(fake / "tools/eval.py", b"#!/usr/bin/env python\n" + TWO_LINES + SCRIPTS["tools/eval.py"])
     before = tree(fake)
     code, _, err = deepkd(fake, "--revert")
     assert code == 2
@@ -299,7 +364,9 @@ def failing_writes(monkeypatch, name, error):
 
 
 @pytest.mark.parametrize("flags", [[], ["--revert"]])
-@pytest.mark.parametrize("name", ["train.py", "eval.py", Path(CONFIGS[-1]).name])
+@pytest.mark.parametrize(
+    "name", ["train.py", "eval.py", "train_net.py", Path(CONFIGS[-1]).name, Path(DETECTORS[-1]).name]
+)
 def test_a_full_disk_leaves_everything_as_it_was(fake, deepkd, monkeypatch, flags, name):
     if flags:
         deepkd(fake)
@@ -377,6 +444,7 @@ def real(request, tmp_path, mdistiller_root):
     copy = tmp_path / "mdistiller"
     shutil.copytree(root / "configs", copy / "configs")
     shutil.copytree(root / "tools", copy / "tools", ignore=shutil.ignore_patterns("*.ipynb"))
+    shutil.copytree(root / "detection", copy / "detection", ignore=shutil.ignore_patterns("__pycache__"))
     put(copy / "mdistiller/__init__.py", b"")
     if request.param != "as it stands":
         for name in SCRIPTS:
@@ -392,27 +460,27 @@ def test_mdistiller_s_own_files(real, deepkd):
     before = tree(real)
     code, states, _ = checked(deepkd, real)
     assert code == 1
-    assert all(state.startswith("not yet (mdistiller ") for state in states[:2])
+    assert all(state.startswith("not yet (mdistiller ") for state in states[:3])
     assert deepkd(real)[0] == 0
     for name in SCRIPTS:
-        assert (real / name).read_bytes() == LINES + before[name][2]
+        assert (real / name).read_bytes() == LINES[name] + before[name][2]
     assert checked(deepkd, real)[0] == 0
     assert deepkd(real, "--revert")[0] == 0
     assert tree(real) == before
 
 
-@pytest.mark.parametrize("tool", ["train", "eval"])
-def test_git_applies_the_patches(fake, deepkd, tool):
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_git_applies_the_patches(fake, deepkd, name):
     if shutil.which("git") is None:
         pytest.skip("no git")
-    patch = shipped("patches") / f"{tool}.patch"
+    patch = shipped("patches") / f"{Path(name).stem}.patch"
     before = tree(fake)
     alone = os.environ | {"GIT_CEILING_DIRECTORIES": str(fake.parent)}
     for flags in ([], ["-R"]):
         command = ["git", "apply", "--unidiff-zero", *flags, str(patch)]
         subprocess.run(command, cwd=fake, env=alone, check=True)
-        put_in = b"" if flags else LINES
-        assert (fake / f"tools/{tool}.py").read_bytes() == put_in + SCRIPTS[f"tools/{tool}.py"]
+        put_in = b"" if flags else LINES[name]
+        assert (fake / name).read_bytes() == put_in + SCRIPTS[name]
     assert tree(fake) == before
 
 
@@ -456,9 +524,10 @@ def test_a_wheel_made_of_the_sdist_has_configs_and_patches(tmp_path):
         (wheel,) = target.iterdir()
         with zipfile.ZipFile(wheel) as file:
             held = {name: file.read(name) for name in file.namelist()}
-        patches = ["patches/eval.patch", "patches/train.patch"]
+        patches = ["patches/eval.patch", "patches/train.patch", "patches/train_net.patch"]
+        configs = [f.relative_to(ROOT).as_posix() for f in (ROOT / "configs").rglob("*.yaml")]
         ours = {name for name in held if "_shipped" in name}
-        assert ours == {f"deepkd_plugin/_shipped/{name}" for name in [*CONFIGS, *patches]}
+        assert ours == {f"deepkd_plugin/_shipped/{name}" for name in [*configs, *patches]}
         assert all(held[name] == (ROOT / name.split("_shipped/")[1]).read_bytes() for name in ours)
         assert any(name.endswith("weights/glyphs100_resnet20.pt") for name in held)
         (points,) = (name for name in held if name.endswith("entry_points.txt"))

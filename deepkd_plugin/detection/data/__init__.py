@@ -30,7 +30,7 @@ def get_detection_sets(cfg: Any) -> tuple[DataLoader, DataLoader, int, tuple[str
     if not len(train):
         raise UserError(f"DATASET.ROOT {cfg.DATASET.ROOT}: no training image of {cfg.DATASET.TYPE} has a box")
     if cfg.DATASET.HOLDOUT:
-        test = found.testing(held)
+        test, boxes = found.testing(held), found.boxes.counts()[held]
     else:
         other = _read(cfg, "test")
         if other.class_names != found.class_names:
@@ -38,7 +38,12 @@ def get_detection_sets(cfg: Any) -> tuple[DataLoader, DataLoader, int, tuple[str
                 f"DATASET.ROOT {cfg.DATASET.ROOT}: the training and the test set of {cfg.DATASET.TYPE} have other "
                 f"classes ({len(found.class_names)} and {len(other.class_names)}); they must be the same"
             )
-        test = other.testing(np.arange(len(other)))
+        test, boxes = other.testing(np.arange(len(other))), other.boxes.counts()
+    if not boxes.any():
+        raise UserError(
+            f"DATASET.ROOT {cfg.DATASET.ROOT}: none of the {len(test)} images of {cfg.DATASET.TYPE} to test on has a "
+            f"box; AP needs some"
+        )
     return _loader(cfg, train, True), _loader(cfg, test, False), len(train), found.class_names
 
 

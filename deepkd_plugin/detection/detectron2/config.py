@@ -1,0 +1,251 @@
+"""The config of mdistiller's detection branch with DeepKD's keys: defaults, reading, checks.
+
+detectron2 keeps its settings in a yacs tree of its own. What a key means and which values it takes comes from
+deepkd_plugin/keys.py wherever a classification run has it too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ... import config, keys
+from ...errors import UserError
+from ...keys import Key
+from ..losses import BASES
+from . import require
+
+model = require()
+
+from detectron2.config import CfgNode, get_cfg  # noqa: E402 (require says in one line where there is none)
+
+META_ARCHITECTURE = "RCNNDeepKD"
+
+LOSS_STREAMS = {"loss_tcg": "tcg", "loss_ncg": "ncg", "loss_feat": "feat"}
+"""The losses of RCNNDeepKD that have a stream of their own; every other loss belongs to the task's."""
+
+DECOUPLED = {"DeepKD": (), "ReviewDeepKD": ("feat",)}
+"""The values of KD.TYPE whose losses fall into streams, and what these have beside keys.STREAMS."""
+
+TYPES = ("KD", *DECOUPLED)
+"""The values of KD.TYPE that RCNNDeepKD adds to mdistiller's."""
+
+CLIP_TYPES = ("value", "norm", "full_model")
+"""detectron2's two, by parameter, and the norm of the whole gradient, which projects of its own call so."""
+
+_THEIRS = ("DKD", "ReviewKD", "ReviewDKD")
+_POSITIVE = ("a number above 0", lambda value: value > 0)
+_NOT_NEGATIVE = ("a number from 0 on", lambda value: value >= 0)
+_WHOLE = ("a whole number above 0", lambda value: value > 0)
+_OFF = ("False: it is not supported here", lambda value: value is False)
+_FRACTION = ("a number in [0, 1)", lambda value: 0 <= value < 1)
+
+
+def _one_of(*names: str) -> tuple[str, Any]:
+    return "one of " + ", ".join(names), lambda value: value in names
+
+
+def _shared(path: str, ours: str, **changes: Any) -> Key:
+    """One of the classification's keys under another path; `changes` is what differs here."""
+    (key,) = (key for key in keys.KEYS if key.path == ours)
+    return key._replace(path=path, **changes)
+
+
+_MASK = {
+    f"KD.DEEPKD.MASK.{leaf}": f"DeepKD.MASK.{leaf}"
+    for leaf in ("TYPE", "K", "INITIAL", "OPTIMAL", "PHASES", "READING")
+}
+_MOMENTA = (
+    "DELTA.TOG",
+    "DELTA.TCG",
+    "DELTA.NCG",
+    "DELTA.FEAT",
+    "VARIANT",
+    "WEIGHT_DECAY_STREAM",
+    "DAMPENING",
+)
+
+KEYS = (
+    Key("KD.KD.T", 1.0, "softmax temperature of plain KD over proposals", *_POSITIVE),
+    Key("KD.DEEPKD.BASE", "DKD", "the method whose loss is taken apart", *_one_of(*BASES)),
+    Key("KD.DEEPKD.TASK_WEIGHT", 1.0, "alpha, weight of all detection losses (TOG)", *_NOT_NEGATIVE),
+    _shared("KD.DEEPKD.TCG_WEIGHT", "DeepKD.TCG_WEIGHT"),
+    _shared("KD.DEEPKD.NCG_WEIGHT", "DeepKD.NCG_WEIGHT", default=0.25),
+    _shared("KD.DEEPKD.T", "DeepKD.TEMPERATURE", default=1.0),
+    *(_shared(path, ours) for path, ours in _MASK.items()),
+    *(_shared(f"SOLVER.DECOUPLED.{leaf}", f"SOLVER.DECOUPLED.{leaf}") for leaf in _MOMENTA),
+)
+"""Every key that the plugin adds to this tree. Weights and temperature are mdistiller's for DKD on detectors."""
+
+HOST_KEYS = (
+    Key("KD.TYPE", "DKD", "method", *_one_of(*_THEIRS, *TYPES)),
+    Key("KD.DKD.ALPHA", 1.0, "weight", *_NOT_NEGATIVE),
+    Key("KD.DKD.BETA", 0.25, "weight", *_NOT_NEGATIVE),
+    Key("KD.DKD.T", 1.0, "temperature", *_POSITIVE),
+    Key("KD.REVIEWKD.LOSS_WEIGHT", 1.0, "weight", *_NOT_NEGATIVE),
+    Key("SOLVER.BASE_LR", 0.001, "learning rate", *_POSITIVE),
+    Key("SOLVER.MAX_ITER", 40000, "iterations", *_WHOLE),
+    Key("SOLVER.IMS_PER_BATCH", 16, "images in a step, of all processes", *_WHOLE),
+    Key("SOLVER.MOMENTUM", 0.9, "momentum", *_FRACTION),
+    Key("SOLVER.WEIGHT_DECAY", 1e-4, "weight decay", *_NOT_NEGATIVE),
+    Key("SOLVER.NESTEROV", False, "", *_OFF),
+    Key("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "value", "clipping", *_one_of(*CLIP_TYPES)),
+    Key("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 1.0, "its bound", *_POSITIVE),
+    Key("TEST.AUG.ENABLED", False, "", *_OFF),
+    Key("MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES", False, "", *_OFF),
+)
+"""Keys of detectron2 and mdistiller that would break a run far from where they were written."""
+
+
+def add_deepkd_config(cfg: CfgNode) -> None:
+    """Add mdistiller's detection keys and KEYS to detectron2's tree.
+
+    TEACHER becomes a clone of today's tree, with what mdistiller's own node has beyond it: that node lists the keys of
+    detectron2 as it was in 2021, and today's builders ask for more.
+    """
+    model.add_distillation_cfg(cfg)
+    theirs = cfg.TEACHER
+    cfg.TEACHER = get_cfg()
+    _fill(cfg.TEACHER, theirs)
+    _fill(cfg.TEACHER.MODEL, {"MOBILENETV2": cfg.MODEL.MOBILENETV2.clone()})
+    for key in KEYS:
+        *parents, leaf = key.path.split(".")
+        node = cfg
+        for name in parents:
+            if name not in node:
+                node[name] = CfgNode()  # detectron2's own, or no file could be merged into it
+            node = node[name]
+        node[leaf] = key.default
+
+
+def load(file: str | Path, options: Sequence[str] = ()) -> tuple[CfgNode, dict[str, str]]:
+    """The tree with a YAML file, the files that its _BASE_ names and KEY VALUE pairs merged, not checked yet.
+
+    Returns it with where each value that was set came from. Raises UserError for a file that cannot be read, an
+    unknown key and a value of another type.
+    """
+    cfg = get_cfg()
+    add_deepkd_config(cfg)
+    try:
+        tree = cfg.load_yaml_with_base(str(file))  # the safe loader: a config is no program
+        if not isinstance(tree, dict):
+            raise TypeError(f"it holds {type(tree).__name__} where a mapping of keys must be")
+    except (OSError, UnicodeDecodeError, TypeError, AssertionError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: cannot be read as a config file ({' '.join(str(error).split())})") from None
+    if tree.get("VERSION", cfg.VERSION) != cfg.VERSION:
+        raise UserError(
+            f"{file}: VERSION is {tree['VERSION']!r}; it must be {cfg.VERSION}, detectron2's of today"
+        )
+    try:
+        cfg.merge_from_other_cfg(CfgNode(_with_floats(tree, cfg)))
+    except (KeyError, ValueError, AssertionError, AttributeError) as error:
+        raise UserError(f"{file}: {_told(error)}") from None
+    origin = dict.fromkeys(config.flatten(tree), str(file))
+    if len(options) % 2:
+        raise UserError(f"command line: options come in pairs KEY VALUE, {options[-1]!r} has no value")
+    for path, text in zip(options[::2], options[1::2]):
+        if isinstance(config.flatten(cfg).get(path), float) and text.strip("+-").isdigit():
+            text = f"{text}.0"
+        try:
+            cfg.merge_from_list([path, text])
+        except (KeyError, ValueError, AssertionError, AttributeError) as error:
+            raise UserError(f"command line: {_told(error)}") from None
+        origin[path] = "command line"
+    return cfg, origin
+
+
+def check(cfg: CfgNode, origin: Mapping[str, str]) -> None:
+    """Raise UserError for the first value that is out of range, naming its key and where it came from."""
+    for path, value in config.flatten(cfg).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise config.wrong(origin, path, value, "a finite number")
+    config.check_keys(cfg, origin, KEYS + HOST_KEYS)
+    if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":
+        raise config.wrong(origin, "SOLVER.AMP.ENABLED", True, "False with MODEL.DEVICE cpu")
+    check_architecture(cfg, origin)
+    _check_momenta(cfg, origin)
+    if cfg.KD.TYPE in DECOUPLED:
+        _check_mask(cfg, origin)
+
+
+def check_architecture(cfg: CfgNode, origin: Mapping[str, str] | None = None) -> None:
+    """Raise UserError where the meta architecture does not know KD.TYPE, or teacher and student differ in classes."""
+    origin, meta = origin or {}, cfg.MODEL.META_ARCHITECTURE
+    if meta == "RCNNKD" and cfg.KD.TYPE in TYPES:
+        raise config.wrong(
+            origin, "MODEL.META_ARCHITECTURE", meta, f"{META_ARCHITECTURE} with KD.TYPE {cfg.KD.TYPE}"
+        )
+    student, teacher = cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.TEACHER.MODEL.ROI_HEADS.NUM_CLASSES
+    if meta in ("RCNNKD", META_ARCHITECTURE) and student != teacher:
+        path = "TEACHER.MODEL.ROI_HEADS.NUM_CLASSES"
+        raise config.wrong(origin, path, teacher, f"{student}, the student's MODEL.ROI_HEADS.NUM_CLASSES")
+
+
+def streams(cfg: CfgNode) -> tuple[str, ...]:
+    """The streams of a step. All losses of a method that is not decoupled are the task stream's."""
+    decoupled = cfg.MODEL.META_ARCHITECTURE == META_ARCHITECTURE and cfg.KD.TYPE in DECOUPLED
+    return keys.STREAMS + DECOUPLED[cfg.KD.TYPE] if decoupled else keys.STREAMS[:1]
+
+
+def momenta(cfg: CfgNode) -> tuple[dict[str, float], str]:
+    """Each stream's momentum, and the stream that decays the weights: config.momenta of a classification run."""
+    found = streams(cfg)
+    if len(found) == 1:
+        return {found[0]: cfg.SOLVER.MOMENTUM}, found[0]
+    return config.momenta(_as_classification(cfg))
+
+
+def _as_classification(cfg: CfgNode) -> CfgNode:
+    """What this tree shares with a classification run's, where that has it."""
+    assigned = [f"{loss}:{stream}" for loss, stream in LOSS_STREAMS.items() if stream in streams(cfg)]
+    decoupled = {**cfg.SOLVER.DECOUPLED, "ALLOCATION": "fixed", "LOSS_STREAMS": assigned}
+    solver = {"MOMENTUM": cfg.SOLVER.MOMENTUM, "DECOUPLED": CfgNode(decoupled)}
+    return CfgNode({"SOLVER": CfgNode(solver), "DeepKD": CfgNode({"MASK": cfg.KD.DEEPKD.MASK.clone()})})
+
+
+def _check_momenta(cfg: CfgNode, origin: Mapping[str, str]) -> None:
+    config._check_momenta(_as_classification(cfg), dict(origin))
+    found = streams(cfg)
+    for name, delta in cfg.SOLVER.DECOUPLED.DELTA.items():
+        if delta and (len(found) == 1 or name.lower() not in found):
+            allowed = (
+                f"0.0 with KD.TYPE {cfg.KD.TYPE} on {cfg.MODEL.META_ARCHITECTURE}, which has no such stream"
+            )
+            raise config.wrong(origin, f"SOLVER.DECOUPLED.DELTA.{name}", delta, allowed)
+
+
+def _check_mask(cfg: CfgNode, origin: Mapping[str, str]) -> None:
+    theirs = {ours: origin[path] for path, ours in _MASK.items() if path in origin}
+    try:
+        config.check_mask(_as_classification(cfg), theirs, cfg.MODEL.ROI_HEADS.NUM_CLASSES + 1)
+    except UserError as error:
+        raise UserError(str(error).replace("DeepKD.MASK.", "KD.DEEPKD.MASK.")) from None
+
+
+def _fill(node: CfgNode, other: Mapping[str, Any]) -> None:
+    """Give a node what another has beyond it."""
+    for name, value in other.items():
+        if name not in node:
+            node[name] = value
+        elif isinstance(value, CfgNode) and isinstance(node[name], CfgNode):
+            _fill(node[name], value)
+
+
+def _with_floats(tree: Mapping[str, Any], node: Any) -> dict[str, Any]:
+    """A YAML mapping with whole numbers made floats where the key's default is one, which yacs refuses."""
+
+    def fitting(name: str, value: Any) -> Any:
+        held = node.get(name) if isinstance(node, CfgNode) else None
+        if isinstance(value, dict):
+            return _with_floats(value, held)
+        return float(value) if isinstance(held, float) and type(value) is int else value
+
+    return {name: fitting(name, value) for name, value in tree.items()}
+
+
+def _told(error: Exception) -> str:
+    return " ".join(" ".join(str(part) for part in error.args).split())

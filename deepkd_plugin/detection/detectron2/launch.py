@@ -1,0 +1,157 @@
+"""What detection/train_net.py of mdistiller runs after `deepkd apply`, with detectron2's own arguments."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ... import device
+from ...config import get, wrong
+from ...errors import UserError
+from ...terminal import Stopped, exit_code, guarded
+from . import SCRIPT, locate, require
+
+DATASETS = "DETECTRON2_DATASETS"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train or test the detector of a config. Returns the exit code (2: a mistake of the user)."""
+    return guarded(lambda: _main(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _main(words: list[str]) -> None:
+    root = locate()
+    _find_datasets(root)
+    require(root)
+    from detectron2.engine import default_argument_parser, launch
+    from torch.multiprocessing import ProcessRaisedException
+
+    parser = default_argument_parser()
+    parser.prog = SCRIPT
+    args = parser.parse_args(words)
+    args.command = shlex.join(["python", SCRIPT, *words])
+    args.again = shlex.join(["python", SCRIPT, "--resume", *(word for word in words if word != "--resume")])
+    args.root = str(root)
+    args.config_file = str(find_file(args.config_file, root, "command line: --config-file"))
+    read_config(args)  # once here, so that a mistake ends one process in one line
+    several = (args.num_machines, args.machine_rank, args.dist_url)
+    try:
+        launch(work, args.num_gpus, *several, args=(args,))
+    except ProcessRaisedException as error:
+        if "UserError: " in str(error):
+            raise UserError(str(error)) from None
+        raise
+
+
+def work(args: Namespace) -> Any:
+    """One process of a run: test, or train to the end. Returns what the last evaluation gave."""
+    require(Path(args.root))
+    from detectron2.engine import default_setup
+    from detectron2.evaluation import verify_results
+    from detectron2.utils import comm
+
+    from .trainer import Checkpointer, Trainer
+
+    cfg = read_config(args)
+    default_setup(cfg, args)
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
+        checkpointer.needs_teacher = False
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        results = Trainer.test(cfg, model)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+    trainer = Trainer(cfg, args.command)
+    trainer.resume_or_load(resume=args.resume)
+    try:
+        return trainer.train()
+    except KeyboardInterrupt as interruption:
+        if trainer.checkpointer.has_checkpoint():
+            left = f"Resume from the last checkpoint with: {args.again}"
+        else:
+            left = f"No checkpoint was written yet; start again with: {args.command}"
+        raise Stopped(f"interrupted at iteration {trainer.iter}. {left}", exit_code(interruption)) from None
+    except FloatingPointError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{cfg.OUTPUT_DIR}: {reason}; SOLVER.BASE_LR must be lower, or look at the teacher"
+        ) from None
+
+
+def read_config(args: Namespace) -> Any:
+    """The checked and frozen config of a command line, with the files that it names found."""
+    from . import config
+
+    cfg, origin = config.load(args.config_file, args.opts)
+    config.check(cfg, origin)
+    _check_machine(cfg, origin, args)
+    keys = ("DATASETS.TEST",) if args.eval_only else ("DATASETS.TRAIN", "DATASETS.TEST")
+    if not get(cfg, keys[0]):
+        raise wrong(origin, keys[0], (), "the name of a set that detectron2 knows")
+    for key in keys:
+        _check_sets(cfg, origin, key)
+    resumed = args.resume and (Path(cfg.OUTPUT_DIR) / "last_checkpoint").is_file()
+    if cfg.MODEL.WEIGHTS and "://" not in cfg.MODEL.WEIGHTS and not resumed:
+        cfg.MODEL.WEIGHTS = str(_find_weights(cfg, origin, Path(args.root)))
+    cfg.freeze()
+    return cfg
+
+
+def find_file(name: str, root: Path, source: str) -> Path:
+    """A file that is named relative to the current folder or to mdistiller's detection/. UserError where none is."""
+    for folder in (Path(), root / "detection"):
+        if name and (folder / name).is_file():
+            return folder / name
+    raise UserError(f"{source} is {name!r}; it must name a file, here or in {root / 'detection'}")
+
+
+def _find_weights(cfg: Any, origin: dict[str, str], root: Path) -> Path:
+    name = cfg.MODEL.WEIGHTS
+    try:
+        return find_file(name, root, "MODEL.WEIGHTS")
+    except UserError:
+        allowed = f"a file, here or in {root / 'detection'}"
+        if cfg.MODEL.META_ARCHITECTURE.startswith("RCNN"):
+            allowed += f"; make it with `deepkd merge-detector-weights TEACHER STUDENT {name}`"
+        raise wrong(origin, "MODEL.WEIGHTS", name, allowed) from None
+
+
+def _check_machine(cfg: Any, origin: dict[str, str], args: Namespace) -> None:
+    if not cfg.MODEL.DEVICE.startswith("cuda"):
+        return
+    if device.count() == 0:
+        allowed = "cpu on a machine without CUDA: add `MODEL.DEVICE cpu` to the command line"
+        raise wrong(origin, "MODEL.DEVICE", cfg.MODEL.DEVICE, allowed)
+    if args.num_gpus > device.count():
+        raise UserError(
+            f"command line: --num-gpus is {args.num_gpus}; it must be at most {device.count()}, what there is"
+        )
+
+
+def _check_sets(cfg: Any, origin: dict[str, str], key: str) -> None:
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    names = get(cfg, key)
+    for name in names:
+        if name not in DatasetCatalog.list():
+            raise wrong(origin, key, names, f"names of sets that detectron2 knows, and {name} is none")
+        file = MetadataCatalog.get(name).get("json_file")
+        if file is not None and not Path(file).is_file():
+            raise UserError(
+                f"{origin.get(key, 'default')}: {key} names {name}, whose {file} is missing; {DATASETS} must name the "
+                f"folder with coco/ in it (by default datasets/, here or in mdistiller's detection/)"
+            )
+
+
+def _find_datasets(root: Path) -> None:
+    """mdistiller keeps its data in detection/datasets; detectron2 reads where when it is imported."""
+    theirs = root / "detection" / "datasets"
+    if DATASETS not in os.environ and not Path("datasets").is_dir() and theirs.is_dir():
+        os.environ[DATASETS] = str(theirs)
