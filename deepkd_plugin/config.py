@@ -147,7 +147,7 @@ def check(cfg: CfgNode, origin: dict[str, str]) -> None:
     if cfg.EXPERIMENT.LOGIT_STAND and cfg.DISTILLER.TYPE not in ("DeepKD", *BASES):
         allowed = f"False with DISTILLER.TYPE {cfg.DISTILLER.TYPE}, which has no distillation on logits"
         raise wrong(origin, "EXPERIMENT.LOGIT_STAND", True, allowed)
-    _check_momenta(cfg, origin)
+    check_momenta(cfg, origin)
     for key in KEYS:
         ours = key.path.startswith("SOLVER.DECOUPLED.") and cfg.SOLVER.TRAINER != TRAINER
         if ours and get(cfg, key.path) != key.default:
@@ -168,7 +168,8 @@ def check_keys(cfg: CfgNode, origin: dict[str, str], keys: Sequence[Key]) -> Non
             raise wrong(origin, key.path, value, key.allowed)
 
 
-def _check_momenta(cfg: CfgNode, origin: dict[str, str]) -> None:
+def check_momenta(cfg: CfgNode, origin: dict[str, str]) -> None:
+    """Raise UserError where SOLVER.DECOUPLED gives a stream a momentum that is none, or its allocation does not fit."""
     solver, node = cfg.SOLVER, cfg.SOLVER.DECOUPLED
     measured = node.ALLOCATION == "gsnr"
     for stream in (*STREAMS, *EXTRA_STREAMS):

@@ -68,13 +68,13 @@ class Detectron2(Kind):
         return cfg
 
     def hash(self, cfg: Any, seed: int | None = None) -> str:
-        from ..detection.detectron2.recorder import _Computed
+        from ..detection.detectron2.recorder import Computed
 
         if seed is not None:
             cfg = cfg.clone()
             cfg.defrost()
             cfg.SEED = seed
-        return record.config_hash(_Computed(cfg))
+        return record.config_hash(Computed(cfg))
 
     def own_options(self, seed: int, above: Path, method: str, name: str) -> tuple[str, ...]:
         return "SEED", str(seed), "OUTPUT_DIR", str(above / method / name)
@@ -122,6 +122,6 @@ class Detectron2(Kind):
         """The launcher, with detectron2 and mdistiller's checkout imported; UserError where one is missing."""
         from ..detection.detectron2 import launch
 
-        launch._find_datasets(host.locate())  # before detectron2 is imported, which then reads where they are
+        launch.find_datasets(host.locate())  # before detectron2 is imported, which then reads where they are
         host.require()
         return launch

@@ -353,7 +353,7 @@ def test_coco_has_the_paper_s_pairs_and_its_rows_with_their_bases(checkout, tmp_
 
 
 def test_a_run_on_detectron2_has_the_hash_that_its_record_will_have(checkout, tmp_path):
-    from deepkd_plugin.detection.detectron2.recorder import _Computed
+    from deepkd_plugin.detection.detectron2.recorder import Computed
 
     table = tables.find("coco")
     made = make_plan(
@@ -361,7 +361,7 @@ def test_a_run_on_detectron2_has_the_hash_that_its_record_will_have(checkout, tm
     )
     for run in made.runs:
         held = DETECTRON2.read(run.config, run.options)
-        assert record.config_hash(_Computed(held)) == run.hash
+        assert record.config_hash(Computed(held)) == run.hash
         assert (run.seed, str(run.folder)) == (held.SEED, held.OUTPUT_DIR)
         assert run.epochs == 4  # three on the way and one at the end of 180,000 iterations
     assert config.flatten(held)["MODEL.META_ARCHITECTURE"] == "RCNNDeepKD"

@@ -208,7 +208,7 @@ def _as_classification(cfg: CfgNode) -> CfgNode:
 
 
 def _check_momenta(cfg: CfgNode, origin: Mapping[str, str]) -> None:
-    config._check_momenta(_as_classification(cfg), dict(origin))
+    config.check_momenta(_as_classification(cfg), dict(origin))
     found = streams(cfg)
     for name, delta in cfg.SOLVER.DECOUPLED.DELTA.items():
         if delta and (len(found) == 1 or name.lower() not in found):

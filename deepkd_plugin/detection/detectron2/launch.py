@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(words: list[str]) -> None:
     root = locate()
-    _find_datasets(root)
+    find_datasets(root)
     require(root)
     from detectron2.engine import default_argument_parser, launch
     from torch.multiprocessing import ProcessRaisedException
@@ -150,7 +150,7 @@ def _check_sets(cfg: Any, origin: dict[str, str], key: str) -> None:
             )
 
 
-def _find_datasets(root: Path) -> None:
+def find_datasets(root: Path) -> None:
     """mdistiller keeps its data in detection/datasets; detectron2 reads where when it is imported."""
     theirs = root / "detection" / "datasets"
     if DATASETS not in os.environ and not Path("datasets").is_dir() and theirs.is_dir():

@@ -53,7 +53,7 @@ class Recorder(HookBase):
         teacher = getattr(trainer.model, "teacher", None)
         record.prepare_folder(
             self.folder,
-            _Computed(self.cfg),
+            Computed(self.cfg),
             next(trainer.model.parameters()).device,
             self.command,
             resumed,
@@ -125,7 +125,7 @@ def top_k(cfg: Any, model: Any, iteration: int) -> int | None:
     return model.top_k(cfg.MODEL.ROI_HEADS.NUM_CLASSES + 1, iteration - 1)
 
 
-class _Computed(dict):
+class Computed(dict):
     """A config as record.py asks for it: a mapping of what is computed, the seed, and the whole as text."""
 
     def __init__(self, cfg: Any) -> None:
