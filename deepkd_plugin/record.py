@@ -69,7 +69,7 @@ def prepare_folder(
             "device": device.describe(at),
             "processor": processor(),
             "python": platform.python_version(),
-            "versions": {name: _version(name) for name in RECORDED},
+            "versions": {name: version_of(name) for name in RECORDED},
             "commit": commit(),
             "code": code_hash(),
             "classes": classes,
@@ -180,7 +180,8 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _version(name: str) -> str:
+def version_of(name: str) -> str:
+    """The version of an installed distribution, in words where there is none."""
     try:
         return version(name)
     except PackageNotFoundError:

@@ -111,11 +111,10 @@ class Detectron2(Kind):
     def train(self, file: str, resume: bool, options: Sequence[str]) -> int:
         from ..detection.detectron2 import launch
 
-        if (
-            not resume
-        ):  # detectron2 would go on from it, if this run were interrupted before its own first one
+        if not resume:  # what is left there is of no use, which runs.state has seen
             folder = Path(dict(zip(options[::2], options[1::2]))["OUTPUT_DIR"])
-            (folder / self.checkpoint).unlink(missing_ok=True)
+            for name in (self.checkpoint, "run.json"):
+                (folder / name).unlink(missing_ok=True)
         return launch.main(self.words(file, resume, options))
 
     def _launch(self) -> Any:

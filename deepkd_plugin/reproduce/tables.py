@@ -178,16 +178,21 @@ def _methods(kind: str, table: str) -> tuple[Method, ...]:
     )
 
 
-def _reviewdkd(cfg: Any) -> list[str]:
-    """mdistiller's own, with the weight of ReviewKD's loss that its DeepKD has."""
-    deltas = [f"SOLVER.DECOUPLED.DELTA.{stream}" for stream in cfg.SOLVER.DECOUPLED.DELTA]
-    return ["KD.TYPE", "ReviewDKD", *(word for path in deltas for word in (path, "0.0"))]
+def _theirs(kind: str) -> Callable[[Any], list[str]]:
+    """mdistiller's own KD.TYPE, with the weight of ReviewKD's loss that DeepKD over it has (mdistiller's for both)."""
+
+    def options(cfg: Any) -> list[str]:
+        deltas = [f"SOLVER.DECOUPLED.DELTA.{stream}" for stream in cfg.SOLVER.DECOUPLED.DELTA]
+        return ["KD.TYPE", kind, *(word for path in deltas for word in (path, "0.0"))]
+
+    return options
 
 
 _ON_DETECTRON2 = (
     Method("kd", "KD-{}", None, "KD"),
     Method("dkd", "DKD-{}", None, "DKD"),
-    Method("reviewdkd", "ReviewDeepKD-{}", None, "ReviewDKD", _reviewdkd),
+    Method("reviewkd", "ReviewDeepKD-{}", None, "ReviewKD", _theirs("ReviewKD")),
+    Method("reviewdkd", "ReviewDeepKD-{}", None, "ReviewDKD", _theirs("ReviewDKD")),
     Method("deepkd_dkd_nodtm", "DeepKD-{}-noDTM", "dkd", "DKD + DeepKD"),
     Method("deepkd_dkd", "DeepKD-{}", "dkd", "DKD + DeepKD + DTM"),
     Method("deepkd_reviewdkd", "ReviewDeepKD-{}", "reviewdkd", "ReviewDKD + DeepKD + DTM"),

@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from deepkd_plugin.detection import launch
+from deepkd_plugin.detection.data import DETECTION_SETS
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.terminal import Stopped
 
@@ -217,3 +218,16 @@ def test_the_tool_is_main():
     ended = subprocess.run(tool, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert ended.returncode == 2
     assert ended.stderr.startswith("deepkd: error: none.yaml: cannot be read")
+
+
+def test_a_student_without_imagenet_weights_is_told_of_on_coco(detect, any_teacher, monkeypatch):
+    monkeypatch.setitem(DETECTION_SETS, "coco", DETECTION_SETS["tiny"])
+    code, out, err = detect("NONE", "SOLVER.EPOCHS", "1", "DATASET.TYPE", "coco")
+    assert code == 0, err
+    assert out.splitlines()[1].endswith("DETECTION.STUDENT_BACKBONE names no file")
+
+
+def test_mirrored_canvases_are_refused(detect):
+    code, out, err = detect("NONE", "DATASET.TYPE", "glyph_canvas", "DETECTION.FLIP", "0.5")
+    assert (code, out) == (2, "")
+    assert "command line: DETECTION.FLIP is 0.5; it must be 0.0 for glyph_canvas: a mirrored b is a d" in err

@@ -47,13 +47,6 @@ def get_detection_sets(cfg: Any) -> tuple[DataLoader, DataLoader, int, tuple[str
     return _loader(cfg, train, True), _loader(cfg, test, False), len(train), found.class_names
 
 
-def get_detection_test_set(cfg: Any) -> tuple[DataLoader, tuple[str, ...]]:
-    """(test loader, names of the classes), without touching training images unless DATASET.HOLDOUT asks for them."""
-    found = _read(cfg, "train" if cfg.DATASET.HOLDOUT else "test")
-    chosen = _split(len(found), cfg.DATASET.HOLDOUT)[1] if cfg.DATASET.HOLDOUT else np.arange(len(found))
-    return _loader(cfg, found.testing(chosen), False), found.class_names
-
-
 def _read(cfg: Any, split: str) -> AnnotatedImages:
     kind = cfg.DATASET.TYPE
     if kind not in DETECTION_SETS:

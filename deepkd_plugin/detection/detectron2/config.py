@@ -96,6 +96,7 @@ HOST_KEYS = (
     Key("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "value", "clipping", *_one_of(*CLIP_TYPES)),
     Key("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 1.0, "its bound", *_POSITIVE),
     Key("TEST.AUG.ENABLED", False, "", *_OFF),
+    Key("MODEL.ROI_HEADS.NAME", "StandardROIHeads", "one set of logits", *_one_of("StandardROIHeads")),
     Key("MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES", False, "", *_OFF),
 )
 """Keys of detectron2 and mdistiller that would break a run far from where they were written."""

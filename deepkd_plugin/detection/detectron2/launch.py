@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ... import device
-from ...config import get, wrong
+import yaml
+
+from ... import device, record
+from ...config import flatten, get, wrong
 from ...errors import UserError
 from ...terminal import Stopped, exit_code, guarded
 from . import SCRIPT, locate, require
@@ -38,7 +40,9 @@ def _main(words: list[str]) -> None:
     args.again = shlex.join(["python", SCRIPT, "--resume", *(word for word in words if word != "--resume")])
     args.root = str(root)
     args.config_file = str(find_file(args.config_file, root, "command line: --config-file"))
-    read_config(args)  # once here, so that a mistake ends one process in one line
+    cfg = read_config(args)  # once here, so that a mistake ends one process in one line
+    if not args.eval_only:
+        check_folder(cfg, args.resume)
     several = (args.num_machines, args.machine_rank, args.dist_url)
     try:
         launch(work, args.num_gpus, *several, args=(args,))
@@ -55,14 +59,14 @@ def work(args: Namespace) -> Any:
     from detectron2.evaluation import verify_results
     from detectron2.utils import comm
 
-    from .trainer import Checkpointer, Trainer
+    from .trainer import TRAINED, Checkpointer, Trainer
 
     cfg = read_config(args)
     default_setup(cfg, args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
         checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
-        checkpointer.needs_teacher = False
+        checkpointer.needed = TRAINED
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         results = Trainer.test(cfg, model)
         if comm.is_main_process():
@@ -102,6 +106,31 @@ def read_config(args: Namespace) -> Any:
         cfg.MODEL.WEIGHTS = str(_find_weights(cfg, origin, Path(args.root)))
     cfg.freeze()
     return cfg
+
+
+def check_folder(cfg: Any, resume: bool) -> None:
+    """Raise UserError where OUTPUT_DIR holds a run that this one would end, or cannot go on with."""
+    from .recorder import Computed
+
+    folder = Path(cfg.OUTPUT_DIR)
+    if not (folder / "run.json").is_file():
+        return
+    if not resume:
+        raise UserError(
+            f"{folder}: OUTPUT_DIR holds a run already; go on with --resume, name another, or remove it"
+        )
+    if not (folder / "last_checkpoint").is_file():  # it was interrupted before its first: it starts again
+        return
+    ours = Computed(cfg)
+    if record.read_run(folder).get("config_hash") == record.config_hash(ours):
+        return
+    held = flatten(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+    for key, value in flatten(yaml.safe_load(cfg.dump())).items():
+        if key in ours and key != "MODEL.WEIGHTS" and held.get(key) != value:
+            raise UserError(
+                f"{folder}: --resume needs the run's own config: {key} was {held.get(key)!r}, is {value!r}"
+            )
+    raise UserError(f"{folder}: --resume needs the run's own config; its config_hash is another")
 
 
 def find_file(name: str, root: Path, source: str) -> Path:

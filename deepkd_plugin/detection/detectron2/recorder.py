@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 import shlex
 import sys
@@ -61,7 +60,7 @@ class Recorder(HookBase):
             None,
             {"model": f"{type(trainer.model).__module__}.{type(trainer.model).__qualname__}"},
         )
-        versions = {name: importlib.metadata.version(name) for name in ("detectron2", "pycocotools")}
+        versions = {name: record.version_of(name) for name in ("detectron2", "pycocotools")}
         record.note(self.folder, {"processes": comm.get_world_size(), "detection": versions})
         self.log = RunLog(self.folder, len(kept))
 

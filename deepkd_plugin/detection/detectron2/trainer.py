@@ -33,6 +33,17 @@ from . import rcnn  # noqa: E402, F401 (registers RCNNDeepKD)
 from .loader import Batches, build_train_loader  # noqa: E402
 from .recorder import Recorder  # noqa: E402
 
+START = {"teacher": ("teacher.",), "student's backbone": ("backbone.bottom_up.",)}
+"""What a start file must hold: the student's other parts begin at random numbers, and frozen norms and stages never
+would get away from them."""
+
+TRAINED = {"student": ("backbone.", "proposal_generator.", "roi_heads.")}
+"""What a file must hold that is to be tested."""
+
+HELD = dict.fromkeys(
+    START, "it must hold teacher and student, as `deepkd merge-detector-weights` writes it"
+) | {"student": "it must be the checkpoint of a run under this config"}
+
 Clipper = Callable[[list[Tensor]], Any]
 
 EVALUATORS = {
@@ -136,9 +147,12 @@ class StreamTrainer(SimpleTrainer):
 
 
 class Checkpointer(DetectionCheckpointer):
-    """detectron2's checkpoints, read without running code, and refused where the teacher is not in them."""
+    """detectron2's checkpoints, read without running code, and refused where they lack what is not learned anew.
 
-    needs_teacher = True
+    needed: beginnings of the names of what a file must have, by what it is.
+    """
+
+    needed: Mapping[str, tuple[str, ...]] = START
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         if filename.endswith(".pkl"):
@@ -154,20 +168,18 @@ class Checkpointer(DetectionCheckpointer):
 
     def _load_model(self, held: Any) -> Any:
         found = super()._load_model(held)
-        if not self.needs_teacher:
-            return found
-        for name, theirs, ours in found.incorrect_shapes:
-            if name.startswith("teacher."):
+        for part, beginnings in self.needed.items():
+            for name, theirs, ours in found.incorrect_shapes:
+                if name.startswith(beginnings):
+                    raise UserError(
+                        f"MODEL.WEIGHTS: its {name} has the shape {tuple(theirs)}; "
+                        f"this config's {part} needs {tuple(ours)}"
+                    )
+            lost = [name for name in found.missing_keys if name.startswith(beginnings)]
+            if lost:
                 raise UserError(
-                    f"MODEL.WEIGHTS: its {name} has the shape {tuple(theirs)}; "
-                    f"this config's teacher needs {tuple(ours)}"
+                    f"MODEL.WEIGHTS: the file lacks {len(lost)} tensors of the {part}, {lost[0]} for one; {HELD[part]}"
                 )
-        lost = [name for name in found.missing_keys if name.startswith("teacher.")]
-        if lost:
-            raise UserError(
-                f"MODEL.WEIGHTS: the file lacks {len(lost)} tensors of the teacher, {lost[0]} for one; it must hold "
-                f"teacher and student, as `deepkd merge-detector-weights` writes it"
-            )
         return found
 
 

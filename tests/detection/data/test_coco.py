@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from deepkd_plugin.detection.data import get_detection_sets, get_detection_test_set
+from deepkd_plugin.detection.data import get_detection_sets
 from deepkd_plugin.detection.data.coco import load_coco
 from deepkd_plugin.errors import UserError
 
@@ -40,7 +40,7 @@ def test_training_has_images_with_boxes_only_cut_at_the_edges(coco_root, detecti
 
 
 def test_tests_keep_all_images_and_boxes(coco_root, detection_cfg):
-    loader, names = get_detection_test_set(detection_cfg("coco", coco_root))
+    _, loader, _, names = get_detection_sets(detection_cfg("coco", coco_root))
     targets = [target for _, batch in loader for target in batch]
     assert [int(target["image_id"]) for target in targets] == [4, 9, 12, 21, 30]
     assert len(names) == 3

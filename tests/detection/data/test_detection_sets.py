@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from deepkd_plugin.detection.data import canvas, get_detection_sets, get_detection_test_set
+from deepkd_plugin.detection.data import canvas, get_detection_sets
 from deepkd_plugin.detection.data.samples import Boxes, mirror
 from deepkd_plugin.errors import UserError
 
@@ -64,17 +64,8 @@ def test_holdout_is_kept_from_training_and_tested_on(root, detection_cfg):
     assert sorted(int(target["image_id"]) for target in targets(train)) == list(range(16))
     held = targets(test)
     assert [int(target["image_id"]) for target in held] == [16, 17, 18, 19]
-    again, names = get_detection_test_set(cfg)
-    assert all(torch.equal(a["boxes"], b["boxes"]) for a, b in zip(held, targets(again), strict=True))
-    assert names == tuple(canvas.CLASSES)
     boxes = canvas.load_glyph_canvas(root, "train")[1]
     assert np.array_equal(held[1]["boxes"].numpy(), boxes[17])
-
-
-def test_the_test_set_alone_draws_no_training_images(root, detection_cfg):
-    loader, _ = get_detection_test_set(detection_cfg("glyph_canvas", root))
-    assert len(loader.dataset) == 7
-    assert [path.name.split("-")[0] for path in (root / "glyph_canvas").iterdir()] == ["test"]
 
 
 @pytest.mark.parametrize("holdout", [0.01, 0.99])

@@ -29,13 +29,39 @@ def train_net(host, configs, deepkd_tiny, options, mdistiller_root, monkeypatch,
     return run
 
 
-def test_train_resume_and_test(train_net, tmp_path):
+def test_train_resume_and_test(train_net, tmp_path, monkeypatch):
+    from deepkd_plugin.detection.detectron2.trainer import StreamTrainer
+
     folder = tmp_path / "run"
-    short = ("SOLVER.MAX_ITER", "1", "SOLVER.STEPS", "()")
-    code, _ = train_net("DeepKD-R18-R101", *short)
-    assert code == 0
+    often = ("TEST.EVAL_PERIOD", "1", "SOLVER.CHECKPOINT_PERIOD", "1")
+    step = StreamTrainer.run_step
+
+    def interrupted(self):
+        if self.iter == 1:
+            raise KeyboardInterrupt
+        step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StreamTrainer, "run_step", interrupted)
+        code, err = train_net("DeepKD-R18-R101", *often)
+    assert code == 130
+    assert "interrupted at iteration 1. Resume from the last checkpoint with: python" in err
     (line,) = (folder / "metrics.jsonl").read_text().splitlines()
-    code, _ = train_net("DeepKD-R18-R101", flags=["--resume"])
+    config = (folder / "config.yaml").read_text()
+    code, err = train_net("DeepKD-R18-R101", *often)
+    assert (code, err) == (
+        2,
+        f"{folder}: OUTPUT_DIR holds a run already; go on with --resume, name another, or remove it\n",
+    )
+    code, err = train_net("DeepKD-R18-R101", *often, "SOLVER.BASE_LR", "0.5", flags=["--resume"])
+    assert code == 2
+    assert f"{folder}: --resume needs the run's own config: SOLVER.BASE_LR was " in err
+    assert ", is 0.5" in err
+    code, err = train_net("KD-R18-R101", *often, flags=["--resume"])
+    assert code == 2
+    assert "--resume needs the run's own config: " in err
+    assert (folder / "config.yaml").read_text() == config
+    code, _ = train_net("DeepKD-R18-R101", *often, flags=["--resume"])
     assert code == 0
     assert [
         json.loads(text)["iteration"] for text in (folder / "metrics.jsonl").read_text().splitlines()
@@ -52,6 +78,14 @@ def test_train_resume_and_test(train_net, tmp_path):
         path / "coco_instances_results.json" for path in (folder / "inference", tmp_path / "before")
     )
     assert json.loads(found.read_text()) == json.loads(before.read_text())
+    held = torch.load(folder / "model_final.pth", weights_only=True)["model"]
+    lost = [name for name in held if name.startswith("roi_heads.")]
+    torch.save({"model": {name: held[name] for name in held if name not in lost}}, tmp_path / "part.pth")
+    code, err = train_net(
+        "DeepKD-R18-R101", "MODEL.WEIGHTS", str(tmp_path / "part.pth"), flags=["--eval-only"]
+    )
+    assert code == 2
+    assert f"lacks {len(lost)} tensors of the student, {lost[0]} for one; it must be the checkpoint" in err
 
 
 @pytest.mark.parametrize(

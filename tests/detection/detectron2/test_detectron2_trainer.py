@@ -372,6 +372,12 @@ def test_weights_without_the_teacher_are_refused(make_trainer, tmp_path):
         UserError, match=rf"its {name} has the shape \(9,\); this config's teacher needs \(4,\)"
     ):
         start(state | {name: torch.zeros(9)})
+    lost = [name for name in state if name.startswith("backbone.bottom_up.")]
+    with pytest.raises(
+        UserError,
+        match=rf"lacks \d+ tensors of the student's backbone, {lost[0]} for one; .*merge-det",
+    ):
+        start({name: tensor for name, tensor in state.items() if name not in lost})
 
 
 class Hostile:
