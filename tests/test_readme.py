@@ -11,6 +11,7 @@ import torch
 
 from deepkd_plugin import cli, evaluate
 from deepkd_plugin.builtin.models import cifar_model_dict
+from deepkd_plugin.detection import evaluate as detection_evaluate
 from deepkd_plugin.detection import launch as detection_launch
 from deepkd_plugin.detection.data import canvas
 from deepkd_plugin.reproduce import estimate
@@ -87,9 +88,24 @@ def test_commands(command, train, data_root, cifar_root, capsys, monkeypatch, re
         small += ["fasterrcnn_resnet8_fpn", "DETECTION.MIN_SIZE", "[64]", "DETECTION.PROPOSALS", "8"]
         small += ["DETECTION.RANKED_TRAIN", "50", "DETECTION.RANKED_TEST", "50", "DETECTION.KEPT_TEST", "20"]
         small += ["DATASET.NUM_WORKERS", "0", "SOLVER.BATCH_SIZE", "4", "SOLVER.EPOCHS", "1"]
-        small += ["SOLVER.LR_DECAY_STAGES", "[]", "DATASET.ROOT", str(tmp_path), "LOG.PREFIX", str(tmp_path)]
+        small += [
+            "DETECTION.FLIP",
+            "0.0",
+            "SOLVER.LR_DECAY_STAGES",
+            "[]",
+            "DATASET.ROOT",
+            str(tmp_path),
+            "LOG.PREFIX",
+            str(tmp_path),
+        ]
         assert detection_launch.main([*words[2:], *small, "EXPERIMENT.NAME", "run"]) == 0
         assert len(list(tmp_path.glob("*/run/student_best"))) == 1
+    elif words[:2] == ["python", "tools/eval_detection.py"]:
+        pytest.importorskip("pycocotools")
+        monkeypatch.setattr(canvas, "COUNTS", {"train": 5, "test": 40})
+        assert detection_evaluate.main([*words[2:], "DATASET.ROOT", str(tmp_path)]) == 0
+        ap = float(re.search(r"AP ([\d.]+) %", capsys.readouterr().out).group(1))
+        assert ap > 75  # of all 500 canvases: 84.51
     elif words[:2] == ["python", "detection/train_net.py"]:
         # in mdistiller's checkout, where `deepkd apply` puts the file; tests/detection/detectron2 runs such
         assert words[2] == "--config-file"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -129,5 +130,6 @@ def summarise(file: str, cfg: Any, folder: Path, teacher_ap: float | None, resul
         f"student   {cfg.DISTILLER.STUDENT}: AP best {result['best']:.2f} % (epoch {result['best_epoch']}), last "
         f"{result['last']:.2f} % (epoch {result['epochs']}), in {minutes:.1f} minutes\n"
         f"files     {folder}/ (student_best, student_latest, metrics.jsonl with AP50 and AP75, train.events)\n"
-        f"next      {sibling(file, TOOL)}"
+        f"next      python tools/eval_detection.py --cfg {file} --ckpt {shlex.quote(str(folder / 'student_best'))}\n"
+        f"          {sibling(file, TOOL)}"
     )

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from deepkd_plugin.detection import launch
+from deepkd_plugin.detection import evaluate, launch
 from deepkd_plugin.detection.data import DETECTION_SETS
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.terminal import Stopped
@@ -29,7 +29,10 @@ def test_what_the_terminal_shows(detect, any_teacher, config_file):
     assert " (epoch " in lines[6]
     assert ", last " in lines[6]
     assert lines[7].startswith(f"files     {detect.folder}/ (")
-    assert lines[8] == f"next      python tools/train_detection.py --cfg {config_file}"
+    assert lines[8] == (
+        f"next      python tools/eval_detection.py --cfg {config_file} --ckpt {detect.folder / 'student_best'}"
+    )
+    assert lines[9] == f"          python tools/train_detection.py --cfg {config_file}"
     assert "top-1" not in out
     for file in ("student_best", "student_latest", "metrics.jsonl", "config.yaml", "latest"):
         assert (detect.folder / file).exists()
@@ -231,3 +234,23 @@ def test_mirrored_canvases_are_refused(detect):
     code, out, err = detect("NONE", "DATASET.TYPE", "glyph_canvas", "DETECTION.FLIP", "0.5")
     assert (code, out) == (2, "")
     assert "command line: DETECTION.FLIP is 0.5; it must be 0.0 for glyph_canvas: a mirrored b is a d" in err
+
+
+def test_a_saved_student_is_tested_as_its_run_did(detect, config_file, capsys):
+    assert detect("NONE", "SOLVER.EPOCHS", "1")[0] == 0
+    (line,) = (json.loads(text) for text in (detect.folder / "metrics.jsonl").read_text().splitlines())
+    words = [
+        "--cfg",
+        str(config_file),
+        "--ckpt",
+        str(detect.folder / "student_latest"),
+        "DISTILLER.TYPE",
+        "NONE",
+    ]
+    assert evaluate.main(words) == 0
+    numbers = [f"{name} {line[f'test_{name.lower()}']:.2f} %" for name in ("AP", "AP50", "AP75")]
+    assert f"fasterrcnn_resnet8_fpn on tiny: {', '.join(numbers)} over " in capsys.readouterr().out
+    assert evaluate.main([*words, "--model", "yolo"]) == 2
+    assert "command line: --model is 'yolo'; it must be one of fasterrcnn_" in capsys.readouterr().err
+    assert evaluate.main(["--cfg", str(config_file), "--ckpt", "gone"]) == 2
+    assert "gone: no such file; --ckpt must name a checkpoint" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -405,3 +406,37 @@ def test_average_precisions_of_any_evaluation(host):
     assert average_precisions({"first": {"bbox": boxes}, "second": {"bbox": {"AP": 1.0}}}) == expected
     assert average_precisions({"first": {}}) == {}
     assert average_precisions(None) == {}
+
+
+@pytest.mark.parametrize("name", ["DeepKD-R18-R101", "DeepKD-R50-R101", "DeepKD-MV2-R50"])
+def test_fifty_iterations_resumed_and_evaluated(make_trainer, tmp_path, monkeypatch, name):
+    """Each pair's config at reduced size: thin networks for the first, real depths for the others."""
+    from deepkd_plugin.detection.detectron2.trainer import StreamTrainer
+
+    pairs = ("SOLVER.MAX_ITER", "50", "SOLVER.STEPS", "(40,)", "TEST.EVAL_PERIOD", "25")
+    # random weights under frozen norms make huge gradients
+    pairs += ("SOLVER.CHECKPOINT_PERIOD", "25", "SOLVER.BASE_LR", "0.000001")
+    step = StreamTrainer.run_step
+
+    def interrupted(self):
+        if self.iter == 30:
+            raise KeyboardInterrupt
+        step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StreamTrainer, "run_step", interrupted)
+        trainer = make_trainer(name, *pairs)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    trainer = make_trainer(name, *pairs, resume=True)
+    assert trainer.start_iter == 25
+    before = {n: p.clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    found = lines(tmp_path / "run")
+    assert [line["iteration"] for line in found] == [25, 50]
+    for line in found:
+        assert all(math.isfinite(loss) for loss in line["loss"].values())
+        assert 0 <= line["test_ap"] <= line["test_ap50"] <= 100
+    moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
+    assert any(n.startswith("backbone.bottom_up.") for n in moved)
+    assert not any(n.startswith("teacher.") for n in moved)

@@ -1,0 +1,46 @@
+"""AP of a detector's weights on a data set's test images."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from .. import device
+from ..config import wrong
+from ..launch import split_words
+from ..terminal import Parser, guarded
+from .average_precision import import_pycocotools
+from .data import get_detection_sets
+from .launch import EXAMPLE, read_config
+from .networks import NETWORKS, trained_network
+from .trainer import evaluate
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`tools/eval_detection.py`: test a detector's file under a config. Returns the exit code."""
+    return guarded(lambda: _main(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _main(words: list[str]) -> None:
+    parser = Parser("tools/eval_detection.py", description="Test a student file or a teacher under a config.")
+    parser.add_argument("--cfg", required=True, metavar="FILE", help=f"for example {EXAMPLE}")
+    parser.add_argument("--ckpt", required=True, metavar="FILE", help="a run's student_best; builtin:NAME")
+    parser.add_argument(
+        "--model", metavar="NAME", help="the network; by default the config's DISTILLER.STUDENT"
+    )
+    parser.epilog = "Any number of KEY VALUE pairs sets config keys, after the file's."
+    flags, options = split_words(words, ("--cfg", "--ckpt", "--model"))
+    args = parser.parse_args(flags)
+    cfg, _ = read_config(args.cfg, options)
+    name = args.model or cfg.DISTILLER.STUDENT
+    if name not in NETWORKS:
+        raise wrong({"--model": "command line"}, "--model", name, f"one of {', '.join(NETWORKS)}")
+    import_pycocotools()
+    _, loader, _, classes = get_detection_sets(cfg)
+    at = device.pick()
+    detector = trained_network(name, len(classes), cfg.DETECTION, args.ckpt, "--ckpt")
+    found = evaluate(device.place(detector, at, False), loader, at)
+    numbers = ", ".join(
+        f"{measure} {found[f'test_{measure.lower()}']:.2f} %" for measure in ("AP", "AP50", "AP75")
+    )
+    print(f"{name} on {cfg.DATASET.TYPE}: {numbers} over {len(loader.dataset)} images")
