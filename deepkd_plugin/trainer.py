@@ -112,7 +112,7 @@ class Trainer:
         solver = self.cfg.SOLVER
         record.check_folder(self.folder, resume, overwrite)
         if self.teacher is not None and self.teacher_acc is None:
-            self.teacher_acc = measure_teacher(self.module, self.val_loader, self.cfg)
+            self.teacher_acc = self.test_teacher()
         self.rehearse()
         if resume:
             self.load(self.folder / "latest")
@@ -168,7 +168,6 @@ class Trainer:
         self.distiller.train()
         sums = Sums()
         self.windows = []
-        top_k = None
         waited, start = 0.0, time.perf_counter()
         steps = len(self.train_loader)
         with progress_bar(f"epoch {epoch}/{solver.EPOCHS}", steps) as bar:
@@ -185,10 +184,10 @@ class Trainer:
                     self.windows.append({"epoch": epoch} | self.finish_window(self.monitor))
                 count = len(parts["target"])
                 sums.add({s: loss * count for s, loss in by_stream.items()} | self.hits(logits, parts), count)
-                top_k = self.top_k(logits, epoch, step)
                 if step % READ_EVERY == 0 or step == steps:
                     seconds = time.perf_counter() - start
                     means = self.read(sums, epoch, step)
+                    top_k = self.top_k(logits, epoch, parts)
                     bar.update(step - bar.n)
                     left = seconds / step * (steps * (solver.EPOCHS - epoch + 1) - step)
                     bar.set_postfix_str(_postfix(means, top_k, sums.count / seconds, left))
@@ -216,13 +215,17 @@ class Trainer:
         found = correct(logits, parts["target"])
         return {"train_acc": found["top1"], "train_acc_top5": found["top5"]}
 
-    def top_k(self, logits: torch.Tensor, epoch: int, step: int) -> int | None:
-        """How many non-target classes the method's mask keeps in a step; None without one."""
+    def top_k(self, logits: torch.Tensor, epoch: int, parts: dict[str, Any]) -> int | None:
+        """How many non-target classes the method's mask keeps for a batch; None without one."""
         return self.module.top_k(epoch, logits.shape[1]) if hasattr(self.module, "top_k") else None
 
     def test(self) -> dict[str, float]:
         """The student on the test set, by names test_…."""
         return evaluate(self.distiller, self.val_loader, self.device, self.cfg.SOLVER)
+
+    def test_teacher(self) -> float | None:
+        """The teacher's own number of `metric` in percent; UserError for one that knows nothing."""
+        return measure_teacher(self.module, self.val_loader, self.cfg)
 
     def losses_by_stream(self, losses: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return assign_losses(losses, self.optimizer.streams, self.assignment)

@@ -34,11 +34,8 @@ class DetectionTrainer(DecoupledMomentumTrainer):
         super().__init__(*args)
         self.step.clip_norm = self.cfg.DETECTION.CLIP_NORM
 
-    def train(self, *how: Any, **named: Any) -> dict[str, Any]:
-        """As the base trainer's; best and last are AP in percent."""
-        if self.teacher_acc is None:
-            self.teacher_acc = measure_teacher(self.module, self.val_loader, self.cfg, "config")
-        return super().train(*how, **named)
+    def test_teacher(self) -> float | None:
+        return measure_teacher(self.module, self.val_loader, self.cfg)
 
     def prepare(self, batch: Any, epoch: int, step: int) -> dict[str, Any]:
         """As the base trainer's, with the share of the training that is done; sets the learning rate."""
@@ -63,10 +60,9 @@ class DetectionTrainer(DecoupledMomentumTrainer):
         """Nothing: proposals are easy to be right about, since most are background."""
         return {}
 
-    def top_k(self, logits: Tensor, epoch: int, step: int) -> int | None:
-        steps = len(self.train_loader)
-        progress = ((epoch - 1) * steps + step - 1) / max(steps * self.cfg.SOLVER.EPOCHS - 1, 1)
-        return self.module.top_k(progress, logits.shape[1]) if hasattr(self.module, "top_k") else None
+    def top_k(self, logits: Tensor, epoch: int, parts: dict[str, Any]) -> int | None:
+        module = self.module
+        return module.top_k(parts["progress"], logits.shape[1]) if hasattr(module, "top_k") else None
 
     def test(self) -> dict[str, float]:
         """The student's AP, AP50 and AP75 on the test set, in percent; in float32 whatever it was trained in."""
@@ -86,7 +82,7 @@ def evaluate(detector: nn.Module, loader: Any, at: torch.device) -> dict[str, fl
     return {f"test_{name.lower()}": value for name, value in numbers.items()}
 
 
-def measure_teacher(distiller: nn.Module, loader: Any, cfg: Any, source: str) -> float | None:
+def measure_teacher(distiller: nn.Module, loader: Any, cfg: Any, source: str = "config") -> float | None:
     """Print and return the AP in percent of a distiller's teacher on the test set; None without one.
 
     Raises UserError, naming `source`, below LEAST_AP.

@@ -87,10 +87,10 @@ class StreamTrainer(SimpleTrainer):
         waited = time.perf_counter() - start
         if self.seed is not None:
             device.seed_everything(self.seed + comm.get_rank(), self.iter)
+        self.optimizer.zero_grad()  # first, so that old gradients do not lie beside the new activations
         kind = next(self.model.parameters()).device.type
         with torch.autocast(kind, torch.float16, enabled=self.scaler is not None):
             losses = self.model(data)
-        self.optimizer.zero_grad()
         by_stream = losses_by_stream(losses, self.optimizer.streams)
         self._count(by_stream)
         if self.scaler is not None:
