@@ -48,7 +48,7 @@ _KEY = re.compile(r"[A-Za-z]\w*(\.[A-Za-z_]\w*)+")
 """A config key; no name of a table, pair or method is like it."""
 
 _WITH_VALUE = ("--base", "--dataset", "--seeds", "--jobs", "--out", "--launcher")
-_WITH_VALUES = ("--pairs", "--methods", "--slurm")
+_WITH_VALUES = ("--pairs", "--methods", "--slurm", "--reuse")
 
 
 def _words_of_a_table(words: Sequence[str]) -> list[str]:
@@ -162,6 +162,14 @@ def _parser() -> Parser:
         action="store_true",
         help="make runs anew that other code made or another teacher taught, and let those go that had other "
         "options, instead of refusing",
+    )
+    reproduce.add_argument(
+        "--reuse",
+        metavar="DIR",
+        type=Path,
+        nargs="+",
+        default=(),
+        help="folders of other tables, whose finished runs of the same config, code and teacher are copied",
     )
     reproduce.add_argument(
         "--launcher",

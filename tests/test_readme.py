@@ -17,6 +17,15 @@ from deepkd_plugin.detection.data import canvas
 from deepkd_plugin.reproduce import estimate
 
 ROOT = Path(__file__).parents[1]
+EMPTY_TABLE = {
+    "table": "t",
+    "dataset": "d",
+    "metric": "m",
+    "seeds": [0],
+    "pairs": [],
+    "methods": [],
+    "runs": [],
+}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -47,19 +56,14 @@ def test_commands(command, train, data_root, cifar_root, capsys, monkeypatch, re
         # what it would start; tests/reproduce starts it
         monkeypatch.setattr(estimate, "measure", lambda *_: estimate.Parts(0.0, 0.0, 0.0))
         words = [word for word in words[1:] if word != "--dry-run"]
+        if "--reuse" in words:
+            (tmp_path / "other").mkdir()
+            (tmp_path / "other" / "table.json").write_text(json.dumps(EMPTY_TABLE))
+            words[words.index("--reuse") + 1] = str(tmp_path / "other")
         assert cli.main([*words, "--dry-run", "--out", str(tmp_path), "DATASET.ROOT", str(data_root)]) == 0
         assert f"{tmp_path}" in capsys.readouterr().out
     elif words[:2] == ["deepkd", "report"]:
-        plan = {
-            "table": "t",
-            "dataset": "d",
-            "metric": "m",
-            "seeds": [0],
-            "pairs": [],
-            "methods": [],
-            "runs": [],
-        }
-        (tmp_path / "table.json").write_text(json.dumps(plan))
+        (tmp_path / "table.json").write_text(json.dumps(EMPTY_TABLE))
         assert cli.main([*words[1:-1], str(tmp_path)]) == 0
         assert (tmp_path / "report.html").is_file()
     elif words[:2] == ["deepkd", "gsnr"]:

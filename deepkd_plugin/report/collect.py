@@ -84,6 +84,7 @@ class Record:
     by epoch, empty where the run did not write them. teacher: fingerprint of its weights, None without one;
     teacher_acc: its own main measure, None where it was not tested. execution: the ways its steps were taken.
     settings: the config by dotted path. codes: hashes of the package's code, one for each that a session ran.
+    taken_from: the table and run that it was trained for, where that was another one (--reuse).
     """
 
     run: Planned
@@ -108,6 +109,7 @@ class Record:
     settings: dict[str, Any]
     measures: Measures = MEASURES[CLASSIFICATION]
     further: dict[str, dict[str, float]] = field(default_factory=dict)
+    taken_from: str | None = None
 
 
 @dataclass(frozen=True)
@@ -303,6 +305,7 @@ def _record(
         settings=settings,
         measures=measures,
         further=further,
+        taken_from=_text(held.get("taken_from")),
     )
     numbers = [found.best, found.last, found.minutes, found.teacher_acc or 0.0, *curve.values()]
     numbers += [value for values in further.values() for value in values.values()]

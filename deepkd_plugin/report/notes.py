@@ -32,6 +32,8 @@ def what_was_run(table: Table) -> str:
     if records:
         spent = duration(60 * sum(found.minutes for found in records))
         text += f"The counted runs trained for {spent} in all, the first started {min(r.started for r in records)}. "
+    if taken := sum(found.taken_from is not None for found in records):
+        text += f"Of them {taken} {'was' if taken == 1 else 'were'} trained for another table, under the same config. "
     if table.options:
         given = ", ".join(f"{key} {value or repr(value)}" for key, value in table.options.items())
         text += f"Every run was given the options {given}. "

@@ -186,6 +186,7 @@ def run_rows(table: Table) -> list[dict[str, Any]]:
         row["code"] = found and found.codes[0]
         row["versions"] = found and ", ".join(f"{package} {held}" for package, held in found.versions.items())
         row["config_hash"] = run.hash
+        row["taken_from"] = found and found.taken_from
         row["folder"] = Path(os.path.relpath(run.folder, table.folder)).as_posix()
         rows.append(row)
     return rows

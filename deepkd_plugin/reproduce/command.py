@@ -14,13 +14,13 @@ from typing import Any
 from .. import device, record
 from ..errors import UserError
 from ..terminal import Stopped, exit_code
-from . import tables
+from . import reuse, tables
 from .estimate import Estimate, estimate
 from .plan import Plan, Run, make_plan, problems, with_teachers, write
 from .runs import locked, state
 from .shared import cores
 
-DONE = {"finished": "finished", "resumable": "to go on with", "new": "new"}
+DONE = {"finished": "finished", "elsewhere": "to take over", "resumable": "to go on with", "new": "new"}
 """States of a run, in words."""
 
 
@@ -40,6 +40,7 @@ class Request:
     options: Sequence[str] = ()
     dry_run: bool = False
     overwrite: bool = False
+    reuse: Sequence[Path] = ()
     launcher: str = "local"
     slurm: Sequence[str] = ()
 
@@ -51,11 +52,16 @@ def reproduce(request: Request) -> int:
     started or written. Raises UserError for what the user can mend, and Stopped after an interruption.
     """
     parameters = slurm_parameters(request)
-    plan = with_teachers(_plan(request))
+    plan = _plan(request)
+    others = reuse.elsewhere(plan.runs, request.reuse)
+    plan = with_teachers(plan, {folder: other.folder for folder, other in others.items()})
     jobs = request.jobs or device.count() or 1
     code = record.code_hash()
-    states = {run: state(run, request.overwrite, code) for run in plan.runs}
+    states: dict[Run, str] = {run: state(run, request.overwrite, code) for run in plan.runs}
     left = [run for run in plan.runs if states[run] != "finished"]
+    taken, unfit = reuse.finished(left, others, code)
+    states |= dict.fromkeys(taken, "elsewhere")
+    left = [run for run in left if run not in taken]
     missing = problems(plan, left, prepare=False)
     if plan.replaced and not request.overwrite:
         missing.insert(
@@ -68,7 +74,7 @@ def reproduce(request: Request) -> int:
     local = request.launcher == "local"
     expected = estimate(plan, states, jobs, here=local) if left else None
     where = f"{_machine()}; {jobs} at a time" if local else _cluster(parameters)
-    print(describe(plan, states, where, expected, request.options))
+    print(describe(plan, states, where, expected, request, unfit))
     if request.dry_run:
         for problem in missing:
             print(_entry("missing", problem))
@@ -78,13 +84,15 @@ def reproduce(request: Request) -> int:
         missing = problems(plan, left, prepare=True)
         if missing:
             raise UserError("; ".join(missing))
+        for run, other in taken.items():
+            reuse.take_over(run, other)
         return _run(request, plan, jobs) if local else _submit(request, plan, parameters)
 
 
 def describe(
-    plan: Plan, states: Mapping[Run, str], where: str, expected: Estimate | None, options: Sequence[str]
+    plan: Plan, states: Mapping[Run, str], where: str, expected: Estimate | None, request: Request, unfit: int
 ) -> str:
-    """The plan as text."""
+    """The plan as text. unfit: runs of --reuse with a config of the plan that must not be taken over."""
     count = Counter(states.values())
     parts = {"pair": plan.pairs, "method": plan.methods, "seed": plan.seeds}
     numbers = " × ".join(_number(len(what), name) for name, what in parts.items())
@@ -95,7 +103,11 @@ def describe(
         "methods": " ".join(plan.methods),
         "runs": ", ".join(held),
         "protocol": _protocol(plan),
-        "options": " ".join(options),
+        "options": " ".join(request.options),
+        "reuse": ", ".join(str(folder) for folder in request.reuse),
+        "not taken": f"{_number(unfit, 'run')} of --reuse, made by other code or taught by another teacher"
+        if unfit
+        else "",
         "earlier": f"{_number(plan.replaced, 'run')} of earlier calls had other options or config files; they "
         f"stay on disk, and are no part of the table until a call has their options again"
         if plan.replaced

@@ -33,6 +33,16 @@ def test_what_was_run_names_options_of_all_runs(tmp_path):
     assert "Every run was given the options SOLVER.EPOCHS 2." in text
 
 
+def test_what_was_run_counts_the_runs_of_other_tables(tmp_path):
+    folder = make(tmp_path)
+    assert "another table" not in what_was_run(collect(folder))
+    runs = sorted((folder / f"runs/{PAIR}/kd").iterdir())
+    change(runs[0] / "run.json", {"taken_from": "other: pair kd seed 0"})
+    assert "Of them 1 was trained for another table, under the same config." in what_was_run(collect(folder))
+    change(runs[1] / "run.json", {"taken_from": "other: pair kd seed 1"})
+    assert "Of them 2 were trained for another table, " in what_was_run(collect(folder))
+
+
 def test_runs_of_a_cell_that_share_a_reason_stand_together(tmp_path):
     assert left_out(collect(make(tmp_path))) == [
         ("resnet32x4 → resnet8x4", "KD", "3", "not started"),

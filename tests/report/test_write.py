@@ -62,8 +62,12 @@ def test_report_csv_has_a_row_for_each_cell(tmp_path):
 def test_runs_csv_has_a_row_for_each_planned_run(tmp_path):
     folder = make_table(tmp_path / "table", {(PAIR, "kd"): [73.0, None], (PAIR, "deepkd"): [76.0]})
     change(next((folder / f"runs/{PAIR}/deepkd").iterdir()) / "run.json", {"config_hash": "other"})
+    taken = {"taken_from": "another: pair kd seed 0"}
+    change(next((folder / f"runs/{PAIR}/kd").iterdir()) / "run.json", taken)
     report(folder)
     counted, missing, other = rows(folder / "runs.csv")
+
+    assert [row["taken_from"] for row in (counted, missing, other)] == [taken["taken_from"], "", ""]
 
     assert (counted["status"], counted["last"], counted["best"], counted["best_epoch"]) == (
         "counted",

@@ -365,3 +365,39 @@ def test_a_mistake_in_the_slurm_parameters_comes_before_anything(calls):
     request = command.Request("no table", "", slurm=["a=1"])
     with pytest.raises(UserError, match="--slurm goes with --launcher slurm"):
         command.reproduce(request)
+
+
+def test_runs_of_another_table_are_taken_over(reproduce, calls, tmp_path):
+    reproduce(*GLYPHS, "--out", "first")
+    first = calls.executed[0][0]
+    finish(first[0], 3.0)
+    finish(first[3])
+    finish(first[1], code="0" * 16)
+    words = (*GLYPHS, "--out", "second", "--reuse", "first")
+    code, out, _ = reproduce(*words, "--dry-run")
+    assert (code, entry(out, "runs"), entry(out, "reuse")) == (0, "2 to take over, 2 new", "first")
+    assert entry(out, "not taken") == "1 run of --reuse, made by other code or taught by another teacher"
+    assert "2 by their networks' passes over noise" in entry(out, "time")
+    assert not (tmp_path / "second").exists()
+    code, out, _ = reproduce(*words)
+    assert (code, entry(out, "runs")) == (0, "2 to take over, 2 new")
+    held = {run.name: runs.state(run) for run in calls.executed[1][0]}
+    assert list(held.values()) == ["finished", "new", "new", "finished"]
+    assert entry(reproduce(*words)[1], "runs") == "2 finished, 2 new"
+
+
+def test_runs_are_taken_over_before_a_cluster_is_asked(reproduce, calls):
+    reproduce(*GLYPHS, "--out", "first")
+    finish(calls.executed[0][0][0])
+    reproduce(*GLYPHS, "--out", "second", "--reuse", "first", "--launcher", "slurm")
+    ((planned, _, _, _),) = calls.submitted
+    assert [runs.state(run) for run in planned] == ["finished", "new", "new", "new"]
+
+
+def test_a_folder_to_reuse_must_hold_a_table(reproduce, calls, tmp_path):
+    code, out, err = reproduce(*GLYPHS, "--reuse", "nowhere")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err == (
+        "deepkd: error: nowhere: --reuse must name a folder that deepkd reproduce made; this has no table.json\n"
+    )
+    assert list(tmp_path.iterdir()) == []

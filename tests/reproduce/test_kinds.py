@@ -160,13 +160,13 @@ def test_a_gsnr_window_that_never_fills_is_found_at_planning(tmp_path):
 
 def test_the_shipped_teacher_is_told_from_another(tmp_path):
     made = plan(tmp_path / "out", ("vanilla", "kd"))
-    assert {run.teacher for run in with_teachers(made).runs} == {None}
+    assert {run.teacher for run in with_teachers(made, {}).runs} == {None}
     for run in made.runs:
         run.folder.mkdir(parents=True)
         held = {"code": record.code_hash(), "config_hash": run.hash, "finished": True}
         held["teacher"] = None if run.method == "vanilla" else "another"
         (run.folder / "run.json").write_text(json.dumps(held))
-    alone, taught = with_teachers(made).runs
+    alone, taught = with_teachers(made, {}).runs
     assert state(alone) == "finished"
     assert "was taught by another teacher (its weights were another, now " in complaint(state, taught)
     assert state(taught, overwrite=True) == "new"
