@@ -319,24 +319,42 @@ def test_their_steps_are_what_the_rows_say(variable, trainer, passes, twin, scri
             torch.testing.assert_close(p - old, other - old, rtol=1e-3, atol=1e-7)
 
 
-def test_accuracy_tables_and_curves(data_root, tmp_path):
+def test_learning_rates_are_tried(data_root, tmp_path):
     config = ROOT / "configs/glyphs100/res20_res8/kd.yaml"
     options = ["DATASET.ROOT", data_root, "DATASET.TRAIN_PER_CLASS", 1, "DATASET.HOLDOUT", 0.02]
     options += ["SOLVER.EPOCHS", 2]
-    common = ["--options", *options, "--output", tmp_path / "runs", "--table", tmp_path / "table.md"]
-    out = run("accuracy.py", config, "--seeds", 0, 1, *common)
-    assert "2 epochs, batch 64, seeds 0, 1" in out
-    assert "on the held-out training images; 1 training images of each class" in out
+    words = [config, "--rates", 0.05, 0.1, "--output", tmp_path / "runs", "--table", tmp_path / "table.md"]
+    out = run("learning_rates.py", *words, "--options", *options)
     runs = json.loads((tmp_path / "table.json").read_text())
-    assert [(r["method"], r["seed"]) for r in runs] == [("kd", 0), ("kd", 1)]
-    last = [r["result"]["last"] for r in runs]
-    mean, half = sum(last) / 2, abs(last[0] - last[1]) / 2
-    assert f"| {mean:.2f} ± {half * 2**0.5:.2f} |" in out
+    assert [(r["method"], r["lr"], r["seed"], r["epochs"]) for r in runs] == [
+        ("kd", 0.05, 0, 2),
+        ("kd", 0.1, 0, 2),
+    ]
+    for r in runs:
+        folder = tmp_path / f"runs/kd/seed0-{r['config_hash'][:8]}"
+        held = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert max(line["lr"] for line in held) == pytest.approx(r["lr"])
+        assert " ".join(f"{line['test_acc']:.2f}" for line in held) == r["curve"]
+    last = [r["last"] for r in runs]
+    cells = [f"**{value:.2f}**" if value == max(last) else f"{value:.2f}" for value in last]
+    expected = f"| method | 0.05 | 0.1 |\n|---|---|---|\n| kd | {cells[0]} | {cells[1]} |\n"
+    assert (tmp_path / "table.md").read_text() == expected
+    assert expected in out
     times = [p.stat().st_mtime for p in sorted((tmp_path / "runs").glob("*/*/latest"))]
-    assert run("accuracy.py", config, "--seeds", 0, 1, *common) == out
+    assert "2 of 2 runs were finished before" in run("learning_rates.py", *words, "--options", *options)
     assert times == [p.stat().st_mtime for p in sorted((tmp_path / "runs").glob("*/*/latest"))]
-    run("curves.py", tmp_path / "table.json", tmp_path / "curves.png")
+
+
+def test_curves_of_a_table(tmp_path, monkeypatch, script):
+    monkeypatch.syspath_prepend(ROOT / "tests" / "report")
+    make_table = importlib.import_module("made_up").make_table
+    cells = {("res32x4_res8x4", method): [70.0, 71.0, 73.0] for method in ("kd", "deepkd")}
+    run("curves.py", make_table(tmp_path / "table", cells), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    lonely = make_table(tmp_path / "lonely", {("res32x4_res8x4", "kd"): [70.0]})
+    with pytest.raises(SystemExit, match="holds no finished runs of a method and of its base"):
+        script("curves").main(str(lonely), str(tmp_path / "none.png"))
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_the_contact_sheet(tmp_path):

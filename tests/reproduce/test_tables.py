@@ -60,7 +60,7 @@ def test_the_tables_are_the_folders_of_configs_and_the_ablations():
         ("imagenet", 3, EIGHT),
         ("tiny_imagenet", 2, EIGHT),
         ("glyphs100", 1, ["vanilla", *EIGHT]),
-        ("cifar100_cpu", 1, ["vanilla", "kd", "deepkd", "deepkd_release"]),
+        ("cifar100_cpu", 1, ["vanilla", "kd", "dkd", "deepkd", "deepkd_dkd", "deepkd_release"]),
     ],
 )
 def test_a_table_has_every_pair_and_method_of_its_folder(name, pairs, methods):
@@ -111,8 +111,8 @@ def test_labels_say_what_the_configs_are():
         (("ablation-mask", "fitnet"), "--base is 'fitnet'; it must be one of kd, dkd, mlkd, crld"),
         (("ablation-mask", None, "x"), f"--dataset is 'x'; it must be one of {', '.join(DATASETS)}"),
         (
-            ("ablation-mask", "dkd", "cifar100_cpu"),
-            "--base is 'dkd'; configs/cifar100_cpu must have a deepkd_dkd.yaml for it, and has none",
+            ("ablation-mask", "crld", "cifar100_cpu"),
+            "--base is 'crld'; configs/cifar100_cpu must have a deepkd_crld.yaml for it, and has none",
         ),
     ],
 )
