@@ -1,4 +1,4 @@
-"""Learning curves of a table of `deepkd reproduce`, a panel for each base: mean over the seeds, band of their range.
+"""Learning curves of a table of `deepkd reproduce`, a panel for each method with a base: mean and range of the runs.
 
 python benchmarks/curves.py output/glyphs100 docs/glyphs100_curves.png
 """
@@ -6,62 +6,64 @@ python benchmarks/curves.py output/glyphs100 docs/glyphs100_curves.png
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
 from matplotlib.axes import Axes
 
-from deepkd_plugin.report.cells import Cell, assemble
-from deepkd_plugin.report.collect import Record, collect
+from deepkd_plugin.errors import UserError
+from deepkd_plugin.report.cells import assemble
+from deepkd_plugin.report.collect import collect
+from deepkd_plugin.report.curves import Curve, mean_curve
+from deepkd_plugin.terminal import guarded
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, each with a line style of its own
 ALONE, BASE, METHOD = ("#666666", ":"), ("#0072B2", "--"), ("#D55E00", "-")
+COLUMNS = 4
 
 
 def main(folder: str, picture: str) -> None:
     table = collect(Path(folder))
-    cells = [cell for cell in assemble(table) if cell.records]
-    of = {(cell.pair.name, cell.method.name): cell for cell in cells}
-    over = [cell for cell in cells if cell.base and (cell.pair.name, cell.base.name) in of]
-    if not over:
-        sys.exit(f"{folder}: holds no finished runs of a method and of its base")
-    columns = min(len(over), 4)
-    rows = -(-len(over) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(2.6 * columns, 2.9 * rows), sharey=True, squeeze=False, layout="constrained"
-    )
-    for axis, cell in zip(axes.flat, over):
-        alone = of.get((cell.pair.name, "vanilla"))
-        if alone is not None:
-            draw(axis, alone, *ALONE)
-        draw(axis, of[cell.pair.name, cell.base.name], *BASE)
-        draw(axis, cell, *METHOD)
-        axis.set(title=cell.pair.label if len(table.pairs) > 1 else cell.base.label, xlabel="epoch")
+    cells = assemble(table)
+    drawn = {(cell.pair.name, cell.method.name): mean_curve(cell) for cell in cells}
+    panels = []
+    for cell in cells:
+        if cell.base is not None:
+            names = {"vanilla": ALONE, cell.base.name: BASE, cell.method.name: METHOD}
+            curves = {name: drawn.get((cell.pair.name, name)) for name in names}
+            if curves[cell.base.name] and curves[cell.method.name]:
+                title = (
+                    f"{cell.pair.label}\n{cell.method.label}" if len(table.pairs) > 1 else cell.method.label
+                )
+                panels.append((title, [(curve, names[name]) for name, curve in curves.items() if curve]))
+    if not panels:
+        raise UserError(f"{folder}: must hold finished runs of a method and of its base, and holds none")
+    columns = min(len(panels), COLUMNS)
+    rows = -(-len(panels) // columns)
+    size = (2.6 * columns, 2.9 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axis, (title, curves) in zip(axes.flat, panels):
+        for curve, (colour, line) in curves:
+            draw(axis, curve, colour, line)
+        axis.set_title(title, fontsize="medium")
+        axis.set_xlabel(table.measures.step)
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False, fontsize="small", loc="lower right")
-    for axis in axes.flat[len(over) :]:
+        axis.legend(frameon=False, fontsize="x-small", loc="lower right")
+    for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    axes[0, 0].set(ylabel=f"test {table.metric}")
-    most = max(len(cell.records) for cell in cells)
-    figure.suptitle(f"{table.title}: mean and range of {most} seeds", fontsize="medium")
+    axes[0, 0].set_ylabel(f"test {table.metric}")
     figure.savefig(picture, dpi=150)
 
 
-def draw(axis: Axes, cell: Cell, colour: str, line: str) -> None:
-    curves = np.array([of_epochs(record) for record in cell.records])
-    epochs = np.arange(1, curves.shape[1] + 1)
-    axis.plot(epochs, curves.mean(0), line, color=colour, label=cell.method.label)
-    axis.fill_between(epochs, curves.min(0), curves.max(0), color=colour, alpha=0.15, linewidth=0)
-
-
-def of_epochs(record: Record) -> Sequence[float]:
-    return [record.curve[epoch] for epoch in sorted(record.curve)]
+def draw(axis: Axes, curve: Curve, colour: str, line: str) -> None:
+    """The mean of a cell's runs, and a band from the lowest to the highest of them."""
+    label = f"{curve.label}, {curve.runs} run{'' if curve.runs == 1 else 's'}"
+    axis.plot(curve.epochs, curve.mean, line, color=colour, label=label)
+    axis.fill_between(curve.epochs, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(guarded(lambda: main(*sys.argv[1:])))

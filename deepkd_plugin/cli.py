@@ -47,8 +47,8 @@ def _words(words: list[str]) -> list[str]:
 _KEY = re.compile(r"[A-Za-z]\w*(\.[A-Za-z_]\w*)+")
 """A config key; no name of a table, pair or method is like it."""
 
-_WITH_VALUE = ("--base", "--dataset", "--seeds", "--jobs", "--out", "--launcher")
-_WITH_VALUES = ("--pairs", "--methods", "--slurm", "--reuse")
+_WITH_VALUE = ("--base", "--dataset", "--seeds", "--jobs", "--out", "--reuse", "--launcher")
+_WITH_VALUES = ("--pairs", "--methods", "--slurm")
 
 
 def _words_of_a_table(words: Sequence[str]) -> list[str]:
@@ -167,9 +167,10 @@ def _parser() -> Parser:
         "--reuse",
         metavar="DIR",
         type=Path,
-        nargs="+",
-        default=(),
-        help="folders of other tables, whose finished runs of the same config, code and teacher are copied",
+        action="append",
+        default=[],
+        help="another table's folder, whose finished runs of the same config, code and teacher are copied; may be "
+        "given several times",
     )
     reproduce.add_argument(
         "--launcher",

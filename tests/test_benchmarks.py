@@ -348,12 +348,21 @@ def test_learning_rates_are_tried(data_root, tmp_path):
 def test_curves_of_a_table(tmp_path, monkeypatch, script):
     monkeypatch.syspath_prepend(ROOT / "tests" / "report")
     make_table = importlib.import_module("made_up").make_table
-    cells = {("res32x4_res8x4", method): [70.0, 71.0, 73.0] for method in ("kd", "deepkd")}
-    run("curves.py", make_table(tmp_path / "table", cells), tmp_path / "curves.png")
+    cells = {("res32x4_res8x4", "kd"): [70.0, 71.0, 73.0], ("res32x4_res8x4", "deepkd"): [72.0, 74.0, None]}
+    folder = make_table(tmp_path / "table", cells)
+    run("curves.py", folder, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    curves, drawn = script("curves"), []
+    draw = curves.draw
+    monkeypatch.setattr(curves, "draw", lambda *given: drawn.append(given[1]) or draw(*given))
+    curves.main(str(folder), str(tmp_path / "again.png"))
+    assert [(curve.label, curve.runs, curve.mean[-1]) for curve in drawn] == [
+        ("KD", 3, pytest.approx(214 / 3)),
+        ("KD + DeepKD + DTM", 2, 73.0),
+    ]
     lonely = make_table(tmp_path / "lonely", {("res32x4_res8x4", "kd"): [70.0]})
-    with pytest.raises(SystemExit, match="holds no finished runs of a method and of its base"):
-        script("curves").main(str(lonely), str(tmp_path / "none.png"))
+    with pytest.raises(UserError, match="must hold finished runs of a method and of its base"):
+        curves.main(str(lonely), str(tmp_path / "none.png"))
     assert not (tmp_path / "none.png").exists()
 
 

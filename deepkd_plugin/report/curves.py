@@ -30,8 +30,8 @@ LONG = 24
 
 
 @dataclass(frozen=True)
-class _Curve:
-    """A method's curve in a panel: its style, and by epoch the mean, the lowest and the highest run."""
+class Curve:
+    """A method's curve in a panel: its style, and by epoch the mean, the lowest and the highest of its runs."""
 
     label: str
     style: int
@@ -45,7 +45,7 @@ class _Curve:
 def curves(groups: Mapping[str, Sequence[Cell]], metric: str, name: str) -> Markup | None:
     """Learning curves of one pair, a panel for each group of cells; None where no run wrote any."""
     held = {
-        heading: [curve for i, cell in enumerate(cells) if (curve := _curve(cell, i)) is not None]
+        heading: [curve for i, cell in enumerate(cells) if (curve := mean_curve(cell, i)) is not None]
         for heading, cells in groups.items()
     }
     everything = [curve for drawn in held.values() for curve in drawn]
@@ -65,7 +65,8 @@ def curves(groups: Mapping[str, Sequence[Cell]], metric: str, name: str) -> Mark
     return tag("figure", tag("figcaption", caption), tag("div", panels, class_="panels"))
 
 
-def _curve(cell: Cell, style: int) -> _Curve | None:
+def mean_curve(cell: Cell, style: int = 0) -> Curve | None:
+    """A cell's curve over the epochs that all of its runs have; None where no run wrote any."""
     held = [record.curve for record in cell.records if record.curve]
     if not held:
         return None
@@ -73,7 +74,7 @@ def _curve(cell: Cell, style: int) -> _Curve | None:
     columns = [[curve[epoch] for curve in held] for epoch in epochs]
     if not columns:
         return None
-    return _Curve(
+    return Curve(
         cell.method.label,
         style,
         len(held),
@@ -84,7 +85,7 @@ def _curve(cell: Cell, style: int) -> _Curve | None:
     )
 
 
-def _scale(drawn: Sequence[_Curve]) -> tuple[float, float]:
+def _scale(drawn: Sequence[Curve]) -> tuple[float, float]:
     """Ends of the vertical axis: all that curves and bands reach in the second half of training."""
     late = [
         value
@@ -98,7 +99,7 @@ def _scale(drawn: Sequence[_Curve]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _panel(heading: str, drawn: Sequence[_Curve], scale: tuple[float, float], what: str, step: str) -> Markup:
+def _panel(heading: str, drawn: Sequence[Curve], scale: tuple[float, float], what: str, step: str) -> Markup:
     first, last = min(c.epochs[0] for c in drawn), max(c.epochs[-1] for c in drawn)
     low, high = scale
 
@@ -160,7 +161,7 @@ def _panel(heading: str, drawn: Sequence[_Curve], scale: tuple[float, float], wh
     )
 
 
-def _line(curve: _Curve, x: Callable[[float], float], y: Callable[[float], float]) -> Markup:
+def _line(curve: Curve, x: Callable[[float], float], y: Callable[[float], float]) -> Markup:
     at = _thinned(curve.epochs)
     points = " ".join(f"{_round(x(curve.epochs[i]))},{_round(y(curve.mean[i]))}" for i in at)
     # a run of one epoch is a dot: a line of no length with round ends
@@ -168,14 +169,14 @@ def _line(curve: _Curve, x: Callable[[float], float], y: Callable[[float], float
     return tag("path", d=path, class_=f"line s{curve.style}", stroke_dasharray=DASHES[curve.style] or None)
 
 
-def _band(curve: _Curve, x: Callable[[float], float], y: Callable[[float], float]) -> Markup:
+def _band(curve: Curve, x: Callable[[float], float], y: Callable[[float], float]) -> Markup:
     at = _thinned(curve.epochs)
     top = [f"{_round(x(curve.epochs[i]))},{_round(y(curve.high[i]))}" for i in at]
     bottom = [f"{_round(x(curve.epochs[i]))},{_round(y(curve.low[i]))}" for i in reversed(at)]
     return tag("polygon", points=" ".join(top + bottom), class_=f"band s{curve.style}")
 
 
-def _swatch(curve: _Curve) -> Markup:
+def _swatch(curve: Curve) -> Markup:
     line = tag(
         "line", x1=0, x2=30, y1=6, y2=6, class_=f"line s{curve.style}",
         stroke_dasharray=DASHES[curve.style] or None,

@@ -7,7 +7,7 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +54,13 @@ def reproduce(request: Request) -> int:
     parameters = slurm_parameters(request)
     plan = _plan(request)
     others = reuse.elsewhere(plan.runs, request.reuse)
-    plan = with_teachers(plan, {folder: other.folder for folder, other in others.items()})
+    plan = with_teachers(plan, {ours: [other.folder for other in those] for ours, those in others.items()})
     jobs = request.jobs or device.count() or 1
     code = record.code_hash()
     states: dict[Run, str] = {run: state(run, request.overwrite, code) for run in plan.runs}
-    left = [run for run in plan.runs if states[run] != "finished"]
-    taken, unfit = reuse.finished(left, others, code)
-    states |= dict.fromkeys(taken, "elsewhere")
-    left = [run for run in left if run not in taken]
+    unfinished = [run for run in plan.runs if states[run] != "finished"]
+    taken, unfit = reuse.usable(unfinished, others, code)
+    left = [run for run in unfinished if run not in taken]
     missing = problems(plan, left, prepare=False)
     if plan.replaced and not request.overwrite:
         missing.insert(
@@ -72,7 +71,8 @@ def reproduce(request: Request) -> int:
     if missing and not request.dry_run:
         raise UserError("; ".join(missing))
     local = request.launcher == "local"
-    expected = estimate(plan, states, jobs, here=local) if left else None
+    expected = estimate(*_as_taken(plan, states, taken), jobs, here=local) if left else None
+    states |= dict.fromkeys(taken, "elsewhere")
     where = f"{_machine()}; {jobs} at a time" if local else _cluster(parameters)
     print(describe(plan, states, where, expected, request, unfit))
     if request.dry_run:
@@ -85,14 +85,14 @@ def reproduce(request: Request) -> int:
         if missing:
             raise UserError("; ".join(missing))
         for run, other in taken.items():
-            reuse.take_over(run, other)
+            reuse.take_over(run, other, code)
         return _run(request, plan, jobs) if local else _submit(request, plan, parameters)
 
 
 def describe(
     plan: Plan, states: Mapping[Run, str], where: str, expected: Estimate | None, request: Request, unfit: int
 ) -> str:
-    """The plan as text. unfit: runs of --reuse with a config of the plan that must not be taken over."""
+    """The plan as text. unfit: how many runs of --reuse have a config of the plan and must not be taken over."""
     count = Counter(states.values())
     parts = {"pair": plan.pairs, "method": plan.methods, "seed": plan.seeds}
     numbers = " × ".join(_number(len(what), name) for name, what in parts.items())
@@ -104,8 +104,10 @@ def describe(
         "runs": ", ".join(held),
         "protocol": _protocol(plan),
         "options": " ".join(request.options),
-        "reuse": ", ".join(str(folder) for folder in request.reuse),
-        "not taken": f"{_number(unfit, 'run')} of --reuse, made by other code or taught by another teacher"
+        "reuse": f"{', '.join(map(str, request.reuse))}: {_number(count['elsewhere'], 'run')} to take over"
+        if request.reuse
+        else "",
+        "not taken": f"{_number(unfit, 'run')} of --reuse, of other code, or of a teacher that is another or not here"
         if unfit
         else "",
         "earlier": f"{_number(plan.replaced, 'run')} of earlier calls had other options or config files; they "
@@ -118,6 +120,15 @@ def describe(
         "folder": str(plan.out),
     }
     return "\n".join(_entry(name, text) for name, text in entries.items() if text)
+
+
+def _as_taken(
+    plan: Plan, states: Mapping[Run, str], taken: Mapping[Run, reuse.Other]
+) -> tuple[Plan, dict[Run, str]]:
+    """The plan and states as they would be with the taken runs finished where they lie, whose times are known."""
+    runs = [replace(run, folder=taken[run].folder) if run in taken else run for run in plan.runs]
+    held = ["finished" if run in taken else states[run] for run in plan.runs]
+    return replace(plan, runs=tuple(runs)), dict(zip(runs, held))
 
 
 def slurm_parameters(request: Request) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def estimate(plan: Plan, states: Mapping[Run, str], jobs: int, here: bool = True
     pair's networks timed here, or, without `here`, which is for other machines, nobody knows. Runs that share a
     GPU or, beyond one for each core, a CPU are counted as if in turn. What a run has done already is taken off.
     """
-    left = [run for run in plan.runs if states[run] in ("resumable", "new")]
+    left = [run for run in plan.runs if states[run] != "finished"]
     known = _finished_seconds(run for run in plan.runs if states[run] == "finished")
     jobs = min(jobs, len(left)) or 1
     each = threads(jobs, cores())

@@ -140,24 +140,25 @@ def problems(plan: Plan, runs: Iterable[Run], prepare: bool) -> list[str]:
     return plan.table.kind.problems([(first[cell], plan.cfgs[cell]) for cell in cells], prepare)
 
 
-def with_teachers(plan: Plan, elsewhere: Mapping[Path, Path]) -> Plan:
+def with_teachers(plan: Plan, elsewhere: Mapping[Path, Iterable[Path]]) -> Plan:
     """The plan with the fingerprints of the teachers that runs on disk must have been taught by.
 
-    elsewhere: a run's folder -> that of another table's run which may take its place. Where a cell has no run with a
+    elsewhere: a run's folder -> those of other tables' runs which may take its place. Where a cell has no run with a
     teacher yet it needs none, nor where a teacher's file is not there. Raises UserError for a file that holds
     something else.
     """
     recorded = {
         (run.pair, run.method)
         for run in plan.runs
-        if any(map(_names_a_teacher, {run.folder, elsewhere.get(run.folder, run.folder)}))
+        if any(map(names_a_teacher, (run.folder, *elsewhere.get(run.folder, ()))))
     }
     known = plan.table.kind.teachers({cell: cfg for cell, cfg in plan.cfgs.items() if cell in recorded})
     runs = tuple(replace(run, teacher=known.get((run.pair, run.method))) for run in plan.runs)
     return replace(plan, runs=runs)
 
 
-def _names_a_teacher(folder: Path) -> bool:
+def names_a_teacher(folder: Path) -> bool:
+    """Whether a run's record says that it was taught."""
     try:
         held = json.loads((folder / "run.json").read_text())
     except (OSError, ValueError):
@@ -250,31 +251,22 @@ def _document(
     }
 
 
-def read_document(folder: Path, flag: str) -> dict[str, Any] | None:
-    """A folder's table.json; None without one. flag: what named the folder, for the UserError of a damaged one."""
-    path = folder / FILE
+def _read(out: Path, table: Table) -> Mapping[str, Any]:
+    """The table.json of an earlier call; an empty plan without one. UserError for another table's."""
+    path = out / FILE
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
-        [held["table"], held["dataset"]]
-        [(run["pair"], run["method"], run["seed"], run["hash"], run["folder"]) for run in held["runs"]]
-        return held
+        name = (held["table"], held.get("over"), held["dataset"])
+        [(run["pair"], run["method"], run["seed"], run["hash"]) for run in held["runs"]]
     except FileNotFoundError:
-        return None
+        return {"runs": []}
     except OSError as error:
-        raise UserError(f"{folder}: {flag} must be a folder ({error.strerror})") from None
+        raise UserError(f"{out}: --out must be a folder ({error.strerror})") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path}: must be the plan that deepkd reproduce wrote there, and is damaged ({error!r}); give another "
-            f"{flag}, or delete it: the runs beside it are found again"
+            f"--out, or delete it: the runs beside it are found again"
         ) from None
-
-
-def _read(out: Path, table: Table) -> Mapping[str, Any]:
-    """The table.json of an earlier call; an empty plan without one. UserError for another table's."""
-    held = read_document(out, "--out")
-    if held is None:
-        return {"runs": []}
-    name = (held["table"], held.get("over"), held["dataset"])
     if name != (table.name, table.over, table.dataset):
         other = Table(name[0], name[2], (), name[1]).title
         raise UserError(f"{out}: --out holds the table {other}; give another for {table.title}")

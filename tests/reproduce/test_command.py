@@ -368,22 +368,55 @@ def test_a_mistake_in_the_slurm_parameters_comes_before_anything(calls):
 
 
 def test_runs_of_another_table_are_taken_over(reproduce, calls, tmp_path):
-    reproduce(*GLYPHS, "--out", "first")
+    reproduce(*GLYPHS, "--out", "first.dir")
     first = calls.executed[0][0]
     finish(first[0], 3.0)
     finish(first[3])
     finish(first[1], code="0" * 16)
-    words = (*GLYPHS, "--out", "second", "--reuse", "first")
+    words = (*GLYPHS, "--out", "second", "--reuse", "first.dir")
     code, out, _ = reproduce(*words, "--dry-run")
-    assert (code, entry(out, "runs"), entry(out, "reuse")) == (0, "2 to take over, 2 new", "first")
-    assert entry(out, "not taken") == "1 run of --reuse, made by other code or taught by another teacher"
-    assert "2 by their networks' passes over noise" in entry(out, "time")
+    assert (code, entry(out, "runs")) == (0, "2 to take over, 2 new")
+    assert entry(out, "reuse") == "first.dir: 2 runs to take over"
+    assert (
+        entry(out, "not taken")
+        == "1 run of --reuse, of other code, or of a teacher that is another or not here"
+    )
+    # of the cells of both a run is there to tell how long they take
+    assert "an estimate: 2 by finished runs of their kind" in entry(out, "time")
     assert not (tmp_path / "second").exists()
     code, out, _ = reproduce(*words)
     assert (code, entry(out, "runs")) == (0, "2 to take over, 2 new")
     held = {run.name: runs.state(run) for run in calls.executed[1][0]}
     assert list(held.values()) == ["finished", "new", "new", "finished"]
-    assert entry(reproduce(*words)[1], "runs") == "2 finished, 2 new"
+    code, out, _ = reproduce(*words)
+    assert (entry(out, "runs"), entry(out, "reuse")) == (
+        "2 finished, 2 new",
+        "first.dir: 0 runs to take over",
+    )
+
+
+def test_runs_of_several_tables_are_taken_over(reproduce, calls):
+    for out, number in (("first", 0), ("second", 1)):
+        reproduce(*GLYPHS, "--out", out)
+        finish(calls.executed[-1][0][number])
+    _, out, _ = reproduce(*GLYPHS, "--out", "third", "--reuse", "first", "--reuse", "second")
+    assert entry(out, "reuse") == "first, second: 2 runs to take over"
+
+
+def test_runs_of_another_teacher_are_not_taken_over(reproduce, calls):
+    from deepkd_plugin import checkpoint
+    from deepkd_plugin.networks import trained_network
+    from deepkd_plugin.registry import BUILTIN
+
+    network = trained_network(BUILTIN, "glyphs100", "resnet20", 100, "builtin:glyphs100_resnet20", "a test")
+    reproduce(*GLYPHS, "--out", "first")
+    first = calls.executed[0][0]
+    finish(first[0], teacher="another")
+    finish(first[3], teacher=checkpoint.fingerprint(network))
+    code, out, _ = reproduce(*GLYPHS, "--out", "second", "--reuse", "first")
+    assert (code, entry(out, "runs")) == (0, "1 to take over, 3 new")
+    assert entry(out, "not taken").startswith("1 run of --reuse, ")
+    assert [runs.state(run) for run in calls.executed[1][0]] == ["new", "new", "new", "finished"]
 
 
 def test_runs_are_taken_over_before_a_cluster_is_asked(reproduce, calls):
@@ -398,6 +431,7 @@ def test_a_folder_to_reuse_must_hold_a_table(reproduce, calls, tmp_path):
     code, out, err = reproduce(*GLYPHS, "--reuse", "nowhere")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err == (
-        "deepkd: error: nowhere: --reuse must name a folder that deepkd reproduce made; this has no table.json\n"
+        f"deepkd: error: command line: --reuse: {tmp_path / 'nowhere'}: holds no table.json; it must be a folder that "
+        f"'deepkd reproduce' made\n"
     )
     assert list(tmp_path.iterdir()) == []
