@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from deepkd_plugin.errors import UserError
 from deepkd_plugin.metrics import read_metrics
 from deepkd_plugin.record import read_run
 from deepkd_plugin.reproduce.display import for_stream
@@ -30,16 +32,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("configs", nargs="+", type=Path, help="config files of one data set and pair")
-    parser.add_argument("--rates", nargs="+", required=True)
+    parser.add_argument("--rates", nargs="+", type=float, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--options", nargs="*", default=[], metavar="KEY VALUE", help="for every run")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     parser.add_argument("--output", type=Path, default=Path("output/learning_rates"), help="where runs lie")
     parser.add_argument("--table", type=Path, help="file to write, .md; a .json beside it holds every run")
     args = parser.parse_args()
-    runs = {
+    cells = {
         (config.stem, rate): planned(config, rate, args) for config in args.configs for rate in args.rates
     }
+    if missing := KIND.problems(list(cells.values()), prepare=True):
+        raise UserError("; ".join(missing))
+    teachers = KIND.teachers({cell: cfg for cell, (_, cfg) in cells.items()})
+    runs = {cell: replace(run, teacher=teachers[cell]) for cell, (run, _) in cells.items()}
     failures = execute(list(runs.values()), args.jobs, display=for_stream())
     for failure in failures:
         print(failure, file=sys.stderr)
@@ -53,25 +59,26 @@ def main() -> None:
         args.table.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def planned(config: Path, rate: str, args: argparse.Namespace) -> Run:
-    options = [*args.options, "SOLVER.LR", rate]
+def planned(config: Path, rate: float, args: argparse.Namespace) -> tuple[Run, Any]:
+    """The run of a config with a rate, and its resolved config."""
+    options = [*args.options, "SOLVER.LR", f"{rate:g}"]
     cfg = KIND.read(config, options)
     above, held = args.output.absolute(), KIND.hash(cfg, args.seed)
     name = f"seed{args.seed}-{held[:8]}"
     given = (*options, *KIND.own_options(args.seed, above, config.stem, name))
     folder = above / config.stem / name
-    return Run(
-        f"rate {rate}", config.stem, args.seed, config.absolute(), given, held, KIND.lines(cfg), folder
-    )
+    label, lines = f"rate {rate:g}", KIND.lines(cfg)  # the label stands where a table has its pair
+    return Run(label, config.stem, args.seed, config.absolute(), given, held, lines, folder), cfg
 
 
-def record(method: str, rate: str, run: Run) -> dict[str, Any]:
+def record(method: str, rate: float, run: Run) -> dict[str, Any]:
     held, key = read_run(run.folder), MEASURES[CLASSIFICATION].key
     kept = {
-        name: held[name] for name in ("seed", "commit", "code", "config_hash", "teacher_acc", "processor")
+        name: held[name]
+        for name in ("seed", "commit", "code", "config_hash", "teacher", "teacher_acc", "processor")
     }
     curve = " ".join(f"{line[key]:.2f}" for line in read_metrics(run.folder))
-    return {"method": method, "lr": float(rate), **held["result"], **kept, "curve": curve}
+    return {"method": method, "lr": rate, **held["result"], **kept, "curve": curve}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
