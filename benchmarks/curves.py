@@ -13,6 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.report.cells import assemble
@@ -43,7 +44,7 @@ def main(folder: str, picture: str) -> None:
         raise UserError(f"{folder}: must hold finished runs of a method and of its base, and holds none")
     columns = min(len(panels), COLUMNS)
     rows = -(-len(panels) // columns)
-    size = (2.6 * columns, 2.9 * rows)
+    size = (2.6 * columns, 3.3 * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
     for axis, (title, curves) in zip(axes.flat, panels):
         for curve, (colour, line) in curves:
@@ -51,7 +52,8 @@ def main(folder: str, picture: str) -> None:
         axis.set_title(title, fontsize="medium")
         axis.set_xlabel(table.measures.step)
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False, fontsize="x-small", loc="lower right")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.legend(frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.2))
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     axes[0, 0].set_ylabel(f"test {table.metric}")
