@@ -1,6 +1,7 @@
 """Fixtures that several test files use."""
 
 import pickle
+import signal
 import sys
 from pathlib import Path
 
@@ -9,6 +10,10 @@ import pytest
 import torch
 
 from deepkd_plugin import adapter, registry
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # a shell script starts what it leaves in the background so, and tests send Ctrl-C to their own processes
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DATA = Path(__file__).parent / "data"
 MDISTILLER = adapter.locate()
