@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-import torch.distributed as dist
+from processes import in_two_processes
 from torch import nn
 
 from deepkd_plugin.optim import DecoupledMomentumSGD
@@ -52,18 +52,14 @@ def train(momenta, mine=slice(None), scale=8, processes=1):
     return net.state_dict(), [p.grad is None for p in net.parameters()]
 
 
-def process(rank, folder, momenta):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    torch.save(train(momenta, slice(4 * rank, 4 * rank + 4), 4, 2), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+def share(rank, momenta):
+    return train(momenta, slice(4 * rank, 4 * rank + 4), 4, 2)
 
 
 @pytest.mark.parametrize("momenta", MOMENTA)
 def test_two_processes_train_as_one(tmp_path, momenta):
     expected, without = train(momenta)
-    torch.multiprocessing.spawn(process, (str(tmp_path), momenta), nprocs=2)
-    for rank in range(2):
-        state, missing = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    for state, missing in in_two_processes(share, tmp_path, momenta):
         assert missing == without
         assert sum(missing) == 2
         for name, value in expected.items():

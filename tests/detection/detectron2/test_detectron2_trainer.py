@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
+from processes import in_two_processes
 from torch import nn
 
 from deepkd_plugin.errors import UserError
@@ -90,11 +90,7 @@ def test_clipping_acts_on_what_the_step_takes(host, momenta):
     assert not torch.equal(bare[0], plain[0])
 
 
-def process(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
-    )
+def share(rank):
     from detectron2.utils import comm
 
     comm.create_local_process_group(2)
@@ -102,20 +98,19 @@ def process(rank, folder):
     for momenta in MOMENTA:
         weights, trainer = train_toy(momenta, batches(slice(4 * rank, 4 * rank + 4)))
         found[momenta] = [weights, trainer.means()]
-    torch.save(found, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return found
 
 
 def test_two_processes_are_one_with_the_whole_batch(host, tmp_path, mdistiller_root, monkeypatch):
     monkeypatch.setenv("MDISTILLER_ROOT", str(mdistiller_root))  # the processes import it anew
-    torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=2)
+    each = in_two_processes(share, tmp_path)
     for momenta in MOMENTA:
         expected, trainer = train_toy(momenta, batches())
         means = trainer.means()
-        for rank in range(2):
-            weights, found = torch.load(tmp_path / f"{rank}.pt")[momenta]
+        for found in each:
+            weights, losses = found[momenta]
             torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-6)
-            assert found == pytest.approx(means, rel=1e-5)
+            assert losses == pytest.approx(means, rel=1e-5)
 
 
 def test_losses_go_to_their_streams(host):
