@@ -5,6 +5,7 @@ python benchmarks/curves.py output/glyphs100 docs/glyphs100_curves.png
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -26,8 +27,19 @@ ALONE, BASE, METHOD = ("#666666", ":"), ("#0072B2", "--"), ("#D55E00", "-")
 COLUMNS = 4
 
 
-def main(folder: str, picture: str) -> None:
-    table = collect(Path(folder))
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="the table's, with finished runs")
+    parser.add_argument("picture", type=Path, help="file to write, .png, .svg or .pdf")
+    args = parser.parse_args()
+    write(args.folder, args.picture)
+
+
+def write(folder: Path, picture: Path) -> None:
+    """Draw a table's folder. UserError where nothing can be drawn, or not there."""
+    table = collect(folder)
     cells = assemble(table)
     drawn = {(cell.pair.name, cell.method.name): mean_curve(cell) for cell in cells}
     panels = []
@@ -57,7 +69,10 @@ def main(folder: str, picture: str) -> None:
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     axes[0, 0].set_ylabel(f"test {table.metric}")
-    figure.savefig(picture, dpi=150)
+    try:
+        figure.savefig(picture, dpi=150)
+    except (ValueError, OSError) as error:  # an ending that names no format, a place that is not there
+        raise UserError(f"command line: picture is {picture}; {error}") from None
 
 
 def draw(axis: Axes, curve: Curve, colour: str, line: str) -> None:
@@ -68,4 +83,4 @@ def draw(axis: Axes, curve: Curve, colour: str, line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: main(*sys.argv[1:])))
+    sys.exit(guarded(main))

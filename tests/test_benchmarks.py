@@ -355,15 +355,18 @@ def test_curves_of_a_table(tmp_path, monkeypatch, script):
     curves, drawn = script("curves"), []
     draw = curves.draw
     monkeypatch.setattr(curves, "draw", lambda *given: drawn.append(given[1]) or draw(*given))
-    curves.main(str(folder), str(tmp_path / "again.png"))
+    curves.write(folder, tmp_path / "again.png")
     assert [(curve.label, curve.runs, curve.mean[-1]) for curve in drawn] == [
         ("KD", 3, pytest.approx(214 / 3)),
         ("KD + DeepKD + DTM", 2, 73.0),
     ]
     lonely = make_table(tmp_path / "lonely", {("res32x4_res8x4", "kd"): [70.0]})
     with pytest.raises(UserError, match="must hold finished runs of a method and of its base"):
-        curves.main(str(lonely), str(tmp_path / "none.png"))
+        curves.write(lonely, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+    for picture in ("curves.xyz", "away/curves.png"):
+        with pytest.raises(UserError, match=f"command line: picture is {tmp_path / picture}; "):
+            curves.write(folder, tmp_path / picture)
 
 
 def test_the_contact_sheet(tmp_path):
