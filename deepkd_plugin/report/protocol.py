@@ -80,8 +80,14 @@ def _by_method(cells: Sequence[Cell], get: Callable[[Cell], Any]) -> list[str]:
     ordered = sorted(said.items(), key=lambda item: -len(item[1]))
     total = sum(len(labels) for labels in said.values())
     if len(said) > MOST_ANSWERS:
-        return ["by row:", *said]
-    return [text if 2 * len(labels) > total else f"{text} ({', '.join(labels)})" for text, labels in ordered]
+        first, *others = said
+        return [f"by row: {first}", *others]
+    return [text if 2 * len(labels) > total else f"{text} ({_listed(labels)})" for text, labels in ordered]
+
+
+def _listed(labels: Sequence[str]) -> str:
+    """Labels one after another; one with a comma of its own is quoted."""
+    return ", ".join(f"“{label}”" if "," in label else label for label in labels)
 
 
 def _setting(form: Callable[[dict[str, Any]], str | None]) -> Callable[[Record], str | None]:
@@ -128,7 +134,7 @@ def _mask(settings: dict[str, Any]) -> str | None:
     names = ("K",) if kind == "static" else ("INITIAL", "OPTIMAL")
     size = " to ".join(f"{settings[f'DeepKD.MASK.{name}']:g}" for name in names)
     ends = "" if kind == "static" else f", phases end at {_numbers(settings['DeepKD.MASK.PHASES'])}"
-    return f"{kind}, K {size}{ends}; {settings['DeepKD.MASK.READING']}"
+    return f"{kind}, K {size}{ends}, {settings['DeepKD.MASK.READING']}"
 
 
 def _numbers(values: Sequence[float]) -> str:

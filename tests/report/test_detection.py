@@ -112,7 +112,7 @@ def test_on_detectron2_the_protocol_is_read_from_its_own_keys(theirs):
     assert (told["Batch"], told["Precision"], told["Iterations"]) == (["8 images"], ["float32"], ["180,000"])
     assert told["Images"] == ["coco_2017_train to train on, coco_2017_val to test on"]
     assert told["Proposals"] == ["512 an image, at most 25 % of them foreground"]
-    assert told["Mask"] == ["dynamic, K 0.05 to 0.5, phases end at 0.333 and 0.667; renormalise"]
+    assert told["Mask"] == ["dynamic, K 0.05 to 0.5, phases end at 0.333 and 0.667, renormalise"]
     assert told["Momentum variant"] == ["paper"]
     assert cautions(cells) == []
 
