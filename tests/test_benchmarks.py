@@ -23,7 +23,7 @@ def run(script, *arguments, **variables):
     command = [sys.executable, str(ROOT / "benchmarks" / script), *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
     environment = {name: value for name, value in environment.items() if value is not None}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
