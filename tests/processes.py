@@ -21,5 +21,5 @@ def _process(rank: int, work: Callable, folder: str, args: tuple) -> None:
     torch.save(work(rank, *args), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
     # a thread of gloo that lets its last tensor go while Python shuts down ends the process with SIGABRT (seen with
-    # torch 2.14, one process in some thirty), so Python does not shut down
+    # torch 2.14, one process in some twenty), so Python does not shut down
     os._exit(0)
