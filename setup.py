@@ -10,7 +10,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "deepkd_plugin/__init__.py"
 
 
 class BuildPy(build_py):
-    """Takes configs/ and patches/ along into the package, where deepkd_plugin/shipped.py finds them."""
+    """Takes configs/ and patches/ along into the package, where deepkd_plugin/config/shipped.py finds them."""
 
     def run(self):
         super().run()
@@ -33,8 +33,8 @@ setup(
     long_description_content_type="text/markdown",
     packages=find_packages(include=["deepkd_plugin", "deepkd_plugin.*"]),
     package_data={
-        "deepkd_plugin.builtin": ["defaults.yaml", "weights/*.pt"],
-        "deepkd_plugin.report": ["published.csv", "page.css"],
+        "deepkd_plugin.hosts.builtin": ["defaults.yaml", "weights/*.pt"],
+        "deepkd_plugin.study.report": ["published.csv", "page.css"],
     },
     python_requires=">=3.10",
     install_requires=[
@@ -56,6 +56,6 @@ setup(
         "slurm": ["submitit"],
         "test": ["pytest>=8", "ruff", "submitit", "pycocotools"],
     },
-    entry_points={"console_scripts": ["deepkd = deepkd_plugin.cli:entry"]},
+    entry_points={"console_scripts": ["deepkd = deepkd_plugin.commands.cli:entry"]},
     cmdclass={"build_py": BuildPy},
 )

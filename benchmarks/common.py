@@ -16,7 +16,7 @@ import numpy
 import torch
 
 from deepkd_plugin import device
-from deepkd_plugin.record import commit, processor
+from deepkd_plugin.run.record import commit, processor
 
 Rows = list[dict[str, Any]]
 """A table: each row maps the columns to its values, all with the same columns."""
@@ -57,7 +57,7 @@ def peak_mebibytes(make: Callable[[], Callable[[], Any]], steps: int = 2) -> flo
     server = "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if server else "spawn")
     if server:
-        context.set_forkserver_preload(["torch", "torchvision", "deepkd_plugin.builtin"])
+        context.set_forkserver_preload(["torch", "torchvision", "deepkd_plugin.hosts.builtin"])
     with context.Pool(1) as pool:
         return pool.apply(_resident_peak, (make, steps, torch.get_num_threads()))
 

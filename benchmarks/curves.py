@@ -17,9 +17,9 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from deepkd_plugin.errors import UserError
-from deepkd_plugin.report.cells import assemble
-from deepkd_plugin.report.collect import collect
-from deepkd_plugin.report.curves import Curve, mean_curve
+from deepkd_plugin.study.report.cells import assemble
+from deepkd_plugin.study.report.collect import collect
+from deepkd_plugin.study.report.curves import Curve, mean_curve
 from deepkd_plugin.terminal import guarded
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, each with a line style of its own

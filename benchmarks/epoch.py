@@ -40,10 +40,12 @@ from common import Rows, conditions, report
 from torch import nn
 from torch.utils.data import DataLoader
 
-from deepkd_plugin import adapter, builtin, data, device
-from deepkd_plugin.config import add_deepkd_config
+from deepkd_plugin import data, device
+from deepkd_plugin.config.tree import add_deepkd_config
 from deepkd_plugin.data.arrays import ArrayDataset, Indexed
 from deepkd_plugin.distillers import KD, DeepKD
+from deepkd_plugin.hosts import builtin
+from deepkd_plugin.hosts import mdistiller as adapter
 from deepkd_plugin.terminal import Parser, guarded
 from deepkd_plugin.trainer import DecoupledMomentumTrainer, Trainer
 

@@ -17,8 +17,8 @@ from common import conditions, medians_in_turn, report
 from step import METHODS, PAIRS, Setting, count_argument, on_imagenet, our_step, pair_argument
 
 from deepkd_plugin import device
+from deepkd_plugin.config.keys import KEYS
 from deepkd_plugin.gsnr import GradientMonitor
-from deepkd_plugin.keys import KEYS
 from deepkd_plugin.terminal import Parser, guarded
 
 EVERY = 200

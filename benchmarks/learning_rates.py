@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from deepkd_plugin.errors import UserError
-from deepkd_plugin.metrics import read_metrics
-from deepkd_plugin.record import read_run
-from deepkd_plugin.reproduce.display import for_stream
-from deepkd_plugin.reproduce.kinds import KINDS
-from deepkd_plugin.reproduce.measures import CLASSIFICATION, MEASURES
-from deepkd_plugin.reproduce.plan import Run
-from deepkd_plugin.reproduce.runs import execute
+from deepkd_plugin.run.metrics import read_metrics
+from deepkd_plugin.run.record import read_run
+from deepkd_plugin.study.kinds import KINDS
+from deepkd_plugin.study.measures import CLASSIFICATION, MEASURES
+from deepkd_plugin.study.reproduce.display import for_stream
+from deepkd_plugin.study.reproduce.runs import execute
+from deepkd_plugin.study.table import Run
 from deepkd_plugin.terminal import guarded
 
 KIND = KINDS[CLASSIFICATION]

@@ -41,10 +41,12 @@ import torch
 from common import Rows, conditions, medians_in_turn, peak_mebibytes, report
 from torch import Tensor, nn
 
-from deepkd_plugin import DecoupledMomentumSGD, builtin, device
-from deepkd_plugin.config import add_deepkd_config
+from deepkd_plugin import DecoupledMomentumSGD, device
+from deepkd_plugin.config.tree import add_deepkd_config
 from deepkd_plugin.distillers import KD, DeepKD
-from deepkd_plugin.speed import STEPS, Step, make_step
+from deepkd_plugin.hosts import builtin
+from deepkd_plugin.speed import STEPS, make_step
+from deepkd_plugin.step import Step
 from deepkd_plugin.streams import assign_losses
 from deepkd_plugin.terminal import Parser, guarded
 

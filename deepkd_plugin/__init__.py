@@ -25,6 +25,6 @@ __version__ = "0.1.0"
 def register() -> list[str]:
     """Put the plugin into the host's registries and config tree; returns what was added (see registry)."""
     # here, because the parts above need torch alone and the registries need torchvision and all the rest
-    from .registry import register as register_host
+    from .hosts.registry import register as register_host
 
     return register_host()

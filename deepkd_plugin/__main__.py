@@ -1,5 +1,5 @@
 """python -m deepkd_plugin COMMAND …: the same as deepkd COMMAND …."""
 
-from .cli import entry
+from .commands.cli import entry
 
 entry()

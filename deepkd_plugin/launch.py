@@ -10,14 +10,16 @@ from typing import Any
 
 from torch import nn
 
-from . import config, data, device, record
-from .adapter import check_trainer
-from .host import Host
-from .metrics import weights_and_biases
-from .networks import network, trained_network
-from .registry import find_host, register
+from . import config, data, device
+from .accuracy import measure_teacher
+from .hosts.host import Host
+from .hosts.mdistiller import check_trainer
+from .hosts.networks import network, trained_network
+from .hosts.registry import find_host, register
+from .run import record
+from .run.metrics import weights_and_biases
 from .terminal import Parser, Stopped, exit_code, guarded
-from .trainer import Trainer, measure_teacher
+from .trainer import Trainer
 
 EXAMPLE = "configs/glyphs100/res20_res8/kd.yaml"
 
@@ -81,7 +83,7 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
     distiller = device.place(distiller, at, cfg.SOLVER.CHANNELS_LAST)
     make = trainers(host)[cfg.SOLVER.TRAINER]
     if not issubclass(make, Trainer):
-        # it tests the teacher itself (see adapter), and leaves mdistiller's files
+        # it tests the teacher itself (see hosts/mdistiller.py), and leaves mdistiller's files
         if cfg.LOG.WANDB:
             weights_and_biases(folder, cfg)
         parallel = device.parallel(distiller, always=True)

@@ -7,7 +7,7 @@ import traceback
 from types import TracebackType
 
 from .errors import UserError
-from .registry import find_host, register
+from .hosts.registry import find_host, register
 
 _show = sys.excepthook
 

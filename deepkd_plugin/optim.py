@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .streams import Sets, average, backward_by_set, merge_streams
+from .streams import Sets, _add, _total, average, backward_by_set, merge_streams
 
 
 class Coefficients(NamedTuple):
@@ -348,33 +348,8 @@ def _check_group(group: Mapping[str, Any]) -> None:
         )
 
 
-def _add(total: dict[Tensor, Tensor], new: Mapping[Tensor, Tensor]) -> None:
-    """Add gradients by parameter in place; one that has none yet gets the new one itself."""
-    both = [p for p in new if p in total]
-    if both:
-        torch._foreach_add_([total[p] for p in both], [new[p] for p in both])
-    for p, gradient in new.items():
-        total.setdefault(p, gradient)
-
-
-def _total(parts: Sequence[Mapping[Tensor, Tensor]]) -> dict[Tensor, Tensor]:
-    """The sums of several sets' gradients by parameter, in memory of their own."""
-    total = dict(parts[0])
-    own: set[Tensor] = set()
-    for part in parts[1:]:
-        first = [p for p in part if p in total and p not in own]
-        again = [p for p in part if p in own]
-        if again:
-            torch._foreach_add_([total[p] for p in again], [part[p] for p in again])
-        if first:
-            total.update(zip(first, torch._foreach_add([total[p] for p in first], [part[p] for p in first])))
-            own.update(first)
-        for p, gradient in part.items():
-            total.setdefault(p, gradient)
-    return {p: g if p in own else g.clone() for p, g in total.items()}
-
-
 Gradients = Sequence[Sequence["Tensor | None"]]
+
 Buffers = Sequence["list[Tensor] | None"]
 
 

@@ -170,3 +170,36 @@ def _own(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
             seen.add(storage.data_ptr())
         own.append(g)
     return own
+
+
+STREAMS = ("tog", "tcg", "ncg")
+"""DeepKD's streams: task, target class, non-target class."""
+
+EXTRA_STREAMS = ("feat",)
+"""Streams that exist where SOLVER.DECOUPLED.LOSS_STREAMS gives them a loss."""
+
+
+def _add(total: dict[Tensor, Tensor], new: Mapping[Tensor, Tensor]) -> None:
+    """Add gradients by parameter in place; one that has none yet gets the new one itself."""
+    both = [p for p in new if p in total]
+    if both:
+        torch._foreach_add_([total[p] for p in both], [new[p] for p in both])
+    for p, gradient in new.items():
+        total.setdefault(p, gradient)
+
+
+def _total(parts: Sequence[Mapping[Tensor, Tensor]]) -> dict[Tensor, Tensor]:
+    """The sums of several sets' gradients by parameter, in memory of their own."""
+    total = dict(parts[0])
+    own: set[Tensor] = set()
+    for part in parts[1:]:
+        first = [p for p in part if p in total and p not in own]
+        again = [p for p in part if p in own]
+        if again:
+            torch._foreach_add_([total[p] for p in again], [part[p] for p in again])
+        if first:
+            total.update(zip(first, torch._foreach_add([total[p] for p in first], [part[p] for p in first])))
+            own.update(first)
+        for p, gradient in part.items():
+            total.setdefault(p, gradient)
+    return {p: g if p in own else g.clone() for p, g in total.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,3 +115,17 @@ class TopKSchedule:
             f"TopKSchedule(num_classes={self.num_classes}, initial={self.initial}, "
             f"optimal={self.optimal}, phases={self.phases})"
         )
+
+
+def mask_size(mask: Any, num_classes: int, progress: float) -> int | None:
+    """K of a config node DeepKD.MASK at `progress` in [0, 1]; ValueError where the node does not fit C."""
+    if mask.TYPE == "none":
+        return None
+    if mask.TYPE == "static":
+        return count_classes(classes(mask.K), num_classes)
+    return TopKSchedule(num_classes, classes(mask.INITIAL), classes(mask.OPTIMAL), mask.PHASES)(progress)
+
+
+def classes(value: float) -> float:
+    """A YAML number of classes: from 1 on a count, below 1 a fraction of the classes."""
+    return int(value) if value >= 1 and value == int(value) else float(value)

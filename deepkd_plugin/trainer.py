@@ -13,17 +13,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from . import checkpoint, config, device, record
+from . import config, device
+from .accuracy import correct, evaluate, measure_teacher
 from .errors import UserError
 from .gsnr import GradientMonitor, GSNRAllocation
-from .metrics import RunLog, Sums, correct
-from .networks import Alone
 from .optim import DecoupledMomentumSGD
-from .schedule import make_scheduler
+from .run import checkpoint, record
+from .run.metrics import RunLog, Sums
+from .run.progress import _postfix, progress_bar
+from .run.schedule import make_scheduler
 from .speed import choose_gradients, make_step
 from .streams import assign_losses
 
@@ -397,57 +398,3 @@ class DecoupledMomentumTrainer(Trainer):
             raise UserError(
                 f"SOLVER.DECOUPLED.LOSS_STREAMS: {error}; add 'loss:stream' for each of {list(losses)}"
             ) from None
-
-
-@torch.no_grad()
-def evaluate(distiller: nn.Module, loader: Any, at: torch.device, solver: Any) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in percent and mean cross-entropy on a loader of (image, target)."""
-    distiller.eval()
-    sums = Sums()
-    for batch in loader:
-        image, target, *_ = device.place_batch(batch, at, solver.CHANNELS_LAST)
-        with device.autocast(at, solver.AMP):
-            logits = distiller(image=image).float()
-        loss = F.cross_entropy(logits, target, reduction="sum")
-        sums.add(correct(logits, target) | {"loss": loss}, len(target))
-    means = sums.means()
-    return {"test_acc": means["top1"], "test_acc_top5": means["top5"], "test_loss": means["loss"]}
-
-
-def measure_teacher(distiller: nn.Module, loader: Any, cfg: Any, source: str = "config") -> float | None:
-    """Print and return the top-1 in percent of a distiller's teacher on the test images; None without one.
-
-    Raises UserError, naming `source`, where that is no better than chance: less than 1 % of the way from
-    chance to perfect above it, or less than three standard errors.
-    """
-    teacher = getattr(distiller, "teacher", None)
-    if teacher is None:
-        return None
-    alone = Alone(teacher)
-    at = next(teacher.parameters()).device
-    accuracy = evaluate(alone, loader, at, cfg.SOLVER)["test_acc"]
-    name = cfg.DISTILLER.TEACHER
-    chance = 1.0 / alone.num_classes
-    error = math.sqrt(chance * (1.0 - chance) / len(loader.dataset))
-    if accuracy < 100.0 * (chance + max(0.01 * (1.0 - chance), 3.0 * error)):
-        raise UserError(
-            f"{source}: the teacher {name} from DISTILLER.TEACHER_WEIGHTS is at chance on {cfg.DATASET.TYPE} "
-            f"({accuracy:.2f} % top-1); it must be trained on this data set"
-        )
-    print(f"teacher   {name} {accuracy:.2f} % top-1 on the test images")
-    return accuracy
-
-
-def progress_bar(title: str, steps: int) -> tqdm:
-    """A bar that is gone when it ends, and that is only drawn in a terminal."""
-    layout = "{desc} {bar:16} {n_fmt}/{total_fmt}{postfix}"
-    return tqdm(total=steps, desc=title, leave=False, disable=None, bar_format=layout)
-
-
-def _postfix(means: dict[str, float], top_k: int | None, rate: float, left: float) -> str:
-    """What the bar shows: losses, accuracy, K, speed, and the time until the last epoch ends."""
-    losses = " ".join(f"{s} {value:.3f}" for s, value in means.items() if not s.startswith("train_"))
-    accuracy = f" top-1 {means['train_acc']:.2f}" if "train_acc" in means else ""
-    mask = "" if top_k is None else f" K {top_k}"
-    time_left = tqdm.format_interval(left)
-    return f"{losses}{accuracy}{mask} {rate:.0f} images/s {time_left} left"

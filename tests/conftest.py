@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from deepkd_plugin import adapter, registry
+from deepkd_plugin.hosts import mdistiller as mdistiller_host
+from deepkd_plugin.hosts import registry
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # a shell script starts what it leaves in the background so, and tests send Ctrl-C to their own processes
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DATA = Path(__file__).parent / "data"
-MDISTILLER = adapter.locate()
+MDISTILLER = mdistiller_host.locate()
 """The folder of an installed mdistiller or of the checkout that MDISTILLER_ROOT names; None without one."""
 
 
@@ -41,7 +42,7 @@ def two_threads():
 @pytest.fixture(autouse=True)
 def builtin_host(monkeypatch):
     """Commands run on the built-in host in a test, whatever is installed, unless it asks for mdistiller."""
-    monkeypatch.setattr(adapter, "locate", lambda: None)
+    monkeypatch.setattr(mdistiller_host, "locate", lambda: None)
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +63,7 @@ def mdistiller(mdistiller_root):
         before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "mdistiller"}
         for name in before:
             del sys.modules[name]
-        host = adapter.load(mdistiller_root)
+        host = mdistiller_host.load(mdistiller_root)
         registry.register(host)
         yield host
         for name in [name for name in sys.modules if name.split(".")[0] == "mdistiller"]:

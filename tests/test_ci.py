@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from deepkd_plugin.apply import KNOWN
+from deepkd_plugin.commands.apply import KNOWN
 
 ROOT = Path(__file__).parents[1]
 JOBS = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]

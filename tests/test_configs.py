@@ -14,9 +14,10 @@ import yaml
 from torch import nn
 from torch.utils.data import DataLoader
 
-from deepkd_plugin import builtin, config, registry
+from deepkd_plugin import config
+from deepkd_plugin.hosts import builtin, registry
+from deepkd_plugin.hosts.networks import network
 from deepkd_plugin.launch import read_config, trainers
-from deepkd_plugin.networks import network
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from deepkd_plugin import checkpoint
 from deepkd_plugin.gsnr import GradientMoments, GradientMonitor, GSNRAllocation, noise_floor, without_noise
 from deepkd_plugin.optim import DecoupledMomentumSGD
+from deepkd_plugin.run import checkpoint
 
 STREAMS = ("tog", "tcg", "ncg")
 

@@ -8,13 +8,15 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from deepkd_plugin import builtin, checkpoint, config, launch
-from deepkd_plugin.builtin.vanilla import Vanilla
+from deepkd_plugin import config, launch
 from deepkd_plugin.device import seed_everything
 from deepkd_plugin.distillers import KD, DeepKD
+from deepkd_plugin.distillers.vanilla import Vanilla
 from deepkd_plugin.errors import UserError
-from deepkd_plugin.metrics import read_lines, read_metrics
-from deepkd_plugin.schedule import make_scheduler
+from deepkd_plugin.hosts import builtin
+from deepkd_plugin.run import checkpoint
+from deepkd_plugin.run.metrics import read_lines, read_metrics
+from deepkd_plugin.run.schedule import make_scheduler
 from deepkd_plugin.trainer import DecoupledMomentumTrainer, Trainer
 
 STREAMS = ("tog", "tcg", "ncg")

@@ -13,10 +13,12 @@ import pytest
 import torch
 import yaml
 
-from deepkd_plugin import checkpoint, evaluate, launch
-from deepkd_plugin.builtin.models import cifar_model_dict
+from deepkd_plugin import launch
+from deepkd_plugin.commands import evaluate
+from deepkd_plugin.hosts.builtin.models import cifar_model_dict
 from deepkd_plugin.launch import main
-from deepkd_plugin.metrics import read_metrics
+from deepkd_plugin.run import checkpoint
+from deepkd_plugin.run.metrics import read_metrics
 from deepkd_plugin.trainer import DecoupledMomentumTrainer
 
 ROOT = Path(__file__).parents[1]

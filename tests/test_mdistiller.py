@@ -11,10 +11,10 @@ import pytest
 import torch
 import yaml
 
-from deepkd_plugin import checkpoint
-from deepkd_plugin.apply import apply
-from deepkd_plugin.builtin.models import cifar_model_dict
-from deepkd_plugin.metrics import read_metrics
+from deepkd_plugin.commands.apply import apply
+from deepkd_plugin.hosts.builtin.models import cifar_model_dict
+from deepkd_plugin.run import checkpoint
+from deepkd_plugin.run.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 FEATURES = [16, 32, 64, 64]
@@ -191,7 +191,7 @@ def test_teacher_files_of_every_layout(checkout, tmp_path):
     """Bare or under "model", with DataParallel's prefix, with RepDistiller's numpy accuracy."""
     import numpy as np
 
-    weights = checkpoint.load(ROOT / "deepkd_plugin/builtin/weights/glyphs100_resnet20.pt", "test")
+    weights = checkpoint.load(ROOT / "deepkd_plugin/hosts/builtin/weights/glyphs100_resnet20.pt", "test")
     weights = weights.get("model", weights)
     wrapped = {f"module.{name}": value for name, value in weights.items()}
     for number, held in enumerate(
@@ -213,7 +213,7 @@ def test_registering_after_the_imports_reaches_names_that_are_held_already(check
         "import deepkd_plugin\n"
         "added = deepkd_plugin.register()\n"
         "assert {'DeepKD', 'CRLD', 'MLKD', 'DecoupledMomentumSGD'} <= set(added), added\n"
-        "assert get_dataset.__module__ == load_checkpoint.__module__ == 'deepkd_plugin.adapter'\n"
+        "assert get_dataset.__module__ == load_checkpoint.__module__ == 'deepkd_plugin.hosts.mdistiller'\n"
         "assert 'DeepKD' in distiller_dict and CFG.LOG.WANDB is False\n"
         "CFG.LOG.WANDB = True\n"
         "assert deepkd_plugin.register() == [] and CFG.LOG.WANDB is True\n"

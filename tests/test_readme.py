@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepkd_plugin import cli, evaluate
-from deepkd_plugin.builtin.models import cifar_model_dict
+from deepkd_plugin.commands import cli, evaluate
 from deepkd_plugin.detection import evaluate as detection_evaluate
 from deepkd_plugin.detection import launch as detection_launch
 from deepkd_plugin.detection.data import canvas
-from deepkd_plugin.reproduce import estimate
+from deepkd_plugin.hosts.builtin.models import cifar_model_dict
+from deepkd_plugin.study.kinds import timing
 
 ROOT = Path(__file__).parents[1]
 EMPTY_TABLE = {
@@ -54,7 +54,7 @@ def test_commands(command, train, data_root, cifar_root, capsys, monkeypatch, re
         assert code == 0, err
     elif words[:2] == ["deepkd", "reproduce"]:
         # what it would start; tests/reproduce starts it
-        monkeypatch.setattr(estimate, "measure", lambda *_: estimate.Parts(0.0, 0.0, 0.0))
+        monkeypatch.setattr(timing, "measure", lambda *_: timing.Parts(0.0, 0.0, 0.0))
         words = [word for word in words[1:] if word != "--dry-run"]
         if "--reuse" in words:
             (tmp_path / "other").mkdir()

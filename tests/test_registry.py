@@ -8,9 +8,9 @@ import pytest
 from yacs.config import CfgNode
 
 import deepkd_plugin
-from deepkd_plugin import registry
 from deepkd_plugin.distillers import DeepKD
 from deepkd_plugin.errors import UserError
+from deepkd_plugin.hosts import registry
 from deepkd_plugin.trainer import DecoupledMomentumTrainer
 
 

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from deepkd_plugin import device, optim, speed
 from deepkd_plugin.gsnr import GradientMonitor
-from deepkd_plugin.metrics import read_metrics
 from deepkd_plugin.optim import DecoupledMomentumSGD
+from deepkd_plugin.run.metrics import read_metrics
 
 MOMENTUM = {"tog": 0.975, "tcg": 0.825, "ncg": 0.95}
 

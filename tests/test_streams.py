@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from deepkd_plugin.builtin.models import cifar_model_dict
+from deepkd_plugin.hosts.builtin.models import cifar_model_dict
 from deepkd_plugin.streams import assign_losses, backward_by_set, merge_streams
 
 

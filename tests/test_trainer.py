@@ -7,14 +7,16 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from deepkd_plugin import builtin, checkpoint, record
-from deepkd_plugin.builtin.vanilla import Vanilla
-from deepkd_plugin.config import add_deepkd_config
+from deepkd_plugin.accuracy import evaluate
+from deepkd_plugin.config.tree import add_deepkd_config
 from deepkd_plugin.device import seed_everything
 from deepkd_plugin.distillers import KD, DeepKD
+from deepkd_plugin.distillers.vanilla import Vanilla
 from deepkd_plugin.errors import UserError
-from deepkd_plugin.metrics import read_metrics
-from deepkd_plugin.trainer import DecoupledMomentumTrainer, Trainer, evaluate
+from deepkd_plugin.hosts import builtin
+from deepkd_plugin.run import checkpoint, record
+from deepkd_plugin.run.metrics import read_metrics
+from deepkd_plugin.trainer import DecoupledMomentumTrainer, Trainer
 
 
 class Net(nn.Module):

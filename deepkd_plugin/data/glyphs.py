@@ -15,8 +15,8 @@ import numpy as np
 import PIL
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from ..checkpoint import write_whole
 from ..errors import UserError
+from ..run.checkpoint import write_whole
 
 # Left out: characters that equal another up to size, since size is random here (c o s u v w x z k p θ π φ ψ),
 # or in some of the fonts (l, 0, 1, and the Greek and Cyrillic capitals that are drawn as Latin ones), and

@@ -16,8 +16,8 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 
 from ..distillers.base import warmup_factor
-from ..distillers.deepkd import mask_size
 from ..losses import wide
+from ..topk import mask_size
 from .losses import losses_by_stream, proposal_kd, proposal_terms
 
 Target = dict[str, Tensor]

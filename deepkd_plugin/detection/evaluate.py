@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import device
-from ..config import wrong
+from ..config.tree import wrong
 from ..launch import split_words
 from ..terminal import Parser, guarded
 from .average_precision import import_pycocotools

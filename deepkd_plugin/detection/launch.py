@@ -10,8 +10,10 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from .. import builtin, config, device, record
+from .. import config, device
+from ..hosts import builtin
 from ..launch import experiment_name, read_words, run, sibling
+from ..run import record
 from ..terminal import guarded
 from .average_precision import import_pycocotools
 from .data import DETECTION_SETS, get_detection_sets

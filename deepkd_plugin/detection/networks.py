@@ -19,11 +19,11 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from .. import checkpoint
-from ..builtin.models.resnet import ResNet
+from ..config.shipped import PACKAGE
 from ..errors import UserError
+from ..hosts.builtin.models.resnet import ResNet
 from ..losses import wide
-from ..shipped import PACKAGE
+from ..run import checkpoint
 
 RATIOS = (0.5, 1.0, 2.0)
 """Height over width of anchors."""
@@ -76,7 +76,7 @@ def trained_network(name: str, num_classes: int, node: Any, weights: str, key: s
     if not weights:
         raise UserError(f"{key} names no file; it must name a checkpoint of {name} on this data set")
     if weights.startswith("builtin:"):
-        file = PACKAGE / "builtin" / "weights" / f"{weights.removeprefix('builtin:')}.pt"
+        file = PACKAGE / "hosts" / "builtin" / "weights" / f"{weights.removeprefix('builtin:')}.pt"
     else:
         file = Path(weights)
     held = checkpoint.network_weights(checkpoint.load(file, key))

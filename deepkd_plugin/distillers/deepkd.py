@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..losses import decoupled_kd
-from ..topk import TopKSchedule, count_classes
+from ..topk import mask_size
 from .base import Distiller, warmup_factor
 from .crld import crld_terms
 from .mlkd import mlkd_relations, mlkd_terms
@@ -95,17 +95,3 @@ class DeepKD(Distiller):
         """How many non-target classes count in this epoch (from 1); None without a mask."""
         progress = min((epoch - 1) / max(self.cfg.SOLVER.EPOCHS - 1, 1), 1.0)
         return mask_size(self.node.MASK, num_classes, progress)
-
-
-def mask_size(mask: Any, num_classes: int, progress: float) -> int | None:
-    """K of a config node DeepKD.MASK at `progress` in [0, 1]; ValueError where the node does not fit C."""
-    if mask.TYPE == "none":
-        return None
-    if mask.TYPE == "static":
-        return count_classes(classes(mask.K), num_classes)
-    return TopKSchedule(num_classes, classes(mask.INITIAL), classes(mask.OPTIMAL), mask.PHASES)(progress)
-
-
-def classes(value: float) -> float:
-    """A YAML number of classes: from 1 on a count, below 1 a fraction of the classes."""
-    return int(value) if value >= 1 and value == int(value) else float(value)

@@ -9,14 +9,7 @@ import pytest
 from fontTools.ttLib import TTFont
 
 from deepkd_plugin.data import glyphs
-from deepkd_plugin.data.glyphs import (
-    CHARACTERS,
-    FONTS,
-    MEAN,
-    STD,
-    load_glyphs100,
-    render_glyphs,
-)
+from deepkd_plugin.data.glyphs import CHARACTERS, FONTS, MEAN, STD, load_glyphs100, render_glyphs
 from deepkd_plugin.errors import UserError
 
 

@@ -7,12 +7,14 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms import functional as F
 
-from deepkd_plugin import checkpoint, config, device, record
-from deepkd_plugin.builtin.models import cifar_model_dict
+from deepkd_plugin import config, device
+from deepkd_plugin.accuracy import evaluate
 from deepkd_plugin.data import DATASETS, get_dataset, get_test_set, resident
 from deepkd_plugin.data.resident import ResidentLoader, batchwise
 from deepkd_plugin.errors import UserError
-from deepkd_plugin.trainer import Trainer, evaluate
+from deepkd_plugin.hosts.builtin.models import cifar_model_dict
+from deepkd_plugin.run import checkpoint, record
+from deepkd_plugin.trainer import Trainer
 
 SIDES = {"cifar100": 32, "glyphs100": 32, "tiny_imagenet": 64}
 

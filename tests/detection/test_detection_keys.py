@@ -5,7 +5,7 @@ import pytest
 import yaml
 from torchvision.models.detection import FasterRCNN
 
-from deepkd_plugin.config import get
+from deepkd_plugin.config.tree import get
 from deepkd_plugin.detection.keys import DETECTION_KEYS
 from deepkd_plugin.detection.launch import read_config
 from deepkd_plugin.errors import UserError

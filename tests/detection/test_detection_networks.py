@@ -6,10 +6,10 @@ from torchvision.models import detection
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from deepkd_plugin.builtin.models import cifar_model_dict
 from deepkd_plugin.detection.distillers import training_pass
 from deepkd_plugin.detection.networks import COCO_IDS, NETWORKS, count_classes, network, trained_network
 from deepkd_plugin.errors import UserError
+from deepkd_plugin.hosts.builtin.models import cifar_model_dict
 
 KEY = "DISTILLER.TEACHER_WEIGHTS"
 SMALL = "fasterrcnn_resnet8_fpn"

@@ -10,7 +10,7 @@ from deepkd_plugin.detection.data import get_detection_sets
 from deepkd_plugin.detection.distillers import DISTILLERS, training_pass
 from deepkd_plugin.detection.trainer import TRAINERS, evaluate, measure_teacher
 from deepkd_plugin.errors import UserError
-from deepkd_plugin.metrics import read_lines, read_metrics
+from deepkd_plugin.run.metrics import read_lines, read_metrics
 
 
 @pytest.fixture

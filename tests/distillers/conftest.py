@@ -1,7 +1,7 @@
 import pytest
 
-from deepkd_plugin import builtin
-from deepkd_plugin.config import add_deepkd_config
+from deepkd_plugin.config.tree import add_deepkd_config
+from deepkd_plugin.hosts import builtin
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from tables import Table
 
-from deepkd_plugin.builtin.vanilla import Vanilla
 from deepkd_plugin.distillers import DKD, KD, DeepKD
+from deepkd_plugin.distillers.vanilla import Vanilla
 from deepkd_plugin.losses import decoupled_kd
 from deepkd_plugin.optim import DecoupledMomentumSGD
 

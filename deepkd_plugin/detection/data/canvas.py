@@ -14,9 +14,9 @@ import numpy as np
 import PIL
 from PIL import Image, ImageFilter
 
-from ...checkpoint import write_whole
 from ...data import glyphs
 from ...errors import UserError
+from ...run.checkpoint import write_whole
 
 CLASSES: str = "OQCGb6B8ШЩZ2S5PRq9EF"
 NUM_CLASSES = len(CLASSES)

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from ... import adapter
 from ...errors import UserError
+from ...hosts import mdistiller
 
 SCRIPT = "detection/train_net.py"
 
@@ -33,7 +33,7 @@ _loaded: ModuleType | None = None
 def require(root: Path | None = None) -> ModuleType:
     """mdistiller's package detection/model, imported, which registers its backbones and RCNNKD in detectron2.
 
-    root: mdistiller's checkout; by default that of the running detection/train_net.py, else as adapter.locate finds
+    root: mdistiller's checkout; by default that of the running detection/train_net.py, else as mdistiller.locate finds
     it, else the current folder. Raises UserError where detectron2 or the checkout is missing or cannot be used.
     """
     global _loaded
@@ -70,7 +70,7 @@ def locate() -> Path:
     root = script.parent.parent
     if script == root / SCRIPT and _is_root(root):
         return root
-    root = adapter.locate()
+    root = mdistiller.locate()
     if root is not None and _is_root(root):
         return root
     here = Path.cwd()
@@ -79,7 +79,7 @@ def locate() -> Path:
             return folder
     if root is None:
         raise UserError(
-            f"environment: {adapter.ENVIRONMENT} must name a checkout of mdistiller, whose detection/ this builds on"
+            f"environment: {mdistiller.ENVIRONMENT} must name a checkout of mdistiller, whose detection/ this builds on"
         )
     raise UserError(f"{root}: has no detection/model/rcnn.py; a whole checkout of mdistiller is needed")
 

@@ -1,7 +1,7 @@
 """The config of mdistiller's detection branch with DeepKD's keys: defaults, reading, checks.
 
 detectron2 keeps its settings in a yacs tree of its own. What a key means and which values it takes comes from
-deepkd_plugin/keys.py wherever a classification run has it too.
+deepkd_plugin/config/keys.py wherever a classification run has it too.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import Any
 
 import yaml
 
-from ... import config, keys
+from ... import config
+from ...config import keys
+from ...config.rules import Key
 from ...errors import UserError
-from ...keys import Key
 from ..losses import BASES
 from . import require
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import yaml
 
-from ... import device, record
-from ...config import flatten, get, wrong
+from ... import device
+from ...config.tree import flatten, get, wrong
 from ...errors import UserError
+from ...run import record
 from ...terminal import Stopped, exit_code, guarded
 from . import SCRIPT, locate, require
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...distillers.deepkd import mask_size
+from ...topk import mask_size
 from ..losses import losses_by_stream, proposal_kd, proposal_terms
 from . import require
 from .config import TYPES, check_architecture

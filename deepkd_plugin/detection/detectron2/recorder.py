@@ -13,8 +13,9 @@ from typing import Any
 from detectron2.engine.hooks import HookBase
 from detectron2.utils import comm
 
-from ... import checkpoint, config, record
-from ...metrics import RunLog, read_metrics
+from ... import config
+from ...run import checkpoint, record
+from ...run.metrics import RunLog, read_metrics
 
 HOW = (
     *("OUTPUT_DIR", "VIS_PERIOD", "VERSION", "CUDNN_BENCHMARK", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS"),

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import array_pickle, checkpoint, device
+from ... import device
 from ...errors import UserError
 from ...optim import DecoupledMomentumSGD
+from ...run import array_pickle, checkpoint
 from ...streams import assign_losses
 from . import require
 from .config import LOSS_STREAMS, momenta

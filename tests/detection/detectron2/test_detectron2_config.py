@@ -2,7 +2,7 @@
 
 import pytest
 
-from deepkd_plugin.config import flatten
+from deepkd_plugin.config.tree import flatten
 from deepkd_plugin.errors import UserError
 
 PAIRS = ("R18-R101", "R50-R101", "MV2-R50")

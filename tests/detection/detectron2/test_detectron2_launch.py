@@ -9,10 +9,11 @@ import sys
 import pytest
 import torch
 
-from deepkd_plugin import adapter, apply
+from deepkd_plugin.commands import apply
 from deepkd_plugin.detection import detectron2 as package
 from deepkd_plugin.detection.detectron2 import launch
 from deepkd_plugin.errors import UserError
+from deepkd_plugin.hosts import mdistiller as mdistiller_host
 
 
 @pytest.fixture
@@ -219,7 +220,7 @@ def test_a_detectron2_that_is_too_old(fresh, monkeypatch, tmp_path, host, capsys
 
 def test_without_mdistiller(fresh, monkeypatch, tmp_path, capsys):
     ends_in("MDISTILLER_ROOT must name a checkout of mdistiller, whose detection/ this builds on", capsys)
-    monkeypatch.setattr(adapter, "locate", lambda: tmp_path)
+    monkeypatch.setattr(mdistiller_host, "locate", lambda: tmp_path)
     ends_in(f"{tmp_path}: has no detection/model/rcnn.py; a whole checkout of mdistiller is needed", capsys)
 
 
@@ -257,7 +258,7 @@ def checkout(tmp_path_factory, mdistiller_root, host):
 
 
 def run_script(cwd, script, *words):
-    environment = {name: value for name, value in os.environ.items() if name != adapter.ENVIRONMENT}
+    environment = {name: value for name, value in os.environ.items() if name != mdistiller_host.ENVIRONMENT}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *PYTHONPATH])}
     command = [sys.executable, "-W", "ignore", script, *words]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)

@@ -1,0 +1,77 @@
+"""Accuracy of a student while it trains, and of its teacher before that."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import device
+from .errors import UserError
+from .run.metrics import Sums
+
+
+@torch.no_grad()
+def evaluate(distiller: nn.Module, loader: Any, at: torch.device, solver: Any) -> dict[str, float]:
+    """Top-1 and top-5 accuracy in percent and mean cross-entropy on a loader of (image, target)."""
+    distiller.eval()
+    sums = Sums()
+    for batch in loader:
+        image, target, *_ = device.place_batch(batch, at, solver.CHANNELS_LAST)
+        with device.autocast(at, solver.AMP):
+            logits = distiller(image=image).float()
+        loss = F.cross_entropy(logits, target, reduction="sum")
+        sums.add(correct(logits, target) | {"loss": loss}, len(target))
+    means = sums.means()
+    return {"test_acc": means["top1"], "test_acc_top5": means["top5"], "test_loss": means["loss"]}
+
+
+def measure_teacher(distiller: nn.Module, loader: Any, cfg: Any, source: str = "config") -> float | None:
+    """Print and return the top-1 in percent of a distiller's teacher on the test images; None without one.
+
+    Raises UserError, naming `source`, where that is no better than chance: less than 1 % of the way from
+    chance to perfect above it, or less than three standard errors.
+    """
+    teacher = getattr(distiller, "teacher", None)
+    if teacher is None:
+        return None
+    alone = Alone(teacher)
+    at = next(teacher.parameters()).device
+    accuracy = evaluate(alone, loader, at, cfg.SOLVER)["test_acc"]
+    name = cfg.DISTILLER.TEACHER
+    chance = 1.0 / alone.num_classes
+    error = math.sqrt(chance * (1.0 - chance) / len(loader.dataset))
+    if accuracy < 100.0 * (chance + max(0.01 * (1.0 - chance), 3.0 * error)):
+        raise UserError(
+            f"{source}: the teacher {name} from DISTILLER.TEACHER_WEIGHTS is at chance on {cfg.DATASET.TYPE} "
+            f"({accuracy:.2f} % top-1); it must be trained on this data set"
+        )
+    print(f"teacher   {name} {accuracy:.2f} % top-1 on the test images")
+    return accuracy
+
+
+def correct(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """How many of a batch are right at top-1 and top-5, in percent points times samples.
+
+    logits: (B, C); target: (B,). With fewer than five classes top-5 counts them all.
+    """
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    hits = best == target.unsqueeze(1)
+    return {"top1": 100.0 * hits[:, 0].sum(), "top5": 100.0 * hits.sum()}
+
+
+class Alone(nn.Module):
+    """A network under the protocol of `evaluate`; afterwards it knows its number of classes."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.num_classes = 0
+
+    def forward(self, image: Tensor) -> Tensor:
+        logits = self.network(image)[0]
+        self.num_classes = logits.shape[1]
+        return logits

@@ -1,0 +1,129 @@
+"""What a machine has for the plugin: `deepkd doctor`, `python -m deepkd_plugin.registry`."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import sys
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from os.path import normpath
+from pathlib import Path
+
+from yacs.config import CfgNode
+
+from .. import device
+from ..data import DATASETS
+from ..errors import UserError
+from ..hosts import mdistiller
+from ..hosts.host import Host
+from ..hosts.networks import weights_file
+from ..hosts.registry import DISTILLERS, TRAINERS, find_host, register
+from ..run.record import commit
+
+VERSIONS = ("deepkd_plugin", "torch", "torchvision", "numpy", "yacs", "tensorboardX")
+OPTIONAL = {
+    "detectron2": "detection",
+    "timm": "its models",
+    "scipy": "mdistiller imports it",
+    "wandb": "LOG.WANDB True",
+}
+
+
+def doctor(root: Path | None = None) -> int:
+    """Print what is here, one line each; returns 0, or 2 where the plugin could not work, with the line that mends it.
+
+    root: a checkout of mdistiller to look into, instead of the host that a run here would find.
+
+    What is only needed by some configs (teachers, data sets, CUDA, extras) is reported and is no failure.
+    """
+    for name, text in _machine():
+        _line(name, text)
+    try:
+        host = find_host() if root is None else mdistiller.load(root.resolve())
+        added = register(host)
+    except UserError as error:
+        _line("host", "cannot be used")
+        print(f"deepkd: error: {error}", file=sys.stderr)
+        return 2
+    _line("host", _describe(host))
+    _line("distillers", _registry(host.distillers, DISTILLERS))
+    _line("trainers", _registry(host.trainers, TRAINERS))
+    _line(
+        "config", f"{sum(1 for name in added if '.' in name)} keys added" if added else "all keys were there"
+    )
+    for name, text in [*_teachers(host), *_data_sets(host.cfg)]:
+        _line(name, text)
+    print("deepkd_plugin is registered and ready")
+    return 0
+
+
+def _machine() -> Iterator[tuple[str, str]]:
+    yield "python", f"{platform.python_version()} on {platform.system()}, {sys.executable}"
+    for name in VERSIONS:
+        yield name, _version(name) + (f", commit {commit()}" if name == "deepkd_plugin" else "")
+    at = device.pick()
+    count = device.count()
+    yield "device", device.describe(at)
+    yield "CUDA", f"{count} device{'' if count == 1 else 's'}" if count else "none"
+    for name, purpose in OPTIONAL.items():
+        there = importlib.util.find_spec(name) is not None
+        yield name, _version(name) if there else f"not installed ({purpose})"
+
+
+def _describe(host: Host) -> str:
+    if host.root is None:
+        return "built-in (no mdistiller: not installed, and MDISTILLER_ROOT is not set)"
+    return f"mdistiller in {host.root}, commit {commit(host.root / 'mdistiller' / 'engine', 'cfg.py')}"
+
+
+def _registry(held: dict[str, object], ours: dict[str, object]) -> str:
+    """The host's names, ours behind a plus sign."""
+    return " ".join(f"+{name}" if name in ours else name for name in held)
+
+
+def _teachers(host: Host) -> Iterator[tuple[str, str]]:
+    for dataset in ("cifar100", "tiny_imagenet"):
+        files = {name: weights_file(host, dataset, name, "") for name in host.models(dataset)}
+        files = {name: file for name, file in files.items() if file}
+        there = [name for name, file in files.items() if Path(file).is_file()]
+        missing = [name for name in files if name not in there]
+        text = "; ".join(
+            part
+            for part in (
+                f"in place: {', '.join(there)}" if there else "",
+                f"missing: {', '.join(missing)} (looked for {normpath(files[missing[0]])} and so on)"
+                if missing
+                else "",
+            )
+            if part
+        )
+        yield f"{dataset} teachers", text or "none known"
+    yield "imagenet teachers", "torchvision's weights, fetched when first used"
+
+
+def _data_sets(cfg: CfgNode) -> Iterator[tuple[str, str]]:
+    node = cfg.DATASET.clone()
+    node.defrost()
+    node.DOWNLOAD = False
+    for name, source in DATASETS.items():
+        try:
+            # drawing it would write its cache
+            held = None if name == "glyphs100" else source.read(node, "test", source.test_transform())
+            found = (
+                "built in, drawn when first used" if held is None else f"in place, {len(held)} test images"
+            )
+        except UserError as error:
+            found = f"missing: {error}"
+        yield f"{name} images", found
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed as a package"
+
+
+def _line(name: str, text: str) -> None:
+    print(f"{name:<22} {text}")

@@ -1,0 +1,54 @@
+"""Accuracy of a network's weights on a data set's test images."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from .. import config, data, device
+from ..accuracy import Alone, evaluate
+from ..errors import UserError
+from ..hosts.networks import trained_network
+from ..hosts.registry import find_host, register
+from ..terminal import Parser, guarded
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`tools/eval.py`, with mdistiller's options and the data set's folder. Returns the exit code."""
+    return guarded(lambda: _evaluate(_arguments(argv)))
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser("tools/eval.py", description="Test a student file or a teacher.")
+    parser.add_argument("-m", "--model", required=True, help="network, for example resnet8")
+    parser.add_argument(
+        "-c", "--ckpt", default="pretrain", help="student file; builtin:NAME; pretrain for the zoo's weights"
+    )
+    parser.add_argument(
+        "-d", "--dataset", default="cifar100", help="cifar100, imagenet, tiny_imagenet or glyphs100"
+    )
+    parser.add_argument("-bs", "--batch-size", type=int, default=64)
+    parser.add_argument("--root", default="./data", help="folder of the data sets")
+    parser.add_argument("--download", action="store_true", help="fetch CIFAR-100 where it is missing")
+    return parser.parse_args(argv)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    host = find_host()
+    register(host)
+    cfg = host.cfg.clone()
+    cfg.DATASET.TYPE, cfg.DATASET.ROOT, cfg.DATASET.DOWNLOAD = args.dataset, args.root, args.download
+    cfg.DATASET.TEST.BATCH_SIZE = args.batch_size
+    config.check(cfg, {"DATASET.TEST.BATCH_SIZE": "command line"})
+    models = host.models(args.dataset)
+    if args.model not in models:
+        raise UserError(f"command line: -m is {args.model!r}; it must be one of {', '.join(models)}")
+    loader, num_classes = data.get_test_set(cfg)
+    weights = "" if args.ckpt == "pretrain" else args.ckpt
+    at = device.pick()
+    network = trained_network(host, args.dataset, args.model, num_classes, weights, "-c")
+    result = evaluate(Alone(device.place(network, at, False)), loader, at, cfg.SOLVER)
+    print(
+        f"{args.model} on {args.dataset}: top-1 {result['test_acc']:.2f} %, top-5 "
+        f"{result['test_acc_top5']:.2f} %, loss {result['test_loss']:.4f} over {len(loader.dataset)} images"
+    )

@@ -1,0 +1,122 @@
+"""Refuse a config whose values cannot be meant, in one line that names the key and where its value came from."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Sequence
+
+from yacs.config import CfgNode
+
+from ..distillers.deepkd import BASES
+from ..errors import UserError
+from ..streams import EXTRA_STREAMS, STREAMS
+from ..topk import classes, count_classes
+from .keys import HOST_KEYS, KEYS, TRAINER
+from .meaning import momenta, views
+from .rules import Key
+from .tree import flatten, get, wrong
+
+
+def check(cfg: CfgNode, origin: dict[str, str]) -> None:
+    """Raise UserError for the first value that is out of range, naming its key and where it came from."""
+    for path, value in flatten(cfg).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise wrong(origin, path, value, "a finite number")
+    check_keys(cfg, origin, KEYS + HOST_KEYS)
+    stages = list(cfg.SOLVER.LR_DECAY_STAGES)
+    if any(not isinstance(stage, int) for stage in stages) or stages != sorted(set(stages)):
+        raise wrong(origin, "SOLVER.LR_DECAY_STAGES", stages, "epochs in ascending order")
+    if cfg.SOLVER.MIN_LR > cfg.SOLVER.LR:
+        raise wrong(origin, "SOLVER.MIN_LR", cfg.SOLVER.MIN_LR, f"at most SOLVER.LR, {cfg.SOLVER.LR}")
+    if cfg.SOLVER.WARMUP_EPOCHS >= cfg.SOLVER.EPOCHS and cfg.SOLVER.LR_SCHEDULE == "cosine":
+        allowed = f"below SOLVER.EPOCHS, {cfg.SOLVER.EPOCHS}, with the cosine schedule"
+        raise wrong(origin, "SOLVER.WARMUP_EPOCHS", cfg.SOLVER.WARMUP_EPOCHS, allowed)
+    if cfg.LOG.WANDB and importlib.util.find_spec("wandb") is None:
+        raise wrong(origin, "LOG.WANDB", True, "False, for wandb is not installed (pip install wandb)")
+    check_pipeline(cfg, origin)
+    if cfg.EXPERIMENT.LOGIT_STAND and cfg.DISTILLER.TYPE not in ("DeepKD", *BASES):
+        allowed = f"False with DISTILLER.TYPE {cfg.DISTILLER.TYPE}, which has no distillation on logits"
+        raise wrong(origin, "EXPERIMENT.LOGIT_STAND", True, allowed)
+    check_momenta(cfg, origin)
+    for key in KEYS:
+        ours = key.path.startswith("SOLVER.DECOUPLED.") and cfg.SOLVER.TRAINER != TRAINER
+        if ours and get(cfg, key.path) != key.default:
+            trainer = f"SOLVER.TRAINER {cfg.SOLVER.TRAINER}, which does not read it; {TRAINER} does"
+            allowed = f"{key.default!r} with {trainer}"
+            raise wrong(origin, key.path, get(cfg, key.path), allowed)
+
+
+def check_keys(cfg: CfgNode, origin: dict[str, str], keys: Sequence[Key]) -> None:
+    """Raise UserError for the first of `keys` whose value it does not take."""
+    for key in keys:
+        value = get(cfg, key.path)
+        try:
+            valid = key.valid(value)
+        except (TypeError, ValueError, IndexError):  # elements of another type than the check compares
+            valid = False
+        if not valid:
+            raise wrong(origin, key.path, value, key.allowed)
+
+
+def check_momenta(cfg: CfgNode, origin: dict[str, str]) -> None:
+    """Raise UserError where SOLVER.DECOUPLED gives a stream a momentum that is none, or its allocation does not fit."""
+    solver, node = cfg.SOLVER, cfg.SOLVER.DECOUPLED
+    measured = node.ALLOCATION == "gsnr"
+    for stream in (*STREAMS, *EXTRA_STREAMS):
+        path = f"SOLVER.DECOUPLED.DELTA.{stream.upper()}"
+        delta = get(cfg, path)
+        # an allocation may give a stream either end of its range
+        if not all(0 <= solver.MOMENTUM + d < 1 for d in ((delta, -delta) if measured else (delta,))):
+            low, high = -solver.MOMENTUM, 1 - solver.MOMENTUM
+            allowed = (
+                f"in [{low:g}, {high:g}), so that SOLVER.MOMENTUM {solver.MOMENTUM:g} plus it lies in [0, 1)"
+            )
+            if measured:
+                allowed += ", and minus it too with SOLVER.DECOUPLED.ALLOCATION gsnr"
+            raise wrong(origin, path, delta, allowed)
+    path = "SOLVER.DECOUPLED.ALLOCATION"
+    if measured and node.VARIANT == "release":
+        allowed = "'fixed' with SOLVER.DECOUPLED.VARIANT release, which ties two streams together"
+        raise wrong(origin, path, node.ALLOCATION, allowed)
+    if measured and sum(node.DELTA[stream.upper()] != 0 for stream in momenta(cfg)[0]) < 2:
+        allowed = (
+            "'fixed' where fewer than two of SOLVER.DECOUPLED.DELTA differ from 0: their sizes are its bounds"
+        )
+        raise wrong(origin, path, node.ALLOCATION, allowed)
+
+
+def check_pipeline(cfg: CfgNode, origin: dict[str, str]) -> None:
+    """Raise UserError where a method needs more of an image than batches made on the device hold."""
+    node, method = cfg.DATASET, cfg.DISTILLER.TYPE
+    if node.PIPELINE == "workers":
+        return
+    if views(cfg) > 1:
+        asked = f"DeepKD.BASE {cfg.DeepKD.BASE}" if method == "DeepKD" else f"DISTILLER.TYPE {method}"
+        reason = "the strong view is drawn by PIL's operations"
+    elif method in ("CRD", "CRDKD"):
+        asked, reason = f"DISTILLER.TYPE {method}", "its contrast indices are drawn image by image"
+    else:
+        return
+    raise wrong(origin, "DATASET.PIPELINE", node.PIPELINE, f"'workers' with {asked}: {reason}")
+
+
+def check_mask(cfg: CfgNode, origin: dict[str, str], num_classes: int) -> None:
+    """Raise UserError where DeepKD.MASK does not fit a data set of `num_classes` classes."""
+    mask = cfg.DeepKD.MASK
+    used = {"none": (), "static": ("K",), "dynamic": ("INITIAL", "OPTIMAL")}[mask.TYPE]
+    sizes = {}
+    for name in used:
+        path = f"DeepKD.MASK.{name}"
+        try:
+            sizes[name] = count_classes(classes(mask[name]), num_classes)
+        except ValueError as error:
+            raise UserError(f"{origin.get(path, 'default')}: {path}: {error}") from None
+    if mask.TYPE == "dynamic" and sizes["INITIAL"] > sizes["OPTIMAL"]:
+        path = next(
+            (p for p in ("DeepKD.MASK.INITIAL", "DeepKD.MASK.OPTIMAL") if p in origin), "DeepKD.MASK.INITIAL"
+        )
+        raise UserError(
+            f"{origin.get(path, 'default')}: DeepKD.MASK.INITIAL is {mask.INITIAL} ({sizes['INITIAL']} classes) and "
+            f"DeepKD.MASK.OPTIMAL {mask.OPTIMAL} ({sizes['OPTIMAL']}); the mask must not shrink"
+        )

@@ -1,0 +1,50 @@
+"""What a checked config asks for: momenta by stream, views of an image, and which keys compute."""
+
+from __future__ import annotations
+
+from yacs.config import CfgNode
+
+from ..distillers.deepkd import BASES
+from ..streams import EXTRA_STREAMS, STREAMS
+
+HOW = (
+    *("DATASET.ROOT", "DATASET.DOWNLOAD", "DATASET.TEST.BATCH_SIZE", "DISTILLER.TEACHER_WEIGHTS"),
+    *("GSNR.MEASURE", "GSNR.LAYERS"),
+)
+"""Keys that say where a run finds things and what it looks at, not what it computes. (What a teacher's file holds is
+compared by its content; the number of workers decides which random numbers an image gets.)"""
+
+
+def momenta(cfg: CfgNode) -> tuple[dict[str, float], str]:
+    """Each stream's momentum, and the stream that decays the weights.
+
+    The streams are STREAMS and those of EXTRA_STREAMS that LOSS_STREAMS gives a loss.
+
+    `paper`: MOMENTUM + DELTA of each stream (DeepKD, section 3). `release`: what the authors' code does
+    when every parameter gets all three gradients: the task stream's buffer decays with the target-class
+    stream's coefficient, and weight decay enters through the target-class stream alone.
+
+    With ALLOCATION gsnr these are the momenta before the first measurement: all streams have MOMENTUM.
+    """
+    node = cfg.SOLVER.DECOUPLED
+    assigned = {pair.split(":")[1] for pair in node.LOSS_STREAMS}
+    streams = STREAMS + tuple(s for s in EXTRA_STREAMS if s in assigned)
+    if node.ALLOCATION == "gsnr":
+        return dict.fromkeys(streams, cfg.SOLVER.MOMENTUM), node.WEIGHT_DECAY_STREAM
+    momentum = {s: cfg.SOLVER.MOMENTUM + node.DELTA[s.upper()] for s in streams}
+    if node.VARIANT == "release":
+        return momentum | {"tog": momentum["tcg"]}, "tcg"
+    return momentum, node.WEIGHT_DECAY_STREAM
+
+
+def computes(path: str) -> bool:
+    """Whether a key says what a run computes, rather than where it finds things and how it goes about it."""
+    if path == "EXPERIMENT.LOGIT_STAND":  # its place in the releases of logit standardisation and DeepKD
+        return True
+    return path.split(".")[0] not in ("LOG", "EXPERIMENT") and path not in HOW
+
+
+def views(cfg: CfgNode) -> int:
+    """How many views of each training image the config's method needs: 1, or 2 (weak and strong)."""
+    method = cfg.DeepKD.BASE if cfg.DISTILLER.TYPE == "DeepKD" else cfg.DISTILLER.TYPE
+    return BASES[method].views if method in BASES else 1

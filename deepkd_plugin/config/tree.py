@@ -1,0 +1,183 @@
+"""The config tree: add keys, merge a file and KEY VALUE pairs, and know where each value came from.
+
+mdistiller keeps its settings in a yacs tree whose keys must exist before a file is merged. `add_deepkd_config` adds
+ours. `load` names the file in its errors and remembers each value's origin, so that checks.py can name it too.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yacs.config import CfgNode
+
+from ..errors import UserError
+from .keys import KEYS
+from .rules import Key
+
+
+def add_deepkd_config(cfg: CfgNode) -> list[str]:
+    """Add KEYS to a config tree, leaving what is there; returns the paths that were added.
+
+    One default of mdistiller's changes with the first of them: LOG.WANDB is off until a config asks for it.
+    """
+    added = add_keys(cfg, KEYS)
+    if added:
+        set_default(cfg, "LOG.WANDB", False)
+    return added
+
+
+def add_keys(cfg: CfgNode, keys: Sequence[Key]) -> list[str]:
+    """Add keys with their defaults to a config tree, leaving what is there; returns the paths that were added."""
+    added = []
+    frozen = cfg.is_frozen()
+    cfg.defrost()
+    for key in keys:
+        *parents, leaf = key.path.split(".")
+        node = cfg
+        for name in parents:
+            if name not in node:
+                node[name] = CfgNode()
+            node = node[name]
+        if leaf not in node:
+            node[leaf] = key.default
+            added.append(key.path)
+    if frozen:
+        cfg.freeze()
+    return added
+
+
+def check_tree(cfg: CfgNode, name: str) -> None:
+    """Raise UserError where a host's tree has something else at one of KEYS than the plugin would put there."""
+    for key in KEYS:
+        node: Any = cfg
+        *parents, leaf = key.path.split(".")
+        for parent in parents:
+            node = node.get(parent, CfgNode())
+            if not isinstance(node, CfgNode):
+                raise UserError(
+                    f"{name}: its config has the value {node!r} where the plugin has the section {key.path}"
+                )
+        held = node.get(leaf, key.default)
+        numbers = {type(held), type(key.default)} <= {int, float}
+        if type(held) is not type(key.default) and not numbers:
+            raise UserError(
+                f"{name}: its config key {key.path} is {held!r}; the plugin's of that name is like {key.default!r}"
+            )
+
+
+def set_default(cfg: CfgNode, path: str, value: Any) -> None:
+    """Set one value of a tree, frozen or not, that has this key; leave a tree without it as it is."""
+    *parents, leaf = path.split(".")
+    node = cfg
+    for name in parents:
+        node = node.get(name, CfgNode())
+    if leaf not in node:
+        return
+    frozen = cfg.is_frozen()
+    cfg.defrost()
+    node[leaf] = value
+    if frozen:
+        cfg.freeze()
+
+
+def load(cfg: CfgNode, file: str | Path, options: Sequence[str] = ()) -> dict[str, str]:
+    """Merge a YAML file and then KEY VALUE pairs into `cfg`.
+
+    Returns where each value that was set came from. Raises UserError for a file that is missing or no
+    YAML mapping, an unknown key and a value of another type.
+    """
+    try:
+        tree = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read as a config file ({error})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{file}: is not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{file}: must hold a YAML mapping of config keys, holds {type(tree).__name__}")
+    origin: dict[str, str] = {}
+    _merge(cfg, cfg, tree, "", str(file), origin)
+    if len(options) % 2:
+        raise UserError(f"command line: options come in pairs KEY VALUE, {options[-1]!r} has no value")
+    for path, text in zip(options[::2], options[1::2]):
+        node = cfg
+        *parents, leaf = path.split(".")
+        for name in parents:
+            node = node.get(name) if isinstance(node, CfgNode) else None
+        if not isinstance(node, CfgNode) or leaf not in node:
+            raise _unknown(cfg, path, "command line")
+        _set(node, leaf, text, path, "command line")
+        origin[path] = "command line"
+    return origin
+
+
+def get(cfg: CfgNode, path: str) -> Any:
+    """The value at a dotted path."""
+    for name in path.split("."):
+        cfg = cfg[name]
+    return cfg
+
+
+def flatten(cfg: CfgNode) -> dict[str, Any]:
+    """Dotted path → value for every leaf."""
+    return dict(_leaves(cfg))
+
+
+def wrong(origin: dict[str, str], path: str, value: Any, allowed: str) -> UserError:
+    """The error for a config value: where it came from, which key, what it held, what is allowed."""
+    return UserError(f"{origin.get(path, 'default')}: {path} is {value!r}; it must be {allowed}")
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _merge(
+    root: CfgNode, node: CfgNode, tree: dict[str, Any], prefix: str, file: str, origin: dict[str, str]
+) -> None:
+    """Merge a YAML mapping into a node of the tree, key by key."""
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        if name not in node:
+            raise _unknown(root, path, file)
+        if isinstance(node[name], CfgNode) and isinstance(value, dict):
+            _merge(root, node[name], value, f"{path}.", file, origin)
+        else:
+            _set(node, name, value, path, file)
+            origin[path] = file
+
+
+def _unknown(root: CfgNode, path: str, source: str) -> UserError:
+    near = difflib.get_close_matches(path, flatten(root), n=1)
+    return UserError(f"{source}: unknown config key {path}{f'; did you mean {near[0]}?' if near else ''}")
+
+
+def _set(node: CfgNode, leaf: str, value: Any, path: str, source: str) -> None:
+    """Set one leaf, with yacs's rules of type and whole numbers accepted for floats."""
+    old = node[leaf]
+    if isinstance(old, CfgNode):
+        raise UserError(
+            f"{source}: {path} is {value!r}; it is a section and must hold keys: {', '.join(old)}"
+        )
+    if isinstance(value, str) and not isinstance(old, str):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            value = ast.literal_eval(value)
+    if isinstance(old, float) and type(value) is int:
+        value = float(value)
+    if isinstance(old, (list, tuple)) and isinstance(value, (list, tuple)):
+        value = type(old)(value)
+    if type(value) is not type(old):
+        raise UserError(
+            f"{source}: {path} is {value!r} ({type(value).__name__}); it must be {type(old).__name__}, "
+            f"like {old!r}"
+        )
+    node[leaf] = value

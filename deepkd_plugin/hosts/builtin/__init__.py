@@ -1,0 +1,28 @@
+"""The host used where mdistiller is not installed: its names and protocols, our code.
+
+The dictionaries below have mdistiller's names and shapes, so that `registry` can treat both alike.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+from yacs.config import CfgNode
+
+from ...distillers import DKD, KD
+from ...distillers.vanilla import Vanilla
+from ...trainer import Trainer
+from .models import cifar_model_dict, imagenet_model_dict, tiny_imagenet_model_dict
+
+__all__ = [
+    "CFG",
+    "cifar_model_dict",
+    "distiller_dict",
+    "imagenet_model_dict",
+    "tiny_imagenet_model_dict",
+    "trainer_dict",
+]
+
+CFG = CfgNode.load_cfg(files(__package__).joinpath("defaults.yaml").read_text(encoding="utf-8"))
+distiller_dict = {"NONE": Vanilla, "KD": KD, "DKD": DKD}
+trainer_dict = {"base": Trainer}

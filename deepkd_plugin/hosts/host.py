@@ -1,0 +1,71 @@
+"""What the plugin sees of a host: mdistiller, a fork of it, or the built-in one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from yacs.config import CfgNode
+
+from .. import config, data
+from ..distillers import DKD, KD
+
+MDISTILLERS_OWN = {
+    "DISTILLER.TYPE": ["AT", "OFD", "RKD", "FITNET", "KDSVD", "CRD", "NST", "PKT", "SP", "VID", "REVIEWKD"],
+    "SOLVER.TRAINER": ["crd", "dot", "crd_dot"],
+}
+"""What only mdistiller has, so that a config that asks for it elsewhere can be told so."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """The registries of one host, each the very dictionary that the host itself reads."""
+
+    name: str
+    distillers: dict[str, Any]
+    """name -> class(student, teacher, cfg); NONE takes the student alone, CRD also the number of images."""
+    trainers: dict[str, Any]
+    """name -> class(experiment name, distiller, train loader, test loader, cfg)."""
+    cifar_models: dict[str, Any]
+    tiny_imagenet_models: dict[str, Any]
+    """name -> (constructor(num_classes=), teacher's checkpoint or None), as cifar_models."""
+    imagenet_models: dict[str, Any]
+    """name -> constructor(pretrained=)."""
+    cfg: CfgNode
+    root: Path | None = None
+    """The host's checkout; None for the built-in one."""
+
+    def models(self, dataset: str) -> dict[str, Any]:
+        """The dictionary of networks for a data set."""
+        return {"imagenet": self.imagenet_models, "tiny_imagenet": self.tiny_imagenet_models}.get(
+            dataset, self.cifar_models
+        )
+
+    def distiller(self, cfg: CfgNode) -> Any:
+        """The class of DISTILLER.TYPE; the plugin's KD and DKD where logits are standardised."""
+        name = cfg.DISTILLER.TYPE
+        if cfg.EXPERIMENT.LOGIT_STAND and name in ("KD", "DKD"):  # mdistiller's have no such option
+            return {"KD": KD, "DKD": DKD}[name]
+        return self.distillers[name]
+
+    def check(self, cfg: CfgNode, origin: dict[str, str]) -> None:
+        """Raise UserError where the config is out of range or names what this host does not have."""
+        models = self.models(cfg.DATASET.TYPE)
+        known = [
+            ("DISTILLER.TYPE", self.distillers),
+            ("SOLVER.TRAINER", self.trainers),
+            ("DISTILLER.STUDENT", models),
+        ]
+        if cfg.DISTILLER.TYPE != "NONE":
+            known.append(("DISTILLER.TEACHER", models))
+        for path, names in known:
+            value = config.get(cfg, path)
+            if value in names:
+                continue
+            where = f" for the data set {cfg.DATASET.TYPE}" if names is models else ""
+            if value in MDISTILLERS_OWN.get(path, ()) and self.root is None:
+                where = f"; {value} is mdistiller's, which is not here: install it or set MDISTILLER_ROOT"
+            raise config.wrong(origin, path, value, f"one of {', '.join(names)}{where}")
+        config.check(cfg, origin)
+        config.check_mask(cfg, origin, data.num_classes(cfg))

@@ -1,0 +1,257 @@
+"""mdistiller as a host: where it is, where it keeps things, and what it needs on today's PyTorch.
+
+The only module that knows the inside of mdistiller (read off commit a08d46f, its last). `load` finds the
+registries; `mend` replaces three of its functions, in place and wherever they were imported by name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .. import config, data, device
+from ..accuracy import measure_teacher
+from ..errors import UserError
+from ..run import checkpoint
+from ..trainer import Trainer
+from . import builtin
+from .host import Host
+from .networks import trained_network, weights_file
+
+ENVIRONMENT = "MDISTILLER_ROOT"
+
+_PLACES = {
+    "distillers": ("mdistiller.distillers", "distiller_dict"),
+    "trainers": ("mdistiller.engine", "trainer_dict"),
+    "cifar_models": ("mdistiller.models", "cifar_model_dict"),
+    "tiny_imagenet_models": ("mdistiller.models", "tiny_imagenet_model_dict"),
+    "imagenet_models": ("mdistiller.models", "imagenet_model_dict"),
+    "cfg": ("mdistiller.engine.cfg", "CFG"),
+    "get_dataset": ("mdistiller.dataset", "get_dataset"),
+    "load_checkpoint": ("mdistiller.engine.utils", "load_checkpoint"),
+}
+_OURS_ALONE = (
+    *("LR_SCHEDULE", "WARMUP_EPOCHS", "MIN_LR", "AMP", "CHANNELS_LAST", "GRADIENTS", "EXECUTION"),
+    "GSNR.MEASURE",
+)
+"""Keys that only our trainers read: of SOLVER, and others with their section."""
+
+Replaced = tuple[dict[str, Any], str, Any]
+"""A registry, a name in it, and what stood there."""
+
+
+def locate() -> Path | None:
+    """The folder that holds the package mdistiller; None where there is none.
+
+    In this order: the one that is already imported, the checkout whose script under tools/ is running,
+    MDISTILLER_ROOT, an installed one. Raises UserError where MDISTILLER_ROOT names something else.
+    """
+    found = _found(getattr(sys.modules.get("mdistiller"), "__path__", ()))
+    if found is not None:
+        return found
+    script = Path(getattr(sys.modules.get("__main__"), "__file__", None) or ".").resolve()
+    if script.parent.name == "tools" and _is_root(script.parents[1]):
+        return script.parents[1]
+    named = os.environ.get(ENVIRONMENT)
+    if named:
+        if not _is_root(Path(named)):
+            raise UserError(f"environment: {ENVIRONMENT} is {named!r}; it must name a checkout of mdistiller")
+        return Path(named).resolve()
+    spec = importlib.util.find_spec("mdistiller")
+    return None if spec is None else _found(spec.submodule_search_locations or ())
+
+
+def load(root: Path) -> Host:
+    """Import the mdistiller under `root` and find its registries.
+
+    Raises UserError where it cannot be imported, or is a fork that keeps them elsewhere.
+    """
+    if not _is_root(root):
+        raise UserError(f"{root}: is no checkout of mdistiller; it must hold mdistiller/engine/")
+    spec = importlib.util.find_spec("mdistiller")
+    if spec is None or _found(spec.submodule_search_locations or ()) != root:
+        sys.path.insert(0, str(root))
+        importlib.invalidate_caches()
+    found = {}
+    for field, (module, name) in _PLACES.items():
+        try:
+            found[field] = getattr(importlib.import_module(module), name)
+        except ModuleNotFoundError as error:
+            if (error.name or "").startswith("mdistiller"):
+                raise _other_fork(root, module, name) from None
+            raise UserError(
+                f"{root}: mdistiller needs the package {error.name}, which is not installed; pip install {error.name}"
+            ) from None
+        except AttributeError:
+            if field != "tiny_imagenet_models":  # older versions have no Tiny ImageNet
+                raise _other_fork(root, module, name) from None
+            found[field] = {}
+        except (Exception, SystemExit) as error:  # whatever an old module does on a new PyTorch
+            raise UserError(
+                f"{root}: mdistiller cannot be imported ({module}: {type(error).__name__}: {error})"
+            ) from None
+    imported = _found(sys.modules["mdistiller"].__path__)
+    if imported != root:
+        raise UserError(f"{root}: another mdistiller is imported already, from {imported}; only one can be")
+    del (
+        found["get_dataset"],
+        found["load_checkpoint"],
+    )  # mend needs them to be there, a host is its registries
+    return Host("mdistiller", **found, root=root)
+
+
+def mend(host: Host) -> list[str]:
+    """Let mdistiller run on today's PyTorch and under the plugin's keys; returns what was replaced.
+
+    get_dataset reads the plugin's DATASET keys, gives two views to the methods that need them, and is where
+    a config is checked; load_checkpoint never runs code and takes every teacher file; a trainer tests the
+    teacher first; without CUDA everything stays where it is. Idempotent.
+    """
+    dataset, utils = sys.modules["mdistiller.dataset"], sys.modules["mdistiller.engine.utils"]
+    if dataset.get_dataset.__module__ == __name__:
+        return []
+    _replace(utils.load_checkpoint, load_checkpoint)
+    _replace(dataset.get_dataset, _settled_reader(host))
+    _measure_teachers(host.trainers["base"])
+    device.tolerate_cuda_calls()
+    replaced = ["get_dataset", "load_checkpoint", "the base trainer's constructor"]
+    if "ShuffleV2" in host.tiny_imagenet_models:  # mdistiller's pools 4 x 4 and cannot take 64 x 64 images
+        host.tiny_imagenet_models["ShuffleV2"] = builtin.tiny_imagenet_model_dict["ShuffleV2"]
+        replaced.append("ShuffleV2 (Tiny ImageNet)")
+    config.set_default(host.cfg, "DATASET.ROOT", str(host.root / "data"))
+    config.set_default(host.cfg, "DATASET.DOWNLOAD", True)  # as mdistiller does
+    return replaced
+
+
+def load_checkpoint(path: str | None) -> Any:
+    """mdistiller's load_checkpoint: a trainer's state as it is, a network's file as {"model": state dict}."""
+    if path is None:
+        raise UserError("command line: mdistiller has no weights of this network; -c must name a checkpoint")
+    held = checkpoint.load(path, "the path")
+    weights = checkpoint.network_weights(held)
+    if weights is None:
+        raise UserError(f"{path}: holds no network's weights; it must be a student's or a teacher's file")
+    if any(name.startswith("student.") for name in weights):
+        if "config" in held:
+            raise UserError(f"{path}: {config.TRAINER} wrote it; --resume needs that SOLVER.TRAINER")
+        return held  # the state of a trainer of mdistiller's
+    return {**(held if "model" in held else {}), "model": weights}
+
+
+def settle(host: Host, cfg: Any, replaced: list[Replaced]) -> None:
+    """Check a config and put what it asks of the plugin where mdistiller's launcher looks for it.
+
+    replaced: what the call for an earlier config replaced; it is put back first, and filled anew.
+    """
+    while replaced:
+        registry, name, value = replaced.pop()
+        registry[name] = value
+
+    def put(registry: dict[str, Any], name: str, value: Any) -> None:
+        replaced.append((registry, name, registry[name]))
+        registry[name] = value
+
+    origin = _Somewhere()
+    host.check(cfg, origin)
+    check_trainer(cfg, origin, host.trainers[cfg.SOLVER.TRAINER])
+    put(host.distillers, cfg.DISTILLER.TYPE, host.distiller(cfg))
+    if cfg.DISTILLER.TYPE != "NONE":
+        name, models = cfg.DISTILLER.TEACHER, host.models(cfg.DATASET.TYPE)
+        put(models, name, _teacher(host, cfg, models[name]))
+    device.seed_everything(cfg.SOLVER.SEED)
+
+
+def check_trainer(cfg: Any, origin: Mapping[str, str], trainer: type) -> None:
+    """Raise UserError where a config asks of one of mdistiller's trainers what only ours can do."""
+    if issubclass(trainer, Trainer):
+        return
+    method, name = cfg.DISTILLER.TYPE, cfg.SOLVER.TRAINER
+    if (method == "CRD") != (name in ("crd", "crd_dot")):
+        allowed = f"crd, crd_dot or {config.TRAINER}" if method == "CRD" else "another: it is for CRD alone"
+        raise config.wrong(origin, "SOLVER.TRAINER", name, f"{allowed} with DISTILLER.TYPE {method}")
+    if name == "dot" and method in ("NONE", "DeepKD"):
+        allowed = f"base or {config.TRAINER} with DISTILLER.TYPE {method}, which has no loss_ce and loss_kd"
+        raise config.wrong(origin, "SOLVER.TRAINER", name, allowed)
+    if config.views(cfg) > 1:
+        reason = f"{cfg.DISTILLER.TYPE} needs two views of an image, and mdistiller's trainers take one"
+        raise config.wrong(origin, "SOLVER.TRAINER", cfg.SOLVER.TRAINER, f"{config.TRAINER}: {reason}")
+    for key in config.KEYS:
+        if key.path.removeprefix("SOLVER.") in _OURS_ALONE and config.get(cfg, key.path) != key.default:
+            allowed = (
+                f"{key.default!r} under mdistiller's trainer {cfg.SOLVER.TRAINER}, which does not read it"
+            )
+            raise config.wrong(origin, key.path, config.get(cfg, key.path), allowed)
+
+
+def _teacher(host: Host, cfg: Any, entry: Any) -> Any:
+    """The zoo's entry of a teacher with its weights loaded or named, after a look at them."""
+    dataset, name = cfg.DATASET.TYPE, cfg.DISTILLER.TEACHER
+    path = weights_file(host, dataset, name, cfg.DISTILLER.TEACHER_WEIGHTS)
+    key = "DISTILLER.TEACHER_WEIGHTS"
+    loaded = trained_network(host, dataset, name, data.num_classes(cfg), path, key)
+    if dataset != "imagenet":
+        return (entry[0], path)
+    return lambda pretrained=False: loaded if pretrained else entry(pretrained=False)
+
+
+def _settled_reader(host: Host) -> Callable[[Any], Any]:
+    replaced: list[Replaced] = []
+
+    def get_dataset(cfg: Any) -> Any:
+        """The plugin's get_dataset, where mdistiller's launcher first shows its config."""
+        if cfg.is_frozen():  # tools/eval.py leaves its config open: there is nothing to train and to check
+            settle(host, cfg, replaced)
+        return data.get_dataset(cfg)
+
+    return get_dataset
+
+
+def _measure_teachers(base_trainer: type) -> None:
+    """Let mdistiller's trainers say how good the teacher is before they write anything."""
+    construct = base_trainer.__init__
+
+    def tested(
+        self: Any, name: str, distiller: nn.Module, train_loader: Any, val_loader: Any, cfg: Any
+    ) -> None:
+        measure_teacher(distiller.module, val_loader, cfg)
+        construct(self, name, distiller, train_loader, val_loader, cfg)
+
+    base_trainer.__init__ = tested
+
+
+def _replace(theirs: Callable[..., Any], ours: Callable[..., Any]) -> None:
+    """Put our function in the place of theirs, in every module that has it under its name."""
+    name = theirs.__name__
+    for module in list(sys.modules.values()):
+        if getattr(module, "__dict__", {}).get(name) is theirs:
+            setattr(module, name, ours)
+
+
+def _is_root(folder: Path) -> bool:
+    """Some forks have no mdistiller/__init__.py, and a checkout seen from outside is no package."""
+    return (folder / "mdistiller" / "engine" / "cfg.py").is_file()
+
+
+def _found(package: Iterable[str]) -> Path | None:
+    """The root above one of a package's folders."""
+    return next((Path(p).resolve().parent for p in package if _is_root(Path(p).resolve().parent)), None)
+
+
+def _other_fork(root: Path, module: str, name: str) -> UserError:
+    return UserError(
+        f"{root}: this mdistiller has no {module}.{name}; the plugin needs a fork that keeps mdistiller's names"
+    )
+
+
+class _Somewhere(dict[str, str]):
+    """Origins of a config that mdistiller has merged itself, without telling where a value came from."""
+
+    def get(self, key: str, default: Any = None) -> str:
+        return "config"

@@ -1,0 +1,189 @@
+"""Reading and writing checkpoints: whole files or none, and never any code from them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Let `write` fill a file so that `path` holds either its old content or all of the new.
+
+    The content goes to a temporary name beside it, is synced to disk and renamed.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(state: Mapping[str, Any], path: Path) -> None:
+    """Write a checkpoint whole."""
+    write_whole(path, lambda file: torch.save(state, file))
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM take effect after the block instead of inside it.
+
+    An exception raised in the middle of torch.save surfaces as an error of its own, and an epoch's records
+    and checkpoints belong together. Signals reach Python's main thread only, so elsewhere nothing is done.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.signal(number, lambda got, frame: arrived.append(got)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, handlers):
+            signal.signal(number, handler)
+    if arrived:
+        signal.raise_signal(arrived[0])
+
+
+def load(path: str | Path, key: str) -> Any:
+    """What a checkpoint holds, on the CPU. Only tensors, numbers and plain containers are ever unpickled.
+
+    `key` is the config key or option that named the file, for the UserError that a missing file, a file
+    that is no checkpoint and a checkpoint that would run code raise.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; {key} must name a checkpoint")
+    try:
+        # torch warns of foreign pickles; the error below says it in one line
+        with warnings.catch_warnings(), _numpy_scalars():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # bytes that are no checkpoint make the unpickler raise nearly anything
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it refers to {named[1]}" if named else str(error).split("\n")[0].split(". ")[0].strip()
+        raise UserError(
+            f"{path}: {key} must name a checkpoint of tensors and plain containers, and this file is not one "
+            f"({type(error).__name__}: {reason})"
+        ) from None
+
+
+@contextlib.contextmanager
+def _numpy_scalars() -> Iterator[None]:
+    """Let the safe unpickler read numpy's numbers: RepDistiller's teacher files keep an accuracy as one.
+
+    It knows functions by the names they have today; numpy's have moved, and the files keep the old ones.
+    """
+    before = list(torch.serialization.get_safe_globals())
+    scalars = [
+        _under_name(module, "scalar", np.float64(0).__reduce__()[0])
+        for module in ("numpy.core.multiarray", "numpy._core.multiarray")
+    ]
+    types = [type(np.dtype(kind)) for kind in "?bhilqBHILQefd"]
+    torch.serialization.add_safe_globals(
+        [*scalars, np.dtype, *types, _under_name("_codecs", "encode", _latin1)]
+    )
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+def _under_name(module: str, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def known(*arguments: Any) -> Any:
+        return function(*arguments)
+
+    known.__module__, known.__name__, known.__qualname__ = module, name, name
+    return known
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """How pickle protocol 2 writes bytes; other codecs are not for files of numbers."""
+    if encoding != "latin1":
+        raise ValueError(f"codec {encoding!r}")
+    return text.encode("latin1")
+
+
+def load_weights(module: nn.Module, path: str | Path, key: str, network: str) -> None:
+    """Load a network's weights from a file.
+
+    The file holds a state dictionary, bare or under "model" or "state_dict", its names with or without
+    DataParallel's "module." in front. Raises UserError, with the first differences, for a file of another
+    network or another number of classes; the module is then unchanged.
+    """
+    loaded = load(path, key)
+    held = network_weights(loaded)
+    if held is None:
+        raise UserError(f"{path}: {key} must hold a network's state dictionary, holds {_kind(loaded)}")
+    wanted = module.state_dict()
+    missing = [name for name in wanted if name not in held]
+    extra = [name for name in held if name not in wanted]
+    other = [name for name in wanted if name in held and wanted[name].shape != held[name].shape]
+    if missing or extra:
+        example = f"no {missing[0]}" if missing else f"an unknown {extra[0]}"
+        raise UserError(
+            f"{path}: {key} holds another network than {network}: {len(missing)} of its {len(wanted)} "
+            f"tensors are missing and {len(extra)} are unknown to it ({example})"
+        )
+    if other:
+        first = other[0]
+        # a tensor without dimensions has no classes
+        ends = {(wanted[name].shape[:1], held[name].shape[:1]) for name in other if held[name].ndim}
+        only_classes = all(wanted[name].shape[1:] == held[name].shape[1:] for name in other)
+        if only_classes and len(ends) == 1 and other == list(wanted)[-len(other) :]:
+            ((ours,), (theirs,)) = ends.pop()
+            raise UserError(f"{path}: {key} holds a {network} of {theirs} classes; this run has {ours}")
+        raise UserError(
+            f"{path}: {key} holds another network than {network}: {first} is "
+            f"{tuple(held[first].shape)}, not {tuple(wanted[first].shape)}"
+        )
+    module.load_state_dict(held)
+
+
+def network_weights(held: Any) -> dict[str, Tensor] | None:
+    """A network's state dictionary out of what a file held; None where there is none.
+
+    It lies bare, or under "model" or "state_dict" or both, with or without DataParallel's "module." in front
+    of its names.
+    """
+    for name in ("model", "state_dict"):
+        if isinstance(held, Mapping) and isinstance(held.get(name), Mapping):
+            held = held[name]
+    named = isinstance(held, Mapping) and bool(held) and all(isinstance(name, str) for name in held)
+    if not named or not all(isinstance(value, Tensor) for value in held.values()):
+        return None
+    return {name.removeprefix("module."): value for name, value in held.items()}
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A hash of a network's weights: the same for the same numbers, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _kind(held: Any) -> str:
+    if isinstance(held, Mapping):
+        return f"a mapping with {', '.join(map(str, list(held)[:4])) or 'nothing'}"
+    return f"a {type(held).__name__}"

@@ -1,0 +1,139 @@
+"""What a run measures and where it writes it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensorboardX import SummaryWriter
+from torch import Tensor
+
+from .checkpoint import write_whole
+
+METRICS, GSNR = "metrics.jsonl", "gsnr.jsonl"
+"""A run's records: one line an epoch, one line a window of gradient samples."""
+
+
+class Sums:
+    """Running sums of named tensors, kept on their device so that adding never waits for it."""
+
+    def __init__(self) -> None:
+        self._totals: dict[str, Tensor] = {}
+        self.count = 0
+
+    def add(self, values: Mapping[str, Tensor], count: int) -> None:
+        """Add scalars that already are sums over `count` samples."""
+        for name, value in values.items():
+            value = value.detach().double()
+            self._totals[name] = self._totals[name] + value if name in self._totals else value
+        self.count += count
+
+    def means(self) -> dict[str, float]:
+        """Each sum over the number of samples; this is where the device is waited for."""
+        if not self._totals:
+            return {}
+        totals = torch.stack(list(self._totals.values())).tolist()
+        return {name: total / self.count for name, total in zip(self._totals, totals)}
+
+
+class RunLog:
+    """A run's records: metrics.jsonl, TensorBoard events and mdistiller's worklog.txt; gsnr.jsonl where measured.
+
+    metrics.jsonl, one line an epoch, is the source, and gsnr.jsonl, one line a window: when a run resumes from
+    `epoch`, later lines are dropped from both and the worklog is written anew. With LOG.WANDB of a config the
+    numbers also go to Weights & Biases, to the run that is open there or to one of the experiment's name.
+    """
+
+    def __init__(self, folder: Path, epoch: int = 0, cfg: Any = None) -> None:
+        self.folder = folder
+        self._wandb = weights_and_biases(folder, cfg) if cfg is not None and cfg.LOG.WANDB else None
+        self.lines, self.windows = (
+            [line for line in read_lines(folder, name) if line["epoch"] <= epoch] if epoch else []
+            for name in (METRICS, GSNR)
+        )
+        self._write()
+        self._events = SummaryWriter(str(folder / "train.events"), purge_step=epoch + 1)
+        # counted in iterations, so with a purge step of their own
+        self._window_events: SummaryWriter | None = None
+
+    def add(self, record: dict[str, Any], windows: Sequence[dict[str, Any]] = ()) -> None:
+        """Append one epoch's record, and those of its GSNR windows, and show their numbers in TensorBoard."""
+        self.lines.append(record)
+        self._add_windows(windows)
+        self._write()
+        for name, value in _numbers(record):
+            self._events.add_scalar(name, value, record["epoch"])
+        self._events.flush()
+        if self._wandb is not None:
+            self._wandb.log(dict(_numbers(record)) | {"epoch": record["epoch"]})
+
+    def close(self) -> None:
+        self._events.close()
+        if self._window_events is not None:
+            self._window_events.close()
+
+    def _add_windows(self, windows: Sequence[dict[str, Any]]) -> None:
+        if windows and self._window_events is None:
+            done = self.windows[-1]["iteration"] if self.windows else 0
+            self._window_events = SummaryWriter(str(self.folder / "gsnr.events"), purge_step=done + 1)
+        for window in windows:
+            self.windows.append(window)
+            numbers = [pair for pair in _numbers(window) if pair[0] != "iteration"]
+            for name, value in numbers:
+                self._window_events.add_scalar(name, value, window["iteration"])
+            if self._wandb is not None:
+                self._wandb.log(dict(numbers) | {"iteration": window["iteration"]})
+        if windows:
+            self._window_events.flush()
+
+    def _write(self) -> None:
+        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in self.lines)
+        write_whole(self.folder / METRICS, lambda file: file.write(text.encode()))
+        if self.windows or (self.folder / GSNR).exists():
+            held = "".join(json.dumps(line, allow_nan=False) + "\n" for line in self.windows)
+            write_whole(self.folder / GSNR, lambda file: file.write(held.encode()))
+        work = "".join(_worklog(line) for line in self.lines)
+        write_whole(self.folder / "worklog.txt", lambda file: file.write(work.encode()))
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """A run's records by epoch, none where there is no metrics.jsonl."""
+    return read_lines(folder, METRICS)
+
+
+def read_lines(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The records of METRICS or GSNR in a run's folder, none where there is no such file."""
+    path = folder / name
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def weights_and_biases(folder: Path, cfg: Any) -> Any:
+    """The open run of W&B, or a new one."""
+    import wandb  # an extra: config.check has seen that it is there
+
+    return wandb.run or wandb.init(
+        project=cfg.EXPERIMENT.PROJECT, name=folder.name, tags=cfg.EXPERIMENT.TAG.split(",")
+    )
+
+
+def _numbers(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    found: list[tuple[str, float]] = []
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            found += _numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)) and name != "epoch":
+            found.append((prefix + name, value))
+    return found
+
+
+def _worklog(record: Mapping[str, Any]) -> str:
+    """One epoch in the manner of mdistiller's worklog, with small numbers unrounded."""
+    rule = "-" * 25 + "\n"
+    rows = "".join(
+        f"{name}: {value:.6g}\n" if name == "lr" or name.startswith("gsnr/") else f"{name}: {value:.2f}\n"
+        for name, value in _numbers(record)
+    )
+    return f"{rule}epoch: {record['epoch']}\n{rows}{rule}"

@@ -1,0 +1,197 @@
+"""A run's folder and its run.json: which code, config and machine its numbers come from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import config, device
+from ..errors import UserError
+from . import checkpoint
+
+RECORDED = ("torch", "torchvision", "numpy", "pillow", "matplotlib", "yacs", "tensorboardX", "deepkd_plugin")
+"""Distributions whose versions are written down."""
+
+PACKAGE = Path(__file__).parents[1]
+"""The package's own folder, whose code is hashed."""
+
+APART = ("study/", "commands/", "detection/detectron2/merge.py", "run/array_pickle.py")
+"""Files and folders of the package that start runs and read what they left, and change nothing in them."""
+
+
+def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
+    """Raise UserError where a run cannot go on in its folder, or would end another one there."""
+    try:
+        latest = (folder / "latest").is_file()
+        held = latest or (folder / "run.json").exists()
+    except OSError as error:  # a name of many options is longer than a file system takes
+        raise UserError(
+            f"{folder}: EXPERIMENT.NAME must be set to a shorter name ({error.strerror})"
+        ) from None
+    if resume and not latest:
+        raise UserError(
+            f"{folder}: --resume finds no checkpoint 'latest' there; leave it out to start the run"
+        )
+    if not resume and not overwrite and held:
+        raise UserError(
+            f"{folder}: holds a run already; go on with --resume, start again with --overwrite "
+            f"(deepkd_plugin's launcher), or set EXPERIMENT.NAME"
+        )
+
+
+def prepare_folder(
+    folder: Path,
+    cfg: Any,
+    at: torch.device,
+    command: str,
+    resume: bool,
+    teacher: str | None,
+    teacher_acc: float | None,
+    classes: dict[str, str],
+) -> None:
+    """Make a run's folder with its resolved config and run.json; a run that is started again is removed.
+
+    teacher, teacher_acc: the teacher's fingerprint and its top-1 in percent, None without one. classes: where
+    the code of student and distiller is from, which tells the host. Raises UserError where the folder cannot
+    be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        machine = {
+            "device": device.describe(at),
+            "processor": processor(),
+            "python": platform.python_version(),
+            "versions": {name: version_of(name) for name in RECORDED},
+            "commit": commit(),
+            "code": code_hash(),
+            "classes": classes,
+            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
+        if resume:
+            note(folder, {"resumed": [*read_run(folder).get("resumed", []), machine]})
+            return
+        for pattern in (
+            ".*.tmp",
+            "*.jsonl",
+            "worklog.txt",
+            "student_*",
+            "epoch_*",
+            "best",
+            "latest",
+            "train.events/*",
+            "gsnr.events/*",
+            "gsnr*.csv",
+            "gsnr.png",
+            "gsnr.svg",
+        ):
+            for path in folder.glob(pattern):
+                path.unlink()
+        text = cfg.dump()
+        checkpoint.write_whole(folder / "config.yaml", lambda file: file.write(text.encode()))
+        run = {"command": command, "config_hash": config_hash(cfg), "seed": cfg.SOLVER.SEED}
+        run |= {"teacher": teacher, "teacher_acc": teacher_acc, "minutes": 0.0, "finished": False}
+        _write(folder, run | machine)
+    except OSError as error:
+        raise UserError(f"{folder}: LOG.PREFIX must name a folder that can be written ({error})") from None
+
+
+def config_hash(cfg: Any) -> str:
+    """A hash of every key that says what a run computes."""
+    computed = {key: value for key, value in config.flatten(cfg).items() if config.computes(key)}
+    return hashlib.sha256(json.dumps(computed, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def code_hash(package: Path | None = None) -> str:
+    """A hash of the package's .py files: of every one that can change what a run computes.
+
+    package: its folder; by default this one, as it was when this process began.
+    Those of APART are left out, so that a report may be mended without parting the runs of before from those of after.
+    """
+    if package is None:
+        return _LOADED
+    held = hashlib.sha256()
+    files = {path.relative_to(package).as_posix(): path for path in package.rglob("*.py")}
+    for name in sorted(files):
+        if not name.startswith(APART):
+            content = files[name].read_bytes()
+            held.update(f"{name} {len(content)}\n".encode() + content)
+    return held.hexdigest()[:16]
+
+
+_LOADED = code_hash(PACKAGE)
+# read with the modules, because files may be edited while a run loads its data
+
+
+def add_minutes(folder: Path, minutes: float) -> float:
+    """Add a session's training time to a run's; returns the sum."""
+    total = read_run(folder)["minutes"] + minutes
+    note(folder, {"minutes": round(total, 2)})
+    return total
+
+
+def note(folder: Path, entries: dict[str, Any]) -> None:
+    """Add entries to a run's run.json."""
+    _write(folder, read_run(folder) | entries)
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """A run's run.json."""
+    try:
+        return json.loads((folder / "run.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / 'run.json'}: must be the record of a run ({error})") from None
+
+
+def _write(folder: Path, run: dict[str, Any]) -> None:
+    text = json.dumps(run, indent=2) + "\n"
+    checkpoint.write_whole(folder / "run.json", lambda file: file.write(text.encode()))
+
+
+def commit(folder: Path = PACKAGE, file: str = "launch.py") -> str:
+    """The commit of the checkout that `folder` is in, "+" where it was changed since, "unknown" without one.
+
+    file: one of the folder's own, which that checkout must track: an installed package may lie in another
+    project's checkout.
+    """
+    try:
+        ours = ["git", "-C", str(folder), "ls-files", "--error-unmatch", file]
+        subprocess.run(ours, capture_output=True, check=True)
+        describe = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--exclude=*"]
+        return subprocess.run(describe, capture_output=True, check=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def processor() -> str:
+    """The processor's name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def version_of(name: str) -> str:
+    """The version of an installed distribution, in words where there is none."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def names_a_teacher(folder: Path) -> bool:
+    """Whether a run's record says that it was taught."""
+    try:
+        held = json.loads((folder / "run.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(held, dict) and held.get("teacher") is not None

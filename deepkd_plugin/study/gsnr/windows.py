@@ -1,0 +1,136 @@
+"""The windows of gradient samples that measured runs left, checked to belong together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ... import config
+from ...errors import UserError
+from ...gsnr import SUMMARIES
+from ...run.metrics import GSNR
+
+TITLES = {"ratio": "ratio of sums", "mean": "mean over coordinates"}
+"""gsnr.py's two, in the order of the panels, and what they are called."""
+
+MAY_DIFFER = (
+    "SOLVER.SEED",
+    "SOLVER.EXECUTION",
+    "SOLVER.GRADIENTS",
+    "DATASET.NUM_WORKERS",
+    "DATASET.PIPELINE",
+)
+"""Keys in which runs that share a figure may differ: the seed, and how the same steps are taken."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One measured run: its folder, its config by dotted path, and the windows of its gsnr.jsonl."""
+
+    folder: Path
+    settings: dict[str, Any]
+    windows: list[dict[str, Any]]
+
+    @property
+    def seed(self) -> int:
+        return self.settings["SOLVER.SEED"]
+
+    @property
+    def streams(self) -> list[str]:
+        return list(self.windows[0]["gsnr"])
+
+    @property
+    def pairs(self) -> list[str]:
+        return list(self.windows[0]["angle"])
+
+
+def read_runs(folders: Iterable[Path]) -> list[Run]:
+    """The runs of some folders, checked to be different seeds of one experiment; UserError otherwise."""
+    runs = [read_run(folder) for folder in folders]
+    first = runs[0]
+    seeds: dict[int, Path] = {}
+    for run in runs:
+        file = run.folder / "config.yaml"
+        if run.seed in seeds:
+            raise UserError(
+                f"{file}: SOLVER.SEED is {run.seed}; it must be another than that of {seeds[run.seed]}"
+            )
+        seeds[run.seed] = run.folder
+        for key in sorted(first.settings.keys() | run.settings.keys()):
+            held, wanted = run.settings.get(key), first.settings.get(key)
+            if config.computes(key) and key not in MAY_DIFFER and held != wanted:
+                raise UserError(f"{file}: {key} is {held!r}; it must be {wanted!r}, as in {first.folder}")
+        for window in run.windows:
+            for what, wanted in _measured(first.windows[0]).items():
+                if (held := _measured(window)[what]) != wanted:
+                    raise UserError(
+                        f"{run.folder / GSNR}: {what} of iteration {window['iteration']} is {held!r}; it "
+                        f"must be {wanted!r}, as in the first window of {first.folder}"
+                    )
+    return runs
+
+
+def read_run(folder: Path) -> Run:
+    """One run's config.yaml and gsnr.jsonl; UserError where either is missing or of another form."""
+    path = folder / "config.yaml"
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = config.flatten(tree)
+        for key in (
+            "SOLVER.SEED",
+            "DATASET.TYPE",
+            "DISTILLER.TYPE",
+            "DISTILLER.TEACHER",
+            "DISTILLER.STUDENT",
+        ):
+            settings[key]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"{path}: must be the config of a run ({reason})") from None
+    # of keys that are newer than the run; YAML has no tuples
+    defaults = {k.path: list(k.default) if isinstance(k.default, tuple) else k.default for k in config.KEYS}
+    settings = defaults | settings
+    path = folder / GSNR
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    windows = [_window(path, number, line) for number, line in enumerate(lines, 1)]
+    if not windows:
+        raise UserError(
+            f"{path}: {'holds no window' if path.exists() else 'no such file'}; GSNR.MEASURE must be True in the run, "
+            f"and GSNR.EVERY x GSNR.WINDOW of its iterations must be over"
+        )
+    return Run(folder, settings, windows)
+
+
+def _measured(window: dict[str, Any]) -> dict[str, Any]:
+    """What windows must share so that their numbers can be compared."""
+    names = {"streams": list(window["gsnr"]), "pairs": list(window["angle"])}
+    return names | {key: window[key] for key in ("samples", "coordinates")}
+
+
+def _window(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        window = json.loads(line)
+        for key in ("iteration", "epoch", "samples", "coordinates", "parameters"):
+            window[key]
+        dict(window["angle"])
+        for stream, values in window["gsnr"].items():
+            window["momentum"][stream]
+            for key in (*SUMMARIES, "norm", "zero_variance", "missing"):
+                values[key]
+        for by_stream in window.get("layers", {}).values():
+            for values in by_stream.values():
+                for key in SUMMARIES:
+                    values[key]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: line {number} must be the record of a window ({type(error).__name__}: {error})"
+        ) from None
+    return window

@@ -1,0 +1,177 @@
+"""The kind of table that tools/train.py makes: image classification."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os.path import normpath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ... import data, launch
+from ...config.shipped import shipped
+from ...data import sizes
+from ...errors import UserError
+from ...hosts.networks import trained_network, weights_file
+from ...hosts.registry import find_host
+from ...run import checkpoint, record
+from ..measures import CLASSIFICATION
+from ..table import Cell
+from .kind import Kind, Timer
+from .timing import ClassifierTimer
+
+if TYPE_CHECKING:
+    from ..table import Run
+
+TEACHER_KEY = "DISTILLER.TEACHER_WEIGHTS"
+
+
+class Classification(Kind):
+    """Runs of tools/train.py; their configs lie in configs/<table>/<pair>/."""
+
+    name = CLASSIFICATION
+    tool = "tools/train.py"
+    checkpoint = "latest"
+    ours: ClassVar[Mapping[str, str]] = {
+        "SOLVER.SEED": "--seeds N",
+        "LOG.PREFIX": "--out DIR",
+        "EXPERIMENT.PROJECT": "--out DIR",
+        "EXPERIMENT.NAME": "--out DIR",
+    }
+    below = "configs"
+    """Of what is shipped, where the tables' folders lie."""
+
+    def tables(self) -> list[str]:
+        """The folders with a config of a pair."""
+        root = self._root()
+        if not root.is_dir():
+            return []
+        return sorted(path.name for path in root.iterdir() if any(path.glob("*/*.yaml")))
+
+    def configs(self, table: str) -> set[str]:
+        """The names of a table's config files, whatever their pair, without .yaml."""
+        return {path.stem for path in (self._root() / table).glob("*/*.yaml")}
+
+    def place(self, table: str) -> str:
+        return f"{self.below}/{table}"
+
+    def pairs(self, table: str) -> list[str]:
+        return sorted(path.name for path in (self._root() / table).iterdir() if path.is_dir())
+
+    def file(self, table: str, pair: str, config: str) -> Path | None:
+        path = self._root() / table / pair / f"{config}.yaml"
+        return path if path.is_file() else None
+
+    def shown(self, file: Path) -> str:
+        return file.relative_to(shipped("configs").parent).as_posix()
+
+    def read(self, file: Path, options: Sequence[str]) -> Any:
+        return launch.read_config(find_host(), str(file), options)[0]
+
+    def hash(self, cfg: Any, seed: int | None = None) -> str:
+        if seed is not None:
+            cfg = cfg.clone()
+            cfg.defrost()
+            cfg.SOLVER.SEED = seed
+        return record.config_hash(cfg)
+
+    def own_options(self, seed: int, above: Path, method: str, name: str) -> tuple[str, ...]:
+        ours = ("SOLVER.SEED", str(seed), "LOG.PREFIX", str(above))
+        return (*ours, "EXPERIMENT.PROJECT", method, "EXPERIMENT.NAME", name)
+
+    def lines(self, cfg: Any) -> int:
+        return cfg.SOLVER.EPOCHS
+
+    def networks(self, pair: str, cfgs: Sequence[Any]) -> tuple[str, str]:
+        taught = [cfg.DISTILLER.TEACHER for cfg in cfgs if cfg.DISTILLER.TYPE != "NONE"]
+        return (taught or [""])[0], cfgs[0].DISTILLER.STUDENT
+
+    def protocol(self, cfg: Any) -> str:
+        epochs = cfg.SOLVER.EPOCHS
+        return f"{epochs} epoch{'' if epochs == 1 else 's'} in batches of {cfg.SOLVER.BATCH_SIZE} images"
+
+    def problems(self, runs: Sequence[tuple[Run, Any]], prepare: bool) -> list[str]:
+        """Data sets that are not there, teachers without a file. (Imagenet's may be torchvision's, fetched later.)"""
+        found = []
+        sets = {(cfg.DATASET.TYPE, cfg.DATASET.ROOT): cfg for _, cfg in runs}
+        for cfg in sets.values():
+            try:
+                self.look_at_data(cfg, prepare)
+            except UserError as error:
+                found.append(str(error))
+        missing: dict[str, list[str]] = {}
+        for run, cfg in runs:
+            file = "" if cfg.DISTILLER.TYPE == "NONE" else self.teacher_file(cfg)
+            if file is None:
+                missing.setdefault(f"none in the zoo for {cfg.DISTILLER.TEACHER}", []).append(run.pair)
+            elif file and not Path(file).is_file():
+                missing.setdefault(normpath(file), []).append(run.pair)
+        if missing:
+            files = "; ".join(f"{file} ({', '.join(dict.fromkeys(of))})" for file, of in missing.items())
+            found.append(
+                f"{TEACHER_KEY}: files of teachers are missing: {files}; they must be there, or be named by it for the "
+                f"pairs of one teacher"
+            )
+        return found
+
+    def look_at_data(self, cfg: Any, prepare: bool) -> None:
+        """UserError where a data set is not there, by the part that is read fastest."""
+        kind, node = cfg.DATASET.TYPE, cfg.DATASET
+        if not prepare and (kind == "glyphs100" or node.DOWNLOAD):
+            return
+        source = data.DATASETS[kind]
+        # glyphs100 is drawn, and a process of each run would draw it
+        for split in ("train", "test") if kind == "glyphs100" else ("test",):
+            source.read(node, split, source.test_transform())
+
+    def teacher_file(self, cfg: Any) -> str | None:
+        """The file of a config's teacher; "" where torchvision has it, None where nobody has."""
+        name, weights = cfg.DISTILLER.TEACHER, cfg.DISTILLER.TEACHER_WEIGHTS
+        file = weights_file(find_host(), cfg.DATASET.TYPE, name, weights)
+        return file or ("" if cfg.DATASET.TYPE == "imagenet" else None)
+
+    def unfit(self, cfg: Any) -> str:
+        node = cfg.GSNR
+        if not (node.MEASURE or cfg.SOLVER.DECOUPLED.ALLOCATION == "gsnr"):
+            return ""
+        steps, needed = self.steps(cfg) * cfg.SOLVER.EPOCHS, node.EVERY * node.WINDOW
+        if steps >= needed:
+            return ""
+        return (
+            f"GSNR.EVERY x GSNR.WINDOW is {node.EVERY} x {node.WINDOW} = {needed} iterations; it must be at most "
+            f"{steps}, all that the run has, so that one window ends"
+        )
+
+    def steps(self, cfg: Any) -> int:
+        """A run's steps in an epoch."""
+        return sizes.steps(cfg)
+
+    def teachers(self, cfgs: Mapping[Cell, Any]) -> dict[Cell, str | None]:
+        known: dict[tuple[str, str, str], str | None] = {}
+        found: dict[Cell, str | None] = {}
+        for cell, cfg in cfgs.items():
+            file = "" if cfg.DISTILLER.TYPE == "NONE" else self.teacher_file(cfg)
+            if not file or not Path(file).is_file():
+                found[cell] = None
+                continue
+            key = (cfg.DATASET.TYPE, cfg.DISTILLER.TEACHER, file)
+            if key not in known:
+                known[key] = checkpoint.fingerprint(self.load_teacher(cfg))
+            found[cell] = known[key]
+        return found
+
+    def load_teacher(self, cfg: Any) -> Any:
+        """A config's teacher with its weights."""
+        kind, name, weights = cfg.DATASET.TYPE, cfg.DISTILLER.TEACHER, cfg.DISTILLER.TEACHER_WEIGHTS
+        return trained_network(find_host(), kind, name, data.num_classes(cfg), weights, TEACHER_KEY)
+
+    def timer(self, cfgs: Mapping[Cell, Any], threads: int) -> Timer | None:
+        return ClassifierTimer(cfgs, threads)
+
+    def words(self, file: str, resume: bool, options: Sequence[str]) -> list[str]:
+        return ["--cfg", file, "--resume" if resume else "--overwrite", *options]
+
+    def train(self, file: str, resume: bool, options: Sequence[str]) -> int:
+        return launch.main(self.words(file, resume, options))
+
+    def _root(self) -> Path:
+        return shipped("configs") / Path(self.below).relative_to("configs")

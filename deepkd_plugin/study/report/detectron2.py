@@ -1,0 +1,38 @@
+"""The settings of a run of mdistiller's detectors, under the names that other runs have for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..measures import DETECTRON2
+
+SEED = "SOLVER.SEED"
+
+NAMES = {
+    "SEED": SEED,
+    "SOLVER.IMS_PER_BATCH": "SOLVER.BATCH_SIZE",
+    "SOLVER.AMP.ENABLED": "SOLVER.AMP",
+    "KD.TYPE": "DISTILLER.TYPE",
+}
+"""detectron2's name -> ours, beside KD.DEEPKD.… -> DeepKD.…"""
+
+HOW = (
+    *("OUTPUT_DIR", "VIS_PERIOD", "VERSION", "CUDNN_BENCHMARK", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS"),
+    *("SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD", "MODEL.WEIGHTS"),
+)
+"""What does not say what a run computes: detection.detectron2.recorder.HOW, which needs detectron2 to be imported, and
+the start file, whose place may differ (teachers are compared by their weights)."""
+
+
+def settings(kind: str, flat: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's flat config as the report reads it; another kind's as it is."""
+    if kind != DETECTRON2:
+        return dict(flat)
+    return {_name(path): value for path, value in flat.items() if path not in HOW}
+
+
+def _name(path: str) -> str:
+    if path.startswith("KD.DEEPKD."):
+        return path.replace("KD.DEEPKD.", "DeepKD.", 1)
+    return NAMES.get(path, path)

@@ -1,0 +1,145 @@
+"""The published numbers, each with its source and how sure it is, and which of our cells they belong to."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+FILE = Path(__file__).with_name("published.csv")
+
+BASES = {"kd": "KD", "dkd": "DKD", "mlkd": "MLKD", "crld": "CRLD"}
+"""Our methods and their published names."""
+
+DEEPKD = {
+    "deepkd": "KD+DeepKD",
+    "deepkd_dkd": "DKD+DeepKD",
+    "deepkd_mlkd": "MLKD+DeepKD",
+    "deepkd_crld": "CRLD+DeepKD",
+}
+"""Ours over a base, whose mask is the dynamic one; published with it (+DTM) and without."""
+
+SAME_NETWORK = {("imagenet", "MobileNetV2"): "MobileNetV1"}
+"""Our names of networks that the published tables call otherwise: see hosts/registry.py for this one."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """One published number: its text and value (None where the text is a range), source and certainty.
+
+    note: where the published variant differs from ours. comparable: whether a difference from ours means
+    anything; False where ours was trained or tested on other images.
+    """
+
+    method: str
+    text: str
+    value: float | None
+    source: str
+    certainty: str
+    note: str = ""
+    comparable: bool = True
+
+
+@cache
+def rows() -> tuple[dict[str, str], ...]:
+    """The file's rows by column."""
+    with FILE.open(encoding="utf-8", newline="") as file:
+        return tuple(csv.DictReader(file))
+
+
+HARMLESS = (
+    *(
+        "DATASET.ROOT",
+        "DATASET.DOWNLOAD",
+        "DATASET.NUM_WORKERS",
+        "DATASET.PIPELINE",
+        "DATASET.TEST.BATCH_SIZE",
+    ),
+    *("SOLVER.EXECUTION", "SOLVER.GRADIENTS", "SOLVER.CHANNELS_LAST"),
+    *("GSNR.MEASURE", "GSNR.LAYERS"),
+)
+"""Options that do not change the protocol."""
+
+
+def find(
+    dataset: str,
+    metric: str,
+    teacher: str,
+    student: str,
+    method: str,
+    settings: Mapping[str, Any] | None = None,
+    options: Mapping[str, str] | None = None,
+) -> Published | None:
+    """The published number of one of our cells; None where there is none.
+
+    metric: the table's, like "top-1 (%)". settings: the flat config of the cell's runs; None where it has none,
+    which is then taken to be as shipped. options: what every run of the table was given beside its config file.
+    """
+    settings = {"DeepKD.MASK.TYPE": "dynamic"} | dict(settings or {})
+    masked = settings["DeepKD.MASK.TYPE"] == "dynamic"
+    network = SAME_NETWORK.get((dataset, student), student)
+    held = {
+        row["method"]: row
+        for row in rows()
+        if (row["dataset"], row["teacher"], row["student"]) == (dataset, teacher, network)
+        and _plain(metric).startswith(_plain(row["metric"]))
+    }
+    if method in BASES:
+        names = [BASES[method]]
+    elif method in DEEPKD:
+        names = [DEEPKD[method] + "+DTM", DEEPKD[method]]
+        names = names if masked else names[::-1]
+    else:
+        return None
+    name = next((name for name in names if name in held), None)
+    if name is None:
+        return None
+    notes, comparable = [], True
+    if method in DEEPKD and masked != name.endswith("+DTM"):
+        notes.append(
+            "published without DTM, ours with it" if masked else "published with DTM, ours without it"
+        )
+    if network != student:
+        notes.append(f"published for {network}, the network that mdistiller has under this name")
+    if settings.get("EXPERIMENT.LOGIT_STAND"):
+        notes.append("ours with standardised logits")
+    if method in ("mlkd", "deepkd_mlkd") and settings.get("MLKD.VARIANT") == "formula":
+        notes.append("ours with MLKD.VARIANT formula")
+    if per_class := settings.get("DATASET.TRAIN_PER_CLASS"):
+        notes.append(f"not comparable: ours saw {per_class} training images of each class")
+        comparable = False
+    if settings.get("DATASET.HOLDOUT"):
+        notes.append("not comparable: ours was tested on training images that were held out")
+        comparable = False
+    for key, value in (options or {}).items():
+        if key == "SOLVER.EPOCHS":
+            notes.append(f"not comparable: ours trained for {value} epochs, as an option said")
+            comparable = False
+        elif key not in (*HARMLESS, "DATASET.TRAIN_PER_CLASS", "DATASET.HOLDOUT"):
+            notes.append(f"ours with {key} {value}")
+    return replace(_published(held[name]), note="; ".join(notes), comparable=comparable)
+
+
+def without_pair(dataset: str, metric: str) -> list[str]:
+    """What is published for a data set without saying which pair it is of, a sentence each: no cell's value."""
+    return [
+        f"{row['method']}: {row['metric']} {row['value']} ({row['source']}; {row['certainty']})"
+        for row in rows()
+        if (row["dataset"], row["teacher"], row["student"]) == (dataset, "", "")
+        and _plain(metric).startswith(_plain(row["metric"]))
+    ]
+
+
+def _published(row: Mapping[str, str]) -> Published:
+    try:
+        value = float(row["value"])
+    except ValueError:  # "+47% to +59%"
+        value = None
+    return Published(row["method"], row["value"], value, row["source"], row["certainty"])
+
+
+def _plain(metric: str) -> str:
+    return metric.replace("-", "").lower()

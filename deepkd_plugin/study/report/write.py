@@ -1,0 +1,204 @@
+"""`deepkd report DIR`: a table's runs as report.md, report.csv, runs.csv and report.html in its folder."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ...errors import UserError
+from ...run.checkpoint import write_whole
+from .cells import NUMBERS, Cell, agreement, assemble, by_base, headline, number_name
+from .collect import NOT_STARTED, UNFINISHED, Table, collect
+from .columns import columns, title
+from .notes import left_out, notes, published_without_pair, what_was_run
+from .page import page
+from .protocol import cautions, protocol
+from .statistics import Difference
+
+
+def report(folder: Path) -> list[Path]:
+    """Write the report of a table's folder; returns the files: report.md, report.csv, runs.csv, report.html.
+
+    Each is written whole. Finished runs that do not count are told of on stderr. Raises UserError where the folder
+    holds no table or cannot be written.
+    """
+    folder = Path(folder)
+    table = collect(folder)
+    cells = assemble(table)
+    texts = {
+        "report.md": markdown(table, cells),
+        "report.csv": _csv(cell_rows(table, cells)),
+        "runs.csv": _csv(run_rows(table)),
+        "report.html": page(table, cells),
+    }
+    written = []
+    for name, text in texts.items():
+        data = text.encode()
+        try:
+            write_whole(folder / name, lambda file: file.write(data))  # noqa: B023
+        except OSError as error:
+            raise UserError(f"{folder / name}: must be a file that can be written ({error})") from None
+        written.append(folder / name)
+    lost = [left for left in table.left_out if left.kind not in (NOT_STARTED, UNFINISHED)]
+    if lost:
+        first = lost[0]
+        print(
+            f"{folder}: {len(lost)} of the runs there do not count, the first {first.run.folder}: {first.reason}; "
+            f"report.md has all",
+            file=sys.stderr,
+        )
+    return written
+
+
+def markdown(table: Table, cells: Sequence[Cell]) -> str:
+    """The report as Markdown."""
+    blocks = [f"# DeepKD: {_plain(table.title)}", _plain(what_was_run(table)), "## Result"]
+    groups = by_base(cells)
+    blocks.append(
+        "\n".join(f"- **{_plain(heading)}**: {_plain(headline(group))}" for heading, group in groups.items())
+        or "No method of this table has a base to be compared with."
+    )
+    if text := agreement(cells):
+        blocks.append(_plain(f"{text[0].upper()}{text[1:]}."))
+    if said := published_without_pair(table):
+        blocks += [_plain(said[0]), "\n".join(f"- {_plain(one)}" for one in said[1:])]
+    for pair in table.pairs:
+        held = [cell for cell in cells if cell.pair is pair]
+        if not held:
+            continue
+        blocks.append(f"## {_plain(pair.label)} ({_plain(pair.name)})")
+        told = [f"- {what}: {_plain('; '.join(answers))}" for what, answers in protocol(held)]
+        told += [f"- **Not all alike.** {_plain(text)}" for text in cautions(held)]
+        for number in NUMBERS:
+            blocks += [
+                f"### {_plain(title(number, table.metric, table.measures))}",
+                "\n".join([f"- Number: {number_name(number, table.measures)}", *told]),
+                _table(held, number),
+            ]
+        blocks.append(f"\\* {number_name('best', table.measures)}")
+    blocks.append("## Runs that are not counted")
+    rows = left_out(table)
+    blocks.append(
+        _lines([("Pair", "Method", "Seeds", "Why"), *rows]) if rows else "Every planned run counts."
+    )
+    blocks += ["## How to read this", "\n".join(f"- {_plain(note)}" for note in notes(cells))]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _table(cells: Sequence[Cell], number: str) -> str:
+    shown = columns(cells, number)
+    rows = [[column.title for column in shown]]
+    for cell in cells:
+        said = [column.words(cell) for column in shown]
+        rows.append([words[0] + (f" ({'; '.join(words[1:])})" if words[1:] else "") for words in said])
+    return _lines(rows, [column.kind == "number" for column in shown])
+
+
+def _lines(rows: Sequence[Sequence[str]], numbers: Sequence[bool] = ()) -> str:
+    rule = ["---:" if i < len(numbers) and numbers[i] else "---" for i in range(len(rows[0]))]
+    table = [[_plain(text) for text in rows[0]], rule, *([_plain(text) for text in row] for row in rows[1:])]
+    return "\n".join(f"| {' | '.join(row)} |" for row in table)
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown takes as it stands, in one line and with ordinary spaces."""
+    for sign in "\\`*_[]<>|":
+        text = text.replace(sign, f"\\{sign}")
+    return " ".join(text.split())
+
+
+def cell_rows(table: Table, cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """report.csv: a row for each pair and method; a number that does not exist is an empty field."""
+    rows = []
+    for cell in cells:
+        held = cell.published
+        row: dict[str, Any] = {
+            "table": table.name,
+            "dataset": table.dataset,
+            "metric": table.metric,
+            "pair": cell.pair.name,
+            "teacher": cell.pair.teacher,
+            "student": cell.pair.student,
+            "method": cell.method.name,
+            "label": cell.method.label,
+            "base": cell.method.base,
+            "n": len(cell.records),
+            "planned": len(cell.planned),
+            "missing": len(cell.planned) - len(cell.records),
+            "epochs": cell.planned[0].epochs,
+            "published_method": held and held.method,
+            "published_value": held and held.text,
+            "published_source": held and held.source,
+            "published_certainty": held and held.certainty,
+            "published_note": held and held.note,
+            "published_gain": cell.published_gain,
+        }
+        for name in NUMBERS:
+            number = cell.numbers[name]
+            row |= {f"{name}_mean": number.summary.mean, f"{name}_std": number.summary.std}
+            for other, summary in number.further.items():
+                measure = f"{name}_{other.lower()}"
+                row |= {f"{measure}_mean": summary.mean, f"{measure}_std": summary.std}
+            row |= _difference(f"{name}_minus_published", number.minus_published)
+            row |= _difference(f"{name}_gain", number.gain)
+            row[f"{name}_p"] = number.gain and number.gain.p
+            row[f"{name}_holm_p"] = number.holm_p
+            row[f"{name}_verdict"] = number.gain and number.gain.verdict
+            row[f"{name}_verdict_after_holm"] = number.after_holm
+        rows.append(row)
+    return rows
+
+
+def _difference(name: str, held: Difference | None) -> dict[str, float | None]:
+    return {
+        name: held and held.value,
+        f"{name}_low": held and held.low,
+        f"{name}_high": held and held.high,
+    }
+
+
+def run_rows(table: Table) -> list[dict[str, Any]]:
+    """runs.csv: a row for each planned run, with what it measured or the reason why it does not count."""
+    reasons = {(left.run.pair, left.run.method, left.run.seed): left for left in table.left_out}
+    rows = []
+    for run in table.runs:
+        key = (run.pair, run.method, run.seed)
+        found, left = table.records.get(key), reasons.get(key)
+        row: dict[str, Any] = {"pair": run.pair, "method": run.method, "seed": run.seed}
+        row |= {"status": "counted" if left is None else left.kind, "reason": left and left.reason}
+        for number in NUMBERS:
+            row[number] = found and getattr(found, number)
+            row |= {
+                f"{number}_{name.lower()}": found and found.further[number][name]
+                for name in table.measures.further
+            }
+        for name in ("best_epoch", "epochs", "minutes", "teacher"):
+            row[name] = found and getattr(found, name)
+        row[table.measures.key.replace("test", "teacher")] = found and found.teacher_acc
+        row["execution"] = found and "; ".join(found.execution)
+        for name in ("device", "processor", "python", "commit", "started"):
+            row[name] = found and getattr(found, name)
+        row["code"] = found and found.codes[0]
+        row["versions"] = found and ", ".join(f"{package} {held}" for package, held in found.versions.items())
+        row["config_hash"] = run.hash
+        row["taken_from"] = found and found.taken_from
+        row["folder"] = Path(os.path.relpath(run.folder, table.folder)).as_posix()
+        rows.append(row)
+    return rows
+
+
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    if rows:
+        table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        table.writeheader()
+        # ten digits: more than was measured, fewer than the sums' rounding
+        table.writerows(
+            {k: f"{v:.10g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
+        )
+    return text.getvalue()

@@ -1,0 +1,250 @@
+"""`deepkd reproduce` from its arguments to its exit code."""
+
+from __future__ import annotations
+
+import ast
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ... import device
+from ...errors import UserError
+from ...run import record
+from ...terminal import Stopped, exit_code
+from ..shared import cores
+from ..table import Run
+from . import reuse, tables
+from .estimate import Estimate, estimate
+from .plan import Plan, make_plan, problems, with_teachers, write
+from .runs import locked, state
+
+DONE = {"finished": "finished", "elsewhere": "to take over", "resumable": "to go on with", "new": "new"}
+"""States of a run, in words."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for; `command` is the line that asked."""
+
+    table: str
+    command: str
+    pairs: Sequence[str] | None = None
+    methods: Sequence[str] | None = None
+    base: str | None = None
+    dataset: str | None = None
+    seeds: int = 5
+    jobs: int | None = None
+    out: Path | None = None
+    options: Sequence[str] = ()
+    dry_run: bool = False
+    overwrite: bool = False
+    reuse: Sequence[Path] = ()
+    launcher: str = "local"
+    slurm: Sequence[str] = ()
+
+
+def reproduce(request: Request) -> int:
+    """Plan a table's runs, show the plan, run what is not finished, and report.
+
+    Returns 0 where all runs of the plan are finished (or submitted), 1 where some failed. With dry_run nothing is
+    started or written. Raises UserError for what the user can mend, and Stopped after an interruption.
+    """
+    parameters = slurm_parameters(request)
+    plan = _plan(request)
+    others = reuse.elsewhere(plan.runs, request.reuse)
+    plan = with_teachers(plan, {ours: [other.folder for other in those] for ours, those in others.items()})
+    jobs = request.jobs or device.count() or 1
+    code = record.code_hash()
+    states: dict[Run, str] = {run: state(run, request.overwrite, code) for run in plan.runs}
+    unfinished = [run for run in plan.runs if states[run] != "finished"]
+    taken, unfit = reuse.usable(unfinished, others, code)
+    left = [run for run in unfinished if run not in taken]
+    missing = problems(plan, left, prepare=False)
+    if plan.replaced and not request.overwrite:
+        missing.insert(
+            0,
+            f"{plan.out}: {plan.replaced} runs of earlier calls had other options or config files, and would leave the "
+            f"table; give another --out, the same options, or --overwrite",
+        )
+    if missing and not request.dry_run:
+        raise UserError("; ".join(missing))
+    local = request.launcher == "local"
+    expected = estimate(*_as_taken(plan, states, taken), jobs, here=local) if left else None
+    states |= dict.fromkeys(taken, "elsewhere")
+    where = f"{_machine()}; {jobs} at a time" if local else _cluster(parameters)
+    print(describe(plan, states, where, expected, request, unfit))
+    if request.dry_run:
+        for problem in missing:
+            print(_entry("missing", problem))
+        return 0
+    with locked(plan.out):
+        write(plan)
+        missing = problems(plan, left, prepare=True)
+        if missing:
+            raise UserError("; ".join(missing))
+        for run, other in taken.items():
+            reuse.take_over(run, other, code)
+        return _run(request, plan, jobs) if local else _submit(request, plan, parameters)
+
+
+def describe(
+    plan: Plan, states: Mapping[Run, str], where: str, expected: Estimate | None, request: Request, unfit: int
+) -> str:
+    """The plan as text. unfit: how many runs of --reuse have a config of the plan and must not be taken over."""
+    count = Counter(states.values())
+    parts = {"pair": plan.pairs, "method": plan.methods, "seed": plan.seeds}
+    numbers = " × ".join(_number(len(what), name) for name, what in parts.items())
+    held = [f"{count[state]} {words}" for state, words in DONE.items() if count[state]]
+    entries = {
+        "table": f"{plan.table.title}, {plan.table.kind.measures.metric}: {numbers} = {_number(len(plan.runs), 'run')}",
+        "pairs": " ".join(plan.pairs),
+        "methods": " ".join(plan.methods),
+        "runs": ", ".join(held),
+        "protocol": _protocol(plan),
+        "options": " ".join(request.options),
+        "reuse": f"{', '.join(map(str, request.reuse))}: {_number(count['elsewhere'], 'run')} to take over"
+        if request.reuse
+        else "",
+        "not taken": f"{_number(unfit, 'run')} of --reuse, of other code, or of a teacher that is another or not here"
+        if unfit
+        else "",
+        "earlier": f"{_number(plan.replaced, 'run')} of earlier calls had other options or config files; they "
+        f"stay on disk, and are no part of the table until a call has their options again"
+        if plan.replaced
+        else "",
+        "warning": _without_base(plan),
+        "on": where,
+        "time": str(expected or ""),
+        "folder": str(plan.out),
+    }
+    return "\n".join(_entry(name, text) for name, text in entries.items() if text)
+
+
+def _as_taken(
+    plan: Plan, states: Mapping[Run, str], taken: Mapping[Run, reuse.Other]
+) -> tuple[Plan, dict[Run, str]]:
+    """The plan and states as they would be with the taken runs finished where they lie, whose times are known."""
+    runs = [replace(run, folder=taken[run].folder) if run in taken else run for run in plan.runs]
+    held = ["finished" if run in taken else states[run] for run in plan.runs]
+    return replace(plan, runs=tuple(runs)), dict(zip(runs, held))
+
+
+def slurm_parameters(request: Request) -> dict[str, Any]:
+    """The KEY=VALUE of --slurm, values as Python writes them or else text; --jobs limits the array."""
+    if request.launcher == "local":
+        if request.slurm:
+            raise UserError("command line: --slurm goes with --launcher slurm")
+        return {}
+    parameters: dict[str, Any] = {}
+    for word in request.slurm:
+        key, equals, text = word.partition("=")
+        if not equals or not key.isidentifier():
+            raise UserError(
+                f"command line: --slurm is {word!r}; it must be KEY=VALUE of submitit's, such as timeout_min=600"
+            )
+        try:
+            parameters[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            parameters[key] = text
+    limit = {} if request.jobs is None else {"slurm_array_parallelism": request.jobs}
+    return limit | parameters
+
+
+def _plan(request: Request) -> Plan:
+    table = tables.find(request.table, request.base, request.dataset)
+    if table.over is not None and not request.pairs and len(table.pairs) > 1:
+        raise UserError(
+            f"command line: --pairs is missing; {table.title} must name some of {', '.join(table.pairs)}"
+        )
+    pairs = tables.choose(request.pairs, table.pairs, "--pairs")
+    methods = tables.choose(request.methods, [method.name for method in table.methods], "--methods")
+    out = request.out or Path("output") / table.name
+    return make_plan(table, pairs, methods, request.seeds, request.options, out)
+
+
+def _run(request: Request, plan: Plan, jobs: int) -> int:
+    from ..report import report
+    from .display import for_stream
+    from .runs import execute
+
+    try:
+        failures = execute(plan.runs, jobs, overwrite=request.overwrite, display=for_stream())
+    except KeyboardInterrupt as interruption:
+        again = f"interrupted; what is finished stays, and the same command goes on: {request.command}"
+        raise Stopped(again, exit_code(interruption)) from None
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    done = len(plan.runs) - len(failures)
+    print(_entry("done", f"{done} of {len(plan.runs)} runs are finished"))
+    if failures:
+        print(_entry("again", f"the same command tries the others again: {request.command}"))
+    print(_entry("report", ", ".join(str(path) for path in report(plan.out))))
+    return 1 if failures else 0
+
+
+def _submit(request: Request, plan: Plan, parameters: Mapping[str, Any]) -> int:
+    from .slurm import submit
+
+    jobs = submit(plan.runs, plan.out, parameters, overwrite=request.overwrite)
+    if jobs:
+        print(_entry("jobs", f"{len(jobs)} submitted, {jobs[0]} to {jobs[-1]}; logs in {plan.out / 'slurm'}"))
+    print(_entry("then", f"deepkd report {plan.out}"))
+    return 0
+
+
+def _number(count: int, name: str) -> str:
+    return f"{count} {name}{'' if count == 1 else 's'}"
+
+
+def _without_base(plan: Plan) -> str:
+    """Which methods will have no gain, because their base is neither asked for nor in the table."""
+    planned = {(run["pair"], run["method"]) for run in plan.document["runs"]}
+    lonely: dict[str, list[str]] = {}
+    for method in plan.table.methods:
+        of = {run.pair for run in plan.runs if run.method == method.name}
+        if method.base is not None and any((pair, method.base) not in planned for pair in of):
+            lonely.setdefault(method.base, []).append(method.name)
+    said = [
+        f"{base}, the base of {' '.join(names)}, is not asked for and has no runs in the table"
+        for base, names in lonely.items()
+    ]
+    return "; ".join(said) + ": there will be no gain over it" if said else ""
+
+
+def _protocol(plan: Plan) -> str:
+    """How long runs train, with the methods that do so where they differ."""
+    held: dict[str, list[str]] = {}
+    for (_, method), cfg in plan.cfgs.items():
+        held.setdefault(plan.table.kind.protocol(cfg), []).append(method)
+    if len(held) == 1:
+        return next(iter(held))
+    return "; ".join(f"{text} ({' '.join(dict.fromkeys(methods))})" for text, methods in held.items())
+
+
+def _machine() -> str:
+    count = device.count()
+    if count:
+        return f"{count} x {device.describe(device.pick())}"
+    return f"{record.processor()}, {cores()} cores"
+
+
+def _cluster(parameters: Mapping[str, Any]) -> str:
+    given = ", ".join(f"{key} {value}" for key, value in parameters.items())
+    return f"Slurm, one array job{f' ({given})' if given else ''}"
+
+
+def _entry(name: str, text: str) -> str:
+    """A line of the plan; long ones go on below."""
+    indent = " " * 10
+    return textwrap.fill(
+        text,
+        110,
+        initial_indent=f"{name:<10}",
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

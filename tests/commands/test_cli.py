@@ -1,0 +1,236 @@
+"""deepkd COMMAND: the exit codes that its commands and its mistakes get."""
+
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from deepkd_plugin import launch
+from deepkd_plugin.commands import cli
+from deepkd_plugin.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ([], "command line: the following arguments are required: COMMAND; see deepkd --help"),
+        (["aply"], "invalid choice: 'aply'"),
+        (["apply"], "the following arguments are required: PATH; see deepkd apply --help"),
+        (["apply", ".", "--check", "--revert"], "not allowed with argument --check"),
+        (["apply", ".", "--force"], "unrecognized arguments: --force"),
+        (["gsnr"], "one of the arguments --cfg --runs is required; see deepkd gsnr --help"),
+        (["gsnr", "--cfg", "a.yaml", "--runs", "a", "--out", "b"], "not allowed with argument --cfg"),
+        (["gsnr", "--cfg", "a.yaml", "--resume", "--overwrite"], "not allowed with argument --resume"),
+        (
+            ["gsnr", "--cfg", "a.yaml", "--out", "b"],
+            "--out goes with --runs; with --cfg everything goes into",
+        ),
+        (["gsnr", "--runs", "a"], "--runs needs --out DIR; see deepkd gsnr --help"),
+        (["gsnr", "--runs", "a", "--out", "b", "--resume"], "KEY VALUE go with --cfg, not with --runs"),
+        (["gsnr", "--runs", "a", "--overwrite", "--out", "b"], "KEY VALUE go with --cfg, not with --runs"),
+        (["gsnr", "--runs=a", "SOLVER.SEED", "1", "--out", "b"], "KEY VALUE go with --cfg, not with --runs"),
+        (["gsnr", "--run", "a", "--out", "b"], "one of the arguments --cfg --runs is required"),
+        (["gsnr", "--cfg", "a.yaml", "--fast"], "unrecognized arguments: --fast"),
+        (["reproduce"], "the following arguments are required: TABLE; see deepkd reproduce --help"),
+        (["reproduce", "glyphs"], "TABLE is 'glyphs'; it must be one of cifar100, cifar100_cpu, glyphs100, "),
+        (["reproduce", "glyphs100", "--pairs"], "argument --pairs: expected at least one argument"),
+        (["reproduce", "glyphs100", "--pairs", "SOLVER.LR", "1"], "--pairs: expected at least one argument"),
+        (["reproduce", "glyphs100", "--out"], "--out: expected one argument; see deepkd reproduce --help"),
+        (["reproduce", "glyphs100", "--seeds", "0"], "--seeds: is '0'; it must be a whole number from 1 on"),
+        (["reproduce", "glyphs100", "--seeds=-1"], "--seeds: is '-1'; it must be a whole number from 1 on"),
+        (["reproduce", "glyphs100", "--jobs", "2x"], "--jobs: is '2x'; it must be a whole number from 1 on"),
+        (["reproduce", "glyphs100", "--launcher", "k8s"], "invalid choice: 'k8s' (choose from "),
+        (["reproduce", "glyphs100", "--seed", "1"], "unrecognized arguments: --seed"),
+        (["reproduce", "glyphs100", "cifar100"], "options come in pairs KEY VALUE, 'cifar100' has no value"),
+        (["report"], "the following arguments are required: DIR; see deepkd report --help"),
+        (
+            ["merge-detector-weights", "a.pkl", "b.pth"],
+            "the following arguments are required: OUT; see deepkd",
+        ),
+        (
+            ["merge-detector-weights", "a.pkl", "b.pth", "c.pth", "--classes", "0"],
+            "--classes: is '0'; it must be a whole number from 1 on",
+        ),
+        (["merge-detector-weights", "a.pkl", "b.pth", "c.pkl"], "OUT is c.pkl; it must end in .pth"),
+    ],
+)
+def test_a_mistake_in_the_command_line_is_one_line(capsys, words, complaint):
+    assert cli.main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("deepkd: error: command line: ")
+    assert complaint in captured.err
+    assert captured.err.count("\n") == 1
+
+
+@pytest.fixture
+def doctor(monkeypatch):
+    """A module in doctor.py's place, its doctor() to be set."""
+    module = types.ModuleType("deepkd_plugin.commands.doctor")
+    monkeypatch.setitem(sys.modules, "deepkd_plugin.commands.doctor", module)
+    return module
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_command_s_exit_code_is_deepkd_s(doctor, monkeypatch, code):
+    doctor.doctor = lambda path: code
+    assert cli.main(["doctor"]) == code
+    monkeypatch.setattr(sys, "argv", ["deepkd", "doctor"])
+    with pytest.raises(SystemExit) as ended:
+        cli.entry()
+    assert ended.value.code == code
+
+
+def test_mistakes_and_interruptions_have_codes_of_their_own(doctor, capsys):
+    def mistaken(path):
+        raise UserError("run.yaml: KEY is 3; it must be 4")
+
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    doctor.doctor = mistaken
+    assert cli.main(["doctor"]) == 2
+    assert capsys.readouterr().err == "deepkd: error: run.yaml: KEY is 3; it must be 4\n"
+    doctor.doctor = interrupted
+    assert cli.main(["doctor"]) == 130
+
+
+def test_python_m_is_the_same_command(tmp_path):
+    command = [sys.executable, "-m", "deepkd_plugin", "apply", str(tmp_path), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"deepkd: error: {tmp_path}: has no tools/train.py; ")
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--help"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert "\n    apply " in out
+    assert "\n    doctor " in out
+    assert "\n    gsnr " in out
+    assert "\n    reproduce" in out
+    assert "\n    report " in out
+    assert "\n    merge-detector-weights" in out
+
+
+WINDOW = {
+    **{"iteration": 2000, "epoch": 3, "samples": 10, "coordinates": 5, "parameters": 8},
+    "gsnr": {"task": {"mean": 0.3, "ratio": 0.2, "norm": 1.0, "zero_variance": 0, "missing": 0}},
+    **{"angle": {}, "momentum": {"task": 0.9}},
+}
+
+
+def measured(folder, seed=0):
+    """Make a folder as a measured run leaves it."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(
+        "{DATASET: {TYPE: glyphs100}, DISTILLER: {TYPE: KD, TEACHER: resnet20, STUDENT: resnet8}, "
+        f"SOLVER: {{SEED: {seed}}}}}"
+    )
+    (folder / "gsnr.jsonl").write_text(json.dumps(WINDOW) + "\n")
+    return folder
+
+
+def test_gsnr_draws_runs_together(tmp_path, capsys):
+    folders = [str(measured(tmp_path / name, seed)) for seed, name in enumerate("ab")]
+    out = tmp_path / "out"
+    assert cli.main(["gsnr", "--runs", *folders, "--out", str(out)]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("measured  resnet8, 2 windows of 10 samples, ")
+    assert captured.out.endswith(f"files     {out}/ (gsnr.csv, gsnr.png, gsnr.svg)\n")
+    assert captured.err == ""
+    assert {path.name for path in out.iterdir()} == {"gsnr.csv", "gsnr.png", "gsnr.svg"}
+    assert cli.main(["gsnr", "--out", str(out), "--runs", *folders, str(tmp_path / "none")]) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+    assert captured.err.startswith(
+        f"deepkd: error: {tmp_path / 'none' / 'config.yaml'}: must be the config of"
+    )
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """launch.train replaced: it takes down what it is given and leaves a measured run."""
+    calls = []
+
+    def train(*arguments):
+        calls.append(arguments)
+        print("trained")
+        return measured(tmp_path / "run")
+
+    monkeypatch.setattr(launch, "train", train)
+    return calls
+
+
+def test_gsnr_trains_and_draws_into_the_run_s_folder(trained, tmp_path, capsys):
+    words = ["SOLVER.LR", "0.1", "--cfg", "a b.yaml", "--resume", "SOLVER.DECOUPLED.DELTA.TCG", "-7.5e-2"]
+    assert cli.main(["gsnr", *words]) == 0
+    options = ["SOLVER.LR", "0.1", "SOLVER.DECOUPLED.DELTA.TCG", "-7.5e-2"]
+    # what resumes it is this command
+    command = "deepkd gsnr --cfg 'a b.yaml' SOLVER.LR 0.1 SOLVER.DECOUPLED.DELTA.TCG -7.5e-2"
+    assert trained == [("a b.yaml", [*options, "GSNR.MEASURE", "True"], True, False, command)]
+    out = capsys.readouterr().out
+    assert out.startswith("trained\n\nmeasured  resnet8, 1 window of 10 samples, ")
+    assert f"\nfiles     {tmp_path / 'run'}/ (" in out
+    assert (tmp_path / "run" / "gsnr.svg").exists()
+
+
+def test_gsnr_starts_again_where_it_is_told_to(trained):
+    assert cli.main(["gsnr", "--cfg", "a.yaml", "--overwrite", "GSNR.MEASURE", "False"]) == 0
+    (arguments,) = trained
+    assert arguments[1:4] == (["GSNR.MEASURE", "False", "GSNR.MEASURE", "True"], False, True)
+
+
+def test_gsnr_s_mistakes_in_training_are_those_of_the_launcher(tmp_path, capsys):
+    config = tmp_path / "a.yaml"
+    config.write_text("{SOLVER: {EPOCHS: 2}}")
+    for words, complaint in (
+        (["SOLVER.LR"], "command line: options come in pairs KEY VALUE, 'SOLVER.LR' has no value"),
+        (["SOLVER.LERNING", "1"], "command line: unknown config key SOLVER.LERNING"),
+        (["SOLVER.LR", "fast"], "command line: SOLVER.LR is 'fast' (str); it must be float"),
+    ):
+        assert cli.main(["gsnr", "--cfg", str(config), *words]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"deepkd: error: {complaint}")
+        assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("cifar100", {"table": "cifar100", "seeds": 5, "jobs": None, "out": None, "launcher": "local"}),
+        (
+            "glyphs100 --pairs a b --methods kd SOLVER.LR -0.1",
+            {"pairs": ["a", "b"], "methods": ["kd"], "options": ["SOLVER.LR", "-0.1"]},
+        ),
+        # a flag behind the pairs, and a value that is like a key
+        ("glyphs100 DATASET.ROOT my.data --seeds 3", {"options": ["DATASET.ROOT", "my.data"], "seeds": 3}),
+        (
+            "--out a.b ablation-delta --methods delta0 delta0.05",
+            {"table": "ablation-delta", "out": Path("a.b"), "methods": ["delta0", "delta0.05"]},
+        ),
+        ("--methods delta0.05 --jobs 2 ablation-delta", {"table": "ablation-delta", "jobs": 2}),
+        ("glyphs100 SOLVER.LR", {"options": ["SOLVER.LR"]}),
+        (
+            "cifar100 --launcher slurm --slurm timeout_min=60 a=b.c --dry-run --overwrite DATASET.ROOT --x",
+            {
+                **{"launcher": "slurm", "slurm": ["timeout_min=60", "a=b.c"], "dry_run": True},
+                **{"overwrite": True, "options": ["DATASET.ROOT", "--x"]},
+            },
+        ),
+        ("ablation-mask --base dkd --dataset cifar100", {"base": "dkd", "dataset": "cifar100", "slurm": ()}),
+    ],
+)
+def test_the_words_of_a_table_go_where_they_belong(monkeypatch, words, expected):
+    from deepkd_plugin.study.reproduce import command
+
+    asked = []
+    monkeypatch.setattr(command, "reproduce", lambda request: asked.append(request) or 1)
+    assert cli.main(["reproduce", *words.split()]) == 1
+    assert vars(asked[0]).items() >= expected.items()
+    assert asked[0].command == f"deepkd reproduce {words}"

@@ -1,0 +1,319 @@
+from pathlib import Path
+
+import pytest
+import yaml
+from yacs.config import CfgNode
+
+from deepkd_plugin import config
+from deepkd_plugin.errors import UserError
+from deepkd_plugin.hosts import builtin
+from deepkd_plugin.hosts import mdistiller as mdistiller_host
+from deepkd_plugin.trainer import Trainer
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture
+def cfg():
+    tree = builtin.CFG.clone()
+    config.add_deepkd_config(tree)
+    return tree
+
+
+def checked(cfg, tmp_path, text, *options):
+    file = tmp_path / "some.yaml"
+    file.write_text(text)
+    origin = config.load(cfg, file, options)
+    config.check(cfg, origin)
+    return cfg
+
+
+def message(cfg, tmp_path, text, *options):
+    with pytest.raises(UserError) as caught:
+        checked(cfg, tmp_path, text, *options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value).replace(str(tmp_path / "some.yaml"), "some.yaml")
+
+
+def test_every_key_has_its_default_and_is_valid(cfg):
+    config.check(cfg, {})
+    for key in config.KEYS:
+        assert config.get(cfg, key.path) == key.default
+        assert key.valid(key.default), key.path
+        assert key.meaning
+
+
+def test_adding_keys_is_idempotent_and_keeps_what_is_there():
+    cfg = CfgNode({"SOLVER": {"SEED": 7}})
+    added = config.add_deepkd_config(cfg)
+    assert cfg.SOLVER.SEED == 7
+    assert "SOLVER.SEED" not in added
+    assert len(added) == len(config.KEYS) - 1
+    cfg.freeze()
+    assert config.add_deepkd_config(cfg) == []
+    assert cfg.is_frozen()
+
+
+def test_values_come_from_the_file_and_then_from_the_options(cfg, tmp_path):
+    text = "SOLVER: {LR: 1, LR_DECAY_STAGES: [1, 2]}\nDeepKD: {MASK: {K: 7, PHASES: [0.2, 0.4]}}\n"
+    checked(cfg, tmp_path, text, "SOLVER.EPOCHS", "9", "EXPERIMENT.NAME", "17", "SOLVER.WEIGHT_DECAY", "5e-4")
+    assert cfg.SOLVER.LR == 1.0
+    assert isinstance(cfg.SOLVER.LR, float)
+    assert (cfg.SOLVER.EPOCHS, cfg.EXPERIMENT.NAME, cfg.SOLVER.WEIGHT_DECAY) == (9, "17", 5e-4)
+    assert cfg.DeepKD.MASK.PHASES == (0.2, 0.4)
+    assert cfg.SOLVER.LR_DECAY_STAGES == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("SOLVER: {LRR: 1}", "some.yaml: unknown config key SOLVER.LRR; did you mean SOLVER.LR?"),
+        (
+            "DeepKD: {MASK: 3}",
+            "some.yaml: DeepKD.MASK is 3; it is a section and must hold keys: TYPE, K, INITIAL, OPTIMAL, PHASES, "
+            "READING",
+        ),
+        ("SOLVER.LR: 0.1", "some.yaml: unknown config key SOLVER.LR; did you mean SOLVER.LR?"),
+        ("DeepKDD: {}", "some.yaml: unknown config key DeepKDD; did you mean DeepKD.BASE?"),
+        ("SOLVER: {LR: .inf}", "some.yaml: SOLVER.LR is inf; it must be a finite number"),
+        (
+            "LOG: {SAVE_CHECKPOINT_FREQ: 0}",
+            "some.yaml: LOG.SAVE_CHECKPOINT_FREQ is 0; it must be a number above 0",
+        ),
+        (
+            "SOLVER: {LR_DECAY_RATE: -1.0}",
+            "some.yaml: SOLVER.LR_DECAY_RATE is -1.0; it must be a number above 0",
+        ),
+        ("SOLVER: {LR: '{[]: 1}'}", "some.yaml: SOLVER.LR is '{[]: 1}' (str); it must be float, like 0.05"),
+        ("SOLVER: {LR: fast}", "some.yaml: SOLVER.LR is 'fast' (str); it must be float, like 0.05"),
+        ("SOLVER: {EPOCHS: 2.5}", "some.yaml: SOLVER.EPOCHS is 2.5 (float); it must be int, like 240"),
+        ("SOLVER: {AMP: 1}", "some.yaml: SOLVER.AMP is 1 (int); it must be bool, like False"),
+        ("SOLVER: {EPOCHS: true}", "some.yaml: SOLVER.EPOCHS is True (bool); it must be int, like 240"),
+        ("SOLVER: {LR: 0}", "some.yaml: SOLVER.LR is 0.0; it must be a number above 0"),
+        ("SOLVER: {LR: .nan}", "some.yaml: SOLVER.LR is nan; it must be a finite number"),
+        (
+            "SOLVER: {DECOUPLED: {DELTA: {TOG: 0.1}}}",
+            "some.yaml: SOLVER.DECOUPLED.DELTA.TOG is 0.1; it must be in [-0.9, 0.1), so that SOLVER.MOMENTUM "
+            "0.9 plus it lies in [0, 1)",
+        ),
+        (
+            "SOLVER: {MOMENTUM: 0.05, DECOUPLED: {DELTA: {TCG: -0.075}}}",
+            "some.yaml: SOLVER.DECOUPLED.DELTA.TCG is -0.075; it must be in [-0.05, 0.95), so that "
+            "SOLVER.MOMENTUM 0.05 plus it lies in [0, 1)",
+        ),
+        (
+            "SOLVER: {DECOUPLED: {WEIGHT_DECAY_STREAM: kd}}",
+            "some.yaml: SOLVER.DECOUPLED.WEIGHT_DECAY_STREAM is 'kd'; it must be one of tog, tcg, ncg",
+        ),
+        (
+            "SOLVER: {DECOUPLED: {LOSS_STREAMS: ['loss_kd:kd']}}",
+            "some.yaml: SOLVER.DECOUPLED.LOSS_STREAMS is ['loss_kd:kd']; it must be a list of 'loss:stream' "
+            "with a stream of tog, tcg, ncg, feat",
+        ),
+        (
+            "DeepKD: {MASK: {PHASES: [0.6, 0.4]}}",
+            "some.yaml: DeepKD.MASK.PHASES is (0.6, 0.4); it must be two ends in order, 0 <= phi1 < phi2 <= 1",
+        ),
+        ("DeepKD: {BASE: CRDD}", "some.yaml: DeepKD.BASE is 'CRDD'; it must be one of KD, DKD, MLKD, CRLD"),
+        (
+            "DeepKD: {MASK: {K: 0}}",
+            "some.yaml: DeepKD.MASK.K is 0.0; it must be a fraction of the classes in (0, 1), or a whole "
+            "number of classes from 1 on",
+        ),
+        (
+            "SOLVER: {LR_DECAY_STAGES: [180, 150]}",
+            "some.yaml: SOLVER.LR_DECAY_STAGES is [180, 150]; it must be epochs in ascending order",
+        ),
+        (
+            "SOLVER: {MIN_LR: 1.0}",
+            "some.yaml: SOLVER.MIN_LR is 1.0; it must be at most SOLVER.LR, 0.05",
+        ),
+        (
+            "SOLVER: {LR_SCHEDULE: cosine, WARMUP_EPOCHS: 240}",
+            "some.yaml: SOLVER.WARMUP_EPOCHS is 240; it must be below SOLVER.EPOCHS, 240, with the cosine "
+            "schedule",
+        ),
+        ("GSNR: {EVERY: 0}", "some.yaml: GSNR.EVERY is 0; it must be a number above 0"),
+        ("GSNR: {WINDOW: 1}", "some.yaml: GSNR.WINDOW is 1; it must be a whole number from 2 on"),
+        ("GSNR: {COORDINATES: -1}", "some.yaml: GSNR.COORDINATES is -1; it must be a number from 0 on"),
+        ("GSNR: {MEASURE: 1}", "some.yaml: GSNR.MEASURE is 1 (int); it must be bool, like False"),
+        (
+            "SOLVER: {DECOUPLED: {ALLOCATION: measured}}",
+            "some.yaml: SOLVER.DECOUPLED.ALLOCATION is 'measured'; it must be one of fixed, gsnr",
+        ),
+        (
+            "SOLVER: {DECOUPLED: {SEPARATION: 1}}",
+            "some.yaml: SOLVER.DECOUPLED.SEPARATION is 1.0; it must be a number above 1",
+        ),
+        (
+            "SOLVER: {DECOUPLED: {SMOOTHING: 1}}",
+            "some.yaml: SOLVER.DECOUPLED.SMOOTHING is 1.0; it must be a number in [0, 1)",
+        ),
+        ("- 1", "some.yaml: must hold a YAML mapping of config keys, holds list"),
+        ("", "some.yaml: must hold a YAML mapping of config keys, holds NoneType"),
+    ],
+)
+def test_one_line_names_file_key_value_and_what_is_allowed(cfg, tmp_path, text, expected):
+    assert message(cfg, tmp_path, text) == expected
+
+
+@pytest.mark.parametrize(
+    "phases", ["[a, b]", "[null, 0.2]", "[[0.1], 0.2]", "[false, true]", "[0.1]", "[0.1, .nan]"]
+)
+def test_phases_of_other_things_than_numbers(cfg, tmp_path, phases):
+    assert "it must be two ends in order" in message(cfg, tmp_path, f"DeepKD: {{MASK: {{PHASES: {phases}}}}}")
+
+
+def test_the_command_line_is_named_too(cfg, tmp_path):
+    assert message(cfg, tmp_path, "SOLVER: {LR: 0.1}", "SOLVER.LR", "-1").startswith(
+        "command line: SOLVER.LR is -1"
+    )
+    assert "come in pairs KEY VALUE, 'SOLVER.LR' has no value" in message(cfg, tmp_path, "{}", "SOLVER.LR")
+
+
+def test_files_that_cannot_be_read(cfg, tmp_path):
+    assert "is not valid YAML" in message(cfg, tmp_path, "a: [")
+    for path in (tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(UserError, match="cannot be read as a config file"):
+            config.load(cfg, path)
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        ({"TYPE": "static", "K": 100.0}, "f.yaml: DeepKD.MASK.K: K must be an integer from 1 to 99"),
+        (
+            {"TYPE": "dynamic", "OPTIMAL": 100.0},
+            "f.yaml: DeepKD.MASK.OPTIMAL: K must be an integer from 1 to 99",
+        ),
+        (
+            {"TYPE": "dynamic", "INITIAL": 100.0},
+            "f.yaml: DeepKD.MASK.INITIAL: K must be an integer from 1 to 99",
+        ),
+        (
+            {"TYPE": "dynamic", "INITIAL": 60.0},
+            r"f.yaml: DeepKD.MASK.INITIAL is 60.0 \(60 classes\) and DeepKD.MASK.OPTIMAL 0.5 \(50\)",
+        ),
+    ],
+)
+def test_masks_that_do_not_fit_the_classes(cfg, mask, expected):
+    cfg.DeepKD.MASK.update(mask)
+    with pytest.raises(UserError, match=expected):
+        config.check_mask(cfg, {f"DeepKD.MASK.{key}": "f.yaml" for key in mask}, 100)
+    cfg.DeepKD.MASK.TYPE = "none"
+    config.check_mask(cfg, {}, 100)
+
+
+def test_variants_of_the_momenta(cfg):
+    cfg.SOLVER.DECOUPLED.DELTA.update({"TOG": 0.075, "TCG": -0.075, "NCG": 0.05})
+    momentum, stream = config.momenta(cfg)
+    assert momentum == pytest.approx({"tog": 0.975, "tcg": 0.825, "ncg": 0.95})
+    assert stream == "tcg"
+    cfg.SOLVER.DECOUPLED.WEIGHT_DECAY_STREAM = "tog"
+    assert config.momenta(cfg)[1] == "tog"
+    cfg.SOLVER.DECOUPLED.VARIANT = "release"
+    momentum, stream = config.momenta(cfg)
+    assert momentum == pytest.approx({"tog": 0.825, "tcg": 0.825, "ncg": 0.95})
+    assert stream == "tcg"
+
+
+ALLOCATED = (
+    *("SOLVER.TRAINER", "DecoupledMomentumSGD", "SOLVER.DECOUPLED.ALLOCATION", "gsnr"),
+    *("SOLVER.DECOUPLED.DELTA.TOG", "0.075", "SOLVER.DECOUPLED.DELTA.TCG", "-0.075"),
+)
+
+
+def test_an_allocation_starts_from_equal_momenta(cfg, tmp_path):
+    checked(cfg, tmp_path, "{}", *ALLOCATED)
+    assert config.momenta(cfg) == ({"tog": 0.9, "tcg": 0.9, "ncg": 0.9}, "tcg")
+    cfg.SOLVER.DECOUPLED.update({"WEIGHT_DECAY_STREAM": "ncg", "LOSS_STREAMS": ["loss_feat:feat"]})
+    cfg.SOLVER.MOMENTUM = 0.8
+    assert config.momenta(cfg) == (dict.fromkeys(("tog", "tcg", "ncg", "feat"), 0.8), "ncg")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            ("SOLVER.DECOUPLED.VARIANT", "release"),
+            "command line: SOLVER.DECOUPLED.ALLOCATION is 'gsnr'; it must be 'fixed' with "
+            "SOLVER.DECOUPLED.VARIANT release, which ties two streams together",
+        ),
+        (
+            ("SOLVER.DECOUPLED.DELTA.TCG", "0"),
+            "command line: SOLVER.DECOUPLED.ALLOCATION is 'gsnr'; it must be 'fixed' where fewer than two of "
+            "SOLVER.DECOUPLED.DELTA differ from 0: their sizes are its bounds",
+        ),
+        (  # a stream without a loss is none
+            ("SOLVER.DECOUPLED.DELTA.TCG", "0", "SOLVER.DECOUPLED.DELTA.FEAT", "0.05"),
+            "command line: SOLVER.DECOUPLED.ALLOCATION is 'gsnr'; it must be 'fixed' where fewer than two of "
+            "SOLVER.DECOUPLED.DELTA differ from 0: their sizes are its bounds",
+        ),
+        (
+            ("SOLVER.DECOUPLED.DELTA.NCG", "-0.1"),
+            "command line: SOLVER.DECOUPLED.DELTA.NCG is -0.1; it must be in [-0.9, 0.1), so that SOLVER.MOMENTUM "
+            "0.9 plus it lies in [0, 1), and minus it too with SOLVER.DECOUPLED.ALLOCATION gsnr",
+        ),
+        (
+            ("SOLVER.MOMENTUM", "0.05"),
+            "command line: SOLVER.DECOUPLED.DELTA.TOG is 0.075; it must be in [-0.05, 0.95), so that "
+            "SOLVER.MOMENTUM 0.05 plus it lies in [0, 1), and minus it too with SOLVER.DECOUPLED.ALLOCATION gsnr",
+        ),
+        (
+            ("SOLVER.TRAINER", "base"),
+            "command line: SOLVER.DECOUPLED.DELTA.TOG is 0.075; it must be 0.0 with SOLVER.TRAINER base, which "
+            "does not read it; DecoupledMomentumSGD does",
+        ),
+    ],
+)
+def test_an_allocation_that_cannot_be(cfg, tmp_path, options, expected):
+    assert message(cfg, tmp_path, "{}", *ALLOCATED, *options) == expected
+
+
+def test_a_fixed_delta_needs_one_end_of_its_range_alone(cfg, tmp_path):
+    fixed = {"SOLVER.DECOUPLED.ALLOCATION": "fixed", "SOLVER.DECOUPLED.DELTA.NCG": "-0.1"}
+    checked(cfg, tmp_path, "{}", *ALLOCATED, *(part for pair in fixed.items() for part in pair))
+    assert cfg.SOLVER.DECOUPLED.DELTA.NCG == -0.1
+
+
+def test_only_our_trainer_reads_the_allocation(cfg, tmp_path):
+    for key, value in (("SEPARATION", "3.0"), ("SMOOTHING", "0.1")):
+        line = message(cfg.clone(), tmp_path, "{}", f"SOLVER.DECOUPLED.{key}", value)
+        assert f"SOLVER.DECOUPLED.{key} is {value}; it must be " in line
+        assert "with SOLVER.TRAINER base, which does not read it" in line
+
+
+def test_measuring_is_no_part_of_what_a_run_computes(cfg):
+    assert not config.computes("GSNR.MEASURE")
+    assert not config.computes("GSNR.LAYERS")
+    for path in ("GSNR.EVERY", "GSNR.WINDOW", "GSNR.COORDINATES", "SOLVER.DECOUPLED.ALLOCATION"):
+        assert config.computes(path)
+
+
+def test_mdistillers_trainers_refuse_to_measure(cfg):
+    """A trainer that is not ours, without mdistiller."""
+    cfg.DISTILLER.TYPE = "KD"
+    mdistiller_host.check_trainer(cfg, {}, object)
+    cfg.GSNR.MEASURE = True
+    with pytest.raises(UserError) as caught:
+        mdistiller_host.check_trainer(cfg, {"GSNR.MEASURE": "some.yaml"}, object)
+    assert str(caught.value) == (
+        "some.yaml: GSNR.MEASURE is True; it must be False under mdistiller's trainer base, which does not read it"
+    )
+    mdistiller_host.check_trainer(cfg, {}, Trainer)
+
+
+def test_the_builtin_tree_is_mdistillers():
+    """Every key and default of mdistiller at a08d46f, and no other."""
+    theirs = yaml.safe_load((DATA / "mdistiller-config.yaml").read_text())
+    flat = dict(config.flatten(CfgNode(theirs)))
+    ours = CfgNode.load_cfg((Path(builtin.__file__).parent / "defaults.yaml").read_text())
+    assert config.flatten(ours) == flat
+
+
+def test_our_config_files_merge_under_plain_yacs(cfg):
+    """mdistiller's own launcher merges with yacs, whose types are stricter than ours."""
+    files = sorted((Path(__file__).parents[2] / "configs").glob("*/*/*.yaml"))
+    assert len(files) >= 10
+    for file in files:
+        cfg.clone().merge_from_file(str(file))

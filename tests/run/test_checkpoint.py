@@ -1,0 +1,172 @@
+import os
+import pickle
+import signal
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from deepkd_plugin.errors import UserError
+from deepkd_plugin.run import checkpoint
+
+
+def network(classes=10, width=4):
+    return nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width), nn.Linear(width, classes))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: s,
+        lambda s: {"model": s},
+        lambda s: {"state_dict": s, "epoch": 3},
+        lambda s: {"model": {f"module.{k}": v for k, v in s.items()}, "best_acc": 71.5},
+    ],
+)
+def test_weights_load_from_every_usual_layout(tmp_path, wrap):
+    source, target = network(), network()
+    torch.save(wrap(source.state_dict()), tmp_path / "w.pt")
+    checkpoint.load_weights(target, tmp_path / "w.pt", "KEY", "net")
+    for name, value in source.state_dict().items():
+        assert torch.equal(value, target.state_dict()[name])
+
+
+@pytest.mark.parametrize("place", ["numpy.core.multiarray", "numpy._core.multiarray"])
+def test_numpys_numbers_are_read_under_old_and_new_names(tmp_path, place):
+    """RepDistiller's teacher files hold their accuracy as a numpy scalar, pickled under numpy's old names."""
+    held = {"model": network().state_dict(), "epoch": 240, "best_acc": np.float64(72.5)}
+    path = tmp_path / "w.pth"
+    torch.save(held, path, _use_new_zipfile_serialization=False)
+    other = {"numpy.core.multiarray", "numpy._core.multiarray"} - {place}
+    path.write_bytes(path.read_bytes().replace(f"c{other.pop()}\n".encode(), f"c{place}\n".encode()))
+    before = set(torch.serialization.get_safe_globals())
+    read = checkpoint.load(path, "KEY")
+    assert (read["best_acc"], read["epoch"]) == (72.5, 240)
+    assert set(torch.serialization.get_safe_globals()) == before
+    checkpoint.load_weights(network(), path, "KEY", "net")
+
+
+def test_numpys_arrays_are_not(tmp_path):
+    for held in ({"a": np.zeros(2)}, {"a": np.asarray([{}], dtype=object)}):
+        torch.save(held, tmp_path / "w.pth")
+        with pytest.raises(UserError, match="this file is not one"):
+            checkpoint.load(tmp_path / "w.pth", "KEY")
+
+
+def refused(tmp_path, content, match, raw=None):
+    path = tmp_path / "w.pt"
+    if raw is None:
+        torch.save(content, path)
+    elif raw is not False:
+        path.write_bytes(raw)
+    target = network()
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    with pytest.raises(UserError, match=match) as caught:
+        checkpoint.load_weights(target, path, "DISTILLER.TEACHER_WEIGHTS", "net")
+    assert str(path) in str(caught.value)
+    assert "DISTILLER.TEACHER_WEIGHTS" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
+
+
+def test_files_that_are_something_else(tmp_path):
+    refused(tmp_path, None, "no such file", raw=False)
+    refused(tmp_path, None, "this file is not one", raw=b"not a checkpoint")
+    refused(tmp_path, None, "this file is not one", raw=b"")
+    refused(tmp_path, [1, 2], "must hold a network's state dictionary, holds a list")
+    refused(tmp_path, {"epoch": 3}, "holds a mapping with epoch")
+    refused(tmp_path, {1: torch.zeros(1)}, "holds a mapping with 1")
+    for text in (b".", b"a", b"R", b"b\n", b"]", b"h\x00", b"the quick brown fox"):
+        refused(tmp_path, None, "this file is not one", raw=text)
+    whole = tmp_path / "whole.pt"
+    torch.save(network().state_dict(), whole)
+    refused(tmp_path, None, "this file is not one", raw=whole.read_bytes()[:600])
+
+
+def test_weights_of_another_network_or_class_count(tmp_path):
+    refused(tmp_path, network(classes=7).state_dict(), "holds a net of 7 classes; this run has 10")
+    refused(
+        tmp_path,
+        network(width=5).state_dict(),
+        r"another network than net: 0.weight is \(5, 3\), not \(4, 3\)",
+    )
+    short = dict(list(network().state_dict().items())[2:])
+    refused(tmp_path, short, r"2 of its 9 tensors are missing and 0 are unknown to it \(no 0.weight\)")
+    more = network().state_dict() | {"extra": torch.zeros(1)}
+    refused(tmp_path, more, r"1 are unknown to it \(an unknown extra\)")
+    *_, last = network().state_dict()
+    for value in (torch.tensor(0.0), torch.zeros(1, 1, 1, 1, 1)):
+        held = network().state_dict() | {last: value}
+        refused(tmp_path, held, rf"another network than net: {last} is \(")
+
+
+def test_a_fingerprint_is_of_the_numbers(tmp_path):
+    net = network()
+    before = checkpoint.fingerprint(net)
+    assert checkpoint.fingerprint(net.to(memory_format=torch.channels_last)) == before
+    with torch.no_grad():
+        net[0].weight[0, 0] += 1e-6
+    assert checkpoint.fingerprint(net) != before
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    mark = tmp_path / "ran"
+    refused(tmp_path, {"model": Payload(mark)}, "this file is not one")
+    refused(tmp_path, None, "this file is not one", raw=pickle.dumps(Payload(mark)))
+    assert not mark.exists()
+
+
+def test_writing_leaves_the_old_file_or_the_new_one(tmp_path):
+    path = tmp_path / "latest"
+    checkpoint.save({"epoch": 1}, path)
+
+    def broken(file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.write_whole(path, broken)
+    assert checkpoint.load(path, "KEY") == {"epoch": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["latest"]
+    checkpoint.save({"epoch": 2}, path)
+    assert checkpoint.load(path, "KEY") == {"epoch": 2}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_for_the_end_of_an_uninterrupted_block(number):
+    """The handlers before are the ones that get it, and they are back afterwards."""
+    got, steps = [], []
+    before = signal.signal(number, lambda n, frame: got.append((n, list(steps))))
+    try:
+        with checkpoint.uninterrupted():
+            os.kill(os.getpid(), number)
+            steps.append("first")
+            os.kill(os.getpid(), number)
+            steps.append("second")
+        assert got == [(number, ["first", "second"])]
+        os.kill(os.getpid(), number)
+        assert len(got) == 2
+    finally:
+        signal.signal(number, before)
+
+
+def test_an_interruption_by_keyboard_is_raised_after_the_block():
+    done = []
+
+    def work():
+        with checkpoint.uninterrupted():
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append(1)
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert done == [1]

@@ -1,0 +1,77 @@
+"""What run.json says about the code."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+
+import deepkd_plugin
+from deepkd_plugin import config
+from deepkd_plugin.hosts import builtin
+from deepkd_plugin.run import record
+
+PACKAGE = Path(deepkd_plugin.__file__).parent
+
+
+@pytest.fixture
+def package(tmp_path):
+    for name in ("losses.py", "distillers/kd.py", "reproduce/plan.py", "builtin/defaults.yaml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"content of {name}\n")
+    return tmp_path
+
+
+def test_the_code_s_hash_is_of_names_and_contents(package):
+    first = record.code_hash(package)
+    assert len(first) == 16
+    assert int(first, 16) >= 0
+    (package / "distillers" / "kd.py").write_text("content of distillers/kd.py \n")
+    changed = record.code_hash(package)
+    (package / "distillers" / "kd.py").rename(package / "distillers" / "k.py")
+    renamed = record.code_hash(package)
+    (package / "empty.py").touch()
+    assert len({first, changed, renamed, record.code_hash(package)}) == 4
+
+
+def test_what_computes_nothing_is_not_part_of_it(package):
+    first = record.code_hash(package)
+    (package / "reproduce" / "plan.py").write_text("")
+    (package / "reproduce" / "page.py").write_text("")
+    (package / "builtin" / "defaults.yaml").write_text("")  # it is in the hash of the config
+    (package / "notes.txt").write_text("")
+    assert record.code_hash(package) == first
+
+
+def test_the_package_s_own_hash_is_that_of_what_was_loaded(monkeypatch):
+    """Files that are edited while a run loads its data are not what it computes with."""
+    assert record.code_hash() == record.code_hash(record.Path(record.__file__).parent)
+    monkeypatch.setattr(record.Path, "read_bytes", lambda path: b"edited")
+    assert record.code_hash() != record.code_hash(record.Path(record.__file__).parent)
+
+
+def test_a_run_and_each_of_its_sessions_name_their_code(tmp_path, monkeypatch):
+    def prepare(resume):
+        record.prepare_folder(tmp_path, builtin.CFG, torch.device("cpu"), "command", resume, None, None, {})
+
+    config.add_deepkd_config(builtin.CFG)
+    prepare(resume=False)
+    first = record.code_hash()
+    monkeypatch.setattr(record, "code_hash", lambda: "of later")
+    prepare(resume=True)
+    held = record.read_run(tmp_path)
+    assert [held["code"], held["resumed"][0]["code"]] == [first, "of later"]
+
+
+def test_the_hash_covers_the_whole_package_but_what_computes_nothing():
+    """Counted here by the package's own folder, so that a moved record.py cannot hash less without a word."""
+    apart = [PACKAGE / name for name in record.APART]
+    assert all(path.exists() for path in apart)
+    digest = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*.py"), key=lambda path: path.relative_to(PACKAGE).as_posix()):
+        if not any(path == other or other in path.parents for other in apart):
+            content = path.read_bytes()
+            digest.update(f"{path.relative_to(PACKAGE).as_posix()} {len(content)}\n".encode() + content)
+    assert record.code_hash() == digest.hexdigest()[:16]
+    hashed = {"losses.py", "optim.py", "launch.py"}
+    assert not {PACKAGE / name for name in hashed} & set(apart)

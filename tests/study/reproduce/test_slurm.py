@@ -1,0 +1,184 @@
+"""A table as an array job: on submitit's local executor, and as what Slurm would be given."""
+
+import importlib.util
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+
+from deepkd_plugin.errors import UserError
+from deepkd_plugin.run import record
+from deepkd_plugin.study.reproduce import runs as runs_module
+from deepkd_plugin.study.reproduce.runs import OtherCodeError, execute, locked, state
+from deepkd_plugin.study.reproduce.slurm import Job, submit
+
+needs_submitit = pytest.mark.skipif(
+    importlib.util.find_spec("submitit") is None,
+    reason='submitit is not installed: pip install "deepkd_plugin[slurm]"',
+)
+
+
+def log(run):
+    return (run.folder / "log.txt").read_text()
+
+
+def test_without_submitit(fake_run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(UserError, match=r'needs submitit: pip install "deepkd_plugin\[slurm\]"'):
+        submit([fake_run()], tmp_path, {})
+
+
+@needs_submitit
+def test_runs_on_the_local_executor(fake_run, tmp_path):
+    runs = [fake_run(0), fake_run(1), fake_run(2, FAIL="2:1")]
+    assert execute(runs[:1], 1, worker=fake_run.worker) == []
+    before = (runs[0].folder / "run.json").stat().st_mtime_ns
+    (failure,) = submit(runs, tmp_path, {}, cluster="local", wait=True, worker=fake_run.worker)
+    assert (failure.run, failure.code, failure.attempts) == (runs[2], 2, 1)
+    assert failure.lines == ("from epoch 0", "the reason")
+    assert [state(run) for run in runs] == ["finished", "finished", "resumable"]
+    assert (runs[0].folder / "run.json").stat().st_mtime_ns == before
+    logs = [path.read_text() for path in (tmp_path / "slurm").glob("*.out")]
+    assert len(logs) == 2  # the finished run has no job
+    assert sum("finished  pair kd seed 1: best " in text for text in logs) == 1
+    # the rest is one call more
+    (number,) = submit(runs, tmp_path, {}, cluster="local", worker=fake_run.worker)
+    assert number.isdigit()
+    deadline = time.monotonic() + 60
+    while state(runs[2]) != "finished":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert submit(runs, tmp_path, {}, cluster="local", wait=True, worker=fake_run.worker) == []
+    assert submit(runs, tmp_path, {}, cluster="local", worker=fake_run.worker) == []
+
+
+@needs_submitit
+def test_a_job_that_is_lost_is_a_failure(fake_run, tmp_path):
+    run = fake_run()
+    killer = (sys.executable, "-c", "import os; os.kill(os.getppid(), 9)")
+    (failure,) = submit([run], tmp_path, {}, cluster="local", wait=True, worker=killer)
+    assert (failure.run, failure.code) == (run, 1)
+    assert any("has not produced any output" in line for line in failure.lines), failure.lines
+
+
+@needs_submitit
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds the job's process in /proc")
+def test_a_job_whose_time_is_up_is_queued_again_and_goes_on(fake_run, tmp_path):
+    import submitit
+
+    run = fake_run(SECONDS="0.7")
+    executor = submitit.AutoExecutor(tmp_path / "slurm", "local")
+    (job,) = executor.map_array(Job(record.code_hash(), False, fake_run.worker), [run])
+    deadline = time.monotonic() + 60
+    while state(run) != "resumable":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process = (run.folder / "lock").read_text().split()[1]
+    with open(f"/proc/{process}/stat") as file:
+        parent = int(file.read().rpartition(")")[2].split()[1])
+    os.kill(parent, signal.SIGUSR2)  # Slurm's, 90 seconds before the end
+    assert job.result() is None
+    assert state(run) == "finished"
+    starts = [line for line in log(run).splitlines() if line.startswith("from epoch")]
+    assert len(starts) == 2
+    assert starts[0] == "from epoch 0" < starts[1]
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    """A machine with Slurm's commands, which keep what they were given: the folder of that."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in (
+        ("srun", ""),
+        ("sbatch", f'grep -q partition=none "$1" && {{ echo "invalid partition" >&2; exit 1; }}\n'
+                   f'cat "$1" >> {folder}/submitted; echo Submitted batch job 123'),
+    ):  # fmt: skip
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder
+
+
+@needs_submitit
+def test_what_slurm_is_given(fake_run, tmp_path, cluster):
+    runs = [fake_run(seed) for seed in range(3)]
+    parameters = {"gpus_per_node": 1, "slurm_partition": "gpu", "slurm_array_parallelism": 2}
+    assert submit(runs, tmp_path, parameters) == ["123_0", "123_1", "123_2"]
+    given = (cluster / "submitted").read_text().splitlines()
+    for line in ("array=0-2%2", "job-name=deepkd", "gpus-per-node=1", "partition=gpu", "time=1440"):
+        assert given.count(f"#SBATCH --{line}") == 1
+    assert any(line.startswith(f"#SBATCH --output={tmp_path}/slurm/") for line in given)
+    submit(runs, tmp_path, {"timeout_min": 60, "name": "table"})
+    given = (cluster / "submitted").read_text()
+    assert "#SBATCH --time=60\n" in given
+    assert "#SBATCH --job-name=table\n" in given
+
+
+@needs_submitit
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        ({"gpu": 1}, "Parameter 'gpu' need to be prefixed"),
+        ({"slurm_gpu": 1}, "Unknown argument 'gpu' for executor 'slurm'"),
+        ({"timeout_min": "long"}, 'Parameter "timeout_min" expected type'),
+        ({"slurm_partition": "none"}, "invalid partition"),
+    ],
+)
+def test_parameters_that_are_refused(fake_run, tmp_path, cluster, parameters, expected):
+    with pytest.raises(UserError) as error:
+        submit([fake_run(0), fake_run(1)], tmp_path, parameters)
+    message = str(error.value)
+    assert message.startswith(f"--launcher slurm: submitit refuses: {expected}")
+    assert "\n" not in message
+
+
+@needs_submitit
+def test_a_machine_without_slurm(fake_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match='submitit refuses: Could not detect "srun"'):
+        submit([fake_run()], tmp_path, {})
+
+
+def test_jobs_do_not_mix_code(fake_run, tmp_path):
+    run = fake_run()
+    failure = Job("before", False, fake_run.worker)(run)
+    assert (failure.run, failure.code) == (run, 2)
+    assert failure.lines == ("the package's code was changed since the job was submitted",)
+    assert not run.folder.exists()
+
+
+@needs_submitit
+def test_a_run_of_other_code_is_refused_or_made_anew(fake_run, tmp_path):
+    run = fake_run()
+    execute([run], 1, worker=fake_run.worker)
+    held = json.loads((run.folder / "run.json").read_text())
+    (run.folder / "run.json").write_text(json.dumps(held | {"code": "before"}))
+    with pytest.raises(OtherCodeError, match="was made by other code"):
+        submit([run], tmp_path, {}, cluster="local", worker=fake_run.worker)
+    failure = Job(record.code_hash(), False, fake_run.worker)(run)
+    assert failure.code == 2
+    assert "was made by other code" in failure.lines[0]
+    assert (
+        submit([run], tmp_path, {}, cluster="local", wait=True, overwrite=True, worker=fake_run.worker) == []
+    )
+    assert state(run) == "finished"
+
+
+def test_a_job_leaves_a_run_alone_that_another_trains_or_has_finished(fake_run, capsys, monkeypatch):
+    monkeypatch.setattr(runs_module, "PATIENCE", 0.1)
+    run = fake_run()
+    job = Job(record.code_hash(), False, fake_run.worker)
+    with locked(run.folder):
+        assert job(run) is None
+    assert f"process {os.getpid()} on " in capsys.readouterr().out
+    assert not (run.folder / "log.txt").exists()
+    assert job(run) is None
+    assert log(run).count("from epoch") == 1
+    assert job(run) is None
+    assert job(replace(run, hash="89ab")).code == 2  # planned anew, under another config
+    assert log(run).count("from epoch") == 1

@@ -1,0 +1,213 @@
+"""The tables and ablations: which pairs and rows they have, and what each row computes."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from deepkd_plugin import config
+from deepkd_plugin.data.sizes import steps
+from deepkd_plugin.errors import UserError
+from deepkd_plugin.study import kinds
+from deepkd_plugin.study.reproduce import tables
+from deepkd_plugin.study.reproduce.plan import make_plan
+from deepkd_plugin.topk import mask_size
+
+EIGHT = ["kd", "dkd", "mlkd", "crld", "deepkd", "deepkd_dkd", "deepkd_mlkd", "deepkd_crld"]
+DATASETS = ["cifar100", "cifar100_cpu", "glyphs100", "imagenet", "tiny_imagenet"]
+DETECTION = ["coco_torchvision", "glyph_canvas"]
+
+
+def names(table):
+    return [method.name for method in table.methods]
+
+
+def configs(table, options=(), pairs=None):
+    """Row -> its resolved config, of the table's first pair or of those given."""
+    plan = make_plan(table, pairs or table.pairs[:1], names(table), 1, options, Path("nowhere"))
+    assert len({run.hash for run in plan.runs}) == len(plan.runs)  # no row is another's
+    return {method: cfg for (_, method), cfg in plan.cfgs.items()}
+
+
+def complaint(call, *arguments):
+    with pytest.raises(UserError) as error:
+        call(*arguments)
+    return str(error.value)
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """Two pairs of a data set of our own, of which the second has one method less."""
+    source = kinds.shipped("configs") / "glyphs100" / "res20_res8"
+    for pair, methods in {"a_b": "kd deepkd vanilla teacher mine", "c_d": "kd vanilla"}.items():
+        (tmp_path / "ours" / pair).mkdir(parents=True)
+        for method in methods.split():
+            file = source / f"{'kd' if method == 'mine' else method}.yaml"
+            shutil.copy(file, tmp_path / "ours" / pair / f"{method}.yaml")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "ours" / "notes").mkdir()
+    monkeypatch.setattr(kinds, "shipped", lambda name: tmp_path)
+
+
+def test_the_tables_are_the_folders_of_configs_and_the_ablations():
+    ablations = ["ablation-momentum", "ablation-mask", "ablation-delta", "ablation-phases"]
+    assert tables.names() == [*DATASETS, *DETECTION, "coco", *ablations]
+
+
+@pytest.mark.parametrize(
+    ("name", "pairs", "methods"),
+    [
+        ("cifar100", 17, EIGHT),
+        ("imagenet", 3, EIGHT),
+        ("tiny_imagenet", 2, EIGHT),
+        ("glyphs100", 1, ["vanilla", *EIGHT]),
+        ("cifar100_cpu", 1, ["vanilla", "kd", "dkd", "deepkd", "deepkd_dkd", "deepkd_release"]),
+    ],
+)
+def test_a_table_has_every_pair_and_method_of_its_folder(name, pairs, methods):
+    table = tables.find(name)
+    assert (table.dataset, len(table.pairs), names(table)) == (name, pairs, methods)
+    assert all(table.file(pair, method) for pair in table.pairs for method in table.methods)
+    assert table.title == name
+
+
+def test_rows_and_pairs_are_read_from_the_folder(folders):
+    assert tables.names()[0] == "ours"
+    table = tables.find("ours")
+    assert table.pairs == ("a_b", "c_d")
+    # ours in order, then others; teachers are no row
+    assert names(table) == ["vanilla", "kd", "deepkd", "mine"]
+    there = {pair: [m.name for m in table.methods if table.file(pair, m)] for pair in table.pairs}
+    assert there == {"a_b": names(table), "c_d": ["vanilla", "kd"]}
+
+
+def test_a_gain_is_over_the_method_that_deepkd_takes_apart():
+    bases = {method.name: method.base for method in tables.find("glyphs100").methods}
+    over = {"deepkd": "kd", "deepkd_dkd": "dkd", "deepkd_mlkd": "mlkd", "deepkd_crld": "crld"}
+    assert bases == dict.fromkeys(["vanilla", "kd", "dkd", "mlkd", "crld"]) | over
+    assert tables.find("cifar100_cpu").methods[-1].base == "kd"
+
+
+def test_labels_say_what_the_configs_are():
+    def labels(name, *options):
+        table = tables.find(name)
+        held = configs(table, options)
+        return {method.name: tables.label(method, held[method.name]) for method in table.methods}
+
+    plain = {name: name.upper() for name in ("kd", "dkd", "mlkd", "crld")}
+    deep = {"deepkd": "KD + DeepKD"} | {f"deepkd_{b}": f"{b.upper()} + DeepKD" for b in tables.BASES[1:]}
+    masked = {name: f"{text} + DTM" for name, text in deep.items()}
+    assert labels("glyphs100") == {"vanilla": "student alone"} | plain | masked
+    assert labels("glyphs100", "DeepKD.MASK.TYPE", "none") == {"vanilla": "student alone"} | plain | deep
+    assert labels("glyphs100", "DeepKD.MASK.TYPE", "static")["deepkd"] == "KD + DeepKD + static mask"
+    assert labels("cifar100_cpu")["deepkd_release"] == "KD + DeepKD + DTM, release's momenta"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("cifar10",), "TABLE is 'cifar10'; it must be one of cifar100, cifar100_cpu, glyphs100, "),
+        (("cifar100", "dkd"), "--base is of the ablations (ablation-momentum, "),
+        (("glyphs100", None, "cifar100"), "--dataset is of the ablations (ablation-momentum, "),
+        (("ablation-mask", "fitnet"), "--base is 'fitnet'; it must be one of kd, dkd, mlkd, crld"),
+        (("ablation-mask", None, "x"), f"--dataset is 'x'; it must be one of {', '.join(DATASETS)}"),
+        (
+            ("ablation-mask", "crld", "cifar100_cpu"),
+            "--base is 'crld'; configs/cifar100_cpu must have a deepkd_crld.yaml for it, and has none",
+        ),
+    ],
+)
+def test_an_unknown_table_is_told_what_there_is(arguments, line):
+    assert complaint(tables.find, *arguments).startswith(f"command line: {line}")
+
+
+def test_a_choice_keeps_the_table_s_order_and_names_what_there_is():
+    there = ("a", "b", "c")
+    assert tables.choose(None, there, "--pairs") == there
+    assert tables.choose(["c", "a", "c"], there, "--pairs") == ("a", "c")
+    line = "command line: --pairs is 'd'; it must be one of a, b, c"
+    assert complaint(tables.choose, ["a", "d"], there, "--pairs") == line
+
+
+@pytest.mark.parametrize("base", tables.BASES)
+@pytest.mark.parametrize("name", tables.ABLATIONS)
+def test_every_row_of_an_ablation_passes_the_config_check(name, base):
+    for dataset in ("glyphs100", "cifar100"):
+        table = tables.find(name, base, dataset)
+        held = configs(table, pairs=["res110_res20"] if dataset == "cifar100" else None)
+        assert {cfg.DeepKD.BASE for cfg in held.values()} == {base.upper()}
+        assert table.methods[0].base is None
+        assert {method.base for method in table.methods[1:]} == {table.methods[0].name}
+        assert table.title == f"{name} over {base} on {dataset}"
+
+
+def test_momentum_none_fixed_and_measured():
+    held = configs(tables.find("ablation-momentum"))
+    momenta = {row: config.momenta(cfg) for row, cfg in held.items()}
+    high, low = pytest.approx(0.975), pytest.approx(0.825)
+    assert momenta["none"] == ({"tog": 0.9, "tcg": 0.9, "ncg": 0.9}, "tcg")
+    assert momenta["paper"] == ({"tog": high, "tcg": low, "ncg": high}, "tcg")
+    assert momenta["release"] == ({"tog": low, "tcg": low, "ncg": high}, "tcg")
+    assert momenta["gsnr"] == momenta["none"]  # until the first window
+    allocation = {row: cfg.SOLVER.DECOUPLED.ALLOCATION for row, cfg in held.items()}
+    assert allocation == {"none": "fixed", "paper": "fixed", "release": "fixed", "gsnr": "gsnr"}
+    assert {(cfg.DeepKD.MASK.TYPE, cfg.SOLVER.LR) for cfg in held.values()} == {("dynamic", 0.1)}
+
+
+def test_a_measured_allocation_takes_bounds_that_are_momenta_both_ways():
+    table = tables.find("ablation-momentum", "kd", "cifar100")
+    held = configs(table, pairs=["res110_res20"])
+    assert held["paper"].SOLVER.DECOUPLED.DELTA.TCG == -0.1
+    delta = held["gsnr"].SOLVER.DECOUPLED.DELTA
+    assert (delta.TOG, delta.TCG) == (held["paper"].SOLVER.DECOUPLED.DELTA.TOG, -0.099)
+
+
+@pytest.mark.parametrize(("epochs", "per_class"), [(12, 0), (2, 0), (2, 2), (10, 2), (3, 10)])
+def test_a_run_has_ten_windows_where_it_has_the_steps(epochs, per_class):
+    options = ["SOLVER.EPOCHS", str(epochs), "DATASET.TRAIN_PER_CLASS", str(per_class)]
+    cfg = configs(tables.find("ablation-momentum"), options)["gsnr"]
+    iterations = steps(cfg) * epochs
+    windows = iterations // (cfg.GSNR.EVERY * cfg.GSNR.WINDOW)
+    assert windows >= min(10, iterations // 2)
+    assert cfg.GSNR.WINDOW == 10 or iterations < 100
+
+
+def test_windows_are_the_usual_ones_in_a_long_run_and_the_user_s_where_given():
+    table = tables.find("ablation-momentum", "kd", "cifar100")
+    cfg = configs(table)["gsnr"]
+    assert (cfg.GSNR.EVERY, cfg.GSNR.WINDOW) == (200, 10)
+    cfg = configs(tables.find("ablation-momentum"), ["GSNR.EVERY", "50"])["gsnr"]
+    assert cfg.GSNR.EVERY == 50
+
+
+def test_mask_none_a_sweep_and_dynamic_in_both_readings():
+    held = configs(tables.find("ablation-mask"))
+    none = held.pop("none")
+    assert none.DeepKD.MASK.TYPE == "none"
+    found = {}
+    for row, cfg in held.items():
+        name, _, reading = row.partition("-")
+        assert reading == cfg.DeepKD.MASK.READING
+        sizes = [mask_size(cfg.DeepKD.MASK, 100, progress) for progress in (0.0, 0.25, 1.0)]
+        found.setdefault(name, []).append(sizes)
+    static = {f"static{k}": [[k] * 3] * 2 for k in (5, 10, 25, 50, 75)}
+    assert found == static | {"dynamic": [[50, 50, 99]] * 2}
+
+
+def test_delta_keeps_the_signs():
+    held = configs(tables.find("ablation-delta"))
+    sizes = [float(row.removeprefix("delta")) for row in held]
+    assert sizes == list(tables.SWEEP)
+    assert sizes[0] == 0
+    for size, cfg in zip(sizes, held.values()):
+        assert dict(cfg.SOLVER.DECOUPLED.DELTA) == {"TOG": size, "TCG": -size, "NCG": size, "FEAT": 0.0}
+
+
+def test_phases_are_of_the_dynamic_mask():
+    held = configs(tables.find("ablation-phases"), ["DeepKD.MASK.OPTIMAL", "0.25"])
+    assert {cfg.DeepKD.MASK.TYPE for cfg in held.values()} == {"dynamic"}
+    assert {cfg.DeepKD.MASK.OPTIMAL for cfg in held.values()} == {0.25}
+    ends = {row: cfg.DeepKD.MASK.PHASES for row, cfg in held.items()}
+    assert ends == {row: phases for row, (_, phases) in tables.PHASES.items()}
+    assert next(iter(ends.items())) == ("thirds", (1 / 3, 2 / 3))
+    assert ends["no-easy"] == (0.0, 0.5)
