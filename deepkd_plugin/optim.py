@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .streams import Sets, _add, _total, average, backward_by_set, merge_streams
+from .streams import Ledger, Sets, backward_by_set, merge_streams
 
 
 class Coefficients(NamedTuple):
@@ -88,7 +88,7 @@ class DecoupledMomentumSGD(Optimizer):
         }
         self.batched = batched
         self.capturable = capturable
-        self._forget_gradients()
+        self._pending = Ledger()
         super().__init__(params, defaults)
 
     @property
@@ -119,102 +119,71 @@ class DecoupledMomentumSGD(Optimizer):
         One backward pass is made for each set of streams with equal coefficients. A stream may be left
         out; its gradient then counts as zero.
         """
-        params = [p for p in self._params() if p.requires_grad]
-        sets = self._merged(self.param_groups)
-        self._drop_stale_gradients()
-        if self._sets is None:
-            self._sets = sets
-            self._gradients = [{} for _ in sets]
-        elif self._sets != sets:
-            raise RuntimeError("coefficients changed between two backward calls of one step")
-        found = backward_by_set(losses, sets, params, retain_graph, self.batched)
-        new = [{p: g for p, g in zip(params, gradients) if g is not None} for gradients in found]
-        # with several sets p.grad is a sum beside them and must not share their memory
-        total = _total(new) if len(sets) > 1 else new[0]
-        if len(sets) > 1:
-            for mine, gradients in zip(self._gradients, new):
-                _add(mine, gradients)
-        grads = {p: p.grad for p in total if p.grad is not None}
-        _add(grads, total)
-        for p in total:
-            p.grad = grads[p]
+        params, sets = self._trained(), self._sets()
+        self._pending.forget_stale()
+        self._pending.expect(sets)  # before the work of a pass
+        gradients = backward_by_set(losses, sets, params, retain_graph, self.batched)
+        self._pending.add(sets, params, gradients)
 
     @torch.no_grad()
     def clip(self, clipper: Callable[[list[Tensor]], Any]) -> None:
         """Let `clipper` clip p.grad of the parameters that it is given, in place; the streams follow it.
 
         Each coordinate of each stream is scaled as that of their sum was, so a clipped sum stays the streams'
-        sum. Where streams cancel exactly there is nothing to follow, and they stay as they are::
+        sum. If streams cancel exactly there is nothing to follow, and they stay as they are::
 
             opt.clip(lambda params: torch.nn.utils.clip_grad_norm_(params, 10.0))
         """
-        params = [p for p in self._params() if p.grad is not None]
-        apart = [mine for mine in self._gradients if mine]
-        before = [p.grad.clone() for p in params] if apart else []
-        clipper(params)
-        for p, was in zip(params, before):
-            factor = torch.where(was != 0, p.grad / was, 1.0)
-            for mine in apart:
-                if p in mine:
-                    mine[p].mul_(factor)
+        self._pending.clip(self._params(), clipper)
 
     @torch.no_grad()
     def scale_gradients(self, factor: float | Tensor) -> None:
         """Multiply p.grad and every stream's gradient, say by the inverse of a GradScaler's scale."""
-        held = [p.grad for p in self._params() if p.grad is not None]
-        held += [g for mine in self._gradients for g in mine.values()]
-        if held:
-            torch._foreach_mul_(held, factor)
+        self._pending.scale(self._params(), factor)
 
     @torch.no_grad()
     def average_gradients(self, group: Any = None) -> None:
         """Average every stream's gradient, and p.grad with them, over the processes of torch.distributed.
 
-        All processes of `group` (default: all) must call it between backward and step. A parameter without a gradient
-        here, but with one elsewhere, counts as 0; one without any stays without.
+        All processes of `group` (default: all) must call it between backward and step. A parameter without a
+        gradient here, but with one elsewhere, counts as 0; one without any stays without.
         """
-        params = [p for p in self._params() if p.requires_grad]
-        apart = len(self._sets or ()) > 1
-        held = self._gradients if apart else [{p: p.grad for p in params if p.grad is not None}]
-        averaged = average(held, params, group)
-        if apart:
-            self._gradients = averaged
-        for p, gradient in (_total(averaged) if apart else averaged[0]).items():
-            p.grad = gradient
+        self._pending.average(self._trained(), group)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters. `closure`, if given, must call `backward` and return the loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._drop_stale_gradients()
+        self._pending.forget_stale()
         # everything that can be refused is refused before the first weight moves
-        plans = [self._plan(group) for group in self.param_groups]
-        for group, (sets, gradients) in zip(self.param_groups, plans):
+        for group in self.param_groups:
+            _check_group(group)
+        sets = self._sets()
+        gradients = self._pending.merged(sets, self._params())
+        if any(g.is_sparse for by_parameter in gradients for g in by_parameter.values()):
+            raise RuntimeError("DecoupledMomentumSGD does not take sparse gradients")
+        for group in self.param_groups:
             self._step_group(group, sets, gradients)
-        self._forget_gradients()
+        self._pending.clear()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
-        self._forget_gradients()
-
-    def state_dict(self) -> dict[str, Any]:
-        """As any optimizer's; pending gradients are not part of it.
-
-        Each parameter's state holds one buffer for each entry of its group's "buffers", which names the
-        streams that the buffer belongs to.
-        """
-        return super().state_dict()
+        self._pending.clear()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what state_dict gave; buffers take the device and dtype of the parameters here."""
+        """Load what state_dict gave; buffers take the device and dtype of the parameters here.
+
+        A state holds, for each parameter, one buffer for each entry of its group's "buffers", which names the
+        streams that the buffer belongs to. Pending gradients are no part of it.
+        """
         for group in state_dict["param_groups"]:
-            held = group.get("momentum")
-            if not isinstance(held, Mapping) or tuple(held) != self.streams:
-                names = tuple(held) if isinstance(held, Mapping) else None
+            momentum = group.get("momentum")
+            if not isinstance(momentum, Mapping) or tuple(momentum) != self.streams:
+                names = tuple(momentum) if isinstance(momentum, Mapping) else None
                 raise ValueError(f"the state has the streams {names}, this optimizer {self.streams}")
         super().load_state_dict(state_dict)
 
@@ -223,42 +192,28 @@ class DecoupledMomentumSGD(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._forget_gradients()
-
-    def _forget_gradients(self) -> None:
-        self._sets: Sets | None = None
-        self._gradients: list[dict[Tensor, Tensor]] = []
+        self._pending = Ledger()
 
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _merged(self, groups: Sequence[dict[str, Any]]) -> Sets:
-        if not all(group["merge"] for group in groups):
+    def _trained(self) -> list[Tensor]:
+        return [p for p in self._params() if p.requires_grad]
+
+    def _sets(self) -> Sets:
+        """Partition the streams, for all parameter groups alike."""
+        if not all(group["merge"] for group in self.param_groups):
             return tuple((name,) for name in self.streams)
-        return merge_streams([_coefficients(group) for group in groups])
-
-    def _drop_stale_gradients(self) -> None:
-        """Forget the streams' gradients where somebody else, say the module's zero_grad, removed p.grad."""
-        if any(p.grad is None for mine in self._gradients for p in mine):
-            self._forget_gradients()
-
-    def _plan(self, group: dict[str, Any]) -> tuple[Sets, list[dict[Tensor, Tensor]]]:
-        """What a group's step needs: its sets and their gradients, checked; nothing is changed."""
-        _check_group(group)
-        sets = self._merged([group])
-        gradients = self._gradients_of(group, sets)
-        if any(g.is_sparse for mine in gradients for g in mine.values()):
-            raise RuntimeError("DecoupledMomentumSGD does not take sparse gradients")
-        return sets, gradients
+        return merge_streams([_coefficients(group) for group in self.param_groups])
 
     def _step_group(self, group: dict[str, Any], sets: Sets, gradients: list[dict[Tensor, Tensor]]) -> None:
         self._regroup(group, sets)
-        params = [p for p in group["params"] if any(p in mine for mine in gradients)]
+        params = [p for p in group["params"] if any(p in by_parameter for by_parameter in gradients)]
         coefficients = _coefficients(group)
         update = _update_foreach if group["foreach"] else _update_single
         new = update(
             params,
-            [[mine.get(p) for p in params] for mine in gradients],
+            [[by_parameter.get(p) for p in params] for by_parameter in gradients],
             [self.state[p].get("buffers") for p in params],
             [coefficients[names[0]] for names in sets],
             group["lr"],
@@ -268,44 +223,18 @@ class DecoupledMomentumSGD(Optimizer):
         for p, buffers in zip(params, new):
             self.state[p]["buffers"] = buffers
 
-    def _gradients_of(self, group: dict[str, Any], sets: Sets) -> list[dict[Tensor, Tensor]]:
-        """For each of a group's sets its parameters' gradients, added up from the finer sets of backward."""
-        total = {p: p.grad for p in group["params"] if p.grad is not None}
-        if self._sets is None and total and len(sets) > 1:
-            raise RuntimeError(
-                f"p.grad is set but the gradients by stream are not: call the optimizer's backward() with "
-                f"one loss for each of {self.streams}"
-            )
-        for names in self._sets or ():
-            if not any(set(names) <= set(members) for members in sets):
-                raise RuntimeError(
-                    f"the coefficients of {names} came to differ after backward had merged their gradients: "
-                    f"change them after step() and before backward()"
-                )
-        if len(sets) == 1:
-            return [total]
-        merged: list[dict[Tensor, Tensor]] = [{} for _ in sets]
-        for names, gradients in zip(self._sets or (), self._gradients):
-            home = next(s for s, members in enumerate(sets) if set(names) <= set(members))
-            mine = {p: gradients[p] for p in group["params"] if p in gradients}
-            # a sum of several sets must leave each of them as it is
-            merged[home] = {p: merged[home][p] + g if p in merged[home] else g for p, g in mine.items()} | {
-                p: g for p, g in merged[home].items() if p not in mine
-            }
-        return merged
-
     def _regroup(self, group: dict[str, Any], sets: Sets) -> None:
         """Bring the buffers of a group into the partition `sets`; what they add up to stays the same."""
-        held = tuple(tuple(names) for names in group.get("buffers", ()))
+        before = tuple(tuple(names) for names in group.get("buffers", ()))
         group["buffers"] = [list(names) for names in sets]
-        if not held or held == sets:
+        if not before or before == sets:
             return
         for p in group["params"]:
             old = self.state[p].get("buffers") if p in self.state else None
             if old is None:
                 continue
             new: list[Tensor | None] = [None] * len(sets)
-            for names, buffer in zip(held, old):
+            for names, buffer in zip(before, old):
                 for name in names:
                     s = next(s for s, members in enumerate(sets) if name in members)
                     share = buffer / len(names)

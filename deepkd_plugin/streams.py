@@ -7,12 +7,18 @@ may share one backward pass and one buffer without changing the result.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+STREAMS = ("tog", "tcg", "ncg")
+"""DeepKD's streams: task, target class, non-target class."""
+
+EXTRA_STREAMS = ("feat",)
+"""Streams that exist if SOLVER.DECOUPLED.LOSS_STREAMS gives them a loss."""
 
 Sets = tuple[tuple[str, ...], ...]
 """A partition of the stream names, in their order: each inner tuple is handled as one."""
@@ -88,6 +94,113 @@ def backward_by_set(
     else:
         columns = _in_turn(present, params, retain_graph)
     return [[None] * len(params) if total is None else next(columns) for total in totals]
+
+
+class Ledger:
+    """The gradients that wait for an optimizer's step: p.grad and, of several sets of streams, each set's own.
+
+    With one set p.grad is all there is. With several p.grad is their sum, in memory of its own. The object is changed
+    in place and never replaced, so whoever holds it sees what waits.
+    """
+
+    def __init__(self) -> None:
+        self.sets: Sets = ()
+        """The partition that the gradients were made under; () if none wait."""
+        self.by_set: list[dict[Tensor, Tensor]] = []
+        """Each set's gradients by parameter; empty dictionaries if there is one set."""
+
+    @property
+    def apart(self) -> bool:
+        """Whether sets have gradients of their own beside p.grad."""
+        return len(self.sets) > 1
+
+    def clear(self) -> None:
+        """Forget the sets' gradients; p.grad is the parameters' own."""
+        self.sets = ()
+        self.by_set.clear()
+
+    def forget_stale(self) -> None:
+        """Forget the sets' gradients if somebody else, say the module's zero_grad, removed p.grad."""
+        if any(p.grad is None for gradients in self.by_set for p in gradients):
+            self.clear()
+
+    def expect(self, sets: Sets) -> None:
+        """Raise RuntimeError if gradients of another partition wait."""
+        if self.sets and self.sets != sets:
+            raise RuntimeError("coefficients changed between two backward calls of one step")
+
+    def add(self, sets: Sets, params: Sequence[Tensor], columns: Sequence[Sequence[Tensor | None]]) -> None:
+        """Add the gradients of one backward call, [set][parameter], and their sum to p.grad."""
+        self.expect(sets)
+        if not self.sets:
+            self.sets = sets
+            self.by_set[:] = [{} for _ in sets]
+        new = [{p: g for p, g in zip(params, column) if g is not None} for column in columns]
+        if self.apart:
+            for mine, gradients in zip(self.by_set, new):
+                _add(mine, gradients)
+        sums = _total(new) if self.apart else new[0]
+        grads = {p: p.grad for p in sums if p.grad is not None}
+        _add(grads, sums)
+        for p in sums:
+            p.grad = grads[p]
+
+    def merged(self, sets: Sets, params: Sequence[Tensor]) -> list[dict[Tensor, Tensor]]:
+        """Return the gradients of a step's sets by parameter, added up from the finer sets of `add`.
+
+        Raises RuntimeError if p.grad is set without gradients by stream, or if a set has come apart since.
+        """
+        sums = {p: p.grad for p in params if p.grad is not None}
+        if not self.sets and sums and len(sets) > 1:
+            streams = tuple(name for names in sets for name in names)
+            raise RuntimeError(
+                f"p.grad is set but the gradients by stream are not: call the optimizer's backward() with "
+                f"one loss for each of {streams}"
+            )
+        for names in self.sets:
+            if not any(set(names) <= set(members) for members in sets):
+                raise RuntimeError(
+                    f"the coefficients of {names} came to differ after backward had merged their gradients: "
+                    f"change them after step() and before backward()"
+                )
+        if len(sets) == 1:
+            return [sums]
+        merged: list[dict[Tensor, Tensor]] = [{} for _ in sets]
+        for names, gradients in zip(self.sets, self.by_set):
+            home = merged[next(s for s, members in enumerate(sets) if set(names) <= set(members))]
+            for p, g in gradients.items():
+                # a sum of several sets must leave each of them as it is
+                home[p] = home[p] + g if p in home else g
+        return merged
+
+    def clip(self, params: Sequence[Tensor], clipper: Callable[[list[Tensor]], Any]) -> None:
+        """Let `clipper` clip p.grad in place, and scale each coordinate of each set as that of p.grad was."""
+        present = [p for p in params if p.grad is not None]
+        before = [p.grad.clone() if p.grad is not None else None for p in present] if self.apart else []
+        clipper(present)
+        for p, was in zip(present, before):
+            if p.grad is None or was is None:
+                continue
+            factor = torch.where(was != 0, p.grad / was, 1.0)
+            for gradients in self.by_set:
+                if p in gradients:
+                    gradients[p].mul_(factor)
+
+    def scale(self, params: Sequence[Tensor], factor: float | Tensor) -> None:
+        """Multiply p.grad and every set's gradients."""
+        scaled = [p.grad for p in params if p.grad is not None]
+        scaled += [g for gradients in self.by_set for g in gradients.values()]
+        if scaled:
+            torch._foreach_mul_(scaled, factor)
+
+    def average(self, params: Sequence[Tensor], group: Any = None) -> None:
+        """Average p.grad and every set's gradients over the processes of torch.distributed's `group`."""
+        sums = {p: p.grad for p in params if p.grad is not None}
+        averaged = average(self.by_set if self.apart else [sums], params, group)
+        if self.apart:
+            self.by_set[:] = averaged
+        for p, gradient in (_total(averaged) if self.apart else averaged[0]).items():
+            p.grad = gradient
 
 
 def average(
@@ -170,13 +283,6 @@ def _own(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
             seen.add(storage.data_ptr())
         own.append(g)
     return own
-
-
-STREAMS = ("tog", "tcg", "ncg")
-"""DeepKD's streams: task, target class, non-target class."""
-
-EXTRA_STREAMS = ("feat",)
-"""Streams that exist where SOLVER.DECOUPLED.LOSS_STREAMS gives them a loss."""
 
 
 def _add(total: dict[Tensor, Tensor], new: Mapping[Tensor, Tensor]) -> None:

@@ -316,7 +316,7 @@ class Trainer:
             raise UserError(f"{path}: --resume needs a checkpoint that this trainer wrote")
         ours = config.flatten(self.cfg)
         # of keys that are newer than the checkpoint
-        defaults = {key.path: key.default for key in config.KEYS}
+        defaults = {key.path: key.default for key in config.all_keys()}
         for key in sorted(ours.keys() | state["config"].keys()):
             held, given = state["config"].get(key, defaults.get(key)), ours.get(key)
             if config.computes(key) and held != given:

@@ -13,7 +13,7 @@ import deepkd_plugin
 PACKAGE = Path(deepkd_plugin.__file__).parent
 
 ROOMS = (
-    *("errors", "device", "terminal"),
+    *("errors", "device", "terminal", "rules", "extensions"),
     *("topk", "losses", "streams", "optim", "gsnr"),
     *("distillers", "config", "run", "data"),
     *("step", "speed", "accuracy", "trainer"),

@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..hosts import mdistiller
 from ..hosts.host import Host
 from ..hosts.networks import weights_file
-from ..hosts.registry import DISTILLERS, TRAINERS, find_host, register
+from ..hosts.registry import TRAINERS, added_distillers, find_host, register
 from ..run.record import commit
 
 VERSIONS = ("deepkd_plugin", "torch", "torchvision", "numpy", "yacs", "tensorboardX")
@@ -47,7 +47,7 @@ def doctor(root: Path | None = None) -> int:
         print(f"deepkd: error: {error}", file=sys.stderr)
         return 2
     _line("host", _describe(host))
-    _line("distillers", _registry(host.distillers, DISTILLERS))
+    _line("distillers", _registry(host.distillers, added_distillers()))
     _line("trainers", _registry(host.trainers, TRAINERS))
     _line(
         "config", f"{sum(1 for name in added if '.' in name)} keys added" if added else "all keys were there"

@@ -1,23 +1,23 @@
 """Configs: which keys there are, how a file is read into the tree, what its values mean, and what is refused.
 
-keys.py has every key the plugin adds, rules.py the rules that keys share, tree.py reads a file and KEY VALUE pairs into
+keys.py has every key the plugin adds, tree.py reads a file and KEY VALUE pairs into
 the host's tree, checks.py refuses values that cannot be meant, meaning.py says what a checked config asks for.
 """
 
+from ..rules import Key
 from .checks import check, check_keys, check_mask, check_momenta, check_pipeline
-from .keys import HOST_KEYS, KEYS, TRAINER
-from .meaning import HOW, computes, momenta, views
-from .rules import Key
+from .keys import HOST_KEYS, TRAINER, all_keys, known_streams
+from .meaning import HOW, computes, momenta, streams, views
 from .tree import add_deepkd_config, add_keys, check_tree, flatten, get, load, set_default, wrong
 
 __all__ = [
     "HOST_KEYS",
     "HOW",
-    "KEYS",
     "TRAINER",
     "Key",
     "add_deepkd_config",
     "add_keys",
+    "all_keys",
     "check",
     "check_keys",
     "check_mask",
@@ -27,9 +27,11 @@ __all__ = [
     "computes",
     "flatten",
     "get",
+    "known_streams",
     "load",
     "momenta",
     "set_default",
+    "streams",
     "views",
     "wrong",
 ]

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 
 from yacs.config import CfgNode
 
-from ..distillers.deepkd import BASES
+from ..distillers import DISTILLERS
 from ..errors import UserError
-from ..streams import EXTRA_STREAMS, STREAMS
+from ..rules import Key
 from ..topk import classes, count_classes
-from .keys import HOST_KEYS, KEYS, TRAINER
-from .meaning import momenta, views
-from .rules import Key
+from .keys import HOST_KEYS, TRAINER, all_keys, known_streams
+from .meaning import momenta, streams, views
 from .tree import flatten, get, wrong
 
 
@@ -23,7 +22,8 @@ def check(cfg: CfgNode, origin: dict[str, str]) -> None:
     for path, value in flatten(cfg).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise wrong(origin, path, value, "a finite number")
-    check_keys(cfg, origin, KEYS + HOST_KEYS)
+    ours = all_keys()
+    check_keys(cfg, origin, ours + HOST_KEYS)
     stages = list(cfg.SOLVER.LR_DECAY_STAGES)
     if any(not isinstance(stage, int) for stage in stages) or stages != sorted(set(stages)):
         raise wrong(origin, "SOLVER.LR_DECAY_STAGES", stages, "epochs in ascending order")
@@ -35,13 +35,13 @@ def check(cfg: CfgNode, origin: dict[str, str]) -> None:
     if cfg.LOG.WANDB and importlib.util.find_spec("wandb") is None:
         raise wrong(origin, "LOG.WANDB", True, "False, for wandb is not installed (pip install wandb)")
     check_pipeline(cfg, origin)
-    if cfg.EXPERIMENT.LOGIT_STAND and cfg.DISTILLER.TYPE not in ("DeepKD", *BASES):
+    if cfg.EXPERIMENT.LOGIT_STAND and not getattr(DISTILLERS.get(cfg.DISTILLER.TYPE), "on_logits", False):
         allowed = f"False with DISTILLER.TYPE {cfg.DISTILLER.TYPE}, which has no distillation on logits"
         raise wrong(origin, "EXPERIMENT.LOGIT_STAND", True, allowed)
     check_momenta(cfg, origin)
-    for key in KEYS:
-        ours = key.path.startswith("SOLVER.DECOUPLED.") and cfg.SOLVER.TRAINER != TRAINER
-        if ours and get(cfg, key.path) != key.default:
+    for key in ours:
+        unread = key.path.startswith("SOLVER.DECOUPLED.") and cfg.SOLVER.TRAINER != TRAINER
+        if unread and get(cfg, key.path) != key.default:
             trainer = f"SOLVER.TRAINER {cfg.SOLVER.TRAINER}, which does not read it; {TRAINER} does"
             allowed = f"{key.default!r} with {trainer}"
             raise wrong(origin, key.path, get(cfg, key.path), allowed)
@@ -63,7 +63,7 @@ def check_momenta(cfg: CfgNode, origin: dict[str, str]) -> None:
     """Raise UserError where SOLVER.DECOUPLED gives a stream a momentum that is none, or its allocation does not fit."""
     solver, node = cfg.SOLVER, cfg.SOLVER.DECOUPLED
     measured = node.ALLOCATION == "gsnr"
-    for stream in (*STREAMS, *EXTRA_STREAMS):
+    for stream in known_streams():
         path = f"SOLVER.DECOUPLED.DELTA.{stream.upper()}"
         delta = get(cfg, path)
         # an allocation may give a stream either end of its range
@@ -75,11 +75,18 @@ def check_momenta(cfg: CfgNode, origin: dict[str, str]) -> None:
             if measured:
                 allowed += ", and minus it too with SOLVER.DECOUPLED.ALLOCATION gsnr"
             raise wrong(origin, path, delta, allowed)
+    decays = momenta(cfg)[1]
+    if cfg.SOLVER.TRAINER == TRAINER and decays not in streams(cfg):
+        path, allowed = (
+            "SOLVER.DECOUPLED.WEIGHT_DECAY_STREAM",
+            f"one of the run's streams, {', '.join(streams(cfg))}",
+        )
+        raise wrong(origin, path, decays, allowed)
     path = "SOLVER.DECOUPLED.ALLOCATION"
     if measured and node.VARIANT == "release":
         allowed = "'fixed' with SOLVER.DECOUPLED.VARIANT release, which ties two streams together"
         raise wrong(origin, path, node.ALLOCATION, allowed)
-    if measured and sum(node.DELTA[stream.upper()] != 0 for stream in momenta(cfg)[0]) < 2:
+    if measured and sum(node.DELTA[stream.upper()] != 0 for stream in streams(cfg)) < 2:
         allowed = (
             "'fixed' where fewer than two of SOLVER.DECOUPLED.DELTA differ from 0: their sizes are its bounds"
         )

@@ -1,75 +1,71 @@
-"""Every config key that the plugin adds: path, default, meaning, and which values it takes."""
+"""Every config key that the plugin adds: path, default, meaning, and which values it takes.
+
+Distillers declare the keys of their own nodes (distillers/); the others are here.
+"""
 
 from __future__ import annotations
 
-from ..distillers.deepkd import BASES
-from ..losses import MASKS
+from typing import Any
+
+from ..distillers import DISTILLERS
+from ..rules import ABOVE_ONE, ANY, FLAG, FRACTION, NOT_NEGATIVE, POSITIVE, Key, Rule, one_of
 from ..streams import EXTRA_STREAMS, STREAMS
-from .rules import (
-    ABOVE_ONE,
-    ANY,
-    FLAG,
-    FRACTION,
-    NOT_NEGATIVE,
-    POSITIVE,
-    PROBABILITY,
-    TEMPERATURES,
-    Key,
-    one_of,
-)
 
 TRAINER = "DecoupledMomentumSGD"
 """Registry key of the trainer that reads SOLVER.DECOUPLED."""
 
-_DELTA = ("a number in (-1, 1)", lambda value: -1 < value < 1)
+MEANING = {
+    "tog": "the task stream",
+    "tcg": "the target-class stream",
+    "ncg": "the non-target-class stream",
+} | {"feat": "a stream of feature losses"}
+"""What some streams are called in words."""
 
-_CLASSES = (
-    "a fraction of the classes in (0, 1), or a whole number of classes from 1 on",
-    lambda value: 0 < value < 1 or (value >= 1 and float(value).is_integer()),
-)
+_DELTA: Rule = ("a number in (-1, 1)", lambda value: -1 < value < 1)
 
-_PHASES = (
-    "two ends in order, 0 <= phi1 < phi2 <= 1",
-    lambda value: (
-        [type(end) in (int, float) for end in value] == [True, True] and 0 <= value[0] < value[1] <= 1
-    ),
-)
 
-_ASSIGNMENT = (
-    f"a list of 'loss:stream' with a stream of {', '.join(STREAMS + EXTRA_STREAMS)}",
-    lambda value: all(
-        isinstance(v, str) and v.count(":") == 1 and v.split(":")[1] in STREAMS + EXTRA_STREAMS for v in value
-    ),
-)
+def known_streams() -> tuple[str, ...]:
+    """Return every stream that a run may have: DeepKD's, the extra ones, and those that distillers declare."""
+    declared = (name for cls in DISTILLERS.values() for name in getattr(cls, "streams", ()))
+    return tuple(dict.fromkeys((*STREAMS, *EXTRA_STREAMS, *declared)))
 
-KEYS = (
-    Key("DeepKD.BASE", "KD", "the method whose loss is taken apart", *one_of(*BASES)),
-    Key("DeepKD.CE_WEIGHT", 1.0, "alpha, weight of the cross-entropy (TOG)", *NOT_NEGATIVE),
-    Key("DeepKD.TCG_WEIGHT", 1.0, "beta, weight of the target-class loss (TCG)", *NOT_NEGATIVE),
-    Key("DeepKD.NCG_WEIGHT", 1.0, "gamma, weight of the non-target-class loss (NCG)", *NOT_NEGATIVE),
-    Key("DeepKD.TEMPERATURE", 4.0, "softmax temperature (over MLKD: MLKD.TEMPERATURES)", *POSITIVE),
-    Key("DeepKD.WARMUP", 0, "epochs of linear warm-up of TCG and NCG (DKD: 20)", *NOT_NEGATIVE),
-    Key(
-        "DeepKD.MASK.TYPE",
-        "dynamic",
-        "top-K mask on the non-target classes",
-        *one_of("none", "static", "dynamic"),
-    ),
-    Key("DeepKD.MASK.K", 0.5, "classes kept by the static mask", *_CLASSES),
-    Key("DeepKD.MASK.INITIAL", 0.05, "classes kept at the start of the dynamic mask (paper)", *_CLASSES),
-    Key("DeepKD.MASK.OPTIMAL", 0.5, "classes kept in its middle phase (ours; not published)", *_CLASSES),
-    Key("DeepKD.MASK.PHASES", (1 / 3, 2 / 3), "ends of its first two phases, of training", *_PHASES),
-    Key("DeepKD.MASK.READING", "renormalise", "how the mask enters NCKD, see losses.py", *one_of(*MASKS)),
-    Key("CRLD.CE_WEIGHT", 1.0, "weight of the cross-entropy of both views", *NOT_NEGATIVE),
-    Key("CRLD.WV_WEIGHT", 2.0, "weight of the terms within a view", *NOT_NEGATIVE),
-    Key("CRLD.CV_WEIGHT", 0.5, "weight of the terms across views", *NOT_NEGATIVE),
-    Key("CRLD.TEMPERATURE", 4.0, "softmax temperature", *POSITIVE),
-    Key("CRLD.TAU_W", 0.9, "least teacher confidence on the weak view, within views", *PROBABILITY),
-    Key("CRLD.TAU_S", 0.2, "least teacher confidence on the strong view, across views", *PROBABILITY),
-    Key("MLKD.CE_WEIGHT", 0.1, "weight of the cross-entropy of both views", *NOT_NEGATIVE),
-    Key("MLKD.KD_WEIGHT", 0.9, "weight of its three levels", *NOT_NEGATIVE),
-    Key("MLKD.TEMPERATURES", [2.0, 3.0, 4.0, 5.0, 6.0], "softmax temperatures", *TEMPERATURES),
-    Key("MLKD.VARIANT", "formula", "formula, or its release's arithmetic", *one_of("formula", "release")),
+
+def all_keys() -> tuple[Key, ...]:
+    """Return every key that the plugin adds, of all distillers that are registered by now."""
+    streams = known_streams()
+
+    def assigned(value: Any) -> bool:
+        return all(isinstance(v, str) and v.count(":") == 1 and v.split(":")[1] in streams for v in value)
+
+    return (
+        *(key for cls in DISTILLERS.values() for key in cls.config_keys()),
+        *(
+            Key(
+                f"SOLVER.DECOUPLED.DELTA.{stream.upper()}",
+                0.0,
+                f"added to MOMENTUM for {MEANING.get(stream, f'the stream {stream}')}",
+                *_DELTA,
+            )
+            for stream in streams
+        ),
+        Key(
+            "SOLVER.DECOUPLED.WEIGHT_DECAY_STREAM",
+            "tcg",
+            "the stream that decays the weights",
+            *one_of(*(stream for stream in streams if stream not in EXTRA_STREAMS)),
+        ),
+        Key(
+            "SOLVER.DECOUPLED.LOSS_STREAMS",
+            [],
+            "streams of losses not named like one",
+            f"a list of 'loss:stream' with a stream of {', '.join(streams)}",
+            assigned,
+        ),
+        *_FIXED,
+    )
+
+
+_FIXED = (
     Key(
         "EXPERIMENT.LOGIT_STAND",
         False,
@@ -82,16 +78,6 @@ KEYS = (
         "assignment of momenta, see momenta()",
         *one_of("paper", "release"),
     ),
-    Key("SOLVER.DECOUPLED.DELTA.TOG", 0.0, "added to MOMENTUM for the task stream", *_DELTA),
-    Key("SOLVER.DECOUPLED.DELTA.TCG", 0.0, "added to MOMENTUM for the target-class stream", *_DELTA),
-    Key("SOLVER.DECOUPLED.DELTA.NCG", 0.0, "added to MOMENTUM for the non-target-class stream", *_DELTA),
-    Key("SOLVER.DECOUPLED.DELTA.FEAT", 0.0, "added to MOMENTUM for a stream of feature losses", *_DELTA),
-    Key(
-        "SOLVER.DECOUPLED.WEIGHT_DECAY_STREAM",
-        "tcg",
-        "the stream that decays the weights",
-        *one_of(*STREAMS),
-    ),
     Key("SOLVER.DECOUPLED.DAMPENING", "none", "none, or ema for 1 - momentum", *one_of("none", "ema")),
     Key(
         "SOLVER.DECOUPLED.ALLOCATION",
@@ -103,7 +89,6 @@ KEYS = (
         "SOLVER.DECOUPLED.SEPARATION", 2.0, "highest over lowest GSNR that gives the whole DELTA", *ABOVE_ONE
     ),
     Key("SOLVER.DECOUPLED.SMOOTHING", 0.5, "what a window keeps of the GSNR before it", *FRACTION),
-    Key("SOLVER.DECOUPLED.LOSS_STREAMS", [], "streams of losses not named like one", *_ASSIGNMENT),
     Key(
         "SOLVER.LR_SCHEDULE",
         "step",

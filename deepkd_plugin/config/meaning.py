@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from yacs.config import CfgNode
 
-from ..distillers.deepkd import BASES
-from ..streams import EXTRA_STREAMS, STREAMS
+from ..distillers import DISTILLERS
+from ..streams import STREAMS
 
 HOW = (
     *("DATASET.ROOT", "DATASET.DOWNLOAD", "DATASET.TEST.BATCH_SIZE", "DISTILLER.TEACHER_WEIGHTS"),
@@ -15,10 +15,15 @@ HOW = (
 compared by its content; the number of workers decides which random numbers an image gets.)"""
 
 
-def momenta(cfg: CfgNode) -> tuple[dict[str, float], str]:
-    """Each stream's momentum, and the stream that decays the weights.
+def streams(cfg: CfgNode) -> tuple[str, ...]:
+    """Return the streams of a run: those that its distiller declares, else DeepKD's, then those of LOSS_STREAMS."""
+    declared = getattr(DISTILLERS.get(cfg.DISTILLER.TYPE), "streams", ()) or STREAMS
+    assigned = (pair.split(":")[1] for pair in cfg.SOLVER.DECOUPLED.LOSS_STREAMS)
+    return tuple(dict.fromkeys((*declared, *assigned)))
 
-    The streams are STREAMS and those of EXTRA_STREAMS that LOSS_STREAMS gives a loss.
+
+def momenta(cfg: CfgNode) -> tuple[dict[str, float], str]:
+    """Return each stream's momentum, and the stream that decays the weights.
 
     `paper`: MOMENTUM + DELTA of each stream (DeepKD, section 3). `release`: what the authors' code does
     when every parameter gets all three gradients: the task stream's buffer decays with the target-class
@@ -27,24 +32,22 @@ def momenta(cfg: CfgNode) -> tuple[dict[str, float], str]:
     With ALLOCATION gsnr these are the momenta before the first measurement: all streams have MOMENTUM.
     """
     node = cfg.SOLVER.DECOUPLED
-    assigned = {pair.split(":")[1] for pair in node.LOSS_STREAMS}
-    streams = STREAMS + tuple(s for s in EXTRA_STREAMS if s in assigned)
     if node.ALLOCATION == "gsnr":
-        return dict.fromkeys(streams, cfg.SOLVER.MOMENTUM), node.WEIGHT_DECAY_STREAM
-    momentum = {s: cfg.SOLVER.MOMENTUM + node.DELTA[s.upper()] for s in streams}
+        return dict.fromkeys(streams(cfg), cfg.SOLVER.MOMENTUM), node.WEIGHT_DECAY_STREAM
+    momentum = {s: cfg.SOLVER.MOMENTUM + node.DELTA[s.upper()] for s in streams(cfg)}
     if node.VARIANT == "release":
         return momentum | {"tog": momentum["tcg"]}, "tcg"
     return momentum, node.WEIGHT_DECAY_STREAM
 
 
 def computes(path: str) -> bool:
-    """Whether a key says what a run computes, rather than where it finds things and how it goes about it."""
+    """Tell whether a key says what a run computes, rather than where it finds things and how it goes about it."""
     if path == "EXPERIMENT.LOGIT_STAND":  # its place in the releases of logit standardisation and DeepKD
         return True
     return path.split(".")[0] not in ("LOG", "EXPERIMENT") and path not in HOW
 
 
 def views(cfg: CfgNode) -> int:
-    """How many views of each training image the config's method needs: 1, or 2 (weak and strong)."""
-    method = cfg.DeepKD.BASE if cfg.DISTILLER.TYPE == "DeepKD" else cfg.DISTILLER.TYPE
-    return BASES[method].views if method in BASES else 1
+    """Return how many views of each training image the config's method needs: 1, or 2 (weak and strong)."""
+    distiller = DISTILLERS.get(cfg.DISTILLER.TYPE)
+    return 1 if distiller is None else distiller.views_of(cfg)

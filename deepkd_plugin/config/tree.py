@@ -17,27 +17,27 @@ import yaml
 from yacs.config import CfgNode
 
 from ..errors import UserError
-from .keys import KEYS
-from .rules import Key
+from ..rules import Key
+from .keys import all_keys
 
 
 def add_deepkd_config(cfg: CfgNode) -> list[str]:
-    """Add KEYS to a config tree, leaving what is there; returns the paths that were added.
+    """Add the keys of all_keys to a config tree, leaving what is there; returns the paths that were added.
 
     One default of mdistiller's changes with the first of them: LOG.WANDB is off until a config asks for it.
     """
-    added = add_keys(cfg, KEYS)
+    added = add_keys(cfg, all_keys())
     if added:
         set_default(cfg, "LOG.WANDB", False)
     return added
 
 
-def add_keys(cfg: CfgNode, keys: Sequence[Key]) -> list[str]:
+def add_keys(cfg: CfgNode, added_keys: Sequence[Key]) -> list[str]:
     """Add keys with their defaults to a config tree, leaving what is there; returns the paths that were added."""
     added = []
     frozen = cfg.is_frozen()
     cfg.defrost()
-    for key in keys:
+    for key in added_keys:
         *parents, leaf = key.path.split(".")
         node = cfg
         for name in parents:
@@ -53,8 +53,8 @@ def add_keys(cfg: CfgNode, keys: Sequence[Key]) -> list[str]:
 
 
 def check_tree(cfg: CfgNode, name: str) -> None:
-    """Raise UserError where a host's tree has something else at one of KEYS than the plugin would put there."""
-    for key in KEYS:
+    """Raise UserError where a host's tree has something else at one of all_keys than the plugin would put there."""
+    for key in all_keys():
         node: Any = cfg
         *parents, leaf = key.path.split(".")
         for parent in parents:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..config.rules import Key
+from ..rules import Key
 
 _WHOLE = ("a whole number above 0", lambda value: value > 0)
 _FROM_ZERO = ("a number from 0 on", lambda value: value >= 0)

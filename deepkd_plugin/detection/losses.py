@@ -14,10 +14,11 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from ..distillers import bases
 from ..losses import decoupled_kd, kd_divergence, wide
 
-BASES = ("KD", "DKD")
-"""Methods on class logits that can be taken apart; KD keeps the teacher's (1 - p) on NCKD."""
+BASES = {name: method for name, method in bases().items() if method.on_proposals}
+"""Methods that can be taken apart on proposals."""
 
 TASK, TARGET, NON_TARGET, FEATURES = STREAMS = ("tog", "tcg", "ncg", "feat")
 """Streams: all detection losses, target class, non-target classes, and a feature method's loss where there is one."""
@@ -50,9 +51,9 @@ def proposal_terms(
     another base.
     """
     if base not in BASES:
-        raise ValueError(f"base must be one of {BASES}, got {base!r}")
+        raise ValueError(f"base must be one of {tuple(BASES)}, got {base!r}")
     tckd, nckd, p = decoupled_kd(student_logits, teacher_logits, target, temperature, top_k, mask)
-    if base == "KD":
+    if BASES[base].keeps_weight:
         nckd = (1.0 - p) * nckd
     return _mean(tckd, student_logits), _mean(nckd, student_logits)
 

@@ -1,39 +1,72 @@
-"""What every distiller has in common, as mdistiller's trainers and tools expect it."""
+"""What every distiller declares and does, as mdistiller's trainers and tools expect it; and the registry of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .terms import View
+from .. import extensions
+from ..rules import Key
+from .terms import Term, View, cross_entropy, divergence, standardised
+
+Losses = dict[str, Tensor]
+"""Name -> scalar: what a training step minimises the sum of."""
 
 
 class Distiller(nn.Module):
     """A student that trains beside a teacher in evaluation mode.
 
-    In training `forward(image=, target=, epoch=, …)` gives `(logits, {name: scalar loss})`, in evaluation
-    `forward(image=)` gives the student's logits. Both networks map images (B, 3, H, W) to
+    In training, `forward(image=, target=, epoch=, …)` returns `(logits, {name: scalar loss})`. In evaluation,
+    `forward(image=)` returns the student's logits. Both networks map images (B, 3, H, W) to
     `(logits (B, C), features)`.
+
+    A subclass declares what the rest of the package reads of it:
+
+    name: its DISTILLER.TYPE; the class's own name if it gives none.
+    keys: the config keys that it adds.
+    views: how many views of an image it needs, 1 or 2 (weak and strong).
+    streams: the streams that its losses are named after; () if they are named otherwise, and
+        SOLVER.DECOUPLED.LOSS_STREAMS assigns them.
+    on_logits: whether it compares logits, which EXPERIMENT.LOGIT_STAND then standardises.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
+    name: ClassVar[str]
+    keys: ClassVar[tuple[Key, ...]] = ()
+    views: ClassVar[int] = 1
+    streams: ClassVar[tuple[str, ...]] = ()
+    on_logits: ClassVar[bool] = False
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__()
         self.student = student
         self.teacher = teacher
+        self.cfg = cfg
+        self.standardise: bool = self.on_logits and cfg.EXPERIMENT.LOGIT_STAND
+
+    @classmethod
+    def config_keys(cls) -> tuple[Key, ...]:
+        """Return `keys`; a class whose rules depend on other distillers makes them here."""
+        return cls.keys
+
+    @classmethod
+    def views_of(cls, cfg: Any) -> int:
+        """Return how many views of an image the method needs under a config."""
+        return cls.views
 
     def train(self, mode: bool = True) -> Distiller:
         super().train(mode)
-        self.teacher.eval()
+        if hasattr(self, "teacher"):
+            self.teacher.eval()
         return self
 
     def get_learnable_parameters(self) -> list[nn.Parameter]:
         return list(self.student.parameters())
 
     def get_extra_parameters(self) -> int:
-        """How many learnable parameters the method adds to the student's."""
+        """Return how many learnable parameters the method adds to the student's."""
         return 0
 
     def forward(self, **batch: Any) -> Any:
@@ -41,16 +74,17 @@ class Distiller(nn.Module):
             return self.forward_train(**batch)
         return self.student(batch["image"])[0]
 
-    def forward_train(self, image: Tensor, target: Tensor, epoch: int, **batch: Any) -> Any:
+    def forward_train(self, image: Any, target: Tensor, epoch: int, **batch: Any) -> tuple[Tensor, Losses]:
         raise NotImplementedError(f"{type(self).__name__} must define forward_train")
 
-    def views(self, image: Tensor | Sequence[Tensor], count: int) -> list[View]:
-        """Both networks' logits of each view of the batch; the teacher's carry no graph.
+    def compare(self, image: Tensor | Sequence[Tensor]) -> list[View]:
+        """Return both networks' logits of each view of the batch; the teacher's carry no graph.
 
-        image: (B, 3, H, W), or a list of `count` views, weak before strong. Raises ValueError for another
-        number of views.
+        image: (B, 3, H, W), or a list of views, weak before strong. Raises ValueError for another number of
+        views than the method needs.
         """
         images = [image] if isinstance(image, Tensor) else list(image)
+        count = self.views_of(self.cfg)
         if len(images) != count:
             raise ValueError(
                 f"{type(self).__name__} needs {count} view(s) of each image, the batch has {len(images)}; "
@@ -64,6 +98,81 @@ class Distiller(nn.Module):
         return self.student(image)[0], teacher_logits.clone()  # an ordinary tensor again
 
 
+class Method(Distiller):
+    """A method that compares logits, term by term; DeepKD can take its terms apart (DeepKD.BASE).
+
+    Its loss is weights[0] · CE + weights[1] · (the sum of its terms) + what `task` adds. A subclass gives `terms`,
+    and declares besides:
+
+    keeps_weight: whether NCKD keeps the teacher's (1 − p) of each sample when DeepKD takes the terms apart, as it
+        has it in plain KD.
+    on_proposals: whether its one term is a plain comparison of two sets of logits, so that DeepKD can be put over
+        it on a detector's proposals too.
+    published: what published tables call it; its name if it gives none.
+    """
+
+    on_logits = True
+    keeps_weight: ClassVar[bool] = False
+    on_proposals: ClassVar[bool] = False
+    published: ClassVar[str] = ""
+
+    @classmethod
+    def terms(cls, views: Sequence[View], cfg: Any, temperature: float | None = None) -> list[Term]:
+        """Return the distillation terms of a batch's views.
+
+        temperature: used in place of the method's own, by DeepKD; a method with several ignores it.
+        """
+        raise NotImplementedError(f"{cls.__name__} must define terms")
+
+    @classmethod
+    def task(cls, views: Sequence[View], cfg: Any) -> Losses:
+        """Return what the student learns beside cross-entropy and terms; DeepKD leaves it in the task stream."""
+        return {}
+
+    @classmethod
+    def weights(cls, cfg: Any) -> tuple[float, float]:
+        """Return the weights of the cross-entropy and of the sum of the terms."""
+        return 1.0, 1.0
+
+    def forward_train(self, image: Any, target: Tensor, epoch: int, **batch: Any) -> tuple[Tensor, Losses]:
+        views = self.compare(image)
+        ce_weight, kd_weight = self.weights(self.cfg)
+        terms = standardised(self.terms(views, self.cfg), self.standardise)
+        return views[0][0], {
+            "loss_ce": ce_weight * cross_entropy(views, target),
+            "loss_kd": kd_weight * divergence(terms),
+            **self.task(views, self.cfg),
+        }
+
+
+DISTILLERS: dict[str, type[nn.Module]] = {}
+"""DISTILLER.TYPE -> class, in the order in which tables show them."""
+
+Class = TypeVar("Class", bound=type[nn.Module])
+
+
+def register_distiller(cls: Class) -> Class:
+    """Make a class a value of DISTILLER.TYPE and, if it is a Method, of DeepKD.BASE; usable as a decorator.
+
+    Raises ValueError if another class has the name.
+    """
+    name = vars(cls).get("name", cls.__name__)
+    known = DISTILLERS.setdefault(name, cls)
+    if known is not cls:
+        raise ValueError(
+            f"DISTILLER.TYPE {name!r} is {known.__module__}.{known.__qualname__} already; "
+            f"{cls.__module__}.{cls.__qualname__} needs another `name`"
+        )
+    cls.name = name  # type: ignore[attr-defined]
+    extensions.remember(cls)
+    return cls
+
+
+def bases() -> dict[str, type[Method]]:
+    """Return the methods that DeepKD can take apart, by DeepKD.BASE."""
+    return {name: cls for name, cls in DISTILLERS.items() if issubclass(cls, Method)}
+
+
 def warmup_factor(epoch: int, epochs: int) -> float:
-    """DKD's linear warm-up of the distillation loss: epoch / epochs up to 1 (epochs are counted from 1)."""
+    """Return DKD's linear warm-up of the distillation loss: epoch / epochs up to 1 (epochs are counted from 1)."""
     return min(epoch / epochs, 1.0) if epochs else 1.0

@@ -6,51 +6,52 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..losses import wide
-from .base import Distiller
-from .terms import Term, View, cross_entropy, divergence, standardised
+from ..rules import NOT_NEGATIVE, POSITIVE, PROBABILITY, Key
+from .base import Method
+from .terms import Term, View
 
 
-def crld_terms(views: Sequence[View], temperature: float, node: Any) -> list[Term]:
-    """The four terms of a weak and a strong view, from the config node CRLD.
+class CRLD(Method):
+    """CE_WEIGHT · CE of both views + four terms, all from the config node CRLD.
 
-    Within a view student and teacher see the same image (weight WV_WEIGHT), across views the student
-    sees one and the teacher the other (CV_WEIGHT). A sample counts within views where the teacher's largest
-    probability on the weak view reaches TAU_W, and across views where that on the strong one reaches TAU_S.
+    Within a view student and teacher see the same image (weight WV_WEIGHT). Across views the student sees one and the
+    teacher the other (CV_WEIGHT). A sample counts within views if the teacher's largest probability on the weak view
+    reaches TAU_W, and across views if that on the strong one reaches TAU_S.
     """
-    (weak_s, weak_t), (strong_s, strong_t) = views
-    within = node.WV_WEIGHT * _confident(weak_t, node.TAU_W)
-    across = node.CV_WEIGHT * _confident(strong_t, node.TAU_S)
-    return [
-        Term(weak_s, weak_t, temperature, within),
-        Term(strong_s, strong_t, temperature, within),
-        Term(strong_s, weak_t, temperature, across),
-        Term(weak_s, strong_t, temperature, across),
-    ]
 
+    views = 2
+    keys = (
+        Key("CRLD.CE_WEIGHT", 1.0, "weight of the cross-entropy of both views", *NOT_NEGATIVE),
+        Key("CRLD.WV_WEIGHT", 2.0, "weight of the terms within a view", *NOT_NEGATIVE),
+        Key("CRLD.CV_WEIGHT", 0.5, "weight of the terms across views", *NOT_NEGATIVE),
+        Key("CRLD.TEMPERATURE", 4.0, "softmax temperature", *POSITIVE),
+        Key("CRLD.TAU_W", 0.9, "least teacher confidence on the weak view, within views", *PROBABILITY),
+        Key("CRLD.TAU_S", 0.2, "least teacher confidence on the strong view, across views", *PROBABILITY),
+    )
 
-class CRLD(Distiller):
-    """CE_WEIGHT · CE of both views + the terms of crld_terms, all from the config node CRLD."""
+    @classmethod
+    def terms(cls, views: Sequence[View], cfg: Any, temperature: float | None = None) -> list[Term]:
+        node = cfg.CRLD
+        temperature = temperature or float(node.TEMPERATURE)
+        (weak_s, weak_t), (strong_s, strong_t) = views
+        within = node.WV_WEIGHT * _confident(weak_t, node.TAU_W)
+        across = node.CV_WEIGHT * _confident(strong_t, node.TAU_S)
+        return [
+            Term(weak_s, weak_t, temperature, within),
+            Term(strong_s, strong_t, temperature, within),
+            Term(strong_s, weak_t, temperature, across),
+            Term(weak_s, strong_t, temperature, across),
+        ]
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
-        super().__init__(student, teacher)
-        self.node = cfg.CRLD
-        self.standardise = cfg.EXPERIMENT.LOGIT_STAND
-
-    def forward_train(
-        self, image: Sequence[Tensor], target: Tensor, **batch: Any
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        views = self.views(image, 2)
-        terms = crld_terms(views, float(self.node.TEMPERATURE), self.node)
-        return views[0][0], {
-            "loss_ce": self.node.CE_WEIGHT * cross_entropy(views, target),
-            "loss_kd": divergence(standardised(terms, self.standardise)),
-        }
+    @classmethod
+    def weights(cls, cfg: Any) -> tuple[float, float]:
+        return cfg.CRLD.CE_WEIGHT, 1.0
 
 
 def _confident(teacher_logits: Tensor, threshold: float) -> Tensor:
-    """1 for each sample whose largest probability reaches the threshold, else 0: (B,)."""
+    """Return 1 for each sample whose largest probability reaches the threshold, else 0: (B,)."""
     probability = F.softmax(wide(teacher_logits), dim=1).amax(1)
     return (probability >= threshold).to(probability.dtype)

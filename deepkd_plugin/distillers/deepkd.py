@@ -2,74 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
-from ..losses import decoupled_kd
+from ..losses import MASKS, decoupled_kd
+from ..rules import NOT_NEGATIVE, POSITIVE, Key, Rule, one_of
+from ..streams import STREAMS
 from ..topk import mask_size
-from .base import Distiller, warmup_factor
-from .crld import crld_terms
-from .mlkd import mlkd_relations, mlkd_terms
-from .terms import Term, View, cross_entropy, standardised
+from .base import Distiller, Losses, bases, warmup_factor
+from .terms import Term, cross_entropy, standardised, total
 
-
-class Base(NamedTuple):
-    """A method whose distillation terms DeepKD takes apart."""
-
-    views: int
-    """How many views of an image it needs."""
-    terms: Callable[[Sequence[View], Any], list[Term]]
-    """(views, cfg) -> its terms."""
-    keeps_weight: bool = False
-    """Whether NCKD keeps the teacher's (1 - p) of each sample, as it has it in plain KD."""
-    task: Callable[[Sequence[View], Any], Tensor] | None = None
-    """(views, cfg) -> what stays with the task stream beside the cross-entropy, a scalar."""
-
-
-def _single(views: Sequence[View], cfg: Any) -> list[Term]:
-    return [Term(*views[0], float(cfg.DeepKD.TEMPERATURE))]
-
-
-BASES = {
-    "KD": Base(1, _single, keeps_weight=True),
-    "DKD": Base(1, _single),
-    "MLKD": Base(
-        2,
-        lambda views, cfg: mlkd_terms(views, cfg.MLKD),
-        task=lambda views, cfg: sum(mlkd_relations(views, cfg.MLKD)),
+_CLASSES: Rule = (
+    "a fraction of the classes in (0, 1), or a whole number of classes from 1 on",
+    lambda value: 0 < value < 1 or (value >= 1 and float(value).is_integer()),
+)
+_PHASES: Rule = (
+    "two ends in order, 0 <= phi1 < phi2 <= 1",
+    lambda value: (
+        [type(end) in (int, float) for end in value] == [True, True] and 0 <= value[0] < value[1] <= 1
     ),
-    "CRLD": Base(2, lambda views, cfg: crld_terms(views, float(cfg.DeepKD.TEMPERATURE), cfg.CRLD)),
-}
-"""The methods that DeepKD can take apart, by DeepKD.BASE."""
+)
 
 
 class DeepKD(Distiller):
     """CE_WEIGHT · CE, TCG_WEIGHT · L_TCG and NCG_WEIGHT · L_NCG as the losses `tog`, `tcg` and `ncg`.
 
-    Weights, temperature, warm-up and mask come from the config node DeepKD; what else a base method has,
-    such as MLKD's temperatures or CRLD's thresholds, from its own node. The trainer DecoupledMomentumSGD
-    gives each loss a momentum of its own; under a trainer that sums the losses this is the base method with
-    the top-K mask, the ablation without decoupling.
+    Weights, temperature, warm-up and mask come from the config node DeepKD. What else a base method has,
+    such as MLKD's temperatures or CRLD's thresholds, comes from its own node. The trainer DecoupledMomentumSGD
+    gives each loss a momentum of its own. Under a trainer that sums the losses this is the base method with
+    the top-K mask: the ablation without decoupling.
     """
 
+    streams = STREAMS
+    on_logits = True
+    keys = (
+        Key("DeepKD.CE_WEIGHT", 1.0, "alpha, weight of the cross-entropy (TOG)", *NOT_NEGATIVE),
+        Key("DeepKD.TCG_WEIGHT", 1.0, "beta, weight of the target-class loss (TCG)", *NOT_NEGATIVE),
+        Key("DeepKD.NCG_WEIGHT", 1.0, "gamma, weight of the non-target-class loss (NCG)", *NOT_NEGATIVE),
+        Key("DeepKD.TEMPERATURE", 4.0, "softmax temperature (over MLKD: MLKD.TEMPERATURES)", *POSITIVE),
+        Key("DeepKD.WARMUP", 0, "epochs of linear warm-up of TCG and NCG (DKD: 20)", *NOT_NEGATIVE),
+        Key(
+            "DeepKD.MASK.TYPE",
+            "dynamic",
+            "top-K mask on the non-target classes",
+            *one_of("none", "static", "dynamic"),
+        ),
+        Key("DeepKD.MASK.K", 0.5, "classes kept by the static mask", *_CLASSES),
+        Key("DeepKD.MASK.INITIAL", 0.05, "classes kept at the start of the dynamic mask (paper)", *_CLASSES),
+        Key("DeepKD.MASK.OPTIMAL", 0.5, "classes kept in its middle phase (ours; not published)", *_CLASSES),
+        Key("DeepKD.MASK.PHASES", (1 / 3, 2 / 3), "ends of its first two phases, of training", *_PHASES),
+        Key("DeepKD.MASK.READING", "renormalise", "how the mask enters NCKD, see losses.py", *one_of(*MASKS)),
+    )
+
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
-        super().__init__(student, teacher)
-        self.cfg = cfg
-        self.node = cfg.DeepKD
-        self.base = BASES[self.node.BASE]
-        self.standardise = cfg.EXPERIMENT.LOGIT_STAND
+        super().__init__(student, teacher, cfg)
+        self.base = bases()[cfg.DeepKD.BASE]
+
+    @classmethod
+    def config_keys(cls) -> tuple[Key, ...]:
+        base = Key("DeepKD.BASE", "KD", "the method whose loss is taken apart", *one_of(*bases()))
+        return base, *cls.keys
+
+    @classmethod
+    def views_of(cls, cfg: Any) -> int:
+        return bases()[cfg.DeepKD.BASE].views
 
     def forward_train(
         self, image: Tensor | Sequence[Tensor], target: Tensor, epoch: int, **batch: Any
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        node = self.node
-        views = self.views(image, self.base.views)
-        tog = node.CE_WEIGHT * cross_entropy(views, target)
-        if self.base.task is not None:
-            tog = tog + self.base.task(views, self.cfg)
-        tcg, ncg = self.decoupled(self.base.terms(views, self.cfg), target, epoch)
+    ) -> tuple[Tensor, Losses]:
+        node, views = self.cfg.DeepKD, self.compare(image)
+        task = self.base.task(views, self.cfg)
+        tog = total([node.CE_WEIGHT * cross_entropy(views, target), *task.values()])
+        tcg, ncg = self.decoupled(self.base.terms(views, self.cfg, float(node.TEMPERATURE)), target, epoch)
         warmup = warmup_factor(epoch, node.WARMUP)
         return views[0][0], {
             "tog": tog,
@@ -78,20 +84,19 @@ class DeepKD(Distiller):
         }
 
     def decoupled(self, terms: Sequence[Term], target: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        """The target-class and the non-target-class parts of the terms, two scalars."""
+        """Return the target-class and the non-target-class parts of the terms, two scalars."""
         top_k = self.top_k(epoch, terms[0].student.shape[1])
+        reading = self.cfg.DeepKD.MASK.READING
         target_class, non_target = [], []
         for term in standardised(terms, self.standardise):
-            tckd, nckd, p = decoupled_kd(
-                term.student, term.teacher, target, term.temperature, top_k, self.node.MASK.READING
-            )
+            tckd, nckd, p = decoupled_kd(term.student, term.teacher, target, term.temperature, top_k, reading)
             if self.base.keeps_weight:
                 nckd = (1.0 - p) * nckd
             target_class.append((term.weight * tckd).mean())
             non_target.append((term.weight * nckd).mean())
-        return sum(target_class), sum(non_target)
+        return total(target_class), total(non_target)
 
     def top_k(self, epoch: int, num_classes: int) -> int | None:
-        """How many non-target classes count in this epoch (from 1); None without a mask."""
+        """Return how many non-target classes count in this epoch (from 1); None without a mask."""
         progress = min((epoch - 1) / max(self.cfg.SOLVER.EPOCHS - 1, 1), 1.0)
-        return mask_size(self.node.MASK, num_classes, progress)
+        return mask_size(self.cfg.DeepKD.MASK, num_classes, progress)

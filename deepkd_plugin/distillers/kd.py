@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
-
-from .base import Distiller
-from .terms import Term, cross_entropy, divergence, standardised
+from .base import Method
+from .terms import Term, View
 
 
-class KD(Distiller):
+class KD(Method):
     """CE_WEIGHT · CE + KD_WEIGHT · KD at KD.TEMPERATURE, all from the config node KD."""
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
-        super().__init__(student, teacher)
-        self.temperature = float(cfg.KD.TEMPERATURE)
-        self.ce_weight = cfg.KD.LOSS.CE_WEIGHT
-        self.kd_weight = cfg.KD.LOSS.KD_WEIGHT
-        self.standardise = cfg.EXPERIMENT.LOGIT_STAND
+    keeps_weight = on_proposals = True
 
-    def forward_train(
-        self, image: Tensor, target: Tensor, epoch: int, **batch: Any
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        views = self.views(image, 1)
-        terms = [Term(*views[0], self.temperature)]
-        return views[0][0], {
-            "loss_ce": self.ce_weight * cross_entropy(views, target),
-            "loss_kd": self.kd_weight * divergence(standardised(terms, self.standardise)),
-        }
+    @classmethod
+    def terms(cls, views: Sequence[View], cfg: Any, temperature: float | None = None) -> list[Term]:
+        return [Term(*views[0], temperature or float(cfg.KD.TEMPERATURE))]
+
+    @classmethod
+    def weights(cls, cfg: Any) -> tuple[float, float]:
+        return cfg.KD.LOSS.CE_WEIGHT, cfg.KD.LOSS.KD_WEIGHT

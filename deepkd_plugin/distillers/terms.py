@@ -1,7 +1,7 @@
 """Distillation as a sum of terms, each a pair of logits compared at a temperature.
 
 KD and DKD have one term, CRLD and MLKD one for each pair of views and each temperature. A method says
-which terms it has; whether a term counts whole (KL) or falls into target and non-target class (DeepKD) is
+which terms it has. Whether a term counts whole (KL) or falls into target and non-target class (DeepKD) is
 then the same question for all of them.
 """
 
@@ -30,7 +30,7 @@ class Term(NamedTuple):
 
 
 def standardised(terms: Iterable[Term], enabled: bool) -> list[Term]:
-    """The terms on standardised logits where `enabled` (EXPERIMENT.LOGIT_STAND), else as they are."""
+    """Return the terms on standardised logits if `enabled` (EXPERIMENT.LOGIT_STAND), else as they are."""
     if not enabled:
         return list(terms)
     return [
@@ -40,10 +40,16 @@ def standardised(terms: Iterable[Term], enabled: bool) -> list[Term]:
 
 
 def divergence(terms: Iterable[Term]) -> Tensor:
-    """The sum over terms of the batch mean of weight · T² · KL(teacher ‖ student): a scalar."""
-    return sum((t.weight * kd_divergence(t.student, t.teacher, t.temperature)).mean() for t in terms)
+    """Sum the terms' batch means of weight · T² · KL(teacher ‖ student): a scalar."""
+    return total((t.weight * kd_divergence(t.student, t.teacher, t.temperature)).mean() for t in terms)
 
 
 def cross_entropy(views: Sequence[View], target: Tensor) -> Tensor:
-    """The student's cross-entropy, summed over the views: a scalar."""
-    return sum(F.cross_entropy(student, target) for student, _ in views)
+    """Sum the student's cross-entropy over the views: a scalar."""
+    return total(F.cross_entropy(student, target) for student, _ in views)
+
+
+def total(scalars: Iterable[Tensor]) -> Tensor:
+    """Sum at least one scalar, from the first to the last."""
+    first, *others = scalars
+    return sum(others, first)

@@ -7,22 +7,18 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .base import Distiller, Losses
 
-class Vanilla(nn.Module):
+
+class Vanilla(Distiller):
     """The student alone under cross-entropy, with a distiller's protocol."""
 
+    name = "NONE"
+
     def __init__(self, student: nn.Module) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.student = student
 
-    def get_learnable_parameters(self) -> list[nn.Parameter]:
-        return list(self.student.parameters())
-
-    def get_extra_parameters(self) -> int:
-        return 0
-
-    def forward(self, image: Tensor, target: Tensor | None = None, **batch: Any) -> Any:
+    def forward_train(self, image: Tensor, target: Tensor, epoch: int, **batch: Any) -> tuple[Tensor, Losses]:
         logits = self.student(image)[0]
-        if not self.training:
-            return logits
         return logits, {"ce": F.cross_entropy(logits, target)}

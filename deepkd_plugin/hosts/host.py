@@ -9,7 +9,7 @@ from typing import Any
 from yacs.config import CfgNode
 
 from .. import config, data
-from ..distillers import DKD, KD
+from ..distillers import DISTILLERS
 
 MDISTILLERS_OWN = {
     "DISTILLER.TYPE": ["AT", "OFD", "RKD", "FITNET", "KDSVD", "CRD", "NST", "PKT", "SP", "VID", "REVIEWKD"],
@@ -43,10 +43,10 @@ class Host:
         )
 
     def distiller(self, cfg: CfgNode) -> Any:
-        """The class of DISTILLER.TYPE; the plugin's KD and DKD where logits are standardised."""
+        """Return the class of DISTILLER.TYPE; the plugin's own if logits are standardised."""
         name = cfg.DISTILLER.TYPE
-        if cfg.EXPERIMENT.LOGIT_STAND and name in ("KD", "DKD"):  # mdistiller's have no such option
-            return {"KD": KD, "DKD": DKD}[name]
+        if cfg.EXPERIMENT.LOGIT_STAND:  # mdistiller's KD and DKD have no such option
+            return DISTILLERS[name]
         return self.distillers[name]
 
     def check(self, cfg: CfgNode, origin: dict[str, str]) -> None:

@@ -182,7 +182,7 @@ def check_trainer(cfg: Any, origin: Mapping[str, str], trainer: type) -> None:
     if config.views(cfg) > 1:
         reason = f"{cfg.DISTILLER.TYPE} needs two views of an image, and mdistiller's trainers take one"
         raise config.wrong(origin, "SOLVER.TRAINER", cfg.SOLVER.TRAINER, f"{config.TRAINER}: {reason}")
-    for key in config.KEYS:
+    for key in config.all_keys():
         if key.path.removeprefix("SOLVER.") in _OURS_ALONE and config.get(cfg, key.path) != key.default:
             allowed = (
                 f"{key.default!r} under mdistiller's trainer {cfg.SOLVER.TRAINER}, which does not read it"

@@ -2,13 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from importlib.resources import files
 
 from torch import nn
 
+from .. import extensions
 from ..errors import UserError
 from ..run import checkpoint
 from .host import Host
+
+NETWORKS: dict[str, Callable[..., nn.Module]] = {}
+"""Users' own networks: name -> make(num_classes=C)."""
+
+
+def register_network(name: str, make: Callable[..., nn.Module]) -> None:
+    """Make a constructor a value of DISTILLER.STUDENT and DISTILLER.TEACHER, on every data set.
+
+    make: make(num_classes=C) returns a network that maps images (B, 3, H, W) to (logits (B, C), features).
+    Raises ValueError if another constructor has the name.
+    """
+    if NETWORKS.setdefault(name, make) is not make:
+        raise ValueError(
+            f"the network {name!r} is registered already, as {NETWORKS[name]!r}; give another name"
+        )
+    extensions.remember(make)
+
+
+def add_networks(host: Host) -> list[str]:
+    """Put the users' own networks into a host's zoos, in place; returns the names that were added.
+
+    Raises UserError, before anything is changed, if the host has a network of such a name itself.
+    """
+    zoos = (host.cifar_models, host.tiny_imagenet_models)
+    for name, make in NETWORKS.items():
+        for zoo in zoos:
+            if zoo.get(name, (make,))[0] is not make:
+                raise UserError(
+                    f"{host.name} already has the network {name!r}; register yours under another name"
+                )
+    added = [name for name in NETWORKS if name not in host.cifar_models]
+    for name in added:
+        for zoo in zoos:
+            zoo[name] = (NETWORKS[name], None)
+        host.imagenet_models[name] = partial(_of_imagenet, NETWORKS[name])
+    return added
+
+
+def _of_imagenet(make: Callable[..., nn.Module], pretrained: bool = False) -> nn.Module:
+    """Make a network for ImageNet's classes, as mdistiller's zoo of it is called; there are no weights to fetch."""
+    if pretrained:
+        raise OSError("it is registered without weights")
+    return make(num_classes=1000)
 
 
 def network(host: Host, dataset: str, name: str, num_classes: int) -> nn.Module:

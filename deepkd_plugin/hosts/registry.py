@@ -7,16 +7,17 @@ from functools import partial
 from typing import Any
 from warnings import warn
 
-from ..config.tree import add_deepkd_config, check_tree
-from ..distillers import CRLD, MLKD, DeepKD
+from .. import extensions
+from ..config import add_deepkd_config, check_tree
+from ..config.keys import TRAINER
+from ..distillers import DISTILLERS
 from ..errors import UserError
 from ..trainer import DecoupledMomentumTrainer
 from . import builtin, mdistiller
 from .host import Host
+from .networks import add_networks
 
-DISTILLERS = {"DeepKD": DeepKD, "CRLD": CRLD, "MLKD": MLKD}
-
-TRAINERS = {"DecoupledMomentumSGD": DecoupledMomentumTrainer}
+TRAINERS = {TRAINER: DecoupledMomentumTrainer}
 
 BUILTIN = Host(
     "builtin",
@@ -30,32 +31,45 @@ BUILTIN = Host(
 
 
 def find_host() -> Host:
-    """mdistiller where it can be found (see mdistiller.locate), else the built-in host."""
+    """Return mdistiller if it can be found (see mdistiller.locate), else the built-in host.
+
+    Imports the modules of DEEPKD_EXTENSIONS first.
+    """
+    extensions.load()
     root = mdistiller.locate()
     return BUILTIN if root is None else mdistiller.load(root)
+
+
+def added_distillers() -> dict[str, Any]:
+    """Return the distillers that the plugin adds to a host; the others every host has itself."""
+    return {name: cls for name, cls in DISTILLERS.items() if name not in builtin.NATIVE}
 
 
 def register(host: Host | None = None) -> list[str]:
     """Put the plugin's distillers, trainer and config keys into a host's registries, in place.
 
     host: by default the one that find_host finds. Idempotent; what is there stays. Returns what was added.
-    Raises UserError, before anything is changed, where another class or config key holds one of our names.
+    Raises UserError, before anything is changed, if another class or config key has one of our names.
     """
     host = find_host() if host is None else host
-    wanted = [(host.distillers, DISTILLERS), (host.trainers, TRAINERS)]
-    for registry, ours in wanted:
+    registries: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (host.distillers, added_distillers()),
+        (host.trainers, TRAINERS),
+    ]
+    for registry, ours in registries:
         for name, cls in ours.items():
-            held = registry.get(name, cls)
-            if held is not cls:
+            theirs = registry.get(name, cls)
+            if theirs is not cls:
                 raise UserError(
-                    f"{host.name} already has {name!r}: {held.__module__}.{held.__qualname__}; the plugin "
+                    f"{host.name} already has {name!r}: {theirs.__module__}.{theirs.__qualname__}; the plugin "
                     f"would register {cls.__module__}.{cls.__qualname__}, so remove one of the two"
                 )
     check_tree(host.cfg, host.name)
     added = []
-    for registry, ours in wanted:
+    for registry, ours in registries:
         added += [name for name in ours if name not in registry]
         registry.update(ours)
+    added += add_networks(host)
     if "MobileNetV1" in host.imagenet_models and "MobileNetV2" not in host.imagenet_models:
         host.imagenet_models["MobileNetV2"] = partial(_mobilenet_alias, host.imagenet_models["MobileNetV1"])
         added.append("MobileNetV2 (ImageNet), an alias of MobileNetV1")

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .. import config, device
+from .. import config, device, extensions
 from ..errors import UserError
 from . import checkpoint
 
@@ -110,13 +110,15 @@ def config_hash(cfg: Any) -> str:
 
 
 def code_hash(package: Path | None = None) -> str:
-    """A hash of the package's .py files: of every one that can change what a run computes.
+    """A hash of the package's .py files: of every one that can change what a run computes; and of users' own.
 
     package: its folder; by default this one, as it was when this process began.
     Those of APART are left out, so that a report may be mended without parting the runs of before from those of after.
     """
     if package is None:
-        return _LOADED
+        extensions.load()
+        own = extensions.contents()
+        return hashlib.sha256(repr((_LOADED, own)).encode()).hexdigest()[:16] if own else _LOADED
     held = hashlib.sha256()
     files = {path.relative_to(package).as_posix(): path for path in package.rglob("*.py")}
     for name in sorted(files):

@@ -15,8 +15,9 @@ import yaml
 
 from ... import config
 from ...config import keys
-from ...config.rules import Key
 from ...errors import UserError
+from ...rules import Key
+from ...streams import STREAMS
 from ..losses import BASES
 from . import require
 
@@ -30,7 +31,7 @@ LOSS_STREAMS = {"loss_tcg": "tcg", "loss_ncg": "ncg", "loss_feat": "feat"}
 """The losses of RCNNDeepKD that have a stream of their own; every other loss belongs to the task's."""
 
 DECOUPLED = {"DeepKD": (), "ReviewDeepKD": ("feat",)}
-"""The values of KD.TYPE whose losses fall into streams, and what these have beside keys.STREAMS."""
+"""The values of KD.TYPE whose losses fall into streams, and what these have beside STREAMS."""
 
 TYPES = ("KD", *DECOUPLED)
 """The values of KD.TYPE that RCNNDeepKD adds to mdistiller's."""
@@ -52,7 +53,7 @@ def _one_of(*names: str) -> tuple[str, Any]:
 
 def _shared(path: str, ours: str, **changes: Any) -> Key:
     """One of the classification's keys under another path; `changes` is what differs here."""
-    (key,) = (key for key in keys.KEYS if key.path == ours)
+    (key,) = (key for key in keys.all_keys() if key.path == ours)
     return key._replace(path=path, **changes)
 
 
@@ -190,7 +191,7 @@ def check_architecture(cfg: CfgNode, origin: Mapping[str, str] | None = None) ->
 def streams(cfg: CfgNode) -> tuple[str, ...]:
     """The streams of a step. All losses of a method that is not decoupled are the task stream's."""
     decoupled = cfg.MODEL.META_ARCHITECTURE == META_ARCHITECTURE and cfg.KD.TYPE in DECOUPLED
-    return keys.STREAMS + DECOUPLED[cfg.KD.TYPE] if decoupled else keys.STREAMS[:1]
+    return STREAMS + DECOUPLED[cfg.KD.TYPE] if decoupled else STREAMS[:1]
 
 
 def momenta(cfg: CfgNode) -> tuple[dict[str, float], str]:

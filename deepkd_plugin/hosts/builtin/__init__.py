@@ -9,13 +9,13 @@ from importlib.resources import files
 
 from yacs.config import CfgNode
 
-from ...distillers import DKD, KD
-from ...distillers.vanilla import Vanilla
+from ...distillers import DISTILLERS
 from ...trainer import Trainer
 from .models import cifar_model_dict, imagenet_model_dict, tiny_imagenet_model_dict
 
 __all__ = [
     "CFG",
+    "NATIVE",
     "cifar_model_dict",
     "distiller_dict",
     "imagenet_model_dict",
@@ -24,5 +24,8 @@ __all__ = [
 ]
 
 CFG = CfgNode.load_cfg(files(__package__).joinpath("defaults.yaml").read_text(encoding="utf-8"))
-distiller_dict = {"NONE": Vanilla, "KD": KD, "DKD": DKD}
+NATIVE = ("NONE", "KD", "DKD")
+"""The distillers that every host has itself."""
+
+distiller_dict = {name: DISTILLERS[name] for name in NATIVE}
 trainer_dict = {"base": Trainer}

@@ -93,7 +93,9 @@ def read_run(folder: Path) -> Run:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(f"{path}: must be the config of a run ({reason})") from None
     # of keys that are newer than the run; YAML has no tuples
-    defaults = {k.path: list(k.default) if isinstance(k.default, tuple) else k.default for k in config.KEYS}
+    defaults = {
+        k.path: list(k.default) if isinstance(k.default, tuple) else k.default for k in config.all_keys()
+    }
     settings = defaults | settings
     path = folder / GSNR
     try:

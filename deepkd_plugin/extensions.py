@@ -1,0 +1,58 @@
+"""Users' own methods, data sets and networks: which modules bring them, and what their files held.
+
+The environment variable DEEPKD_EXTENSIONS names modules to import, separated by commas. A module registers what it
+brings when it is imported (distillers.register_distiller, data.register_dataset, hosts.networks.register_network).
+Every process of a table inherits the variable, so each of its runs knows the same methods.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import os
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+VARIABLE = "DEEPKD_EXTENSIONS"
+
+_PACKAGE = Path(__file__).parent
+_contents: dict[str, str] = {}
+"""Registered module -> the hash of its file, as it was when the module registered something."""
+
+
+def load() -> None:
+    """Import the modules that DEEPKD_EXTENSIONS names; UserError for one that cannot be imported."""
+    for name in filter(None, map(str.strip, os.environ.get(VARIABLE, "").split(","))):
+        try:
+            importlib.import_module(name)
+        except UserError:
+            raise
+        except Exception as error:  # a user's module may fail in any way
+            raise UserError(
+                f"environment: {VARIABLE} names {name!r}, which cannot be imported ({type(error).__name__}: {error})"
+            ) from None
+
+
+def remember(registered: Any) -> None:
+    """Note the file of a class or function that was registered, unless it is this package's own.
+
+    What is computed depends on it, so it is part of a run's code hash (run.record.code_hash).
+    """
+    module = inspect.getmodule(registered)
+    try:
+        file = Path(inspect.getsourcefile(registered) or "")
+        content = file.read_bytes()
+    except (OSError, TypeError):  # typed into a shell
+        content = repr(registered).encode()
+    else:
+        if _PACKAGE in file.resolve().parents:
+            return
+    _contents[getattr(module, "__name__", "__main__")] = hashlib.sha256(content).hexdigest()
+
+
+def contents() -> dict[str, str]:
+    """Return the hash of each registered module's file, by the module's name, in the order of the names."""
+    return dict(sorted(_contents.items()))
