@@ -17,7 +17,7 @@ from common import conditions, medians_in_turn, report
 from step import METHODS, PAIRS, Setting, count_argument, on_imagenet, our_step, pair_argument
 
 from deepkd_plugin import device
-from deepkd_plugin.config.keys import KEYS
+from deepkd_plugin.config import all_keys
 from deepkd_plugin.gsnr import GradientMonitor
 from deepkd_plugin.terminal import Parser, guarded
 
@@ -56,7 +56,7 @@ def measure(of: Setting, coordinates: int, rounds: int) -> dict[str, object]:
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", nargs="+", type=pair_argument, default=PAIRS, metavar="TEACHER:STUDENT")
-    default = next(key.default for key in KEYS if key.path == "GSNR.COORDINATES")
+    default = next(key.default for key in all_keys() if key.path == "GSNR.COORDINATES")
     parser.add_argument("--coordinates", type=int, default=default, help=f"0: all ({default})")
     parser.add_argument("--batch", type=count_argument, default=64, help="images for the CIFAR pairs (64)")
     parser.add_argument("--rounds", type=count_argument, default=5)
