@@ -1,4 +1,4 @@
-"""A run's folder and its run.json: which code, config and machine its numbers come from."""
+"""A run's folder and its run.json: which code, config and machine its numbers come from. Only this module reads it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from .. import config, device, extensions
 from ..errors import UserError
 from . import checkpoint
 
+FILE = "run.json"
+"""The record's file in a run's folder."""
+
 RECORDED = ("torch", "torchvision", "numpy", "pillow", "matplotlib", "yacs", "tensorboardX", "deepkd_plugin")
 """Distributions whose versions are written down."""
 
@@ -28,10 +31,10 @@ APART = ("study/", "commands/", "detection/detectron2/merge.py", "run/array_pick
 
 
 def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
-    """Raise UserError where a run cannot go on in its folder, or would end another one there."""
+    """Raise UserError if a run cannot go on in its folder, or would end another one there."""
     try:
         latest = (folder / "latest").is_file()
-        held = latest or (folder / "run.json").exists()
+        holds_run = latest or (folder / FILE).exists()
     except OSError as error:  # a name of many options is longer than a file system takes
         raise UserError(
             f"{folder}: EXPERIMENT.NAME must be set to a shorter name ({error.strerror})"
@@ -40,7 +43,7 @@ def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
         raise UserError(
             f"{folder}: --resume finds no checkpoint 'latest' there; leave it out to start the run"
         )
-    if not resume and not overwrite and held:
+    if not resume and not overwrite and holds_run:
         raise UserError(
             f"{folder}: holds a run already; go on with --resume, start again with --overwrite "
             f"(deepkd_plugin's launcher), or set EXPERIMENT.NAME"
@@ -50,7 +53,7 @@ def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
 def prepare_folder(
     folder: Path,
     cfg: Any,
-    at: torch.device,
+    torch_device: torch.device,
     command: str,
     resume: bool,
     teacher: str | None,
@@ -60,13 +63,12 @@ def prepare_folder(
     """Make a run's folder with its resolved config and run.json; a run that is started again is removed.
 
     teacher, teacher_acc: the teacher's fingerprint and its top-1 in percent, None without one. classes: where
-    the code of student and distiller is from, which tells the host. Raises UserError where the folder cannot
-    be written.
+    the code of student and distiller is from, which tells the host. Raises UserError if the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         machine = {
-            "device": device.describe(at),
+            "device": device.describe(torch_device),
             "processor": processor(),
             "python": platform.python_version(),
             "versions": {name: version_of(name) for name in RECORDED},
@@ -98,34 +100,34 @@ def prepare_folder(
         checkpoint.write_whole(folder / "config.yaml", lambda file: file.write(text.encode()))
         run = {"command": command, "config_hash": config_hash(cfg), "seed": cfg.SOLVER.SEED}
         run |= {"teacher": teacher, "teacher_acc": teacher_acc, "minutes": 0.0, "finished": False}
-        _write(folder, run | machine)
+        write_run(folder, run | machine)
     except OSError as error:
         raise UserError(f"{folder}: LOG.PREFIX must name a folder that can be written ({error})") from None
 
 
 def config_hash(cfg: Any) -> str:
-    """A hash of every key that says what a run computes."""
+    """Hash every key that says what a run computes."""
     computed = {key: value for key, value in config.flatten(cfg).items() if config.computes(key)}
     return hashlib.sha256(json.dumps(computed, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def code_hash(package: Path | None = None) -> str:
-    """A hash of the package's .py files: of every one that can change what a run computes; and of users' own.
+    """Hash the package's .py files, every one that can change what a run computes, and users' own.
 
-    package: its folder; by default this one, as it was when this process began.
-    Those of APART are left out, so that a report may be mended without parting the runs of before from those of after.
+    package: its folder; by default this one, as it was when this process began. Those of APART are left out, so that
+    a report may be mended without parting the runs of before from those of after.
     """
     if package is None:
         extensions.load()
         own = extensions.contents()
         return hashlib.sha256(repr((_LOADED, own)).encode()).hexdigest()[:16] if own else _LOADED
-    held = hashlib.sha256()
+    digest = hashlib.sha256()
     files = {path.relative_to(package).as_posix(): path for path in package.rglob("*.py")}
     for name in sorted(files):
         if not name.startswith(APART):
             content = files[name].read_bytes()
-            held.update(f"{name} {len(content)}\n".encode() + content)
-    return held.hexdigest()[:16]
+            digest.update(f"{name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:16]
 
 
 _LOADED = code_hash(PACKAGE)
@@ -133,7 +135,7 @@ _LOADED = code_hash(PACKAGE)
 
 
 def add_minutes(folder: Path, minutes: float) -> float:
-    """Add a session's training time to a run's; returns the sum."""
+    """Add a session's training time to a run's, and return the sum."""
     total = read_run(folder)["minutes"] + minutes
     note(folder, {"minutes": round(total, 2)})
     return total
@@ -141,26 +143,39 @@ def add_minutes(folder: Path, minutes: float) -> float:
 
 def note(folder: Path, entries: dict[str, Any]) -> None:
     """Add entries to a run's run.json."""
-    _write(folder, read_run(folder) | entries)
+    write_run(folder, read_run(folder) | entries)
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """A run's run.json."""
+    """Read a run's run.json; UserError if there is none, or something else than a record in it."""
+    path = folder / FILE
     try:
-        return json.loads((folder / "run.json").read_text())
+        run = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'run.json'}: must be the record of a run ({error})") from None
+        raise UserError(f"{path}: must be the record of a run ({error})") from None
+    if not isinstance(run, dict):
+        raise UserError(f"{path}: must be the record of a run (it holds a {type(run).__name__})")
+    return run
 
 
-def _write(folder: Path, run: dict[str, Any]) -> None:
+def find_run(folder: Path) -> dict[str, Any]:
+    """Read a run's run.json; {} if there is none that can be read."""
+    try:
+        return read_run(folder)
+    except UserError:
+        return {}
+
+
+def write_run(folder: Path, run: dict[str, Any]) -> None:
+    """Write a run's run.json, whole or not at all."""
     text = json.dumps(run, indent=2) + "\n"
-    checkpoint.write_whole(folder / "run.json", lambda file: file.write(text.encode()))
+    checkpoint.write_whole(folder / FILE, lambda file: file.write(text.encode()))
 
 
 def commit(folder: Path = PACKAGE, file: str = "launch.py") -> str:
-    """The commit of the checkout that `folder` is in, "+" where it was changed since, "unknown" without one.
+    """Name the commit of the checkout that `folder` is in, with "+" if it was changed since; "unknown" without one.
 
-    file: one of the folder's own, which that checkout must track: an installed package may lie in another
+    file: one of the folder's own, which that checkout must track: an installed package may be in another
     project's checkout.
     """
     try:
@@ -173,7 +188,7 @@ def commit(folder: Path = PACKAGE, file: str = "launch.py") -> str:
 
 
 def processor() -> str:
-    """The processor's name where the system tells it."""
+    """Name the processor, if the system tells it."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
@@ -183,17 +198,8 @@ def processor() -> str:
 
 
 def version_of(name: str) -> str:
-    """The version of an installed distribution, in words where there is none."""
+    """Give the version of an installed distribution; "not installed" without one."""
     try:
         return version(name)
     except PackageNotFoundError:
         return "not installed"
-
-
-def names_a_teacher(folder: Path) -> bool:
-    """Whether a run's record says that it was taught."""
-    try:
-        held = json.loads((folder / "run.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return isinstance(held, dict) and held.get("teacher") is not None

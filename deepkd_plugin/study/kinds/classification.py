@@ -52,7 +52,7 @@ class Classification(Kind):
         return {path.stem for path in (self._root() / table).glob("*/*.yaml")}
 
     def place(self, table: str) -> str:
-        return f"{self.below}/{table}"
+        return table if Path(table).is_absolute() else f"{self.below}/{table}"
 
     def pairs(self, table: str) -> list[str]:
         return sorted(path.name for path in (self._root() / table).iterdir() if path.is_dir())
@@ -62,7 +62,8 @@ class Classification(Kind):
         return path if path.is_file() else None
 
     def shown(self, file: Path) -> str:
-        return file.relative_to(shipped("configs").parent).as_posix()
+        ours = shipped("configs").parent
+        return (file.relative_to(ours) if file.is_relative_to(ours) else file).as_posix()
 
     def read(self, file: Path, options: Sequence[str]) -> Any:
         return launch.read_config(find_host(), str(file), options)[0]

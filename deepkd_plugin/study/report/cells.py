@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..measures import CLASSIFICATION, MEASURES, Measures
-from ..table import Method, Pair, Planned
+from ..table import Method, Pair, Run
 from . import published
 from .collect import Record, Table
 from .formats import CONFIDENCE, interval, signed
@@ -65,7 +65,7 @@ class Cell:
     pair: Pair
     method: Method
     base: Method | None
-    planned: tuple[Planned, ...]
+    planned: tuple[Run, ...]
     records: tuple[Record, ...]
     published: Published | None
     base_published: Published | None

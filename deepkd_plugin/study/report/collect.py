@@ -22,7 +22,7 @@ from ...config.tree import flatten
 from ...run import record
 from ...run.metrics import METRICS, read_metrics
 from ..measures import CLASSIFICATION, MEASURES, Measures
-from ..table import Method, Pair, Planned, _text, read_plan
+from ..table import Run, Table, as_text
 from .detectron2 import settings as ours
 
 NOT_STARTED, UNFINISHED, OTHER_CONFIG, MIXED, UNREADABLE = (
@@ -54,7 +54,7 @@ class Record:
     taken_from: the table and run that it was trained for, where that was another one (--reuse).
     """
 
-    run: Planned
+    run: Run
     best: float
     best_epoch: int
     last: float
@@ -83,105 +83,82 @@ class Record:
 class LeftOut:
     """A planned run that does not count: the kind of reason (NOT_STARTED, …), and the reason in words."""
 
-    run: Planned
+    run: Run
     kind: str
     reason: str
 
 
 @dataclass(frozen=True)
-class Table:
-    """A table's plan and what there is of it.
+class Results(Table):
+    """A table's plan and what there is of it. records: by (pair, method, seed)."""
 
-    over: the base method of an ablation. options: KEY → value that every run was given. records: by (pair,
-    method, seed). kind: of MEASURES.
-    """
-
-    folder: Path
-    name: str
-    dataset: str
-    over: str | None
-    options: dict[str, str]
-    metric: str
-    seeds: tuple[int, ...]
-    pairs: tuple[Pair, ...]
-    methods: tuple[Method, ...]
-    runs: tuple[Planned, ...]
     records: dict[tuple[str, str, int], Record]
     left_out: tuple[LeftOut, ...]
-    kind: str = CLASSIFICATION
-
-    @property
-    def measures(self) -> Measures:
-        return MEASURES[self.kind]
-
-    @property
-    def title(self) -> str:
-        """The name; an ablation's with what it is of."""
-        return self.name if self.over is None else f"{self.name} over {self.over} on {self.dataset}"
 
 
 class _RejectedError(Exception):
     """A run that does not count: kind and reason."""
 
 
-def collect(folder: Path) -> Table:
+def collect(folder: Path) -> Results:
     """Read a table's plan and its runs' folders.
 
-    A run that is broken in whatever way is left out with a reason. Raises UserError only where the plan itself
-    cannot be read.
+    A run that is broken in whatever way is left out with a reason. Raises UserError only if the plan itself cannot be
+    read.
     """
-    plan = read_plan(folder)
-    records: dict[Planned, Record] = {}
+    table = Table.read(folder)
+    records: dict[Run, Record] = {}
     left_out: list[LeftOut] = []
-    for run in plan["runs"]:
+    for run in table.runs:
         try:
-            records[run] = read_record(run, plan["kind"])
+            records[run] = read_record(run)
         except _RejectedError as why:
             left_out.append(LeftOut(run, *why.args))
         # files from a full disk or a killed editor hold anything
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split()).replace(f"{run.folder}/", "")
             left_out.append(LeftOut(run, UNREADABLE, f"cannot be read: {reason[:LONGEST]}"))
-    by_code = Counter(found.codes for found in records.values())
-    cells = dict.fromkeys((run.pair, run.method) for run in plan["runs"])
+    by_code = Counter(one.codes for one in records.values())
+    cells = dict.fromkeys((run.pair, run.method) for run in table.runs)
     for cell in cells:
-        held = [found for run, found in records.items() if (run.pair, run.method) == cell]
-        for run, reason in _misfits(held, by_code):
+        of_cell = [one for run, one in records.items() if (run.pair, run.method) == cell]
+        for run, reason in _misfits(of_cell, by_code):
             del records[run]
             left_out.append(LeftOut(run, MIXED, reason))
-    order = {run: i for i, run in enumerate(plan["runs"])}
+    order = {run: i for i, run in enumerate(table.runs)}
     left_out.sort(key=lambda left: order[left.run])
-    by_key = {(run.pair, run.method, run.seed): found for run, found in records.items()}
-    return Table(folder, **plan, records=by_key, left_out=tuple(left_out))
+    by_key = {(run.pair, run.method, run.seed): one for run, one in records.items()}
+    return Results(**vars(table), records=by_key, left_out=tuple(left_out))
 
 
-def read_record(run: Planned, kind: str = CLASSIFICATION) -> Record:
-    """What a finished run left; raises _RejectedError(kind, reason) for any other, anything for broken files."""
-    if not (run.folder / "run.json").exists():
+def read_record(run: Run) -> Record:
+    """Read what a finished run left; raises _RejectedError(kind, reason) for any other, anything for broken files."""
+    if not (run.folder / record.FILE).exists():
         words = _last_words(run.folder)
         if words:
             raise _RejectedError(UNFINISHED, "ended before its first epoch" + words)
         raise _RejectedError(NOT_STARTED, "not started")
-    held = record.read_run(run.folder)
-    if held["config_hash"] != run.hash:
-        reason = f"made under another config: its hash is {held['config_hash']}, the plan's {run.hash}"
+    about = record.read_run(run.folder)
+    measures = MEASURES[run.kind]
+    if about["config_hash"] != run.hash:
+        reason = f"made under another config: its hash is {about['config_hash']}, the plan's {run.hash}"
         raise _RejectedError(OTHER_CONFIG, reason)
-    if not held["finished"]:
-        reason = f"unfinished: {_epochs_done(run.folder)} of {run.epochs} {MEASURES[kind].step}s"
+    if not about["finished"]:
+        reason = f"unfinished: {_epochs_done(run.folder)} of {run.epochs} {measures.step}s"
         raise _RejectedError(UNFINISHED, reason + _last_words(run.folder))
     settings = yaml.load((run.folder / "config.yaml").read_text(encoding="utf-8"), _Loader)
-    found = ours(kind, flatten(settings))
-    return _record(run, held, read_metrics(run.folder), found, MEASURES[kind])
+    return _record(run, about, read_metrics(run.folder), ours(run.kind, flatten(settings)), measures)
 
 
 def _record(
-    run: Planned,
-    held: dict[str, Any],
+    run: Run,
+    about: dict[str, Any],
     lines: Sequence[dict[str, Any]],
     settings: dict[str, Any],
     measures: Measures,
 ) -> Record:
-    result, teacher_acc = held["result"], held.get("teacher_acc")
+    """Put a record together; KeyError, ValueError, … if its files do not hold what they should. about: run.json."""
+    result, teacher_acc = about["result"], about.get("teacher_acc")
     key = measures.key
     curve = {int(line["epoch"]): float(line[key]) for line in lines if key in line}
     of_epoch = {int(line["epoch"]): line for line in lines}
@@ -189,7 +166,7 @@ def _record(
         number: {name: float(of_epoch[int(result[at])][other]) for name, other in measures.further.items()}
         for number, at in (("last", "epochs"), ("best", "best_epoch"))
     }
-    found = Record(
+    made = Record(
         run=run,
         best=float(result["best"]),
         best_epoch=int(result["best_epoch"]),
@@ -202,77 +179,77 @@ def _record(
             for line in lines
             if "momentum" in line
         },
-        teacher=_text(held.get("teacher")),
+        teacher=as_text(about.get("teacher")),
         teacher_acc=teacher_acc if teacher_acc is None else float(teacher_acc),
-        minutes=float(held["minutes"]),
+        minutes=float(about["minutes"]),
         execution=tuple(dict.fromkeys(str(line["execution"]) for line in lines if "execution" in line)),
-        versions={str(name): str(version) for name, version in held["versions"].items()},
-        processor=str(held["processor"]),
-        device=str(held["device"]),
-        python=str(held["python"]),
-        commit=str(held["commit"]),
-        codes=tuple(dict.fromkeys(str(session.get("code")) for session in (held, *held.get("resumed", ())))),
-        started=str(held["started"]),
+        versions={str(name): str(version) for name, version in about["versions"].items()},
+        processor=str(about["processor"]),
+        device=str(about["device"]),
+        python=str(about["python"]),
+        commit=str(about["commit"]),
+        codes=tuple(dict.fromkeys(str(session.get("code")) for session in (about, *about.get("resumed", ())))),
+        started=str(about["started"]),
         settings=settings,
         measures=measures,
         further=further,
-        taken_from=_text(held.get("taken_from")),
+        taken_from=as_text(about.get("taken_from")),
     )
-    numbers = [found.best, found.last, found.minutes, found.teacher_acc or 0.0, *curve.values()]
+    numbers = [made.best, made.last, made.minutes, made.teacher_acc or 0.0, *curve.values()]
     numbers += [value for values in further.values() for value in values.values()]
     if not all(math.isfinite(value) for value in numbers):
         raise ValueError("a number is not finite")
-    if not lines or lines[-1]["epoch"] != found.epochs:
+    if not lines or lines[-1]["epoch"] != made.epochs:
         ended = lines[-1]["epoch"] if lines else 0
-        raise ValueError(f"{METRICS} ends at epoch {ended}, run.json at {found.epochs}")
-    if abs(curve.get(found.epochs, found.last) - found.last) > 1e-6:
-        raise ValueError(f"the last epoch has {curve[found.epochs]} in {METRICS}, {found.last} in run.json")
-    return found
+        raise ValueError(f"{METRICS} ends at epoch {ended}, run.json at {made.epochs}")
+    if abs(curve.get(made.epochs, made.last) - made.last) > 1e-6:
+        raise ValueError(f"the last epoch has {curve[made.epochs]} in {METRICS}, {made.last} in run.json")
+    return made
 
 
-def _misfits(cell: list[Record], by_code: Counter[tuple[str, ...]]) -> list[tuple[Planned, str]]:
-    """The runs of a cell that do not belong with most of it, and why.
+def _misfits(cell: list[Record], by_code: Counter[tuple[str, ...]]) -> list[tuple[Run, str]]:
+    """List the runs of a cell that do not belong with most of it, and why.
 
     Of several groups of equal size the one stays whose code made most of the table, then the latest.
     """
     whole, rest = [], []
-    for found in cell:
-        if found.codes == ("None",):
-            rest.append((found.run, "run.json does not name the code that made it"))
-        elif len(found.codes) > 1:
-            rest.append((found.run, f"its sessions ran different code: {', '.join(found.codes)}"))
+    for one in cell:
+        if one.codes == ("None",):
+            rest.append((one.run, "run.json does not name the code that made it"))
+        elif len(one.codes) > 1:
+            rest.append((one.run, f"its sessions ran different code: {', '.join(one.codes)}"))
         else:
-            whole.append(found)
+            whole.append(one)
     if not whole:
         return rest
-    count = Counter(_maker(found) for found in whole)
-    first = max(whole, key=lambda found: (count[_maker(found)], by_code[found.codes], found.started))
-    for found in whole:
-        if _maker(found) == _maker(first):
+    count = Counter(_maker(one) for one in whole)
+    first = max(whole, key=lambda one: (count[_maker(one)], by_code[one.codes], one.started))
+    for one in whole:
+        if _maker(one) == _maker(first):
             continue
-        if found.codes != first.codes:
-            reason = f"made by code {found.codes[0]}, the rest of its cell by {first.codes[0]}"
-        elif found.teacher != first.teacher:
+        if one.codes != first.codes:
+            reason = f"made by code {one.codes[0]}, the rest of its cell by {first.codes[0]}"
+        elif one.teacher != first.teacher:
             reason = (
-                f"its teacher's weights are {found.teacher}, those of the rest of its cell {first.teacher}"
+                f"its teacher's weights are {one.teacher}, those of the rest of its cell {first.teacher}"
             )
         else:
-            ours, theirs = _computed(found), _computed(first)
+            ours, theirs = _computed(one), _computed(first)
             key = next(k for k in sorted(ours.keys() | theirs.keys()) if ours.get(k) != theirs.get(k))
             reason = f"{key} is {ours.get(key)}, in the rest of its cell {theirs.get(key)}"
-        rest.append((found.run, reason))
+        rest.append((one.run, reason))
     return rest
 
 
-def _maker(found: Record) -> tuple[Any, ...]:
-    """What runs of a cell have in common."""
-    return found.codes, found.teacher, tuple(sorted(_computed(found).items()))
+def _maker(one: Record) -> tuple[Any, ...]:
+    """Gather what runs of a cell have in common."""
+    return one.codes, one.teacher, tuple(sorted(_computed(one).items()))
 
 
-def _computed(found: Record) -> dict[str, str]:
-    """What a run's config computes, but for its seed, as text."""
-    held = {k: v for k, v in found.settings.items() if computes(k) and k != "SOLVER.SEED"}
-    return {key: json.dumps(value, default=str) for key, value in held.items()}
+def _computed(one: Record) -> dict[str, str]:
+    """Gather what a run's config computes, but for its seed, as text."""
+    computed = {k: v for k, v in one.settings.items() if computes(k) and k != "SOLVER.SEED"}
+    return {key: json.dumps(value, default=str) for key, value in computed.items()}
 
 
 def _epochs_done(folder: Path) -> int:
@@ -283,7 +260,7 @@ def _epochs_done(folder: Path) -> int:
 
 
 def _last_words(folder: Path) -> str:
-    """The last line of a run's log, for a reason."""
+    """Quote the last line of a run's log, for a reason."""
     try:
         with (folder / "log.txt").open("rb") as file:
             file.seek(0, 2)

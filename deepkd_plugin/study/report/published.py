@@ -9,18 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ...distillers import bases
+from ..table import row_name
+
 FILE = Path(__file__).with_name("published.csv")
-
-BASES = {"kd": "KD", "dkd": "DKD", "mlkd": "MLKD", "crld": "CRLD"}
-"""Our methods and their published names."""
-
-DEEPKD = {
-    "deepkd": "KD+DeepKD",
-    "deepkd_dkd": "DKD+DeepKD",
-    "deepkd_mlkd": "MLKD+DeepKD",
-    "deepkd_crld": "CRLD+DeepKD",
-}
-"""Ours over a base, whose mask is the dynamic one; published with it (+DTM) and without."""
 
 SAME_NETWORK = {("imagenet", "MobileNetV2"): "MobileNetV1"}
 """Our names of networks that the published tables call otherwise: see hosts/registry.py for this one."""
@@ -28,10 +20,10 @@ SAME_NETWORK = {("imagenet", "MobileNetV2"): "MobileNetV1"}
 
 @dataclass(frozen=True)
 class Published:
-    """One published number: its text and value (None where the text is a range), source and certainty.
+    """One published number: its text and value (None if the text is a range), source and certainty.
 
-    note: where the published variant differs from ours. comparable: whether a difference from ours means
-    anything; False where ours was trained or tested on other images.
+    note: how the published variant differs from ours. comparable: whether a difference from ours means anything; False
+    if ours was trained or tested on other images.
     """
 
     method: str
@@ -45,7 +37,7 @@ class Published:
 
 @cache
 def rows() -> tuple[dict[str, str], ...]:
-    """The file's rows by column."""
+    """Read the file's rows, by column."""
     with FILE.open(encoding="utf-8", newline="") as file:
         return tuple(csv.DictReader(file))
 
@@ -73,32 +65,34 @@ def find(
     settings: Mapping[str, Any] | None = None,
     options: Mapping[str, str] | None = None,
 ) -> Published | None:
-    """The published number of one of our cells; None where there is none.
+    """Find the published number of one of our cells; None if there is none.
 
-    metric: the table's, like "top-1 (%)". settings: the flat config of the cell's runs; None where it has none,
-    which is then taken to be as shipped. options: what every run of the table was given beside its config file.
+    method: the row's name. metric: the table's, like "top-1 (%)". settings: the flat config of the cell's runs, None
+    if it has none, which is then taken to be as shipped. options: what every run of the table was given beside its
+    config file.
     """
     settings = {"DeepKD.MASK.TYPE": "dynamic"} | dict(settings or {})
     masked = settings["DeepKD.MASK.TYPE"] == "dynamic"
     network = SAME_NETWORK.get((dataset, student), student)
-    held = {
+    there = {
         row["method"]: row
         for row in rows()
         if (row["dataset"], row["teacher"], row["student"]) == (dataset, teacher, network)
         and _plain(metric).startswith(_plain(row["metric"]))
     }
-    if method in BASES:
-        names = [BASES[method]]
-    elif method in DEEPKD:
-        names = [DEEPKD[method] + "+DTM", DEEPKD[method]]
-        names = names if masked else names[::-1]
-    else:
+    base = next((name for name in bases() if method in (row_name(name), row_name(name, deepkd=True))), None)
+    if base is None:
         return None
-    name = next((name for name in names if name in held), None)
+    names = [bases()[base].published or base]
+    over = method == row_name(base, deepkd=True)
+    if over:  # whose mask is the dynamic one
+        names = [f"{names[0]}+DeepKD+DTM", f"{names[0]}+DeepKD"]
+        names = names if masked else names[::-1]
+    name = next((name for name in names if name in there), None)
     if name is None:
         return None
     notes, comparable = [], True
-    if method in DEEPKD and masked != name.endswith("+DTM"):
+    if over and masked != name.endswith("+DTM"):
         notes.append(
             "published without DTM, ours with it" if masked else "published with DTM, ours without it"
         )
@@ -106,7 +100,7 @@ def find(
         notes.append(f"published for {network}, the network that mdistiller has under this name")
     if settings.get("EXPERIMENT.LOGIT_STAND"):
         notes.append("ours with standardised logits")
-    if method in ("mlkd", "deepkd_mlkd") and settings.get("MLKD.VARIANT") == "formula":
+    if base == "MLKD" and settings.get("MLKD.VARIANT") == "formula":
         notes.append("ours with MLKD.VARIANT formula")
     if per_class := settings.get("DATASET.TRAIN_PER_CLASS"):
         notes.append(f"not comparable: ours saw {per_class} training images of each class")
@@ -120,11 +114,11 @@ def find(
             comparable = False
         elif key not in (*HARMLESS, "DATASET.TRAIN_PER_CLASS", "DATASET.HOLDOUT"):
             notes.append(f"ours with {key} {value}")
-    return replace(_published(held[name]), note="; ".join(notes), comparable=comparable)
+    return replace(_published(there[name]), note="; ".join(notes), comparable=comparable)
 
 
 def without_pair(dataset: str, metric: str) -> list[str]:
-    """What is published for a data set without saying which pair it is of, a sentence each: no cell's value."""
+    """Say what is published for a data set without a pair, a sentence each: it is no cell's value."""
     return [
         f"{row['method']}: {row['metric']} {row['value']} ({row['source']}; {row['certainty']})"
         for row in rows()

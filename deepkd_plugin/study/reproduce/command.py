@@ -19,7 +19,7 @@ from ..shared import cores
 from ..table import Run
 from . import reuse, tables
 from .estimate import Estimate, estimate
-from .plan import Plan, make_plan, problems, with_teachers, write
+from .plan import Plan, make_plan, problems, with_teachers
 from .runs import locked, state
 
 DONE = {"finished": "finished", "elsewhere": "to take over", "resumable": "to go on with", "new": "new"}
@@ -50,8 +50,8 @@ class Request:
 def reproduce(request: Request) -> int:
     """Plan a table's runs, show the plan, run what is not finished, and report.
 
-    Returns 0 where all runs of the plan are finished (or submitted), 1 where some failed. With dry_run nothing is
-    started or written. Raises UserError for what the user can mend, and Stopped after an interruption.
+    Returns 0 if all runs of the plan are finished (or submitted), 1 if some failed. With dry_run nothing is started or
+    written. Raises UserError for what the user can mend, and Stopped after an interruption.
     """
     parameters = slurm_parameters(request)
     plan = _plan(request)
@@ -82,7 +82,7 @@ def reproduce(request: Request) -> int:
             print(_entry("missing", problem))
         return 0
     with locked(plan.out):
-        write(plan)
+        plan.document.write()
         missing = problems(plan, left, prepare=True)
         if missing:
             raise UserError("; ".join(missing))
@@ -94,16 +94,16 @@ def reproduce(request: Request) -> int:
 def describe(
     plan: Plan, states: Mapping[Run, str], where: str, expected: Estimate | None, request: Request, unfit: int
 ) -> str:
-    """The plan as text. unfit: how many runs of --reuse have a config of the plan and must not be taken over."""
+    """Put the plan into words. unfit: how many runs of --reuse have a config of the plan and must not be taken over."""
     count = Counter(states.values())
     parts = {"pair": plan.pairs, "method": plan.methods, "seed": plan.seeds}
     numbers = " × ".join(_number(len(what), name) for name, what in parts.items())
-    held = [f"{count[state]} {words}" for state, words in DONE.items() if count[state]]
+    there = [f"{count[state]} {words}" for state, words in DONE.items() if count[state]]
     entries = {
         "table": f"{plan.table.title}, {plan.table.kind.measures.metric}: {numbers} = {_number(len(plan.runs), 'run')}",
         "pairs": " ".join(plan.pairs),
         "methods": " ".join(plan.methods),
-        "runs": ", ".join(held),
+        "runs": ", ".join(there),
         "protocol": _protocol(plan),
         "options": " ".join(request.options),
         "reuse": f"{', '.join(map(str, request.reuse))}: {_number(count['elsewhere'], 'run')} to take over"
@@ -127,14 +127,14 @@ def describe(
 def _as_taken(
     plan: Plan, states: Mapping[Run, str], taken: Mapping[Run, reuse.Other]
 ) -> tuple[Plan, dict[Run, str]]:
-    """The plan and states as they would be with the taken runs finished where they lie, whose times are known."""
+    """Give the plan and states as they would be with the taken runs finished where they are, whose times are known."""
     runs = [replace(run, folder=taken[run].folder) if run in taken else run for run in plan.runs]
-    held = ["finished" if run in taken else states[run] for run in plan.runs]
-    return replace(plan, runs=tuple(runs)), dict(zip(runs, held))
+    as_taken = ["finished" if run in taken else states[run] for run in plan.runs]
+    return replace(plan, runs=tuple(runs)), dict(zip(runs, as_taken))
 
 
 def slurm_parameters(request: Request) -> dict[str, Any]:
-    """The KEY=VALUE of --slurm, values as Python writes them or else text; --jobs limits the array."""
+    """Read the KEY=VALUE of --slurm, values as Python writes them or else text; --jobs limits the array."""
     if request.launcher == "local":
         if request.slurm:
             raise UserError("command line: --slurm goes with --launcher slurm")
@@ -201,28 +201,38 @@ def _number(count: int, name: str) -> str:
 
 
 def _without_base(plan: Plan) -> str:
-    """Which methods will have no gain, because their base is neither asked for nor in the table."""
-    planned = {(run["pair"], run["method"]) for run in plan.document["runs"]}
-    lonely: dict[str, list[str]] = {}
-    for method in plan.table.methods:
-        of = {run.pair for run in plan.runs if run.method == method.name}
-        if method.base is not None and any((pair, method.base) not in planned for pair in of):
-            lonely.setdefault(method.base, []).append(method.name)
+    """Say which methods will have no gain, because their base has no row, or is neither asked for nor in the table."""
+    bases = {method.name: method.base for method in plan.document.methods}
+    rows = {row.name: row for row in plan.table.methods}
+    planned = {(run.pair, run.method) for run in plan.document.runs}
+    without_row: dict[str, list[str]] = {}
+    without_runs: dict[str, list[str]] = {}
+    for (pair, name), cfg in plan.cfgs.items():
+        base = bases[name]
+        if base is None and (method := tables.taken_apart(rows[name], cfg)) is not None:
+            without_row.setdefault(method, []).append(name)
+        elif base is not None and (pair, base) not in planned:
+            without_runs.setdefault(base, []).append(name)
+    why = (
+        (without_row, "has no row of its own in the table"),
+        (without_runs, "is not asked for and has no runs in the table"),
+    )
     said = [
-        f"{base}, the base of {' '.join(names)}, is not asked for and has no runs in the table"
+        f"{base}, the base of {' '.join(dict.fromkeys(names))}, {reason}"
+        for lonely, reason in why
         for base, names in lonely.items()
     ]
     return "; ".join(said) + ": there will be no gain over it" if said else ""
 
 
 def _protocol(plan: Plan) -> str:
-    """How long runs train, with the methods that do so where they differ."""
-    held: dict[str, list[str]] = {}
+    """Say how long runs train, with the methods that do so if they differ."""
+    lengths: dict[str, list[str]] = {}
     for (_, method), cfg in plan.cfgs.items():
-        held.setdefault(plan.table.kind.protocol(cfg), []).append(method)
-    if len(held) == 1:
-        return next(iter(held))
-    return "; ".join(f"{text} ({' '.join(dict.fromkeys(methods))})" for text, methods in held.items())
+        lengths.setdefault(plan.table.kind.protocol(cfg), []).append(method)
+    if len(lengths) == 1:
+        return next(iter(lengths))
+    return "; ".join(f"{text} ({' '.join(dict.fromkeys(methods))})" for text, methods in lengths.items())
 
 
 def _machine() -> str:
@@ -238,7 +248,7 @@ def _cluster(parameters: Mapping[str, Any]) -> str:
 
 
 def _entry(name: str, text: str) -> str:
-    """A line of the plan; long ones go on below."""
+    """Make a line of the plan; a long one goes on below."""
     indent = " " * 10
     return textwrap.fill(
         text,

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import itertools
 import math
 import os
 import sys
-import time
-from collections.abc import Sequence
-from typing import IO, TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import IO
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import Progress, Task
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 from ...run.metrics import METRICS, read_metrics
+from ...run.record import find_run
 from ..measures import MEASURES
 from ..shared import duration
+from ..table import Run
 
-if TYPE_CHECKING:
-    from ..table import Run
-
-EVERY = 1.0
-"""Seconds between two looks at the runs' records."""
+COLUMNS = {"": 7, "epoch": 7, "test": 5, "best": 5, "time": 6, "left": 6}
+"""A run's numbers and their least widths; the first is its seed."""
 
 
 def for_stream(stream: IO[str] | None = None) -> Display:
-    """Live lines where the stream (stdout) is a terminal that can move its cursor, plain lines elsewhere."""
+    """Choose live lines if the stream (stdout) is a terminal that can move its cursor, plain lines elsewhere."""
     stream = stream or sys.stdout
     if stream.isatty() and os.environ.get("TERM", "dumb") != "dumb":
-        return LiveDisplay(stream)
+        return LiveDisplay(Console(file=stream, force_terminal=True, highlight=False))
     return PlainDisplay(stream)
 
 
@@ -45,9 +50,6 @@ class Display:
     def failed(self, run: Run, why: str, again: bool) -> None:
         """A process failed; `again`: its run will be tried again."""
 
-    def refresh(self) -> None:
-        """Called several times a second."""
-
     def close(self) -> None:
         """Nothing more will come."""
 
@@ -58,118 +60,55 @@ class PlainDisplay(Display):
     def __init__(self, stream: IO[str]) -> None:
         self.stream = stream
         self.total = self.done = self.given_up = 0
-        self.running: dict[Run, _Progress] = {}
-        self.began = time.monotonic()
 
     def begin(self, runs: Sequence[Run], before: int) -> None:
         self.total, self.done = before + len(runs), before
-        self.began = time.monotonic()
         if before:
             self.say(f"{before} of {self.total} runs were finished before")
 
     def started(self, run: Run, resumed: bool) -> None:
-        self.running[run] = _Progress(run, resumed)
-        self.tell_start(run, resumed)
-
-    def finished(self, run: Run) -> None:
-        self.running.pop(run, None)
-        self.done += 1
-        self.tell_result(run)
-
-    def failed(self, run: Run, why: str, again: bool) -> None:
-        self.running.pop(run, None)
-        self.given_up += not again
-        self.say(f"failed    {run.name}: {why}")
-
-    def tell_start(self, run: Run, resumed: bool) -> None:
         self.say(f"{'resumed' if resumed else 'started'}   {run.name}")
 
-    def tell_result(self, run: Run) -> None:
+    def finished(self, run: Run) -> None:
+        self.done += 1
         self.say(f"finished  {run.name}: {_result(run)}, {self.done} of {self.total} runs")
+
+    def failed(self, run: Run, why: str, again: bool) -> None:
+        self.given_up += not again
+        self.say(f"failed    {run.name}: {why}")
 
     def say(self, line: str) -> None:
         print(line, file=self.stream, flush=True)
 
 
-class _Progress:
-    """How far a process has brought its run, from the run's record."""
-
-    def __init__(self, run: Run, resumed: bool) -> None:
-        self.run = run
-        self.epoch = self.first = 0
-        self.last: float | None = None
-        self.best: float | None = None
-        self.started = self.changed = time.monotonic()
-        self.minutes_before = 0.0
-        # of a run that this one replaces
-        self._stamp = None if resumed else self._changed_at()
-        if resumed:
-            self.read()
-            self.first = self.epoch
-            self.minutes_before = _record(run).get("minutes", 0.0)
-
-    def read(self) -> None:
-        """Take up what the record has since the last reading."""
-        stamp = self._changed_at()
-        if stamp == self._stamp:
-            return
-        try:
-            lines = read_metrics(self.run.folder)
-        except ValueError:
-            return
-        self._stamp = stamp
-        if len(lines) != self.epoch:
-            self.changed = time.monotonic()
-        key = MEASURES[self.run.kind].key
-        values = [line[key] for line in lines if key in line]
-        self.epoch = len(lines)
-        self.last = values[-1] if values else None
-        self.best = max(values, default=None)
-
-    def _changed_at(self) -> int | None:
-        with contextlib.suppress(OSError):
-            return (self.run.folder / METRICS).stat().st_mtime_ns
-        return None
-
-    @property
-    def minutes(self) -> float:
-        return self.minutes_before + (time.monotonic() - self.started) / 60
-
-    @property
-    def minutes_left(self) -> float | None:
-        """By the mean time of this process's epochs; None in its first."""
-        if self.epoch <= self.first:
-            return None
-        each = (self.changed - self.started) / (self.epoch - self.first)
-        return max(0.0, each * (self.run.epochs - self.epoch) - (time.monotonic() - self.changed)) / 60
-
-
 class LiveDisplay(PlainDisplay):
     """A line for each run that is being trained and a bar for all, redrawn in place below what is said."""
 
-    def __init__(self, stream: IO[str]) -> None:
-        super().__init__(stream)
-        self._drawn: list[str] = []
-        self._next = 0.0
-        self._left: dict[Run, int] = {}
-        self._names = self._epochs_done = 0
-        encoding = getattr(stream, "encoding", None) or "ascii"
-        try:
-            "━─…".encode(encoding)
-            self._full, self._empty, self._cut = "━─…"
-        except UnicodeEncodeError:
-            self._full, self._empty, self._cut = "=-~"
+    def __init__(self, console: Console) -> None:
+        super().__init__(console.file)
+        self.console = console
+        self.clock = Progress(console=console, speed_estimate_period=math.inf)  # counts epochs: of each process, of all
+        self.all = self.clock.add_task("")
+        self.running: dict[Run, Task] = {}
+        self.left: dict[Run, int] = {}
+        """Epochs that each run without a result still takes."""
+        self.live = Live(console=console, get_renderable=self.view, refresh_per_second=1)
 
     def begin(self, runs: Sequence[Run], before: int) -> None:
+        self.left = {run: run.epochs for run in runs}
+        self.clock.reset(self.all)
+        self.clock.advance(self.all, 0)  # from here on it takes the speed
+        self.live.start()
         super().begin(runs, before)
-        self._left = {run: run.epochs for run in runs}
-        self._names = max((len(run.name) for run in runs), default=0)
 
-    def tell_start(self, run: Run, resumed: bool) -> None:
-        """Its live line tells."""
-
-    def tell_result(self, run: Run) -> None:
-        self.say(f"finished  {run.name}: {_result(run)}")
+    def started(self, run: Run, resumed: bool) -> None:
+        done = len(read_metrics(run.folder)) if resumed else 0
+        # a run that is made anew still has its predecessor's record
+        written = None if resumed else _written(run)
+        self.clock.add_task("", total=run.epochs, completed=done, values=(), written=written)
+        self.running[run] = self.clock.tasks[-1]
+        self.clock.advance(self.running[run].id, 0)
+        self.live.refresh()
 
     def finished(self, run: Run) -> None:
         self._end(run, final=True)
@@ -180,109 +119,95 @@ class LiveDisplay(PlainDisplay):
         super().failed(run, why, again)
 
     def _end(self, run: Run, final: bool) -> None:
-        progress = self.running.get(run)
-        if progress is not None:
-            progress.read()
-            self._epochs_done += progress.epoch - progress.first
-            self._left[run] = run.epochs - progress.epoch
+        self.live.refresh()
+        if task := self.running.pop(run, None):
+            self.clock.remove_task(task.id)
         if final:
-            self._left.pop(run, None)
+            self.left.pop(run, None)
 
     def say(self, line: str) -> None:
-        self._draw(self._lines(*self._window()), stays=line)
-
-    def refresh(self) -> None:
-        if time.monotonic() >= self._next:
-            self._next = time.monotonic() + EVERY
-            for progress in self.running.values():
-                progress.read()
-            self._draw(self._lines(*self._window()))
+        self.console.print(line, markup=False, soft_wrap=True)
+        self.live.refresh()
 
     def close(self) -> None:
-        self._draw([], stays=self._bar(self._window()[0]))
+        self.running.clear()
+        self.live.stop()
 
-    def _window(self) -> tuple[int, int]:
-        """Columns and rows; some terminals say 0."""
-        with contextlib.suppress(OSError, ValueError):
-            columns, rows = os.get_terminal_size(self.stream.fileno())
-            if columns and rows:
-                return columns, rows
-        return 80, 24
+    def view(self) -> RenderableType:
+        """Make the table of the running runs, as they are now, and the bar, within the window."""
+        running = dict(self.running)
+        for run, task in running.items():
+            self._read(run, task)
+        shown = dict(itertools.islice(running.items(), max(1, self.console.height - 4)))
+        bar = self._bar(running, len(running) - len(shown))
+        return Group(self._table(shown), bar) if shown else bar
 
-    def _draw(self, lines: list[str], stays: str | None = None) -> None:
-        """Replace what is drawn by `lines`, below one that stays; in one write, so that nothing flickers."""
-        columns = self._window()[0]
-        # a window that was made narrower has wrapped them
-        rows = sum(max(1, math.ceil(len(line) / columns)) for line in self._drawn)
-        up = f"\x1b[{rows - 1}A" if rows > 1 else ""
-        above = "" if stays is None else f"{stays}\n"
-        self.stream.write(f"\r{up}\x1b[J{above}" + "\n".join(lines))
-        self.stream.flush()
-        self._drawn = lines
+    def _read(self, run: Run, task: Task) -> None:
+        """Take up what a run has written since the last reading."""
+        written = _written(run)
+        if written == task.fields["written"]:
+            return
+        with contextlib.suppress(ValueError):
+            lines, key = read_metrics(run.folder), MEASURES[run.kind].key
+            values = [line[key] for line in lines if key in line]
+            self.clock.update(task.id, written=written, values=values)
+            self.left[run] = run.epochs - len(lines)
+            if new := max(0.0, len(lines) - task.completed):
+                self.clock.advance(task.id, new)
+                self.clock.advance(self.all, new)
 
-    def _lines(self, columns: int, rows: int) -> list[str]:
-        """The running runs as a table, and the bar, within a window."""
-        room = max(1, rows - 3)
-        shown = list(self.running.values())[:room]
-        width = columns - 1
-        names = min(self._names, max(24, width - len(_columns())))
-        lines = [f"{'run':<{names}}{_columns('epoch', 'test', 'best', 'time', 'left')}"] if shown else []
-        for p in shown:
-            values = ("-" if value is None else f"{value:.2f}" for value in (p.last, p.best))
-            times = (_duration(p.minutes), _duration(p.minutes_left))
-            row = _columns(f"{p.epoch}/{p.run.epochs}", *values, *times)
-            lines.append(f"{self._shorten(p.run.name, names):<{names}}{row}")
-        lines = [line[:width] for line in lines]
-        return [*lines, self._bar(columns, more=len(self.running) - len(shown))]
+    def _table(self, shown: Mapping[Run, Task]) -> Table:
+        names = max(len(_cell(run)) for run in [*self.left, *shown])
+        width = names + sum(COLUMNS.values()) + 2 * len(COLUMNS)
+        table = Table(box=None, pad_edge=False, header_style="", width=min(self.console.width - 1, width))
+        overflow = "crop" if self.console.options.ascii_only else "ellipsis"
+        table.add_column("run", ratio=1, no_wrap=True, overflow=overflow)
+        for head, width in COLUMNS.items():
+            table.add_column(head, justify="right", no_wrap=True, min_width=width)
+        for run, task in shown.items():
+            values = task.fields["values"]
+            numbers = [f"{value:.2f}" for value in (values[-1], max(values))] if values else ["-", "-"]
+            times = _short(task.elapsed), _short(task.time_remaining)
+            table.add_row(_cell(run), f"seed {run.seed}", f"{task.completed:.0f}/{run.epochs}", *numbers, *times)
+        return table
 
-    def _shorten(self, name: str, width: int) -> str:
-        """A name without its middle where it is too long: its end, the seed, is what tells runs apart."""
-        end = name[name.rfind(" seed") :]
-        return name if len(name) <= width else f"{name[: width - len(end) - 1]}{self._cut}{end}"
-
-    def _bar(self, columns: int, more: int = 0) -> str:
-        width = columns - 3  # Ctrl-C leaves its "^C" behind the cursor
-        running = [progress.epoch - progress.first for progress in self.running.values()]
-        left = {**self._left, **{p.run: p.run.epochs - p.epoch for p in self.running.values()}}
-        done, ahead = self._epochs_done + sum(running), sum(left.values())
-        minutes = (time.monotonic() - self.began) / 60
+    def _bar(self, running: Mapping[Run, Task], more: int) -> Table:
+        whole = self.clock.tasks[0]
         words = [f"{self.done} of {self.total} runs"]
         words += [f"{self.given_up} failed"] * (self.given_up > 0)
         words += [f"{more} more running"] * (more > 0)
-        words += [_duration(minutes)]
-        if done and ahead:
-            longest = max((p.minutes_left or 0.0 for p in self.running.values()), default=0.0)
-            words += [f"{_duration(max(minutes / done * ahead, longest))} left"]
-        text = "   ".join(words)
-        cells = max(0, min(24, width - len(text) - 2))
+        words += [_short(whole.elapsed)]
+        if whole.speed:
+            longest = max((task.time_remaining or 0.0 for task in running.values()), default=0.0)
+            words += [f"{_short(max(sum(self.left.values()) / whole.speed, longest))} left"]
         # by epochs, so that it moves before the first run ends
-        share = (self.done + self._share_of_started()) / max(self.total, 1)
-        full = int(cells * min(share, 1.0))
-        return f"{self._full * full}{self._empty * (cells - full)}  {text}"[:width]
-
-    def _share_of_started(self) -> float:
-        return sum(progress.epoch / max(progress.run.epochs, 1) for progress in self.running.values())
-
-
-def _columns(epoch: str = "", test: str = "", best: str = "", so_far: str = "", left: str = "") -> str:
-    return f"  {epoch:>9}  {test:>6}  {best:>6}  {so_far:>7}  {left:>7}"
+        share = self.done + sum(task.completed / max(run.epochs, 1) for run, task in running.items())
+        width = self.console.width - 3  # Ctrl-C leaves its "^C" behind the cursor
+        text = "   ".join(words)[: width - 3]
+        bar = Table.grid(padding=(0, 2))
+        bar.add_row(ProgressBar(max(self.total, 1), share, width=min(24, width - len(text) - 2)), Text(text))
+        return bar
 
 
-def _duration(minutes: float | None) -> str:
-    """A time in at most seven characters."""
-    return "-" if minutes is None else duration(60 * minutes, short=True)
+def _cell(run: Run) -> str:
+    return f"{run.pair} {run.method}"
+
+
+def _written(run: Run) -> int | None:
+    """Tell when a run's metrics.jsonl was written, None without one."""
+    with contextlib.suppress(OSError):
+        return (run.folder / METRICS).stat().st_mtime_ns
+    return None
+
+
+def _short(seconds: float | None) -> str:
+    """Put a time into at most seven characters."""
+    return "-" if seconds is None else duration(seconds, short=True)
 
 
 def _result(run: Run) -> str:
-    held = _record(run)
-    result = held.get("result", {})
+    record = find_run(run.folder)
+    result = record.get("result") or {}
     if not {"best", "last"} <= result.keys():
         return "done"
-    return f"best {result['best']:.2f}, last {result['last']:.2f}, {_duration(held.get('minutes'))}"
-
-
-def _record(run: Run) -> dict[str, Any]:
-    try:
-        return json.loads((run.folder / "run.json").read_text())
-    except (OSError, ValueError):
-        return {}
+    return f"best {result['best']:.2f}, last {result['last']:.2f}, {_short(60 * record['minutes'])}"

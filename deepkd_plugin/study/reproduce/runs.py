@@ -11,22 +11,22 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from ... import device
 from ...errors import UserError
-from ...run import checkpoint, record
+from ...run import record
 from ..kinds import KINDS
 from ..shared import cores, threads
+from ..table import Run
 from .display import Display
-
-if TYPE_CHECKING:
-    from ..table import Run
 
 State = Literal["finished", "resumable", "new"]
 
@@ -73,7 +73,7 @@ class Failure:
 
 
 def ending(code: int) -> str:
-    """How a process ended, in words."""
+    """Say how a process ended."""
     if code >= 0:
         return f"exit code {code}"
     with contextlib.suppress(ValueError):
@@ -82,31 +82,27 @@ def ending(code: int) -> str:
 
 
 def state(run: Run, overwrite: bool = False, code: str | None = None) -> State:
-    """What is left of a run on disk: its result, a checkpoint to go on from, or nothing of use.
+    """Tell what is left of a run on disk: its result, a checkpoint to go on from, or nothing of use.
 
     Raises OtherCodeError, a UserError, for a result or a checkpoint of other code than `code`, by default
     record.code_hash(), whose numbers must not share a cell with ours, and for those of another config or teacher.
     overwrite: such a run is "new".
     """
-    try:
-        held = json.loads((run.folder / "run.json").read_text())
-    except (OSError, ValueError):
-        return "new"
-    if not isinstance(held, dict):
-        return "new"
-    if not held.get("finished") and not (run.folder / KINDS[run.kind].checkpoint).is_file():
+    left = record.find_run(run.folder)
+    finished = left.get("finished")
+    if not finished and not (left and (run.folder / KINDS[run.kind].checkpoint).is_file()):
         return "new"
     code = code or record.code_hash()
-    codes = {held.get("code"), *(session.get("code") for session in held.get("resumed", []))}
+    codes = {left.get("code"), *(session.get("code") for session in left.get("resumed", []))}
     if codes != {code}:
         others = ", ".join(sorted(str(other or "an older version") for other in codes - {code}))
         mixes = f"was made by other code ({others}; now {code})"
-    elif held.get("config_hash") != run.hash:
-        mixes = f"was made under another config ({held.get('config_hash')}; planned {run.hash})"
-    elif run.teacher is not None and held.get("teacher") != run.teacher:
-        mixes = f"was taught by another teacher (its weights were {held.get('teacher')}, now {run.teacher})"
+    elif left.get("config_hash") != run.hash:
+        mixes = f"was made under another config ({left.get('config_hash')}; planned {run.hash})"
+    elif run.teacher is not None and left.get("teacher") != run.teacher:
+        mixes = f"was taught by another teacher (its weights were {left.get('teacher')}, now {run.teacher})"
     else:
-        return "finished" if held.get("finished") else "resumable"
+        return "finished" if finished else "resumable"
     if overwrite:
         return "new"
     raise OtherCodeError(
@@ -117,7 +113,7 @@ def state(run: Run, overwrite: bool = False, code: str | None = None) -> State:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Be the only process in a folder, made if needed, as its file `lock` tells; HeldError where another one is.
+    """Be the only process in a folder, made if needed, as its file `lock` tells; HeldError if another one is.
 
     The lock goes with the process, however that ends.
     """
@@ -146,119 +142,127 @@ def execute(
     Threads and GPUs are shared out, one GPU to each run: on several it would be another computation. An
     interruption ends the processes and then goes on; another call goes on where they were.
 
-    overwrite: runs that other code made are made anew. Raises UserError, before anything is started, where a
-    run was made by other code (OtherCodeError) or is being trained by another process (HeldError).
+    overwrite: runs that other code made are made anew. Raises UserError, before anything is started, if a run was
+    made by other code (OtherCodeError) or is being trained by another process (HeldError).
     """
     code = record.code_hash()
-    states = [state(run, overwrite, code) for run in runs]
-    todo = [run for run, held in zip(runs, states) if held != "finished"]
+    todo = [run for run in runs if state(run, overwrite, code) != "finished"]
     deadline = time.monotonic() + PATIENCE
     for run in todo:
         if run.folder.is_dir():
             os.close(_lock(run.folder, deadline))
-    pool = _Pool(jobs, min(jobs, len(todo)), overwrite, code, worker)
     display = display or Display()
-    failures = []
-    waiting = deque((run, 1) for run in todo)
+    crew = _Crew(todo, min(jobs, len(todo)), overwrite, code, display, attempts, worker)
     try:
         display.begin(todo, len(runs) - len(todo))
-        while waiting or pool.active:
-            while waiting and pool.free:
-                run, attempt = waiting.popleft()
-                try:
-                    before = pool.start(run, attempt)
-                except UserError as error:  # something changed since the command began
-                    failures.append(Failure(run, 2, attempt, (str(error),)))
-                    display.failed(run, str(error), again=False)
-                    continue
-                if before == "finished":
-                    display.finished(run)
-                else:
-                    display.started(run, resumed=before == "resumable")
-            for task in pool.ended():
-                number = task.process.returncode
-                lines = task.last_lines()
-                if number == 0:
-                    try:
-                        if state(task.run, False, code) == "finished":
-                            display.finished(task.run)
-                            continue
-                    except OtherCodeError as error:
-                        lines = (str(error),)
-                again = number != 2 and task.attempt < attempts
-                if again:
-                    waiting.append((task.run, task.attempt + 1))
-                else:
-                    failures.append(Failure(task.run, number, task.attempt, lines))
-                tries = f"{ending(number)}, try {task.attempt} of {attempts}"
-                display.failed(task.run, ": ".join((tries, *lines[-1:])), again)
-            display.refresh()
-            time.sleep(0.1 if pool.active else 0)
+        crew.work()
     finally:
-        try:
-            pool.stop()  # whatever ended the loop, no process may be left behind
-        finally:
-            display.close()
-    return failures
+        display.close()
+    return crew.failures
 
 
-@dataclass
-class _Task:
-    run: Run
-    attempt: int
-    slot: int
-    process: subprocess.Popen[bytes]
-    log_start: int
+class _Crew:
+    """Threads that take one run after another, each with its share of the machine, and train it in a process.
 
-    def last_lines(self) -> tuple[str, ...]:
-        """The end of what this attempt wrote."""
-        with open(self.run.folder / "log.txt", "rb") as log:
-            log.seek(max(self.log_start, log.seek(0, os.SEEK_END) - 20_000))
-            lines = log.read().decode(errors="replace").splitlines()
-        return tuple(line for line in lines if line.strip())[-TAIL:]
-
-
-class _Pool:
-    """The processes that are at work, each in a slot that has its share of the machine."""
+    A process is waited for by the thread that started it: the kernel ends it when that thread is gone (worker.end_with).
+    """
 
     def __init__(
-        self, slots: int, side_by_side: int, overwrite: bool, code: str, worker: Sequence[str]
+        self,
+        runs: Sequence[Run],
+        size: int,
+        overwrite: bool,
+        code: str,
+        display: Display,
+        attempts: int,
+        worker: Sequence[str],
     ) -> None:
-        self.free = list(range(slots))
-        self.active: list[_Task] = []
-        self.overwrite, self.code, self.worker = overwrite, code, worker
-        self.threads = threads(side_by_side, cores())
+        self.size, self.overwrite, self.code = size, overwrite, code
+        self.display, self.attempts, self.worker = display, attempts, worker
+        self.waiting = deque((run, 1) for run in runs)
+        self.failures: list[Failure] = []
+        self.processes: set[subprocess.Popen[bytes]] = set()
+        self.stopping = False
+        self.lock = threading.Lock()  # held while a process is started, and while the display is told
+        self.threads = threads(size, cores())
         self.gpus = [str(index) for index in range(device.count())]
         if self.gpus and os.environ.get("CUDA_VISIBLE_DEVICES"):
             named = [name.strip() for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",")]
             self.gpus = named[: len(self.gpus)]  # CUDA stops at the first name that it does not know
 
-    def environment(self, slot: int) -> dict[str, str]:
-        """A process's: its number of threads, its GPU, and a log that is written as it goes."""
-        ours = {"PYTHONUNBUFFERED": "1"}
-        if self.gpus:
-            ours["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
-        return {"OMP_NUM_THREADS": str(self.threads), **os.environ, **ours}
+    def work(self) -> None:
+        """Train all runs. Whatever ends this, no process is left behind."""
+        with ThreadPoolExecutor(max(self.size, 1)) as pool:
+            try:
+                for future in as_completed([pool.submit(self.train_runs, slot) for slot in range(self.size)]):
+                    future.result()
+            finally:
+                self.stop()
 
-    def start(self, run: Run, attempt: int) -> State:
-        """Start a run's process, unless it is finished by now; returns the state it was in.
+    def train_runs(self, slot: int) -> None:
+        """Train runs until none waits."""
+        while not self.stopping:
+            try:
+                run, attempt = self.waiting.popleft()
+            except IndexError:
+                return
+            self.train_run(run, attempt, slot)
 
-        Raises UserError where it must not start.
+    def train_run(self, run: Run, attempt: int, slot: int) -> None:
+        """Train a run. If that fails it waits again, behind the others, as long as it has attempts left."""
+        try:
+            started = self.start(run, attempt, slot)
+        except UserError as error:  # something changed since the command began
+            self.failures.append(Failure(run, 2, attempt, (str(error),)))
+            with self.lock:
+                self.display.failed(run, str(error), again=False)
+            return
+        if started is None:
+            return
+        process, log_start = started
+        code = process.wait()
+        self.processes.discard(process)
+        if self.stopping:
+            return
+        lines = _last_lines(run.folder / "log.txt", log_start)
+        if code == 0:
+            try:
+                if state(run, False, self.code) == "finished":
+                    with self.lock:
+                        self.display.finished(run)
+                    return
+            except OtherCodeError as error:
+                lines = (str(error),)
+        again = code != 2 and attempt < self.attempts
+        if again:
+            self.waiting.append((run, attempt + 1))
+        else:
+            self.failures.append(Failure(run, code, attempt, lines))
+        tries = f"{ending(code)}, try {attempt} of {self.attempts}"
+        with self.lock:
+            self.display.failed(run, ": ".join((tries, *lines[-1:])), again)
+
+    def start(self, run: Run, attempt: int, slot: int) -> tuple[subprocess.Popen[bytes], int] | None:
+        """Start a run's process; returns it and where its part of the log begins, or None if the run is finished by now.
+
+        Raises UserError if it must not start.
         """
         _make(run.folder)
         lock = _lock(run.folder, time.monotonic() + (PATIENCE if attempt > 1 else 0.0))
         try:
             before = state(run, self.overwrite, self.code)
             if before == "finished":
-                return "finished"
+                with self.lock:
+                    self.display.finished(run)
+                return None
             kind, resume = KINDS[run.kind], before == "resumable"
             file, how = str(run.config), "--resume" if resume else "--overwrite"
-            # a signal between the process's start and its entry here would leave it behind
-            with checkpoint.uninterrupted(), open(run.folder / "log.txt", "ab") as log:
+            with self.lock, open(run.folder / "log.txt", "ab") as log:
+                if self.stopping:
+                    return None
                 command = shlex.join(["python", kind.tool, *kind.words(file, resume, run.options)])
                 log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {command}\n".encode())
                 log.flush()
-                slot = self.free.pop(0)
                 about = [str(lock), str(os.getpid()), self.code, run.hash, run.kind]
                 process = subprocess.Popen(
                     [*self.worker, *about, "--cfg", file, how, *run.options],
@@ -269,39 +273,49 @@ class _Pool:
                     pass_fds=(lock,),
                     start_new_session=True,  # Ctrl-C is for us; we tell it
                 )
-                self.active.append(_Task(run, attempt, slot, process, log.tell()))
-                _sign(lock, process.pid)
-            return before
+                self.processes.add(process)
+                self.display.started(run, resume)
+                with contextlib.suppress(OSError):  # it is only for a message
+                    _sign(lock, process.pid)
+                return process, log.tell()
         except OSError as error:  # a full disk, say: the other runs go on
             raise UserError(f"{run.folder}: its process cannot be started ({error})") from None
         finally:
             os.close(lock)  # the process has it, for as long as it lives
 
-    def ended(self) -> list[_Task]:
-        """The processes that came to an end since the last call; their slots are free again."""
-        ended = [task for task in self.active if task.process.poll() is not None]
-        for task in ended:
-            self.active.remove(task)
-            self.free.append(task.slot)
-        return ended
+    def environment(self, slot: int) -> dict[str, str]:
+        """Make a process's environment: its number of threads, its GPU, and a log that is written as it goes."""
+        ours = {"PYTHONUNBUFFERED": "1"}
+        if self.gpus:
+            ours["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
+        return {"OMP_NUM_THREADS": str(self.threads), **os.environ, **ours}
 
     def stop(self) -> None:
         """End all processes: SIGTERM, and SIGKILL to their whole groups after a grace or a second Ctrl-C."""
-        left = [task.process for task in self.active]
+        self.stopping = True
         deadline = time.monotonic() + GRACE
         try:
+            with self.lock:  # none is being started
+                left = list(self.processes)
             for process in left:
                 process.terminate()
             for process in left:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(max(0.0, deadline - time.monotonic()))
         finally:
-            for process in left:
+            for process in list(self.processes):
                 if process.poll() is None:
                     with contextlib.suppress(ProcessLookupError):
                         os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
-            self.active.clear()
+
+
+def _last_lines(log: Path, start: int) -> tuple[str, ...]:
+    """Read the end of what was written to a log from a place on."""
+    with open(log, "rb") as file:
+        file.seek(max(start, file.seek(0, os.SEEK_END) - 20_000))
+        lines = file.read().decode(errors="replace").splitlines()
+    return tuple(line for line in lines if line.strip())[-TAIL:]
 
 
 def _make(folder: Path) -> None:
@@ -312,9 +326,9 @@ def _make(folder: Path) -> None:
 
 
 def _lock(folder: Path, deadline: float = 0.0) -> int:
-    """The descriptor of a folder's lock, which lives until every copy of it is closed.
+    """Take a folder's lock; returns its descriptor. The lock is kept until every copy of that is closed.
 
-    Raises HeldError where another process has it and keeps it until the deadline (time.monotonic).
+    Raises HeldError if another process has it and keeps it until the deadline (time.monotonic).
     """
     path = folder / "lock"
     lock = -1

@@ -1,31 +1,26 @@
-"""The tables that can be reproduced: the shipped configs', and ablations of DeepKD made of one of them."""
+"""The tables that can be reproduced: those of configs in folders, and ablations of DeepKD made of one of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ... import extensions
 from ...config.tree import get
 from ...data.sizes import steps
+from ...distillers import bases
 from ...errors import UserError
 from ...streams import STREAMS
 from ..kinds import KINDS
 from ..kinds.kind import Kind
 from ..measures import CLASSIFICATION, DETECTION, DETECTRON2
-
-METHODS = (
-    *("vanilla", "kd", "dkd", "mlkd", "crld"),
-    *("deepkd", "deepkd_dkd", "deepkd_mlkd", "deepkd_crld"),
-)
-"""The order of a table's rows; other config files follow."""
+from ..table import Cell, row_name, title
 
 TEACHER = "teacher"
 """The config in a pair's folder that makes its teacher and is no row."""
-
-BASES = ("kd", "dkd", "mlkd", "crld")
-"""What DeepKD can be put over."""
 
 COCO = "coco"
 """The table of mdistiller's detectors; of COCO under this package's own, configs/detection may have others."""
@@ -41,13 +36,13 @@ def _nothing(cfg: Any) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Method:
+class Row:
     """A row of a table.
 
-    name: on the command line and in folders. config: its file's name in a pair's folder, without .yaml. base: the
-    row that its gain is taken over, None without one. label: None where the config says it (see label()).
-    options: resolved config of the file -> KEY VALUE pairs that make the row of it. defaults: such that a user's
-    own come before.
+    name: on the command line and in folders. config: its file's name in a pair's folder, without .yaml. label: what
+    it is called; None if the config says that, and the base with it. base: the row that its gain is taken over, None
+    without one. options: resolved config of the file -> KEY VALUE pairs that make the row of it. defaults: such that
+    a user's own come before.
     """
 
     name: str
@@ -59,52 +54,56 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Table:
-    """A table: its rows, and the pairs that have configs for them.
+class Outline:
+    """What a table can have: its rows, and the pairs with configs for them.
 
-    over: the base method of an ablation. varies: the config keys that tell an ablation's rows apart.
+    source: its folder of configs as the kind calls it; a path if it is a user's own. over: the base method of an
+    ablation. varies: the config keys that tell an ablation's rows apart.
     """
 
     name: str
-    dataset: str
-    methods: tuple[Method, ...]
+    source: str
+    methods: tuple[Row, ...]
     over: str | None = None
     varies: tuple[str, ...] = ()
     kind: Kind = KINDS[CLASSIFICATION]
 
     @property
+    def dataset(self) -> str:
+        return Path(self.source).name
+
+    @property
     def title(self) -> str:
-        """The name; an ablation's with what it is of."""
-        return self.name if self.over is None else f"{self.name} over {self.over} on {self.dataset}"
+        return title(self.name, self.dataset, self.over)
 
     @property
     def place(self) -> str:
-        """Where its configs lie, in words."""
-        return self.kind.place(self.dataset)
+        """Where its configs are, in words."""
+        return self.kind.place(self.source)
 
     @property
     def pairs(self) -> tuple[str, ...]:
         """The pairs that have a config for one of the rows."""
-        pairs = self.kind.pairs(self.dataset)
+        pairs = self.kind.pairs(self.source)
         return tuple(pair for pair in pairs if any(self.file(pair, method) for method in self.methods))
 
-    def file(self, pair: str, method: Method) -> Path | None:
-        """The config of a cell; None where the pair has none."""
-        return self.kind.file(self.dataset, pair, method.config)
+    def file(self, pair: str, method: Row) -> Path | None:
+        """Name the config of a cell; None if the pair has none."""
+        return self.kind.file(self.source, pair, method.config)
 
 
 def names() -> list[str]:
-    """Every table's name."""
+    """List every table's name."""
     return [*_datasets(), *_detection(), COCO, *ABLATIONS]
 
 
-def find(name: str, base: str | None = None, dataset: str | None = None) -> Table:
-    """The table of a name; base and dataset, of an ablation, are kd and glyphs100 unless they are given.
+def find(name: str, base: str | None = None, dataset: str | None = None) -> Outline:
+    """Find the table of a name, or of a user's folder of configs.
 
-    Raises UserError for an unknown name, base or data set, and where what a table needs is not installed.
+    base, dataset: of an ablation, kd and glyphs100 unless they are given. Raises UserError for an unknown name, base
+    or data set, and if something is not installed that the table needs.
     """
-    if name not in names():
-        raise UserError(f"command line: TABLE is {name!r}; it must be one of {', '.join(names())}")
+    extensions.load()  # users' own methods
     if name not in ABLATIONS:
         for flag, value in (("--base", base), ("--dataset", dataset)):
             if value is not None:
@@ -114,31 +113,30 @@ def find(name: str, base: str | None = None, dataset: str | None = None) -> Tabl
         table = _table(name)
         table.kind.require()
         return table
-    over, dataset = base or BASES[0], dataset or DATASET
-    if over not in BASES:
-        raise UserError(f"command line: --base is {over!r}; it must be one of {', '.join(BASES)}")
-    if dataset not in _datasets():
-        raise UserError(f"command line: --dataset is {dataset!r}; it must be one of {', '.join(_datasets())}")
-    config = "deepkd" if over == "kd" else f"deepkd_{over}"
+    taken_apart = [row_name(base) for base in bases()]
+    over, source = base or taken_apart[0], _source("--dataset", dataset or DATASET, _datasets())
+    if over not in taken_apart:
+        raise UserError(f"command line: --base is {over!r}; it must be one of {', '.join(taken_apart)}")
+    config = row_name(over, deepkd=True)
     rows, varies = ABLATIONS[name]
-    table = Table(name, dataset, rows(config), over, varies)
+    table = Outline(name, source, rows(config), over, varies)
     if not table.pairs:
         raise UserError(
-            f"command line: --base is {over!r}; configs/{dataset} must have a {config}.yaml for it, and has none"
+            f"command line: --base is {over!r}; {table.place} must have a {config}.yaml for it, and has none"
         )
     return table
 
 
 def choose(given: Sequence[str] | None, there: Sequence[str], flag: str) -> tuple[str, ...]:
-    """The names given on the command line, in the table's order; all without any. UserError for an unknown one."""
+    """Put the names given on the command line into the table's order; all without any. UserError for an unknown one."""
     unknown = [name for name in given or () if name not in there]
     if unknown:
         raise UserError(f"command line: {flag} is {unknown[0]!r}; it must be one of {', '.join(there)}")
     return tuple(name for name in there if name in (given or there))
 
 
-def label(method: Method, cfg: Any) -> str:
-    """What a row is called, by its resolved config."""
+def label(method: Row, cfg: Any) -> str:
+    """Say what a row is called, by its resolved config."""
     if method.label is not None:
         return method.label
     if cfg.DISTILLER.TYPE == "NONE":
@@ -150,13 +148,73 @@ def label(method: Method, cfg: Any) -> str:
     return f"{cfg.DeepKD.BASE} + DeepKD{mask}{variant}"
 
 
-def _table(name: str) -> Table:
-    """The table of configs of a name."""
-    if name in _datasets():
-        return Table(name, name, _methods(CLASSIFICATION, name))
-    if name in _detection():
-        return Table(name, name, _methods(DETECTION, name), kind=KINDS[DETECTION])
-    return Table(name, name, _ON_DETECTRON2, kind=KINDS[DETECTRON2])
+def taken_apart(method: Row, cfg: Any) -> str | None:
+    """Name the method that a row's config puts DeepKD over; None without one, and for rows that name their base."""
+    return cfg.DeepKD.BASE if method.label is None and cfg.DISTILLER.TYPE == "DeepKD" else None
+
+
+def base_rows(table: Outline, cfgs: Mapping[Cell, Any]) -> dict[str, str | None]:
+    """Name each planned row's base: DeepKD's is the row that trains the method under it, whatever it is called.
+
+    cfgs: the planned cells' configs. Of several such rows the one of the method's name counts, else the first. Raises
+    UserError if a row puts DeepKD over one method for one pair and over another for another.
+    """
+    by_row = {row: [cfg for (_, name), cfg in cfgs.items() if name == row.name] for row in table.methods}
+    under: dict[str, str | None] = {}
+    for row, of_pairs in by_row.items():
+        methods = {taken_apart(row, cfg) for cfg in of_pairs}
+        if len(methods) > 1:
+            raise UserError(
+                f"{table.place}: {row.name} puts DeepKD over {' and '.join(sorted(map(str, methods)))}; a row must be "
+                f"over one method for all pairs"
+            )
+        under[row.name] = methods.pop() if methods else None
+    trained: dict[str, list[str]] = {}
+    if any(under.values()):
+        for row, of_pairs in by_row.items():
+            cfg = of_pairs[0] if of_pairs else _unplanned(table, row)
+            if cfg is not None:
+                trained.setdefault(cfg.DISTILLER.TYPE, []).append(row.name)
+    found = {row.name: row.base for row in table.methods}
+    for name, base in under.items():
+        if base is not None and base in trained:
+            found[name] = row_name(base) if row_name(base) in trained[base] else trained[base][0]
+    return found
+
+
+def _unplanned(table: Outline, method: Row) -> Any:
+    """Read the config of a row that is not asked for; None if it cannot be read."""
+    for pair in table.pairs:
+        if file := table.file(pair, method):
+            try:
+                return table.kind.read(file, [])
+            except UserError:
+                return None
+    return None
+
+
+def _table(name: str) -> Outline:
+    """Find the table of configs of a name or a path."""
+    if name == COCO:
+        return Outline(name, name, _ON_DETECTRON2, kind=KINDS[DETECTRON2])
+    kind = DETECTION if name in _detection() else CLASSIFICATION
+    source = _source("TABLE", name, names())
+    return Outline(Path(source).name, source, _rows(kind, source), kind=KINDS[kind])
+
+
+def _source(what: str, word: str, known: Sequence[str]) -> str:
+    """Find a folder of configs by a word of the command line: a name of `known`, or the path of a user's own."""
+    if word in known:
+        return word
+    path = Path(os.path.abspath(word))
+    if not path.is_dir():
+        raise UserError(
+            f"command line: {what} is {word!r}; it must be one of {', '.join(known)}, or a folder of configs "
+            f"PAIR/METHOD.yaml"
+        )
+    if not any(path.glob("*/*.yaml")):
+        raise UserError(f"command line: {what} is {word!r}; it must hold configs PAIR/METHOD.yaml, and has none")
+    return str(path)
 
 
 def _datasets() -> list[str]:
@@ -167,19 +225,16 @@ def _detection() -> list[str]:
     return KINDS[DETECTION].tables()
 
 
-def _methods(kind: str, table: str) -> tuple[Method, ...]:
-    """A row for each config that lies in a pair's folder."""
-    found = KINDS[kind].configs(table) - {TEACHER}
-    ordered = [name for name in METHODS if name in found] + sorted(found - set(METHODS))
-    bases = {"deepkd": "kd"} | {f"deepkd_{base}": base for base in BASES}
-    # another DeepKD is one over the same base, such as deepkd_release
-    return tuple(
-        Method(name, name, bases.get(name, "kd" if name.startswith("deepkd_") else None)) for name in ordered
-    )
+def _rows(kind: str, source: str) -> tuple[Row, ...]:
+    """Make a row of each config in the pairs' folders: the student alone, base methods, DeepKD over them, others."""
+    files = KINDS[kind].configs(source) - {TEACHER}
+    order = ["vanilla", *map(row_name, bases()), *(row_name(base, deepkd=True) for base in bases())]
+    ordered = [name for name in order if name in files] + sorted(files - set(order))
+    return tuple(Row(name, name) for name in ordered)
 
 
 def _theirs(kind: str) -> Callable[[Any], list[str]]:
-    """mdistiller's own KD.TYPE, with the weight of ReviewKD's loss that DeepKD over it has (mdistiller's for both)."""
+    """Set mdistiller's own KD.TYPE, with the weight of ReviewKD's loss that DeepKD over it has."""
 
     def options(cfg: Any) -> list[str]:
         deltas = [f"SOLVER.DECOUPLED.DELTA.{stream}" for stream in cfg.SOLVER.DECOUPLED.DELTA]
@@ -189,18 +244,18 @@ def _theirs(kind: str) -> Callable[[Any], list[str]]:
 
 
 _ON_DETECTRON2 = (
-    Method("kd", "KD-{}", None, "KD"),
-    Method("dkd", "DKD-{}", None, "DKD"),
-    Method("reviewkd", "ReviewDeepKD-{}", None, "ReviewKD", _theirs("ReviewKD")),
-    Method("reviewdkd", "ReviewDeepKD-{}", None, "ReviewDKD", _theirs("ReviewDKD")),
-    Method("deepkd_dkd_nodtm", "DeepKD-{}-noDTM", "dkd", "DKD + DeepKD"),
-    Method("deepkd_dkd", "DeepKD-{}", "dkd", "DKD + DeepKD + DTM"),
-    Method("deepkd_reviewdkd", "ReviewDeepKD-{}", "reviewdkd", "ReviewDKD + DeepKD + DTM"),
+    Row("kd", "KD-{}", None, "KD"),
+    Row("dkd", "DKD-{}", None, "DKD"),
+    Row("reviewkd", "ReviewDeepKD-{}", None, "ReviewKD", _theirs("ReviewKD")),
+    Row("reviewdkd", "ReviewDeepKD-{}", None, "ReviewDKD", _theirs("ReviewDKD")),
+    Row("deepkd_dkd_nodtm", "DeepKD-{}-noDTM", "dkd", "DKD + DeepKD"),
+    Row("deepkd_dkd", "DeepKD-{}", "dkd", "DKD + DeepKD + DTM"),
+    Row("deepkd_reviewdkd", "ReviewDeepKD-{}", "reviewdkd", "ReviewDKD + DeepKD + DTM"),
 )
 """The rows of COCO; a config's name has a place for the pair."""
 
 
-def _momentum(config: str) -> tuple[Method, ...]:
+def _momentum(config: str) -> tuple[Row, ...]:
     def variant(name: str) -> list[str]:
         return ["SOLVER.DECOUPLED.VARIANT", name, "SOLVER.DECOUPLED.ALLOCATION", "fixed"]
 
@@ -217,15 +272,15 @@ def _momentum(config: str) -> tuple[Method, ...]:
         return options
 
     return (
-        Method("none", config, None, "one momentum", none),
-        Method("paper", config, "none", "fixed, paper", lambda cfg: variant("paper")),
-        Method("release", config, "none", "fixed, release", lambda cfg: variant("release")),
-        Method("gsnr", config, "none", "by GSNR", gsnr, _windows),
+        Row("none", config, None, "one momentum", none),
+        Row("paper", config, "none", "fixed, paper", lambda cfg: variant("paper")),
+        Row("release", config, "none", "fixed, release", lambda cfg: variant("release")),
+        Row("gsnr", config, "none", "by GSNR", gsnr, _windows),
     )
 
 
 def _windows(cfg: Any) -> list[str]:
-    """Windows short enough that a run has ten of them, of at most the usual length.
+    """Make windows short enough that a run has ten of them, of at most the usual length.
 
     Ten measurements are few for momenta that follow them, and a short run's windows hold few samples: it shows
     that the allocation works, not how well.
@@ -236,8 +291,8 @@ def _windows(cfg: Any) -> list[str]:
     return ["GSNR.EVERY", str(every), "GSNR.WINDOW", str(window)]
 
 
-def _mask(config: str) -> tuple[Method, ...]:
-    none = Method("none", config, None, "no mask", lambda cfg: ["DeepKD.MASK.TYPE", "none"])
+def _mask(config: str) -> tuple[Row, ...]:
+    none = Row("none", config, None, "no mask", lambda cfg: ["DeepKD.MASK.TYPE", "none"])
     rows = [none]
     for percent in (5, 10, 25, 50, 75, None):
         for reading in ("renormalise", "multiply"):
@@ -248,7 +303,7 @@ def _mask(config: str) -> tuple[Method, ...]:
                 kind = ["DeepKD.MASK.TYPE", "static", "DeepKD.MASK.K", str(percent / 100)]
             options = [*kind, "DeepKD.MASK.READING", reading]
             rows.append(
-                Method(
+                Row(
                     f"{name}-{reading}", config, "none", f"{what}, {reading}", lambda cfg, o=options: list(o)
                 )
             )
@@ -260,9 +315,9 @@ SWEEP = (0.0, 0.025, 0.05, 0.075, 0.099)
 check refuses; at 0.099 a buffer averages 1,000 steps."""
 
 
-def _delta(config: str) -> tuple[Method, ...]:
+def _delta(config: str) -> tuple[Row, ...]:
     return tuple(
-        Method(
+        Row(
             f"delta{size:g}",
             config,
             "delta0" if size else None,
@@ -274,7 +329,7 @@ def _delta(config: str) -> tuple[Method, ...]:
 
 
 def _deltas(cfg: Any, size: float) -> list[str]:
-    """Options that give every delta of a config this size and leave its sign."""
+    """Give every delta of a config this size, and leave its sign."""
     return [word for path in _DELTAS for word in (path, str(_sign(get(cfg, path)) * size + 0.0))]
 
 
@@ -294,9 +349,9 @@ PHASES = {
 """Ends (φ1, φ2) of the dynamic mask's first two phases: rows' names, what they show, and the ends."""
 
 
-def _phases(config: str) -> tuple[Method, ...]:
+def _phases(config: str) -> tuple[Row, ...]:
     return tuple(
-        Method(
+        Row(
             name,
             config,
             None if name == "thirds" else "thirds",
@@ -307,7 +362,7 @@ def _phases(config: str) -> tuple[Method, ...]:
     )
 
 
-ABLATIONS: dict[str, tuple[Callable[[str], tuple[Method, ...]], tuple[str, ...]]] = {
+ABLATIONS: dict[str, tuple[Callable[[str], tuple[Row, ...]], tuple[str, ...]]] = {
     "ablation-momentum": (_momentum, ("SOLVER.DECOUPLED.VARIANT", "SOLVER.DECOUPLED.ALLOCATION")),
     "ablation-mask": (_mask, ("DeepKD.MASK.TYPE", "DeepKD.MASK.K", "DeepKD.MASK.READING")),
     "ablation-delta": (_delta, _DELTAS),

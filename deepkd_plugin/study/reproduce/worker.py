@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def check(code: str, planned: str, kind: Kind, words: Sequence[str]) -> None:
-    """UserError where the run would not be the one that was planned, before it takes its time."""
+    """Raise UserError if the run would not be the one that was planned, before it takes its time."""
     now = record.code_hash()
     if now != code:
         raise UserError(
@@ -55,7 +55,7 @@ def keep(lock: int) -> None:
 
 
 def end_with(parent: int) -> None:
-    """Let the kernel end this process when its parent is gone, killed or not; Linux only."""
+    """Let the kernel end this process when the thread that started it is gone, killed or not; Linux only."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
