@@ -16,7 +16,7 @@ ROOMS = (
     *("errors", "device", "terminal", "rules", "extensions"),
     *("topk", "losses", "streams", "optim", "gsnr"),
     *("distillers", "config", "run", "data"),
-    *("step", "speed", "accuracy", "trainer"),
+    *("step", "speed", "solver", "accuracy", "trainer"),
     *("hosts", "launch", "detection", "study", "commands"),
     *("registry", "mdistiller", "__main__", "__init__"),
 )

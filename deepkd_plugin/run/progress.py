@@ -73,15 +73,3 @@ def epoch_line(entry: Mapping[str, Any], measure: str, name: str, best: float) -
         f"epoch {entry['epoch']:3d}  loss {entry['train_loss']:.4f}{trained}  {name} {entry[measure]:.2f}  "
         f"best {best:.2f}{mask}  lr {entry['lr']:.4g}  {entry['images_per_second']:.0f} images/s"
     )
-
-
-# the names that the trainer still uses
-from tqdm import tqdm  # noqa: E402
-
-
-def progress_bar(title: str, steps: int) -> tqdm:
-    layout = "{desc} {bar:16} {n_fmt}/{total_fmt}{postfix}"
-    return tqdm(total=steps, desc=title, leave=False, disable=None, bar_format=layout)
-
-
-_postfix = step_text

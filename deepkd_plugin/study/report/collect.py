@@ -188,7 +188,9 @@ def _record(
         device=str(about["device"]),
         python=str(about["python"]),
         commit=str(about["commit"]),
-        codes=tuple(dict.fromkeys(str(session.get("code")) for session in (about, *about.get("resumed", ())))),
+        codes=tuple(
+            dict.fromkeys(str(session.get("code")) for session in (about, *about.get("resumed", ())))
+        ),
         started=str(about["started"]),
         settings=settings,
         measures=measures,
@@ -230,9 +232,7 @@ def _misfits(cell: list[Record], by_code: Counter[tuple[str, ...]]) -> list[tupl
         if one.codes != first.codes:
             reason = f"made by code {one.codes[0]}, the rest of its cell by {first.codes[0]}"
         elif one.teacher != first.teacher:
-            reason = (
-                f"its teacher's weights are {one.teacher}, those of the rest of its cell {first.teacher}"
-            )
+            reason = f"its teacher's weights are {one.teacher}, those of the rest of its cell {first.teacher}"
         else:
             ours, theirs = _computed(one), _computed(first)
             key = next(k for k in sorted(ours.keys() | theirs.keys()) if ours.get(k) != theirs.get(k))

@@ -87,7 +87,9 @@ class LiveDisplay(PlainDisplay):
     def __init__(self, console: Console) -> None:
         super().__init__(console.file)
         self.console = console
-        self.clock = Progress(console=console, speed_estimate_period=math.inf)  # counts epochs: of each process, of all
+        self.clock = Progress(
+            console=console, speed_estimate_period=math.inf
+        )  # counts epochs: of each process, of all
         self.all = self.clock.add_task("")
         self.running: dict[Run, Task] = {}
         self.left: dict[Run, int] = {}
@@ -168,7 +170,9 @@ class LiveDisplay(PlainDisplay):
             values = task.fields["values"]
             numbers = [f"{value:.2f}" for value in (values[-1], max(values))] if values else ["-", "-"]
             times = _short(task.elapsed), _short(task.time_remaining)
-            table.add_row(_cell(run), f"seed {run.seed}", f"{task.completed:.0f}/{run.epochs}", *numbers, *times)
+            table.add_row(
+                _cell(run), f"seed {run.seed}", f"{task.completed:.0f}/{run.epochs}", *numbers, *times
+            )
         return table
 
     def _bar(self, running: Mapping[Run, Task], more: int) -> Table:

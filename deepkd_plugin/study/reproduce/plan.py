@@ -136,7 +136,9 @@ def _resolve(
     except UserError as error:  # the row's own options are nobody's words
         raise UserError(f"{table.name}, {pair} {method.name}: {error}") from None
     if table.over is not None and row_name(cfg.DeepKD.BASE) != table.over:
-        raise UserError(f"{file}: DeepKD.BASE is {cfg.DeepKD.BASE!r}; for --base {table.over} it must be that")
+        raise UserError(
+            f"{file}: DeepKD.BASE is {cfg.DeepKD.BASE!r}; for --base {table.over} it must be that"
+        )
     if unfit := kind.unfit(cfg):
         raise UserError(f"{table.name}, {pair} {method.name}: {unfit}")
     return cfg, words

@@ -213,7 +213,9 @@ def _source(what: str, word: str, known: Sequence[str]) -> str:
             f"PAIR/METHOD.yaml"
         )
     if not any(path.glob("*/*.yaml")):
-        raise UserError(f"command line: {what} is {word!r}; it must hold configs PAIR/METHOD.yaml, and has none")
+        raise UserError(
+            f"command line: {what} is {word!r}; it must hold configs PAIR/METHOD.yaml, and has none"
+        )
     return str(path)
 
 
@@ -303,9 +305,7 @@ def _mask(config: str) -> tuple[Row, ...]:
                 kind = ["DeepKD.MASK.TYPE", "static", "DeepKD.MASK.K", str(percent / 100)]
             options = [*kind, "DeepKD.MASK.READING", reading]
             rows.append(
-                Row(
-                    f"{name}-{reading}", config, "none", f"{what}, {reading}", lambda cfg, o=options: list(o)
-                )
+                Row(f"{name}-{reading}", config, "none", f"{what}, {reading}", lambda cfg, o=options: list(o))
             )
     return tuple(rows)
 

@@ -1,0 +1,65 @@
+"""What a config asks of training beside the networks: optimizer, gradient monitor, momenta set by it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from . import config
+from .errors import UserError
+from .gsnr import GradientMonitor, GSNRAllocation
+from .optim import DecoupledMomentumSGD
+
+
+def one_momentum(params: Iterable[nn.Parameter], cfg: Any) -> DecoupledMomentumSGD:
+    """Make the optimizer of mdistiller's base trainer: all losses are one stream with SOLVER.MOMENTUM."""
+    solver = cfg.SOLVER
+    return DecoupledMomentumSGD(params, solver.LR, {"task": solver.MOMENTUM}, solver.WEIGHT_DECAY)
+
+
+def decoupled_momentum(params: Iterable[nn.Parameter], cfg: Any) -> DecoupledMomentumSGD:
+    """Make the optimizer of SOLVER.DECOUPLED: a momentum for each stream (config.momenta)."""
+    solver = cfg.SOLVER
+    momentum, decay_stream = config.momenta(cfg)
+    dampening = "ema" if solver.DECOUPLED.DAMPENING == "ema" else 0.0
+    return DecoupledMomentumSGD(params, solver.LR, momentum, solver.WEIGHT_DECAY, decay_stream, dampening)
+
+
+def samples_gradients(cfg: Any) -> bool:
+    """Tell whether a run samples its streams' gradients."""
+    return cfg.GSNR.MEASURE or cfg.SOLVER.DECOUPLED.ALLOCATION == "gsnr"
+
+
+def check_window(cfg: Any, steps: int) -> None:
+    """Raise UserError if no window of gradient samples ends within a run of so many steps an epoch."""
+    node, available = cfg.GSNR, steps * cfg.SOLVER.EPOCHS
+    needed = node.EVERY * node.WINDOW
+    if available < needed:
+        raise UserError(
+            f"GSNR.EVERY x GSNR.WINDOW is {node.EVERY} x {node.WINDOW} = {needed} iterations; it must be at most "
+            f"{available}, all that the run has, so that one window ends"
+        )
+
+
+def make_monitor(
+    module: nn.Module, optimizer: DecoupledMomentumSGD, cfg: Any, steps: int
+) -> GradientMonitor | None:
+    """Make what samples the streams' gradients, if the config asks for it; steps: in an epoch."""
+    if not samples_gradients(cfg):
+        return None
+    check_window(cfg, steps)
+    node = cfg.GSNR
+    names = {p: name.removeprefix("student.") for name, p in module.named_parameters()}
+    params = [(names[p], p) for group in optimizer.param_groups for p in group["params"]]
+    return GradientMonitor(params, optimizer.streams, node.EVERY, node.WINDOW, node.COORDINATES, node.LAYERS)
+
+
+def make_allocation(optimizer: DecoupledMomentumSGD, cfg: Any) -> GSNRAllocation | None:
+    """Make what sets the momenta by the measured GSNR, if the config asks for it."""
+    node = cfg.SOLVER.DECOUPLED
+    if node.ALLOCATION != "gsnr":
+        return None
+    bounds = {stream: node.DELTA[stream.upper()] for stream in optimizer.streams}
+    return GSNRAllocation(bounds, node.SEPARATION, node.SMOOTHING)
