@@ -9,19 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import device
+from .device import autocast, place_batch
 from .errors import UserError
 from .run.metrics import Sums
 
 
 @torch.no_grad()
-def evaluate(distiller: nn.Module, loader: Any, at: torch.device, solver: Any) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in percent and mean cross-entropy on a loader of (image, target)."""
+def evaluate(distiller: nn.Module, loader: Any, device: torch.device, solver: Any) -> dict[str, float]:
+    """Test a distiller on a loader of (image, target): top-1 and top-5 in percent, mean cross-entropy."""
     distiller.eval()
     sums = Sums()
     for batch in loader:
-        image, target, *_ = device.place_batch(batch, at, solver.CHANNELS_LAST)
-        with device.autocast(at, solver.AMP):
+        image, target, *_ = place_batch(batch, device, solver.CHANNELS_LAST)
+        with autocast(device, solver.AMP):
             logits = distiller(image=image).float()
         loss = F.cross_entropy(logits, target, reduction="sum")
         sums.add(correct(logits, target) | {"loss": loss}, len(target))
@@ -32,15 +32,15 @@ def evaluate(distiller: nn.Module, loader: Any, at: torch.device, solver: Any) -
 def measure_teacher(distiller: nn.Module, loader: Any, cfg: Any, source: str = "config") -> float | None:
     """Print and return the top-1 in percent of a distiller's teacher on the test images; None without one.
 
-    Raises UserError, naming `source`, where that is no better than chance: less than 1 % of the way from
+    Raises UserError, naming `source`, if that is no better than chance: less than 1 % of the way from
     chance to perfect above it, or less than three standard errors.
     """
     teacher = getattr(distiller, "teacher", None)
     if teacher is None:
         return None
     alone = Alone(teacher)
-    at = next(teacher.parameters()).device
-    accuracy = evaluate(alone, loader, at, cfg.SOLVER)["test_acc"]
+    device = next(teacher.parameters()).device
+    accuracy = evaluate(alone, loader, device, cfg.SOLVER)["test_acc"]
     name = cfg.DISTILLER.TEACHER
     chance = 1.0 / alone.num_classes
     error = math.sqrt(chance * (1.0 - chance) / len(loader.dataset))
@@ -54,7 +54,7 @@ def measure_teacher(distiller: nn.Module, loader: Any, cfg: Any, source: str = "
 
 
 def correct(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """How many of a batch are right at top-1 and top-5, in percent points times samples.
+    """Count how many of a batch are right at top-1 and top-5, in percent points times samples.
 
     logits: (B, C); target: (B,). With fewer than five classes top-5 counts them all.
     """

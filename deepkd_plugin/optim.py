@@ -233,17 +233,14 @@ class DecoupledMomentumSGD(Optimizer):
             old = self.state[p].get("buffers") if p in self.state else None
             if old is None:
                 continue
-            new: list[Tensor | None] = [None] * len(sets)
-            for names, buffer in zip(before, old):
-                for name in names:
-                    s = next(s for s, members in enumerate(sets) if name in members)
-                    share = buffer / len(names)
-                    new[s] = share if new[s] is None else new[s].add_(share)
-            self.state[p]["buffers"] = new
+            shares = {name: buffer / len(names) for names, buffer in zip(before, old) for name in names}
+            # in the old sets' order, which is the order that their buffers are added up in
+            new = [[share for name, share in shares.items() if name in names] for names in sets]
+            self.state[p]["buffers"] = [sum(rest, first) for first, *rest in new]
 
 
 def _coefficients(group: Mapping[str, Any]) -> dict[str, Coefficients]:
-    """Stream → (m_i, d_i). Without momentum dampening has nothing to damp, as in torch.optim.SGD."""
+    """Return stream → (m_i, d_i). Without momentum dampening has nothing to damp, as in torch.optim.SGD."""
     dampening = group["dampening"]
     return {
         name: Coefficients(m, m if dampening == "ema" else float(dampening) if m else 0.0)
@@ -291,7 +288,7 @@ def _update_single(
     weight_decay: Sequence[float],
     consume: bool,
 ) -> list[list[Tensor]]:
-    """One parameter after the other: the specification that the foreach version is tested against.
+    """Update one parameter after the other: the specification that the foreach version is tested against.
 
     gradients: [set][parameter]; buffers: [parameter][set], None before the first step; coefficients and
     weight_decay: [set]. consume: whether the gradients' memory may be used up (nothing here does).
@@ -299,15 +296,19 @@ def _update_single(
     """
     updated = []
     for i, p in enumerate(params):
-        new = []
+        old, new = buffers[i], []
         for s, (m, d) in enumerate(coefficients):
-            g = torch.zeros_like(p) if gradients[s][i] is None else gradients[s][i]
+            g = _or_zeros(gradients[s][i], p)
             g = g + weight_decay[s] * p if weight_decay[s] else g
-            new.append(g.clone() if buffers[i] is None else m * buffers[i][s] + (1 - d) * g)
+            new.append(g.clone() if old is None else m * old[s] + (1 - d) * g)
         for v in new:
             p.sub_(lr * v)
         updated.append(new)
     return updated
+
+
+def _or_zeros(gradient: Tensor | None, p: Tensor) -> Tensor:
+    return torch.zeros_like(p) if gradient is None else gradient
 
 
 def _update_foreach(
@@ -319,7 +320,7 @@ def _update_foreach(
     weight_decay: Sequence[float],
     consume: bool,
 ) -> list[list[Tensor]]:
-    """The same update in multi-tensor operations, for the parameters of each device and dtype at once.
+    """Do the same update in multi-tensor operations, for the parameters of each device and dtype at once.
 
     Gradients that may be consumed become the new buffers, which saves a pass over the memory of each;
     a lone p.grad belongs to the caller and is left as it is, in torch.optim.SGD's order of operations.
@@ -332,21 +333,22 @@ def _update_foreach(
     for (_, _, first, present), members in alike.items():
         ps = [params[i] for i in members]
         for s, (m, d) in enumerate(coefficients):
-            gs = [gradients[s][i] if present[s] else torch.zeros_like(params[i]) for i in members]
+            gs = [_or_zeros(gradients[s][i], params[i]) for i in members]
+            old = [of_parameter[s] for i in members if (of_parameter := buffers[i]) is not None]
             owned = consume or not present[s]
             if weight_decay[s] and owned:
                 torch._foreach_add_(gs, ps, alpha=weight_decay[s])
             elif weight_decay[s]:
-                gs = torch._foreach_add(gs, ps, alpha=weight_decay[s])
+                gs = list(torch._foreach_add(gs, ps, alpha=weight_decay[s]))
             if first:
                 vs = gs if owned else [g.clone() for g in gs]
             elif owned:
                 vs = gs
                 if d:
                     torch._foreach_mul_(vs, 1 - d)
-                torch._foreach_add_(vs, [buffers[i][s] for i in members], alpha=m)
+                torch._foreach_add_(vs, old, alpha=m)
             else:
-                vs = [buffers[i][s] for i in members]
+                vs = old
                 torch._foreach_mul_(vs, m)
                 torch._foreach_add_(vs, gs, alpha=1 - d)
             for i, v in zip(members, vs):

@@ -1,4 +1,4 @@
-"""One training step, and the faster ways to run it. Every way takes the same step, to rounding."""
+"""Faster ways to run a training step. Every way takes the same step, to rounding."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .step import Batch, Outcome, Step
 
 
 class CompiledStep(Step):
-    """Both networks under torch.compile. Where the first step cannot be compiled, eager from there on."""
+    """A step with both networks under torch.compile; if the first cannot be compiled, eager from there on."""
 
     name = "compile"
 
@@ -26,10 +26,9 @@ class CompiledStep(Step):
         module = getattr(self.distiller, "module", self.distiller)
         self.networks = [getattr(module, part) for part in ("student", "teacher") if hasattr(module, part)]
         for network in self.networks:
-            network.compile(**device.compile_options(self.at))
-        # several backward passes read what a compiled one would give away (from torch 2.6 on)
-        if hasattr(functorch_config, "donated_buffer"):
-            functorch_config.donated_buffer = False
+            network.compile(**device.compile_options(self.device))
+        # several backward passes read what a compiled one would give away
+        functorch_config.donated_buffer = False
         self.tried = False
 
     def gradients(self, batch: Batch, epoch: int) -> Outcome:
@@ -51,11 +50,11 @@ class CompiledStep(Step):
 
 
 class GraphedStep(Step):
-    """The whole step captured as a CUDA graph, anew in every epoch, and replayed.
+    """A step that is captured whole as a CUDA graph, anew in every epoch, and replayed.
 
-    Learning rate, mask size and warm-up are constants of an epoch, so a capture may hold them; momenta that are set
-    by the GSNR end it. The first steps after either run eagerly, as a capture needs, and so do batches of another size,
-    such as the last, and steps in which gradients are sampled.
+    Learning rate, mask size and warm-up are constants of an epoch, so a capture may contain them. Momenta that the
+    GSNR sets end it. The first steps after either run eagerly, as a capture needs. So do batches of another size, such
+    as the last, and steps in which gradients are sampled.
     """
 
     name = "graphs"
@@ -95,52 +94,52 @@ STEPS: dict[str, type[Step]] = {"eager": Step, "compile": CompiledStep, "graphs"
 
 
 def make_step(execution: str, distiller: nn.Module, *arguments: Any) -> Step:
-    """The step of SOLVER.EXECUTION; an eager one, with the reason printed, where that cannot be."""
-    at = next(distiller.parameters()).device
+    """Make the step of SOLVER.EXECUTION; if that cannot be, an eager one, and print the reason."""
+    home = next(distiller.parameters()).device
     reason = ""
-    if execution == "graphs" and at.type != "cuda":
-        reason = f"it needs CUDA, and this run is on {at.type}"
+    if execution == "graphs" and home.type != "cuda":
+        reason = f"it needs CUDA, and this run is on {home.type}"
     elif execution != "eager" and isinstance(distiller, nn.DataParallel) and distiller.device_ids:
         reason = "it takes one device, and DataParallel has several"
     if reason:
         print(f"SOLVER.EXECUTION {execution}: falls back to eager ({reason})")
         execution = "eager"
-    return STEPS[execution](distiller, *arguments, at)
+    return STEPS[execution](distiller, *arguments, home)
 
 
 def choose_gradients(wanted: str, step: Step, batch: Callable[[], Batch], apart: bool = False) -> str:
-    """How a step makes several backward passes: "sequential" or "batched" (see streams.backward_by_set).
+    """Choose how a step makes several backward passes: "sequential" or "batched" (see streams.backward_by_set).
 
-    wanted: SOLVER.GRADIENTS. "auto" measures both on copies on a GPU; on a CPU sequential was the faster in
+    wanted: SOLVER.GRADIENTS. "auto" measures both on copies on a GPU. On a CPU sequential was the faster in
     every row of docs/performance.md, and with equal coefficients there is one pass. apart: streams that are equal
     now will not stay so.
     """
     if wanted != "auto":
         return wanted
     one_pass = len(set(step.optimizer.param_groups[0]["momentum"].values())) == 1 and not apart
-    if step.at.type != "cuda" or one_pass:
+    if step.device.type != "cuda" or one_pass:
         return "sequential"
     return faster(step, batch(), apart)
 
 
 def faster(step: Step, batch: Batch, apart: bool = False, rounds: int = 10) -> str:
-    """The faster of the two on copies of the networks, by medians of `rounds` taken in turn."""
+    """Return the faster of the two on copies of the networks, by medians of `rounds` taken in turn."""
     distiller, optimizer = copy.deepcopy((step.distiller, step.optimizer))
     for group in optimizer.param_groups:
         group["merge"] &= not apart
-    trial = Step(distiller.train(), optimizer, step.by_stream, step.amp, step.at)
+    trial = Step(distiller.train(), optimizer, step.by_stream, step.amp, step.device)
     times: dict[str, list[float]] = {"sequential": [], "batched": []}
     for turn in range(rounds + 3):
         for name, taken in times.items():
             optimizer.batched = name == "batched"
-            device.synchronise(step.at)
+            device.synchronise(step.device)
             start = time.perf_counter()
             try:
                 trial.gradients(batch, 1)
             except RuntimeError as error:  # an operation that cannot be mapped over stacked gradients
                 print(f"SOLVER.GRADIENTS auto: sequential ({str(error).split(chr(10))[0]})")
                 return "sequential"
-            device.synchronise(step.at)
+            device.synchronise(step.device)
             if turn >= 3:
                 taken.append(time.perf_counter() - start)
     medians = {name: statistics.median(taken) for name, taken in times.items()}

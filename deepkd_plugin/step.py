@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from . import device
+from .device import autocast
 from .gsnr import GradientMonitor
 from .optim import DecoupledMomentumSGD
 
@@ -21,10 +21,14 @@ Outcome = tuple[Tensor, dict[str, Tensor]]
 
 
 class Step:
-    """Forward passes, losses by stream, their gradients, the update; where `monitor` is due, its sample too."""
+    """One step of training: `step(batch, epoch)` moves the student's weights.
+
+    by_stream: the distiller's losses -> losses by stream. amp: run both networks under bfloat16 autocast.
+    """
 
     name = "eager"
     monitor: GradientMonitor | None = None
+    """Takes a sample of the streams' gradients in a step in which it is due."""
     clip_norm = 0.0
     """Largest norm of the whole gradient in the update; 0: any."""
 
@@ -34,15 +38,13 @@ class Step:
         optimizer: DecoupledMomentumSGD,
         by_stream: Callable[[dict[str, Tensor]], dict[str, Tensor]],
         amp: bool,
-        at: torch.device,
+        device: torch.device,
     ) -> None:
-        self.distiller, self.optimizer, self.by_stream, self.amp, self.at = (
-            distiller,
-            optimizer,
-            by_stream,
-            amp,
-            at,
-        )
+        self.distiller = distiller
+        self.optimizer = optimizer
+        self.by_stream = by_stream
+        self.amp = amp
+        self.device = device
 
     def __call__(self, batch: Batch, epoch: int) -> Outcome:
         logits, losses = self.gradients(batch, epoch)
@@ -52,12 +54,12 @@ class Step:
         return logits, losses
 
     def gradients(self, batch: Batch, epoch: int) -> Outcome:
-        """The step without its update."""
-        self.optimizer.zero_grad()  # first, so that old gradients do not lie beside the new activations
-        with device.autocast(self.at, self.amp):
+        """Do all of a step but its update."""
+        self.optimizer.zero_grad()  # first, so that old gradients take no memory beside the new activations
+        with autocast(self.device, self.amp):
             logits, losses = self.distiller(**batch, epoch=epoch)
         by_stream = self.by_stream(losses)
-        if self.samples:
+        if self.monitor is not None and self.samples:
             self.monitor.sample(by_stream)
         self.optimizer.backward(by_stream)
         return logits, by_stream

@@ -222,7 +222,7 @@ def average(
         flat = torch.cat([g.reshape(-1) for g in bucket])
         dist.all_reduce(flat, group=group)
         flat /= dist.get_world_size(group)
-        for g, part in zip(bucket, flat.split([g.numel() for g in bucket])):
+        for g, part in zip(bucket, torch.split(flat, [g.numel() for g in bucket])):
             g.copy_(part.view_as(g))
     return averaged
 
