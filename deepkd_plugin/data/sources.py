@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
+from .. import extensions
 from ..errors import UserError
 from .arrays import ArrayDataset
 from .folders import ImageFiles
@@ -20,20 +21,21 @@ from .views import StrongAugment, TwoViews
 
 Distortion = Callable[[Image.Image], Image.Image]
 Transform = Callable[[Image.Image], Any]
-Reader = Callable[[str, str], tuple[np.ndarray | Sequence[str], np.ndarray | Sequence[int]]]
-"""(DATASET.ROOT, "train" or "test") -> images (N, H, W, 3) uint8, or the paths of N files, and labels (N,) from 0."""
 
 ZOOS = ("cifar", "tiny_imagenet", "imagenet")
 """A host's dictionaries of networks."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Facts:
-    """What is known of any data set without reading it.
+    """A data set's reader, and what is known of any without reading it.
 
-    train, test: its numbers of images. drawn: whether the first run makes it on this machine.
+    read: (DATASET.ROOT, "train" or "test") -> that part of it. train, test: its numbers of images. drawn: whether the
+    first run makes it on this machine.
     """
 
+    read: Callable[[str, str], Any]
+    _: KW_ONLY
     num_classes: int
     train: int
     test: int
@@ -58,8 +60,9 @@ class Facts:
 
 @dataclass(frozen=True)
 class Source(Facts):
-    """A data set of labelled images: how it is read, and how an image becomes a tensor.
+    """A data set of labelled images, and how an image becomes a tensor.
 
+    read: (DATASET.ROOT, "train" or "test") -> images (N, H, W, 3) uint8, or the paths of N files; labels (N,) from 0.
     side: pixels of an image's side as it enters a network. stored: width and height of an average image before that,
     if they are others. mean, std: of the channels, for pixels in [0, 1]. augmentation, resizing: what a PIL image goes
     through in training and in tests. small: whether all images have `side` already and fit on a device together; what
@@ -67,7 +70,6 @@ class Source(Facts):
     fetch: downloads the set into a folder that does not have it yet.
     """
 
-    read: Reader
     _: KW_ONLY
     side: int
     mean: tuple[float, ...]
@@ -172,6 +174,7 @@ class Sources(dict[str, S], Generic[S]):
             raise UserError(
                 f"the data set {name!r} is registered already; another must have a name of its own"
             )
+        extensions.remember(source.read)
         self[name] = source
 
 

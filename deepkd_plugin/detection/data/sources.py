@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -16,12 +15,11 @@ from .samples import AnnotatedImages
 class DetectionSource(Facts):
     """A detection set; num_classes is without the background, train without the images that are not trained on.
 
-    read: (DATASET.ROOT, "train" or "test") -> that part of it. size: width and height of an image, on average.
+    read: (DATASET.ROOT, "train" or "test") -> AnnotatedImages. size: width and height of an image, on average.
     no_mirror: why its images must not be mirrored; "" if they may be. pretrained: whether students usually start from
     ImageNet weights, so that the user is told if one does not.
     """
 
-    read: Callable[[str, str], AnnotatedImages]
     _: KW_ONLY
     size: tuple[int, int]
     no_mirror: str = ""
