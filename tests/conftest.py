@@ -114,7 +114,10 @@ def train(data_root, tmp_path, capsys):
 
 @pytest.fixture(scope="session")
 def cifar_root(tmp_path_factory, data_root):
-    """Glyphs in torchvision's CIFAR-100 layout: 3 training images and 1 test image of each class."""
+    """Glyphs in torchvision's CIFAR-100 layout: 3 training images and 1 test image of each class.
+
+    As in the official files there are coarse labels, 0 … 19, beside the fine ones.
+    """
     from deepkd_plugin.data.glyphs import load_glyphs100
 
     root = tmp_path_factory.mktemp("cifar")
@@ -122,6 +125,8 @@ def cifar_root(tmp_path_factory, data_root):
     for split, count in (("train", 300), ("test", 100)):
         images, labels = load_glyphs100(data_root, split)
         data = images[:count].transpose(0, 3, 1, 2).reshape(count, 3072)
-        held = {"data": data, "fine_labels": labels[:count].tolist()}
-        (root / "cifar-100-python" / split).write_bytes(pickle.dumps(held))
+        coarse, fine = (labels[:count] // 5).tolist(), labels[:count].tolist()
+        names = [f"glyph_{i}.png" for i in range(count)]
+        content = {"filenames": names, "coarse_labels": coarse, "fine_labels": fine, "data": data}
+        (root / "cifar-100-python" / split).write_bytes(pickle.dumps(content, 2))
     return root

@@ -107,9 +107,10 @@ def _data_sets(cfg: CfgNode) -> Iterator[tuple[str, str]]:
     node.defrost()
     node.DOWNLOAD = False
     for name, source in DATASETS.items():
+        node.TYPE = name
         try:
             # drawing it would write its cache
-            held = None if name == "glyphs100" else source.read(node, "test", source.test_transform())
+            held = None if source.drawn else source.load(node, "test")
             found = (
                 "built in, drawn when first used" if held is None else f"in place, {len(held)} test images"
             )

@@ -16,7 +16,9 @@ from ..errors import UserError
 class ArrayDataset(Dataset[tuple[Any, ...]]):
     """Images (N, H, W, 3) uint8 with labels `targets` (N,): (transform(PIL image), label)."""
 
-    def __init__(self, images: np.ndarray, targets: np.ndarray, transform: Callable[[Any], Any]) -> None:
+    def __init__(
+        self, images: np.ndarray, targets: np.ndarray, transform: Callable[[Any], Any] | None
+    ) -> None:
         self.images, self.targets, self.transform = images, targets, transform
 
     def __len__(self) -> int:
@@ -26,12 +28,12 @@ class ArrayDataset(Dataset[tuple[Any, ...]]):
         return self.transform(Image.fromarray(self.images[index])), int(self.targets[index])
 
     def pixels(self, indices: np.ndarray) -> np.ndarray:
-        """A copy of some images: (n, H, W, 3) uint8."""
+        """Copy some images: (n, H, W, 3) uint8."""
         return self.images[indices]
 
 
 class Indexed(Dataset[tuple[Any, ...]]):
-    """A data set's (image, label) with the place in it behind: mdistiller's training samples."""
+    """A data set's (image, label), followed by the place in it: mdistiller's training samples."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
@@ -44,9 +46,9 @@ class Indexed(Dataset[tuple[Any, ...]]):
 
 
 class Contrast(Dataset[tuple[Any, ...]]):
-    """An Indexed data set with CRD's contrast indices behind: its own place, then `count` of other classes.
+    """An Indexed data set's samples, followed by CRD's contrast indices: their place, then `count` of other classes.
 
-    labels: (N,), of the samples in their order. relaxed: the first index is any sample's of the same class. As
+    labels: (N,), of the samples in their order. relaxed: the first index is that of any sample of the same class. As
     in mdistiller, negatives are drawn without replacement from sets of CIFAR's size, with it from larger ones.
     """
 
@@ -73,32 +75,22 @@ class Contrast(Dataset[tuple[Any, ...]]):
 
 
 def choose(labels: np.ndarray, per_class: int, holdout: float) -> tuple[np.ndarray, np.ndarray]:
-    """Indices to train on and indices held out, in the data's order.
+    """Choose indices to train on and indices to hold out, in the data's order.
 
     labels: (N,). Of every class the last `holdout` share is held out, and of what is left the first
-    `per_class` images (0: all) are trained on. Raises UserError where one of the two would be empty although
-    it is asked for.
+    `per_class` images (0: all) are trained on. Raises UserError if one of the two would be empty although it is
+    asked for.
     """
-    train, held = [], []
+    train, kept_out = [], []
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
         kept = len(members) - round(holdout * len(members))
         train.append(members[: min(kept, per_class) if per_class else kept])
-        held.append(members[kept:])
-    chosen, kept_out = np.sort(np.concatenate(train)), np.sort(np.concatenate(held))
-    if not len(chosen) or (holdout and not len(kept_out)):
+        kept_out.append(members[kept:])
+    chosen, out = np.sort(np.concatenate(train)), np.sort(np.concatenate(kept_out))
+    if not len(chosen) or (holdout and not len(out)):
         raise UserError(
-            f"DATASET.HOLDOUT is {holdout}, which leaves {len(chosen)} images to train on and {len(kept_out)} held "
-            f"out of {len(labels)}; both must be above 0"
+            f"DATASET.HOLDOUT is {holdout}, which leaves {len(chosen)} images to train on and {len(out)} held out of "
+            f"{len(labels)}; both must be above 0"
         )
-    return chosen, kept_out
-
-
-def check_labels(labels: np.ndarray, num_classes: int, source: str) -> None:
-    """Raise UserError for a label outside 0 … num_classes − 1."""
-    bad = np.flatnonzero((labels < 0) | (labels >= num_classes))
-    if bad.size:
-        raise UserError(
-            f"{source}: label {int(labels[bad[0]])} of image {int(bad[0])} is outside the classes; labels "
-            f"must lie in 0 … {num_classes - 1}"
-        )
+    return chosen, out

@@ -15,7 +15,7 @@ from ..errors import UserError
 
 
 class ImageFiles(Dataset[tuple[Any, ...]]):
-    """Images in files with labels `targets` (N,): (transform(RGB image), label).
+    """Images in files, with labels `targets` (N,): (transform(RGB image), label).
 
     size: (width, height) that every image must have; None for any. Raises UserError for an image of another
     size and for one that cannot be read.
@@ -25,7 +25,7 @@ class ImageFiles(Dataset[tuple[Any, ...]]):
         self,
         paths: Sequence[str],
         targets: Sequence[int],
-        transform: Callable[[Any], Any],
+        transform: Callable[[Any], Any] | None,
         size: tuple[int, int] | None = None,
     ) -> None:
         self.paths, self.targets, self.transform, self.size = paths, targets, transform, size
@@ -37,7 +37,7 @@ class ImageFiles(Dataset[tuple[Any, ...]]):
         return self.transform(self._read(self.paths[index])), self.targets[index]
 
     def pixels(self, indices: np.ndarray) -> np.ndarray:
-        """Some images: (n, H, W, 3) uint8, all of `size`. Decodes one after another, 0.2 ms each at 64 x 64."""
+        """Decode some images, one after another: (n, H, W, 3) uint8, all of `size` (0.2 ms each at 64 x 64)."""
         width, height = self.size
         images = np.empty((len(indices), height, width, 3), np.uint8)
         for place, index in enumerate(indices):
@@ -59,16 +59,15 @@ class ImageFiles(Dataset[tuple[Any, ...]]):
 
 
 def class_folders(folder: Path, num_classes: int, kind: str) -> tuple[list[str], list[int]]:
-    """Paths and labels of <class>/**/<image> below `folder`, classes in alphabetical order.
+    """List paths and labels of <class>/**/<image> below `folder`, classes in alphabetical order.
 
-    Raises UserError where a class is empty or there are more or fewer than `num_classes`. `kind` is
-    DATASET.TYPE, for errors.
+    kind: DATASET.TYPE, for errors. Raises UserError if a class is empty or there are not `num_classes`.
     """
     try:
-        found = sum(entry.is_dir() for entry in folder.iterdir())
-        if found != num_classes:
+        classes = sum(entry.is_dir() for entry in folder.iterdir())
+        if classes != num_classes:
             raise UserError(
-                f"{folder}: DATASET.ROOT must hold {num_classes} class folders for {kind}, holds {found}"
+                f"{folder}: DATASET.ROOT must hold {num_classes} class folders for {kind}, holds {classes}"
             )
         images = ImageFolder(str(folder))
     except OSError as error:

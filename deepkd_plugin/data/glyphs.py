@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 import PIL
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from torchvision import transforms
 
 from ..errors import UserError
 from ..run.checkpoint import write_whole
+from .sources import Source, register_dataset
 
 # Left out: characters that equal another up to size, since size is random here (c o s u v w x z k p θ π φ ψ),
 # or in some of the fonts (l, 0, 1, and the Greek and Cyrillic capitals that are drawn as Latin ones), and
@@ -52,9 +54,6 @@ FONTS: tuple[str, ...] = (
 )
 NUM_CLASSES = len(CHARACTERS)
 PER_CLASS: dict[str, int] = {"train": 60, "test": 50}
-# Per channel, of the training images of seed 0, divided by 255.
-MEAN: tuple[float, float, float] = (0.5009, 0.5017, 0.5007)
-STD: tuple[float, float, float] = (0.26, 0.2593, 0.2592)
 
 # Part of the cache's name: raise it with any change that alters a pixel.
 GENERATOR_VERSION = 1
@@ -180,7 +179,7 @@ def colours(
 
 
 def textures(rng: np.random.Generator, n: int, side: int) -> np.ndarray:
-    """Smooth random patterns (n, side, side, 3) float64: TEXTURE_CELLS² normal values, spread over the image."""
+    """Draw smooth random patterns (n, side, side, 3) float64: TEXTURE_CELLS² normal values, spread over the image."""
     # bilinear weights that spread the coarse grid
     position = (np.arange(side) + 0.5) / side * (TEXTURE_CELLS - 1)
     spread = np.maximum(1 - np.abs(position[:, None] - np.arange(TEXTURE_CELLS)), 0)
@@ -217,7 +216,7 @@ def render_glyphs(split: str, per_class: int | None = None, seed: int = 0) -> tu
 
 
 def _render_block(rng: np.random.Generator, masks: list[list[Image.Image]], sides: np.ndarray) -> np.ndarray:
-    """One image of each class: uint8 (100, 32, 32, 3)."""
+    """Draw one image of each class: uint8 (100, 32, 32, 3)."""
     n = len(CHARACTERS)
     fonts = rng.integers(len(FONTS), size=n)
     placements = _placements(rng, sides[np.arange(n), fonts])
@@ -259,7 +258,7 @@ def load_glyphs100(root: str | Path, split: str, seed: int = 0) -> tuple[np.ndar
     read is drawn again.
 
     Args:
-        root: folder of data sets (DATASET.ROOT); made where it is missing.
+        root: folder of data sets (DATASET.ROOT); made if it is missing.
         split: "train" or "test".
         seed: as in `render_glyphs`.
 
@@ -292,7 +291,7 @@ def load_glyphs100(root: str | Path, split: str, seed: int = 0) -> tuple[np.ndar
 
 
 def _read_cache(path: Path, count: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """The arrays in `path`, or None where it is missing, damaged or of another shape."""
+    """Read the arrays in `path`; None if it is missing, damaged or of another shape."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             images, labels = arrays["images"], arrays["labels"]
@@ -300,3 +299,21 @@ def _read_cache(path: Path, count: int) -> tuple[np.ndarray, np.ndarray] | None:
         return None
     fits = images.shape == (count, SIZE, SIZE, 3) and labels.shape == (count,)
     return (images, labels) if fits and images.dtype == np.uint8 and labels.dtype == np.int64 else None
+
+
+register_dataset(
+    "glyphs100",
+    Source(
+        load_glyphs100,
+        num_classes=NUM_CLASSES,
+        train=NUM_CLASSES * PER_CLASS["train"],
+        test=NUM_CLASSES * PER_CLASS["test"],
+        side=SIZE,
+        # of the training images of seed 0
+        mean=(0.5009, 0.5017, 0.5007),
+        std=(0.26, 0.2593, 0.2592),
+        # a mirrored glyph is another glyph (b and d), so there is no flip
+        augmentation=(transforms.RandomCrop(SIZE, padding=4),),
+        drawn=True,
+    ),
+)

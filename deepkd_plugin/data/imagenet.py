@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from torchvision import transforms
 
 from ..errors import UserError
-from .folders import ImageFiles, class_folders
+from .folders import class_folders
+from .sources import Source, register_dataset
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 NUM_CLASSES = 1000
 
-AUGMENTATION = (transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip())
-RESIZING = (transforms.Resize(256), transforms.CenterCrop(224))
 
+def read_imagenet(root: str | Path, split: str) -> tuple[list[str], list[int]]:
+    """List the files imagenet/{train,val}/<class>/* under `root`, and their labels.
 
-def load_imagenet(root: str | Path, split: str, transform: Callable[[Any], Any]) -> ImageFiles:
-    """The images of imagenet/{train,val}/<class>/* under `root`, as (transform(image), label).
-
-    Raises UserError where the folder is missing, has an empty class or another number of classes than 1000.
+    Raises UserError if the folder is missing, has an empty class or another number of classes than 1000.
     """
-    folder = Path(root) / "imagenet" / split
+    part = "train" if split == "train" else "val"
+    folder = Path(root) / "imagenet" / part
     if not folder.is_dir():
-        raise UserError(f"{folder}: DATASET.ROOT holds no ImageNet; there must be imagenet/{split}/<class>/*")
-    return ImageFiles(*class_folders(folder, NUM_CLASSES, "imagenet"), transform)
+        raise UserError(f"{folder}: DATASET.ROOT holds no ImageNet; there must be imagenet/{part}/<class>/*")
+    return class_folders(folder, NUM_CLASSES, "imagenet")
+
+
+register_dataset(
+    "imagenet",
+    Source(
+        read_imagenet,
+        num_classes=NUM_CLASSES,
+        train=1_281_167,
+        test=50_000,
+        side=224,
+        stored=(500, 375),
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        augmentation=(transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()),
+        resizing=(transforms.Resize(256), transforms.CenterCrop(224)),
+        small=False,
+        zoo="imagenet",
+    ),
+)

@@ -1,4 +1,4 @@
-"""Small image sets that lie on the device, where whole batches are distorted and normalised.
+"""Small image sets that are kept on the device, where whole batches are distorted and normalised.
 
 A set takes a byte for each channel of a pixel: CIFAR-100 150 MB for training and 30 MB for tests, glyphs100
 18 and 15 MB, Tiny ImageNet 1.2 GB and 120 MB. Draws are distributed as torchvision's are, and for equal draws
@@ -17,15 +17,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import transforms
 
+from ..errors import UserError
+
 
 class Batchwise(Protocol):
     """A distortion of a batch of images of one size, as a look-up: where each pixel comes from."""
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """What is random about `count` images: (…, count), on the generator's device."""
+        """Draw what is random about `count` images: (…, count), on the generator's device."""
 
     def origin(self, y: Tensor, x: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
-        """Row and column that pixel (y, x) is taken from; black where they lie outside the image.
+        """Return the row and column that pixel (y, x) is taken from; outside the image it is black.
 
         y, x: int64, of shapes that broadcast to (B, H, W). drawn: (…, B, 1, 1).
         """
@@ -88,23 +90,26 @@ class Rotation:
 
 
 def _fixed(value: Tensor) -> Tensor:
-    """16.16 fixed point, rounded half up as PIL does."""
+    """Convert to 16.16 fixed point, rounding half up as PIL does."""
     return torch.floor(value * 65536 + 0.5).to(torch.int64)
 
 
 def batchwise(distortion: Any, height: int, width: int) -> Batchwise:
-    """What a distortion of torchvision's does to an image of this size. Raises TypeError for one not known here."""
+    """Return what one of torchvision's distortions does to images of this size; UserError if it is not known here."""
     if isinstance(distortion, transforms.RandomCrop) and tuple(distortion.size) == (height, width):
         return Crop(distortion.padding)
     if isinstance(distortion, transforms.RandomHorizontalFlip):
         return Flip(distortion.p, width)
     if isinstance(distortion, transforms.RandomRotation):
         return Rotation(*distortion.degrees, height, width)
-    raise TypeError(f"{distortion} of {height} x {width} images is not made on a device")
+    raise UserError(
+        f"config: DATASET.PIPELINE is 'device'; it must be 'workers' with {distortion}, which is not made on a device "
+        f"for images of {width} x {height}"
+    )
 
 
 class ResidentLoader:
-    """Batches of a data set whose images lie on a device; used like a DataLoader.
+    """Batches of a data set whose images are on a device; used like a DataLoader.
 
     Training batches are (image, target, index), in another order in each pass: order and distortions are drawn
     from a generator that one draw from torch's seeds, so a pass is the same whatever a training step draws.
@@ -147,7 +152,7 @@ class ResidentLoader:
         return self._training_batches(torch.Generator(self.images.device).manual_seed(seed))
 
     def distort(self, index: Tensor, drawn: Sequence[Tensor]) -> Tensor:
-        """Images by their places (B,), distorted by draws (…, B): (B, C, H, W) uint8."""
+        """Take images by their places (B,) and distort them by draws (…, B): (B, C, H, W) uint8."""
         images = self.images[index]
         height, width = images.shape[2:]
         y = torch.arange(height, device=index.device)[:, None].expand(len(index), height, 1)
@@ -161,7 +166,7 @@ class ResidentLoader:
         return images.flatten(2).gather(2, place).view_as(images) * inside[:, None]
 
     def normalise(self, images: Tensor) -> Tensor:
-        """ToTensor and Normalize: (B, C, H, W) uint8 to float32, operation by operation."""
+        """Do what ToTensor and Normalize do, operation by operation: (B, C, H, W) uint8 to float32."""
         return images.float().div_(self.white).sub_(self.mean).div_(self.std)
 
     def _training_batches(self, generator: torch.Generator) -> Iterator[tuple[Tensor, ...]]:
@@ -174,5 +179,5 @@ class ResidentLoader:
             yield self.normalise(images), self.targets[index], index
 
     def _parts(self) -> Iterator[slice]:
-        """The batches, as slices of an order."""
+        """Cut an order into batches, as slices."""
         return (slice(i, i + self.batch_size) for i in range(0, len(self.targets), self.batch_size))

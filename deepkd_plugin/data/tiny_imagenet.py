@@ -6,43 +6,38 @@ one core), while all images in memory are 1.3 GB, decoded anew by every run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from torchvision import transforms
 
 from ..errors import UserError
-from .folders import ImageFiles, class_folders
+from .folders import class_folders
+from .sources import Source, register_dataset
 
-MEAN = (0.4802, 0.4481, 0.3975)
-STD = (0.2302, 0.2265, 0.2262)
 NUM_CLASSES = 200
-SIZE = (64, 64)
-
-AUGMENTATION = (transforms.RandomRotation(20), transforms.RandomHorizontalFlip())
 
 
-def load_tiny_imagenet(root: str | Path, split: str, transform: Callable[[Any], Any]) -> ImageFiles:
-    """The images of tiny-imagenet-200/{train,val} under `root`, as (transform(image), label).
+def read_tiny_imagenet(root: str | Path, split: str) -> tuple[list[str], list[int]]:
+    """List the files of tiny-imagenet-200/{train,val} under `root`, and their labels.
 
-    Images lie in <wnid>/ or <wnid>/images/; those of val may also lie in images/ with val_annotations.txt
-    beside it, as in the official archive. Classes are numbered in alphabetical order of their wnid. Raises
-    UserError where neither is there, a class is empty, classes are not 200 or an annotated image is missing.
+    Images are in <wnid>/ or <wnid>/images/; those of val may also be in images/ with val_annotations.txt beside it,
+    as in the official archive. Classes are numbered in the alphabetical order of their wnid. Raises UserError if
+    neither is there, a class is empty, there are not 200 classes or an annotated image is missing.
     """
-    folder = Path(root) / "tiny-imagenet-200" / split
+    part = "train" if split == "train" else "val"
+    folder = Path(root) / "tiny-imagenet-200" / part
     if not folder.is_dir():
         raise UserError(
-            f"{folder}: DATASET.ROOT holds no Tiny ImageNet; there must be tiny-imagenet-200/{split}/<wnid>/*"
+            f"{folder}: DATASET.ROOT holds no Tiny ImageNet; there must be tiny-imagenet-200/{part}/<wnid>/*"
         )
     annotations = folder / "val_annotations.txt"
     if annotations.is_file() and (folder / "images").is_dir():
-        return ImageFiles(*_annotated(annotations), transform, SIZE)
-    return ImageFiles(*class_folders(folder, NUM_CLASSES, "tiny_imagenet"), transform, SIZE)
+        return _annotated(annotations)
+    return class_folders(folder, NUM_CLASSES, "tiny_imagenet")
 
 
 def _annotated(annotations: Path) -> tuple[list[str], list[int]]:
-    """Paths and labels by the official file: a line for each image, its name and wnid before its box."""
+    """Read paths and labels from the official file: a line for each image, its name and wnid before its box."""
     try:
         lines = annotations.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -65,3 +60,19 @@ def _annotated(annotations: Path) -> tuple[list[str], list[int]]:
         raise UserError(f"{annotations}: must name {NUM_CLASSES} classes, names {len(classes)}")
     label = {wnid: number for number, wnid in enumerate(classes)}
     return [str(images / name) for name in names], [label[wnid] for wnid in wnids]
+
+
+register_dataset(
+    "tiny_imagenet",
+    Source(
+        read_tiny_imagenet,
+        num_classes=NUM_CLASSES,
+        train=100_000,
+        test=10_000,
+        side=64,
+        mean=(0.4802, 0.4481, 0.3975),
+        std=(0.2302, 0.2265, 0.2262),
+        augmentation=(transforms.RandomRotation(20), transforms.RandomHorizontalFlip()),
+        zoo="tiny_imagenet",
+    ),
+)

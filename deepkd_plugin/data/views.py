@@ -37,7 +37,7 @@ def _affine(
     shear: tuple[float, float] = (0.0, 0.0),
     shift: tuple[float, float] = (0.0, 0.0),
 ) -> Image.Image:
-    """Pixel (x, y) becomes (x + shear[0] y + shift[0], y + shear[1] x + shift[1]) of `image`, black outside it.
+    """Give pixel (x, y) the value of (x + shear[0] y + shift[0], y + shear[1] x + shift[1]), black outside the image.
 
     PIL's coordinates, as the releases use them. torchvision moves the image instead of the place that is
     looked up (hence the sign), takes angles for shears, and shears about the centre unless told otherwise.
@@ -94,7 +94,7 @@ class StrongAugment:
 
 
 def cut_out(image: Image.Image, share: float, centre: tuple[float, float]) -> Image.Image:
-    """A copy of an RGB image with a grey square in it; the image itself where `share` is 0.
+    """Copy an RGB image and put a grey square in it; the image itself if `share` is 0.
 
     share: the square's side in widths of the image. centre: (x, y) in pixels. The releases' geometry: the
     square starts half a side before the centre, or at the edge, ends a whole side later, or at the edge, and

@@ -45,7 +45,7 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
     train_loader, test_loader, count, classes = get_detection_sets(cfg)
     config.check_mask(cfg, origin, len(classes) + 1)
     print(f"{name}: {cfg.DISTILLER.TYPE} on {cfg.DATASET.TYPE}, {count} images, {device.describe(at)}")
-    if cfg.DATASET.TYPE == "coco" and not cfg.DETECTION.STUDENT_BACKBONE:
+    if DETECTION_SETS[cfg.DATASET.TYPE].pretrained and not cfg.DETECTION.STUDENT_BACKBONE:
         print("student   starts from random numbers: DETECTION.STUDENT_BACKBONE names no file")
     distiller = device.place(make_distiller(cfg, len(classes)), at, False)
     source = origin.get("DISTILLER.TEACHER_WEIGHTS", "default")
@@ -103,10 +103,10 @@ def check(cfg: CfgNode, origin: dict[str, str]) -> None:
         value = config.get(cfg, path)
         if value != only:
             raise config.wrong(origin, path, value, f"{only!r} for detection")
-    if cfg.DATASET.TYPE == "glyph_canvas" and cfg.DETECTION.FLIP:
-        raise config.wrong(
-            origin, "DETECTION.FLIP", cfg.DETECTION.FLIP, "0.0 for glyph_canvas: a mirrored b is a d"
-        )
+    reason = DETECTION_SETS[cfg.DATASET.TYPE].no_mirror
+    if reason and cfg.DETECTION.FLIP:
+        allowed = f"0.0 for {cfg.DATASET.TYPE}: {reason}"
+        raise config.wrong(origin, "DETECTION.FLIP", cfg.DETECTION.FLIP, allowed)
     if max(cfg.DETECTION.MIN_SIZE) > cfg.DETECTION.MAX_SIZE:
         allowed = f"at least the largest of DETECTION.MIN_SIZE, {max(cfg.DETECTION.MIN_SIZE)}"
         raise config.wrong(origin, "DETECTION.MAX_SIZE", cfg.DETECTION.MAX_SIZE, allowed)

@@ -1,4 +1,8 @@
-"""Reading a pickle of numpy arrays, as model zoos keep weights, without running any code from it."""
+"""Reading a pickle of numpy arrays without running any code from it.
+
+This is the package's own safe unpickler: for model zoos' weights and CIFAR-100. Checkpoints are read by torch's
+(run/checkpoint.py), which takes numpy's numbers from here.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,6 @@ import math
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,7 +19,7 @@ from ..errors import UserError
 
 
 def load(path: str | Path, key: str) -> Any:
-    """What a pickle holds: numpy arrays of numbers, numbers, text and plain containers, and nothing else.
+    """Read a pickle of numpy arrays of numbers, numbers, text and plain containers, and nothing else.
 
     Bytes of Python 2 are read as text (latin1), as detectron2 reads them. Arrays are copies in the machine's
     byte order. `key` is the option that named the file, for the UserError that a missing file, a file that is
@@ -27,10 +30,10 @@ def load(path: str | Path, key: str) -> Any:
         raise UserError(f"{path}: no such file; {key} must name a pickle of arrays")
     try:
         with open(path, "rb") as file:
-            return _Arrays(file).load()
+            return read(file)
     except OSError as error:
         raise UserError(f"{path}: {key} must name a file that can be read ({error.strerror})") from None
-    except Exception as error:  # bytes that are no pickle make the unpickler raise nearly anything
+    except Exception as error:
         reason = str(error).split("\n")[0]
         raise UserError(
             f"{path}: {key} must name a pickle of arrays and plain containers, and this file is not one "
@@ -38,16 +41,38 @@ def load(path: str | Path, key: str) -> Any:
         ) from None
 
 
-class _Arrays(pickle.Unpickler):
-    """Gives stand-ins for the few names that a pickled array refers to.
+def read(file: IO[bytes]) -> Any:
+    """Read as `load` does. Bytes that are no such pickle make it raise nearly any kind of exception."""
+    return _Arrays(file).load()
 
-    numpy's own functions see only what has been checked: several of them trust the state they are given.
-    The stand-ins are made anew for each file, because a pickle can set attributes of what it was given.
+
+def stand_ins() -> dict[tuple[str, str], Any]:
+    """Return what stands in for each (module, name) that a pickled array or number refers to.
+
+    numpy's own functions see only what has been checked: several of them trust the state that they are given. The
+    stand-ins are made anew for each file, because a pickle can set attributes of what it was given.
     """
+    multiarray = "numpy.core.multiarray"
+    return {
+        (multiarray, "_reconstruct"): lambda kind, shape, code: _Array(0),
+        (multiarray, "scalar"): lambda dtype, data: _array((), dtype, False, data).item(),
+        ("numpy.core.numeric", "_frombuffer"): lambda data, dtype, shape, order: _array(
+            shape, dtype, order == "F", data
+        ),
+        ("numpy", "dtype"): DType,
+        ("numpy", "ndarray"): "ndarray",  # only ever handed to _reconstruct
+        ("_codecs", "encode"): lambda text, codec: _bytes(text, codec),
+        ("__builtin__", "bytes"): lambda: b"",  # how protocol 2 keeps no bytes
+        ("collections", "OrderedDict"): OrderedDict,
+    }
+
+
+class _Arrays(pickle.Unpickler):
+    """Knows the stand-ins and nothing else."""
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file, encoding="latin1")
-        self._known = _stand_ins()
+        self._known = stand_ins()
 
     def find_class(self, module: str, name: str) -> Any:
         # numpy 2 moved numpy.core to numpy._core; files keep the name of their day
@@ -57,26 +82,10 @@ class _Arrays(pickle.Unpickler):
         return known
 
 
-def _stand_ins() -> dict[tuple[str, str], Any]:
-    multiarray = "numpy.core.multiarray"
-    known: dict[tuple[str, str], Callable[..., Any]] = {
-        (multiarray, "_reconstruct"): lambda kind, shape, code: _Array(0),
-        (multiarray, "scalar"): lambda dtype, data: _array((), dtype, False, data).item(),
-        ("numpy.core.numeric", "_frombuffer"): lambda data, dtype, shape, order: _array(
-            shape, dtype, order == "F", data
-        ),
-        ("numpy", "dtype"): lambda code, align=False, copy=True: _DType(code),
-        ("_codecs", "encode"): lambda text, codec: _bytes(text, codec),
-        ("__builtin__", "bytes"): lambda: b"",  # how protocol 2 keeps no bytes
-        ("collections", "OrderedDict"): OrderedDict,
-    }
-    return {**known, ("numpy", "ndarray"): "ndarray"}  # only ever handed to _reconstruct
-
-
-class _DType:
+class DType:
     """The type of an array's numbers: pickled as a code such as "f4", and a state that has the byte order."""
 
-    def __init__(self, code: Any) -> None:
+    def __init__(self, code: Any, align: Any = False, copy: Any = True) -> None:
         if not (isinstance(code, str) and re.fullmatch(r"b1|[iu][1248]|f[248]", code)):
             raise ValueError(f"an array of {code!r}; only arrays of numbers are read")
         self.code, self.order = code, "="
@@ -93,7 +102,7 @@ class _Array(np.ndarray):
 
     def __setstate__(self, state: Any) -> None:
         shape, dtype, fortran, data = state[-4:]  # without a version in very old files
-        if not (isinstance(dtype, _DType) and isinstance(shape, tuple)):
+        if not (isinstance(dtype, DType) and isinstance(shape, tuple)):
             raise TypeError("an array without a shape or a type")
         if not all(isinstance(length, int) and length >= 0 for length in shape):
             raise ValueError(f"an array of the shape {shape}")
@@ -112,7 +121,7 @@ def _array(shape: Any, dtype: Any, fortran: bool, data: Any) -> _Array:
 
 
 def _bytes(text: Any, codec: Any) -> bytes:
-    """How Python 2 and pickle protocol 2 keep bytes; other codecs are not for files of numbers."""
+    """Encode text as Python 2 and pickle protocol 2 keep bytes; other codecs are not for files of numbers."""
     if not isinstance(text, str) or codec != "latin1":
         raise ValueError(f"the codec {codec!r}")
     return text.encode("latin1")

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from . import array_pickle
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
@@ -64,17 +64,17 @@ def uninterrupted() -> Iterator[None]:
 
 
 def load(path: str | Path, key: str) -> Any:
-    """What a checkpoint holds, on the CPU. Only tensors, numbers and plain containers are ever unpickled.
+    """Read a checkpoint onto the CPU. Only tensors, numbers and plain containers are ever unpickled.
 
-    `key` is the config key or option that named the file, for the UserError that a missing file, a file
-    that is no checkpoint and a checkpoint that would run code raise.
+    `key` is the config key or option that named the file, for the UserError that a missing file, a file that is no
+    checkpoint and a checkpoint that would run code raise.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; {key} must name a checkpoint")
     try:
         # torch warns of foreign pickles; the error below says it in one line
-        with warnings.catch_warnings(), _numpy_scalars():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_numpy_numbers()):
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no checkpoint make the unpickler raise nearly anything
@@ -86,41 +86,16 @@ def load(path: str | Path, key: str) -> Any:
         ) from None
 
 
-@contextlib.contextmanager
-def _numpy_scalars() -> Iterator[None]:
-    """Let the safe unpickler read numpy's numbers: RepDistiller's teacher files keep an accuracy as one.
-
-    It knows functions by the names they have today; numpy's have moved, and the files keep the old ones.
-    """
-    before = list(torch.serialization.get_safe_globals())
-    scalars = [
-        _under_name(module, "scalar", np.float64(0).__reduce__()[0])
-        for module in ("numpy.core.multiarray", "numpy._core.multiarray")
+def _numpy_numbers() -> list[tuple[Any, str]]:
+    """Name what the safe unpickler needs for numpy's numbers: RepDistiller's teacher files keep an accuracy as one."""
+    known = array_pickle.stand_ins()
+    scalar, dtype = known["numpy.core.multiarray", "scalar"], known["numpy", "dtype"]
+    return [
+        (scalar, "numpy.core.multiarray.scalar"),
+        (scalar, "numpy._core.multiarray.scalar"),
+        (dtype, "numpy.dtype"),
+        (known["_codecs", "encode"], "_codecs.encode"),
     ]
-    types = [type(np.dtype(kind)) for kind in "?bhilqBHILQefd"]
-    torch.serialization.add_safe_globals(
-        [*scalars, np.dtype, *types, _under_name("_codecs", "encode", _latin1)]
-    )
-    try:
-        yield
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(before)
-
-
-def _under_name(module: str, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    def known(*arguments: Any) -> Any:
-        return function(*arguments)
-
-    known.__module__, known.__name__, known.__qualname__ = module, name, name
-    return known
-
-
-def _latin1(text: str, encoding: str) -> bytes:
-    """How pickle protocol 2 writes bytes; other codecs are not for files of numbers."""
-    if encoding != "latin1":
-        raise ValueError(f"codec {encoding!r}")
-    return text.encode("latin1")
 
 
 def load_weights(module: nn.Module, path: str | Path, key: str, network: str) -> None:
@@ -130,14 +105,14 @@ def load_weights(module: nn.Module, path: str | Path, key: str, network: str) ->
     DataParallel's "module." in front. Raises UserError, with the first differences, for a file of another
     network or another number of classes; the module is then unchanged.
     """
-    loaded = load(path, key)
-    held = network_weights(loaded)
-    if held is None:
-        raise UserError(f"{path}: {key} must hold a network's state dictionary, holds {_kind(loaded)}")
+    content = load(path, key)
+    weights = network_weights(content)
+    if weights is None:
+        raise UserError(f"{path}: {key} must hold a network's state dictionary, holds {_kind(content)}")
     wanted = module.state_dict()
-    missing = [name for name in wanted if name not in held]
-    extra = [name for name in held if name not in wanted]
-    other = [name for name in wanted if name in held and wanted[name].shape != held[name].shape]
+    missing = [name for name in wanted if name not in weights]
+    extra = [name for name in weights if name not in wanted]
+    other = [name for name in wanted if name in weights and wanted[name].shape != weights[name].shape]
     if missing or extra:
         example = f"no {missing[0]}" if missing else f"an unknown {extra[0]}"
         raise UserError(
@@ -147,35 +122,35 @@ def load_weights(module: nn.Module, path: str | Path, key: str, network: str) ->
     if other:
         first = other[0]
         # a tensor without dimensions has no classes
-        ends = {(wanted[name].shape[:1], held[name].shape[:1]) for name in other if held[name].ndim}
-        only_classes = all(wanted[name].shape[1:] == held[name].shape[1:] for name in other)
+        ends = {(wanted[name].shape[:1], weights[name].shape[:1]) for name in other if weights[name].ndim}
+        only_classes = all(wanted[name].shape[1:] == weights[name].shape[1:] for name in other)
         if only_classes and len(ends) == 1 and other == list(wanted)[-len(other) :]:
             ((ours,), (theirs,)) = ends.pop()
             raise UserError(f"{path}: {key} holds a {network} of {theirs} classes; this run has {ours}")
         raise UserError(
             f"{path}: {key} holds another network than {network}: {first} is "
-            f"{tuple(held[first].shape)}, not {tuple(wanted[first].shape)}"
+            f"{tuple(weights[first].shape)}, not {tuple(wanted[first].shape)}"
         )
-    module.load_state_dict(held)
+    module.load_state_dict(weights)
 
 
-def network_weights(held: Any) -> dict[str, Tensor] | None:
-    """A network's state dictionary out of what a file held; None where there is none.
+def network_weights(content: Any) -> dict[str, Tensor] | None:
+    """Find a network's state dictionary in the content of a file; None if there is none.
 
-    It lies bare, or under "model" or "state_dict" or both, with or without DataParallel's "module." in front
-    of its names.
+    It is there bare, or under "model" or "state_dict" or both, with or without DataParallel's "module." in front of
+    its names.
     """
     for name in ("model", "state_dict"):
-        if isinstance(held, Mapping) and isinstance(held.get(name), Mapping):
-            held = held[name]
-    named = isinstance(held, Mapping) and bool(held) and all(isinstance(name, str) for name in held)
-    if not named or not all(isinstance(value, Tensor) for value in held.values()):
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+    named = isinstance(content, Mapping) and bool(content) and all(isinstance(name, str) for name in content)
+    if not named or not all(isinstance(value, Tensor) for value in content.values()):
         return None
-    return {name.removeprefix("module."): value for name, value in held.items()}
+    return {name.removeprefix("module."): value for name, value in content.items()}
 
 
 def fingerprint(module: nn.Module) -> str:
-    """A hash of a network's weights: the same for the same numbers, whatever file they came from."""
+    """Hash a network's weights: the same for the same numbers, whatever file they came from."""
     digest = hashlib.sha256()
     for name, value in module.state_dict().items():
         digest.update(name.encode())
@@ -183,7 +158,7 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _kind(held: Any) -> str:
-    if isinstance(held, Mapping):
-        return f"a mapping with {', '.join(map(str, list(held)[:4])) or 'nothing'}"
-    return f"a {type(held).__name__}"
+def _kind(content: Any) -> str:
+    if isinstance(content, Mapping):
+        return f"a mapping with {', '.join(map(str, list(content)[:4])) or 'nothing'}"
+    return f"a {type(content).__name__}"

@@ -32,7 +32,7 @@ class Sums:
         self.count += count
 
     def means(self) -> dict[str, float]:
-        """Each sum over the number of samples; this is where the device is waited for."""
+        """Divide each sum by the number of samples; this waits for the device."""
         if not self._totals:
             return {}
         totals = torch.stack(list(self._totals.values())).tolist()
@@ -40,11 +40,11 @@ class Sums:
 
 
 class RunLog:
-    """A run's records: metrics.jsonl, TensorBoard events and mdistiller's worklog.txt; gsnr.jsonl where measured.
+    """A run's records: metrics.jsonl, TensorBoard events and mdistiller's worklog.txt; gsnr.jsonl if it is measured.
 
-    metrics.jsonl, one line an epoch, is the source, and gsnr.jsonl, one line a window: when a run resumes from
-    `epoch`, later lines are dropped from both and the worklog is written anew. With LOG.WANDB of a config the
-    numbers also go to Weights & Biases, to the run that is open there or to one of the experiment's name.
+    The sources are metrics.jsonl, one line an epoch, and gsnr.jsonl, one line a window. When a run resumes from
+    `epoch`, later lines are dropped from both and the worklog is written anew. With LOG.WANDB of a config the numbers
+    also go to Weights & Biases, to the run that is open there or to one of the experiment's name.
     """
 
     def __init__(self, folder: Path, epoch: int = 0, cfg: Any = None) -> None:
@@ -93,25 +93,25 @@ class RunLog:
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in self.lines)
         write_whole(self.folder / METRICS, lambda file: file.write(text.encode()))
         if self.windows or (self.folder / GSNR).exists():
-            held = "".join(json.dumps(line, allow_nan=False) + "\n" for line in self.windows)
-            write_whole(self.folder / GSNR, lambda file: file.write(held.encode()))
+            windows = "".join(json.dumps(line, allow_nan=False) + "\n" for line in self.windows)
+            write_whole(self.folder / GSNR, lambda file: file.write(windows.encode()))
         work = "".join(_worklog(line) for line in self.lines)
         write_whole(self.folder / "worklog.txt", lambda file: file.write(work.encode()))
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """A run's records by epoch, none where there is no metrics.jsonl."""
+    """Read a run's records by epoch; none if there is no metrics.jsonl."""
     return read_lines(folder, METRICS)
 
 
 def read_lines(folder: Path, name: str) -> list[dict[str, Any]]:
-    """The records of METRICS or GSNR in a run's folder, none where there is no such file."""
+    """Read the records of METRICS or GSNR in a run's folder; none if there is no such file."""
     path = folder / name
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def weights_and_biases(folder: Path, cfg: Any) -> Any:
-    """The open run of W&B, or a new one."""
+    """Return the open run of W&B, or a new one."""
     import wandb  # an extra: config.check has seen that it is there
 
     return wandb.run or wandb.init(
@@ -120,17 +120,18 @@ def weights_and_biases(folder: Path, cfg: Any) -> Any:
 
 
 def _numbers(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    found: list[tuple[str, float]] = []
+    """Flatten a record's numbers into (name, value); parts of a name are joined by slashes."""
+    numbers: list[tuple[str, float]] = []
     for name, value in record.items():
         if isinstance(value, Mapping):
-            found += _numbers(value, f"{prefix}{name}/")
+            numbers += _numbers(value, f"{prefix}{name}/")
         elif isinstance(value, (int, float)) and name != "epoch":
-            found.append((prefix + name, value))
-    return found
+            numbers.append((prefix + name, value))
+    return numbers
 
 
 def _worklog(record: Mapping[str, Any]) -> str:
-    """One epoch in the manner of mdistiller's worklog, with small numbers unrounded."""
+    """Write one epoch in the manner of mdistiller's worklog, with small numbers unrounded."""
     rule = "-" * 25 + "\n"
     rows = "".join(
         f"{name}: {value:.6g}\n" if name == "lr" or name.startswith("gsnr/") else f"{name}: {value:.2f}\n"

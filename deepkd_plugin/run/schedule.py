@@ -13,7 +13,7 @@ WARMUP_START = 0.1
 
 
 def lr_factor(solver: Any, epoch: int) -> float:
-    """The share of SOLVER.LR in an epoch, counted from 1.
+    """Return the share of SOLVER.LR in an epoch, counted from 1.
 
     step: LR_DECAY_RATE to the power of the LR_DECAY_STAGES below the epoch (mdistiller). cosine: from the
     end of warm-up to MIN_LR in the last epoch (the release's ImageNet and CRLD recipes). During warm-up,
@@ -30,5 +30,5 @@ def lr_factor(solver: Any, epoch: int) -> float:
 
 
 def make_scheduler(optimizer: Optimizer, solver: Any) -> LambdaLR:
-    """A scheduler whose step() after an epoch sets the next one's rate."""
+    """Make a scheduler whose step() after an epoch sets the next one's rate."""
     return LambdaLR(optimizer, lambda done: lr_factor(solver, done + 1))

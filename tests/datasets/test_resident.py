@@ -6,8 +6,9 @@ import torch
 from PIL import Image
 from torch import nn
 from torchvision.transforms import functional as F
+from yacs.config import CfgNode
 
-from deepkd_plugin import config, device
+from deepkd_plugin import device
 from deepkd_plugin.accuracy import evaluate
 from deepkd_plugin.data import DATASETS, get_dataset, get_test_set, resident
 from deepkd_plugin.data.resident import ResidentLoader, batchwise
@@ -133,9 +134,11 @@ def test_angles_are_uniform_and_flips_are_fair():
 
 
 def test_a_distortion_without_a_counterpart():
-    with pytest.raises(TypeError, match="RandomResizedCrop.* of 64 x 64 images is not made on a device"):
+    with pytest.raises(
+        UserError, match="RandomResizedCrop.*, which is not made on a device for images of 64 x 64"
+    ):
         batchwise(DATASETS["imagenet"].augmentation[0], 64, 64)
-    with pytest.raises(TypeError, match="RandomCrop.* of 64 x 64 images"):
+    with pytest.raises(UserError, match="RandomCrop.* images of 64 x 64"):
         batchwise(DATASETS["cifar100"].augmentation[0], 64, 64)
 
 
@@ -228,7 +231,7 @@ def test_both_pipelines_give_a_network_the_same_accuracy(data_cfg, data_root):
     torch.manual_seed(0)
     student = cifar_model_dict["resnet8"][0](num_classes=100)
     network = device.place(Images(student), device.pick(), False)
-    solver = config.CfgNode({"CHANNELS_LAST": True, "AMP": False})
+    solver = CfgNode({"CHANNELS_LAST": True, "AMP": False})
     results = [
         evaluate(
             network,

@@ -5,9 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
-from deepkd_plugin.data import get_dataset, get_test_set, tiny_imagenet
-from deepkd_plugin.data.tiny_imagenet import load_tiny_imagenet
+from deepkd_plugin.data import get_dataset, get_test_set, source
+from deepkd_plugin.data.tiny_imagenet import read_tiny_imagenet
 from deepkd_plugin.errors import UserError
+
+MEAN, STD = source("tiny_imagenet").mean, source("tiny_imagenet").std
 
 
 def levels(images):
@@ -15,10 +17,20 @@ def levels(images):
     return [round(float(images[i][0].mean())) for i in range(len(images))]
 
 
+@pytest.fixture
+def parts(data_cfg):
+    """The training and the test set below a root, images as arrays."""
+
+    def read(root):
+        node = data_cfg("tiny_imagenet", root).DATASET
+        return [source("tiny_imagenet").load(node, split, np.asarray) for split in ("train", "test")]
+
+    return read
+
+
 @pytest.mark.parametrize("layout", ["official", "folders"])
-def test_both_layouts(tmp_path, tiny_folders, layout):
-    root = tiny_folders(tmp_path, layout)
-    train, val = (load_tiny_imagenet(root, split, np.asarray) for split in ("train", "val"))
+def test_both_layouts(tmp_path, tiny_folders, parts, layout):
+    train, val = parts(tiny_folders(tmp_path, layout))
     assert (len(train), len(val)) == (400, 200)
     assert train.targets == sorted([*range(200), *range(200)])  # alphabetical order of the wnids
     assert sorted(val.targets) == list(range(200))
@@ -37,7 +49,7 @@ def test_batches(data_cfg, tiny_root):
     assert image.shape == (32, 3, 64, 64)
     assert torch.equal(target, index // 4)
     image, target = next(iter(test))
-    mean, std = (torch.tensor(values)[:, None, None] for values in (tiny_imagenet.MEAN, tiny_imagenet.STD))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
     brightness = (image * std + mean) * 255
     assert (brightness - target[:, None, None, None]).abs().max() < 1.01
 
@@ -64,7 +76,7 @@ def test_training_rotates_and_flips_and_tests_do_neither(tmp_path, tiny_folders,
     torch.manual_seed(0)
     drawn = torch.stack([train.dataset[0][0][0] for _ in range(200)])
     black = drawn.min()
-    assert black == pytest.approx(-tiny_imagenet.MEAN[0] / tiny_imagenet.STD[0])  # corners that turned in
+    assert black == pytest.approx(-MEAN[0] / STD[0])  # corners that turned in
     flipped = drawn[:, 32, :8].mean(1) > drawn[:, 32, -8:].mean(1)
     assert 70 < flipped.sum() < 130
     turned = (drawn[:, 0] == black).sum(1)  # black pixels of the top row
@@ -99,12 +111,12 @@ def test_testing_does_not_need_the_training_images(tmp_path, tiny_folders, data_
 def test_other_numbers_of_classes(tmp_path, tiny_folders):
     root = tiny_folders(tmp_path, classes=3)
     with pytest.raises(UserError, match="train: DATASET.ROOT must hold 200 class folders .*, holds 3"):
-        load_tiny_imagenet(root, "train", None)
+        read_tiny_imagenet(root, "train")
     with pytest.raises(UserError, match="val_annotations.txt: must name 200 classes, names 3"):
-        load_tiny_imagenet(root, "val", None)
+        read_tiny_imagenet(root, "test")
     (root / "tiny-imagenet-200" / "val" / "val_annotations.txt").unlink()
     with pytest.raises(UserError, match="val: DATASET.ROOT must hold 200 class folders .*, holds 1"):
-        load_tiny_imagenet(root, "val", None)
+        read_tiny_imagenet(root, "test")
 
 
 def test_bad_annotations(tmp_path, tiny_folders):
@@ -118,15 +130,15 @@ def test_bad_annotations(tmp_path, tiny_folders):
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=f"val_annotations.txt: {expected}"):
-            load_tiny_imagenet(tmp_path, "val", None)
+            read_tiny_imagenet(tmp_path, "test")
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="val_annotations.txt: cannot be read"):
-        load_tiny_imagenet(tmp_path, "val", None)
+        read_tiny_imagenet(tmp_path, "test")
 
 
-def test_bad_images(tmp_path, tiny_folders):
+def test_bad_images(tmp_path, tiny_folders, parts):
     root = tiny_folders(tmp_path, count=1)
-    images = load_tiny_imagenet(root, "train", np.asarray)
+    images, val = parts(root)
     folder = root / "tiny-imagenet-200" / "train" / "n00000007" / "images"
     (file,) = folder.iterdir()
     whole = file.read_bytes()
@@ -140,10 +152,9 @@ def test_bad_images(tmp_path, tiny_folders):
     Image.new("RGB", (64, 63)).save(file)
     with pytest.raises(UserError, match="_0.JPEG: this image is 64 x 63; .* must be 64 x 64"):
         images[7]
-    val = load_tiny_imagenet(root, "val", np.asarray)
     Image.new("RGB", (32, 64)).save(root / "tiny-imagenet-200" / "val" / "images" / "val_0.JPEG")
     with pytest.raises(UserError, match="val_0.JPEG: this image is 32 x 64; .* must be 64 x 64"):
         val[0]
     file.unlink()
     with pytest.raises(UserError, match="DATASET.ROOT is not tiny_imagenet .*n00000007"):
-        load_tiny_imagenet(root, "train", None)
+        read_tiny_imagenet(root, "train")

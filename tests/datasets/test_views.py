@@ -226,7 +226,10 @@ def test_views_are_cropped_and_flipped_independently(monkeypatch):
     column, row = np.meshgrid(np.arange(32), np.arange(32))
     image = Image.fromarray(np.stack([column, row, np.full((32, 32), 255)], 2).astype(np.uint8))
     transform = DATASETS["cifar100"].training_transform(2)
-    mean, std = (torch.tensor(values)[:, None] for values in (data.cifar100.MEAN, data.cifar100.STD))
+    mean, std = (
+        torch.tensor(values)[:, None]
+        for values in (data.source("cifar100").mean, data.source("cifar100").std)
+    )
     torch.manual_seed(0)
     found = []
     for _ in range(600):

@@ -6,7 +6,7 @@ import torch
 import yaml
 
 from deepkd_plugin.detection import launch, trainer
-from deepkd_plugin.detection.data import DETECTION_SETS
+from deepkd_plugin.detection.data import DETECTION_SETS, DetectionSource
 from deepkd_plugin.detection.data.samples import AnnotatedImages, Boxes
 from deepkd_plugin.detection.networks import network
 
@@ -78,7 +78,8 @@ def squares(count, seed):
 def tiny_set(monkeypatch):
     """The set `tiny`: 6 training and 4 test images of 48 pixels, 5 classes."""
     sets = {"train": squares(6, 0), "test": squares(4, 1)}
-    monkeypatch.setitem(DETECTION_SETS, "tiny", lambda node, split: sets[split])
+    tiny = DetectionSource(lambda root, split: sets[split], num_classes=5, train=6, test=4, size=(SIDE, SIDE))
+    monkeypatch.setitem(DETECTION_SETS, "tiny", tiny)
 
 
 @pytest.fixture

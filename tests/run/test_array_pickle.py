@@ -150,12 +150,15 @@ def test_damaged_and_made_up_files_are_one_line(tmp_path, content):
 
 
 def test_a_file_leaves_nothing_behind_for_the_next(tmp_path):
-    """BUILD sets attributes of what a pickle was given: here the stand-in for numpy.dtype."""
-    meddling = b"cnumpy\ndtype\n(N}X\x0c\x00\x00\x00__defaults__)stb."
-    (tmp_path / "meddling.pkl").write_bytes(meddling)
+    """BUILD sets attributes of what a pickle was given: here the stand-in for numpy's scalar."""
+    name = b"cnumpy.core.multiarray\nscalar\n"
+    (tmp_path / "meddling.pkl").write_bytes(name + b"(N}X\x0c\x00\x00\x00__defaults__)stb.")
     assert array_pickle.load(tmp_path / "meddling.pkl", "KEY").__defaults__ == ()
-    (tmp_path / "w.pkl").write_bytes(b"cnumpy\ndtype\n(X\x02\x00\x00\x00f4tR.")
-    array_pickle.load(tmp_path / "w.pkl", "KEY")
+    (tmp_path / "w.pkl").write_bytes(name + b".")
+    assert array_pickle.load(tmp_path / "w.pkl", "KEY").__defaults__ is None
+    refused(
+        tmp_path, "this file is not one", b"cnumpy\ndtype\n(N}X\x04\x00\x00\x00codeX\x01\x00\x00\x00Ostb."
+    )
 
 
 def test_a_file_that_is_missing(tmp_path):

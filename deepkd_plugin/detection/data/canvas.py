@@ -1,7 +1,7 @@
 """glyph_canvas: a small detection set that needs no download.
 
-Glyphs of glyphs100 lie on canvases, with little overlap. The 20 classes are ten pairs that look alike (O and Q, b
-and 6, Ш and Щ): finding a glyph is easy, telling it from its like is what a detector learns late.
+Glyphs of glyphs100 are strewn over canvases, with little overlap. The 20 classes are ten pairs that look alike (O and
+Q, b and 6, Ш and Щ): finding a glyph is easy, telling it from its like is what a detector learns late.
 docs/glyph_canvas.md shows them.
 """
 
@@ -13,10 +13,14 @@ from pathlib import Path
 import numpy as np
 import PIL
 from PIL import Image, ImageFilter
+from torchvision.transforms.functional import to_tensor
 
 from ...data import glyphs
+from ...data.arrays import ArrayDataset
 from ...errors import UserError
 from ...run.checkpoint import write_whole
+from .samples import AnnotatedImages, Boxes
+from .sources import DETECTION_SETS, DetectionSource
 
 CLASSES: str = "OQCGb6B8ШЩZ2S5PRq9EF"
 NUM_CLASSES = len(CLASSES)
@@ -94,7 +98,7 @@ def _draw(
     masks: list[list[Image.Image]],
     sides: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Put glyphs on a float canvas (96, 96, 3), in place; their boxes and labels."""
+    """Put glyphs on a float canvas (96, 96, 3), in place, and return their boxes and labels."""
     wanted = 0 if rng.random() < EMPTY else int(rng.integers(1, MOST + 1))
     taken = np.empty((0, 4))
     boxes: list[np.ndarray] = []
@@ -115,7 +119,7 @@ def _draw(
 
 
 def _shape(rng: np.random.Generator, sides: np.ndarray) -> np.ndarray:
-    """A random (2, 2) map from the atlas's pixels to the canvas's: size, aspect, shear, rotation."""
+    """Draw a (2, 2) map from the atlas's pixels to the canvas's: size, aspect, shear, rotation."""
     stretch = float(np.exp(rng.uniform(*np.log(ASPECT)) / 2))
     size = np.array([stretch, 1 / stretch])
     size *= rng.uniform(*GLYPH_SIDE) / (sides * size).max()
@@ -126,7 +130,7 @@ def _shape(rng: np.random.Generator, sides: np.ndarray) -> np.ndarray:
 
 
 def _place(rng: np.random.Generator, reach: np.ndarray, taken: np.ndarray) -> np.ndarray | None:
-    """A random centre for bounds of half sides `reach`, inside the canvas and beside the bounds `taken` (n, 4)."""
+    """Draw a centre for bounds of half sides `reach`, inside the canvas and beside the bounds `taken` (n, 4)."""
     for _ in range(TRIES):
         centre = rng.uniform(reach, SIZE - reach)
         low, high = centre - reach, centre + reach
@@ -146,7 +150,7 @@ def _paint(
     blur: float,
     colour: np.ndarray,
 ) -> np.ndarray:
-    """Paint one glyph in place; its bounds x1 y1 x2 y2, before the blur."""
+    """Paint one glyph in place, and return its bounds x1 y1 x2 y2, before the blur."""
     low = np.maximum(np.floor(centre - reach) - 2, 0).astype(int)
     high = np.minimum(np.ceil(centre + reach) + 2, SIZE).astype(int)
     inverse = np.linalg.inv(forward)
@@ -171,7 +175,7 @@ def load_glyph_canvas(root: str | Path, split: str, seed: int = 0) -> Canvases:
     all that pixels and boxes depend on; a file that cannot be read is drawn again.
 
     Args:
-        root: folder of data sets (DATASET.ROOT); made where it is missing.
+        root: folder of data sets (DATASET.ROOT); made if it is missing.
         split: "train" or "test".
         seed: as in `render_glyph_canvas`.
 
@@ -210,7 +214,7 @@ def load_glyph_canvas(root: str | Path, split: str, seed: int = 0) -> Canvases:
 
 
 def _read_cache(path: Path, count: int) -> Canvases | None:
-    """What `path` holds, or None where it is missing, damaged or of another shape."""
+    """Read the arrays in `path`; None if it is missing, damaged or of another shape."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             images, boxes, labels, offsets = (
@@ -229,3 +233,32 @@ def _read_cache(path: Path, count: int) -> Canvases | None:
     if not fits:
         return None
     return images, np.split(boxes, offsets[1:-1]), np.split(labels, offsets[1:-1])
+
+
+def _annotated(root: str, split: str) -> AnnotatedImages:
+    pixels, boxes, labels = load_glyph_canvas(root, split)
+    places = np.arange(len(pixels))
+    flat = np.concatenate(boxes)
+    all_boxes = Boxes(
+        flat,
+        np.concatenate(labels),
+        np.zeros(len(flat), bool),
+        (flat[:, 2:] - flat[:, :2]).prod(1),
+        np.cumsum([0, *map(len, labels)]),
+    )
+    images = ArrayDataset(pixels, places, to_tensor)
+    sizes = np.full((len(pixels), 2), SIZE)
+    return AnnotatedImages(images, places, sizes, all_boxes, tuple(CLASSES), train_on_empty=True)
+
+
+DETECTION_SETS.register(
+    "glyph_canvas",
+    DetectionSource(
+        _annotated,
+        num_classes=NUM_CLASSES,
+        **COUNTS,
+        size=(SIZE, SIZE),
+        drawn=True,
+        no_mirror="a mirrored b is a d",
+    ),
+)

@@ -18,19 +18,21 @@ from torchvision.transforms.functional import to_tensor
 from ...data.folders import ImageFiles
 from ...errors import UserError
 from ..average_precision import import_pycocotools
+from ..networks import COCO_IDS
 from .samples import AnnotatedImages, Boxes
+from .sources import DETECTION_SETS, DetectionSource
 
 PARTS = {"train": "train2017", "test": "val2017"}
 
 
 def load_coco(root: str | Path, split: str) -> AnnotatedImages:
-    """coco/{train2017,val2017}/ under `root` with coco/annotations/instances_{train,val}2017.json.
+    """Read coco/{train2017,val2017}/ under `root` with coco/annotations/instances_{train,val}2017.json.
 
-    split: "train" or "test". Category ids become labels 1 … K in their order, images lie in the order of
-    their ids. All boxes are kept, crowds too. Images without boxes are not trained on, as in detectron2
-    (DATALOADER.FILTER_EMPTY_ANNOTATIONS). Raises UserError where a folder or file is missing, the file is
-    damaged or not of this format, pycocotools is not installed, or, on reading it, an image is missing, damaged
-    or of another size than the file says.
+    split: "train" or "test". Category ids become labels 1 … K in their order, and images keep the order of their
+    ids. All boxes are kept, crowds too. Images without boxes are not trained on, as in detectron2
+    (DATALOADER.FILTER_EMPTY_ANNOTATIONS). Raises UserError if a folder or file is missing, the file is damaged or
+    not of this format, pycocotools is not installed, or, on reading it, an image is missing, damaged or of another
+    size than the file says.
     """
     import_pycocotools()
     part = PARTS[split]
@@ -94,7 +96,7 @@ def _boxes(coco: Any, ids: list[int], file: Path) -> Boxes:
 
 
 def _row(annotation: Mapping[str, Any], labels: Mapping[int, int], file: Path) -> tuple[float, ...]:
-    """x, y, width, height, label, crowd, area."""
+    """Return an annotation's x, y, width, height, label, crowd, area."""
     try:
         x, y, width, height = (float(value) for value in annotation["bbox"])
         area = float(annotation.get("area", width * height))
@@ -110,7 +112,7 @@ def _row(annotation: Mapping[str, Any], labels: Mapping[int, int], file: Path) -
 
 
 class _Sized(Dataset[tuple[Tensor, int]]):
-    """place -> (image (3, H, W) in [0, 1], place), refused where it has another size than its boxes are for."""
+    """place -> (image (3, H, W) in [0, 1], place), refused if it has another size than its boxes are for."""
 
     def __init__(self, paths: list[str], sizes: np.ndarray, file: Path) -> None:
         self.files = ImageFiles(paths, range(len(paths)), to_tensor)
@@ -132,3 +134,11 @@ class _Sized(Dataset[tuple[Tensor, int]]):
 
 def _brief(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+DETECTION_SETS.register(
+    "coco",
+    DetectionSource(
+        load_coco, num_classes=len(COCO_IDS), train=117_266, test=5_000, size=(640, 480), pretrained=True
+    ),
+)

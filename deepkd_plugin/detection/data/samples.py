@@ -30,11 +30,11 @@ class Boxes:
     offsets: np.ndarray
 
     def counts(self) -> np.ndarray:
-        """How many boxes each image has: (n,) int64."""
+        """Count the boxes of each image: (n,) int64."""
         return np.diff(self.offsets)
 
     def to_train_on(self, sizes: np.ndarray) -> Boxes:
-        """Boxes cut at their images' edges, without crowds and without those that have no area.
+        """Cut the boxes at their images' edges, and leave out crowds and boxes without an area.
 
         sizes: (n, 2), width and height of the images.
         """
@@ -69,14 +69,14 @@ class AnnotatedImages:
         return len(self.ids)
 
     def training(self, chosen: np.ndarray, flip: float) -> DetectionSamples:
-        """Samples of some images with the boxes that are trained on, mirrored with probability `flip`."""
+        """Give samples of some images with the boxes that are trained on, mirrored with probability `flip`."""
         boxes = self.boxes.to_train_on(self.sizes)
         if not self.train_on_empty:
             chosen = chosen[boxes.counts()[chosen] > 0]
         return DetectionSamples(replace(self, boxes=boxes), chosen, flip=flip)
 
     def testing(self, chosen: np.ndarray) -> DetectionSamples:
-        """Samples of some images with all their boxes, and what AP needs besides."""
+        """Give samples of some images with all their boxes, and what AP needs besides."""
         return DetectionSamples(self, chosen, for_ap=True)
 
 
@@ -89,41 +89,41 @@ class DetectionSamples(Dataset[Sample]):
     """
 
     def __init__(
-        self, found: AnnotatedImages, chosen: np.ndarray, *, flip: float = 0.0, for_ap: bool = False
+        self, images: AnnotatedImages, chosen: np.ndarray, *, flip: float = 0.0, for_ap: bool = False
     ) -> None:
-        self.found, self.chosen, self.flip, self.for_ap = found, chosen, flip, for_ap
+        self.images, self.chosen, self.flip, self.for_ap = images, chosen, flip, for_ap
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     def __getitem__(self, index: int) -> Sample:
         place = int(self.chosen[index])
-        image = self.found.images[place][0]
-        held = self.found.boxes
-        rows = slice(held.offsets[place], held.offsets[place + 1])
-        boxes = torch.tensor(held.boxes[rows])
+        image = self.images.images[place][0]
+        all_boxes = self.images.boxes
+        rows = slice(all_boxes.offsets[place], all_boxes.offsets[place + 1])
+        boxes = torch.tensor(all_boxes.boxes[rows])
         # no draw without a flip: a test must not move the training's random numbers
         if self.flip and float(torch.rand(())) < self.flip:
             image, boxes = mirror(image, boxes)
         target = {
             "boxes": boxes,
-            "labels": torch.tensor(held.labels[rows]),
-            "image_id": torch.tensor(int(self.found.ids[place])),
+            "labels": torch.tensor(all_boxes.labels[rows]),
+            "image_id": torch.tensor(int(self.images.ids[place])),
         }
         if self.for_ap:
-            target["iscrowd"] = torch.tensor(held.crowd[rows].astype(np.int64))
-            target["area"] = torch.tensor(held.area[rows])
+            target["iscrowd"] = torch.tensor(all_boxes.crowd[rows].astype(np.int64))
+            target["area"] = torch.tensor(all_boxes.area[rows])
         return image, target
 
 
 def mirror(image: Tensor, boxes: Tensor) -> Sample:
-    """An image (3, H, W) and its boxes (n, 4), left and right exchanged."""
+    """Exchange left and right of an image (3, H, W) and its boxes (n, 4)."""
     x1, y1, x2, y2 = boxes.unbind(1)
     width = image.shape[-1]
     return image.flip(-1), torch.stack([width - x2, y1, width - x1, y2], 1)
 
 
 def collate(samples: Sequence[Sample]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """A batch: images, which may be of several sizes, and their targets."""
+    """Make a batch: images, which may be of several sizes, and their targets."""
     images, targets = zip(*samples)
     return list(images), list(targets)

@@ -7,26 +7,27 @@ from os.path import normpath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from torch import nn
+
 from ... import data, launch
 from ...config.shipped import shipped
-from ...data import sizes
 from ...errors import UserError
-from ...hosts.networks import trained_network, weights_file
+from ...hosts.networks import network, trained_network, weights_file
 from ...hosts.registry import find_host
 from ...run import checkpoint, record
+from ...trainer import Trainer
 from ..measures import CLASSIFICATION
-from ..table import Cell
-from .kind import Kind, Timer
-from .timing import ClassifierTimer
+from .kind import Kind
+from .timing import Timer
 
 if TYPE_CHECKING:
-    from ..table import Run
+    from ..table import Cell, Run
 
 TEACHER_KEY = "DISTILLER.TEACHER_WEIGHTS"
 
 
 class Classification(Kind):
-    """Runs of tools/train.py; their configs lie in configs/<table>/<pair>/."""
+    """Runs of tools/train.py; their configs are in configs/<table>/<pair>/."""
 
     name = CLASSIFICATION
     tool = "tools/train.py"
@@ -38,17 +39,17 @@ class Classification(Kind):
         "EXPERIMENT.NAME": "--out DIR",
     }
     below = "configs"
-    """Of what is shipped, where the tables' folders lie."""
+    """Where the tables' folders are, of what is shipped."""
 
     def tables(self) -> list[str]:
-        """The folders with a config of a pair."""
+        """List the folders with a config of a pair."""
         root = self._root()
         if not root.is_dir():
             return []
         return sorted(path.name for path in root.iterdir() if any(path.glob("*/*.yaml")))
 
     def configs(self, table: str) -> set[str]:
-        """The names of a table's config files, whatever their pair, without .yaml."""
+        """Return the names of a table's config files, whatever their pair, without .yaml."""
         return {path.stem for path in (self._root() / table).glob("*/*.yaml")}
 
     def place(self, table: str) -> str:
@@ -91,14 +92,14 @@ class Classification(Kind):
         return f"{epochs} epoch{'' if epochs == 1 else 's'} in batches of {cfg.SOLVER.BATCH_SIZE} images"
 
     def problems(self, runs: Sequence[tuple[Run, Any]], prepare: bool) -> list[str]:
-        """Data sets that are not there, teachers without a file. (Imagenet's may be torchvision's, fetched later.)"""
-        found = []
+        """Name data sets that are not there, and teachers without a file. (Torchvision's are fetched later.)"""
+        lines = []
         sets = {(cfg.DATASET.TYPE, cfg.DATASET.ROOT): cfg for _, cfg in runs}
         for cfg in sets.values():
             try:
                 self.look_at_data(cfg, prepare)
             except UserError as error:
-                found.append(str(error))
+                lines.append(str(error))
         missing: dict[str, list[str]] = {}
         for run, cfg in runs:
             file = "" if cfg.DISTILLER.TYPE == "NONE" else self.teacher_file(cfg)
@@ -108,27 +109,29 @@ class Classification(Kind):
                 missing.setdefault(normpath(file), []).append(run.pair)
         if missing:
             files = "; ".join(f"{file} ({', '.join(dict.fromkeys(of))})" for file, of in missing.items())
-            found.append(
+            lines.append(
                 f"{TEACHER_KEY}: files of teachers are missing: {files}; they must be there, or be named by it for the "
                 f"pairs of one teacher"
             )
-        return found
+        return lines
+
+    def source(self, cfg: Any) -> Any:
+        return data.source(cfg.DATASET.TYPE)
 
     def look_at_data(self, cfg: Any, prepare: bool) -> None:
-        """UserError where a data set is not there, by the part that is read fastest."""
-        kind, node = cfg.DATASET.TYPE, cfg.DATASET
-        if not prepare and (kind == "glyphs100" or node.DOWNLOAD):
+        """Raise UserError if a data set is not there, by the part that is read fastest."""
+        source, node = self.source(cfg), cfg.DATASET
+        if not prepare and (source.drawn or node.DOWNLOAD):
             return
-        source = data.DATASETS[kind]
-        # glyphs100 is drawn, and a process of each run would draw it
-        for split in ("train", "test") if kind == "glyphs100" else ("test",):
-            source.read(node, split, source.test_transform())
+        # one that is drawn would otherwise be drawn by a process of each run
+        for split in ("train", "test") if source.drawn else ("test",):
+            source.load(node, split)
 
     def teacher_file(self, cfg: Any) -> str | None:
-        """The file of a config's teacher; "" where torchvision has it, None where nobody has."""
+        """Find the file of a config's teacher; "" if torchvision has it, None if nobody has."""
         name, weights = cfg.DISTILLER.TEACHER, cfg.DISTILLER.TEACHER_WEIGHTS
         file = weights_file(find_host(), cfg.DATASET.TYPE, name, weights)
-        return file or ("" if cfg.DATASET.TYPE == "imagenet" else None)
+        return file or ("" if self.source(cfg).zoo == "imagenet" else None)
 
     def unfit(self, cfg: Any) -> str:
         node = cfg.GSNR
@@ -143,30 +146,40 @@ class Classification(Kind):
         )
 
     def steps(self, cfg: Any) -> int:
-        """A run's steps in an epoch."""
-        return sizes.steps(cfg)
+        """Count a run's steps in an epoch."""
+        return self.source(cfg).steps(cfg)
 
     def teachers(self, cfgs: Mapping[Cell, Any]) -> dict[Cell, str | None]:
         known: dict[tuple[str, str, str], str | None] = {}
-        found: dict[Cell, str | None] = {}
+        fingerprints: dict[Cell, str | None] = {}
         for cell, cfg in cfgs.items():
             file = "" if cfg.DISTILLER.TYPE == "NONE" else self.teacher_file(cfg)
             if not file or not Path(file).is_file():
-                found[cell] = None
+                fingerprints[cell] = None
                 continue
             key = (cfg.DATASET.TYPE, cfg.DISTILLER.TEACHER, file)
             if key not in known:
                 known[key] = checkpoint.fingerprint(self.load_teacher(cfg))
-            found[cell] = known[key]
-        return found
+            fingerprints[cell] = known[key]
+        return fingerprints
 
     def load_teacher(self, cfg: Any) -> Any:
-        """A config's teacher with its weights."""
+        """Load a config's teacher."""
         kind, name, weights = cfg.DATASET.TYPE, cfg.DISTILLER.TEACHER, cfg.DISTILLER.TEACHER_WEIGHTS
         return trained_network(find_host(), kind, name, data.num_classes(cfg), weights, TEACHER_KEY)
 
-    def timer(self, cfgs: Mapping[Cell, Any], threads: int) -> Timer | None:
-        return ClassifierTimer(cfgs, threads)
+    def seconds(self, cfgs: Sequence[Any], threads: int) -> list[float]:
+        return Timer(self, cfgs, threads).seconds()
+
+    def network(self, cfg: Any, name: str) -> nn.Module:
+        return network(find_host(), cfg.DATASET.TYPE, name, data.num_classes(cfg))
+
+    def trainer(self, cfg: Any, networks: Sequence[nn.Module], loader: Any) -> Trainer:
+        """Ours, if a config asks for one of mdistiller's."""
+        rest = [] if cfg.DISTILLER.TYPE == "NONE" else [cfg]
+        distiller = find_host().distiller(cfg)(*networks, *rest)
+        make = launch.trainers(find_host())[cfg.SOLVER.TRAINER]
+        return (make if issubclass(make, Trainer) else Trainer)("", distiller, loader, loader, cfg)
 
     def words(self, file: str, resume: bool, options: Sequence[str]) -> list[str]:
         return ["--cfg", file, "--resume" if resume else "--overwrite", *options]

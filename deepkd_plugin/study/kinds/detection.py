@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from ...config.shipped import PACKAGE
 from ...errors import UserError
 from ..measures import DETECTION
-from ..table import Cell
-from .kind import Timer
+from .classification import TEACHER_KEY, Classification
 
 if TYPE_CHECKING:
+    from ...trainer import Trainer
     from ..table import Run
-from .classification import TEACHER_KEY, Classification
 
 
 class Detection(Classification):
-    """Runs of tools/train_detection.py; their configs lie in configs/detection/<table>/<pair>/."""
+    """Runs of tools/train_detection.py; their configs are in configs/detection/<table>/<pair>/."""
 
     name = DETECTION
     tool = "tools/train_detection.py"
@@ -39,16 +40,13 @@ class Detection(Classification):
         key = "DETECTION.STUDENT_BACKBONE"
         files = dict.fromkeys(cfg.DETECTION.STUDENT_BACKBONE for _, cfg in runs)
         lost = [file for file in files if file and not Path(file).is_file()]
-        found = [f"{key} is {file!r}; it must name a file of ImageNet weights" for file in lost]
-        return super().problems(runs, prepare) + found
+        lines = [f"{key} is {file!r}; it must name a file of ImageNet weights" for file in lost]
+        return super().problems(runs, prepare) + lines
 
-    def look_at_data(self, cfg: Any, prepare: bool) -> None:
+    def source(self, cfg: Any) -> Any:
         from ...detection.data import DETECTION_SETS
 
-        drawn = cfg.DATASET.TYPE == "glyph_canvas"
-        if prepare or not drawn:
-            for split in ("train", "test") if drawn else ("test",):
-                DETECTION_SETS[cfg.DATASET.TYPE](cfg.DATASET, split)
+        return DETECTION_SETS[cfg.DATASET.TYPE]
 
     def teacher_file(self, cfg: Any) -> str | None:
         weights = cfg.DISTILLER.TEACHER_WEIGHTS
@@ -56,22 +54,23 @@ class Detection(Classification):
             return str(PACKAGE / "hosts" / "builtin" / "weights" / f"{weights.removeprefix('builtin:')}.pt")
         return weights or None
 
-    def steps(self, cfg: Any) -> int:
-        from . import detector_timing as detector_time
-
-        return detector_time.steps(cfg)
-
     def load_teacher(self, cfg: Any) -> Any:
-        from ...detection.data.sizes import SIZES
         from ...detection.networks import trained_network
 
         name, weights = cfg.DISTILLER.TEACHER, cfg.DISTILLER.TEACHER_WEIGHTS
-        return trained_network(name, SIZES[cfg.DATASET.TYPE].classes, cfg.DETECTION, weights, TEACHER_KEY)
+        return trained_network(name, self.source(cfg).num_classes, cfg.DETECTION, weights, TEACHER_KEY)
 
-    def timer(self, cfgs: Mapping[Cell, Any], threads: int) -> Timer | None:
-        from .detector_timing import DetectorTimer
+    def network(self, cfg: Any, name: str) -> nn.Module:
+        from ...detection.networks import network
 
-        return DetectorTimer(cfgs, threads)
+        return network(name, self.source(cfg).num_classes, cfg.DETECTION)
+
+    def trainer(self, cfg: Any, networks: Sequence[nn.Module], loader: Any) -> Trainer:
+        from ...detection.distillers import DISTILLERS
+        from ...detection.trainer import TRAINERS
+
+        distiller = DISTILLERS[cfg.DISTILLER.TYPE](*networks, cfg)
+        return TRAINERS[cfg.SOLVER.TRAINER]("", distiller, loader, loader, cfg)
 
     def train(self, file: str, resume: bool, options: Sequence[str]) -> int:
         from ...detection import launch

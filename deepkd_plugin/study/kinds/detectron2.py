@@ -12,8 +12,7 @@ from ...detection import detectron2 as host
 from ...errors import UserError
 from ...run import record
 from ..measures import DETECTRON2
-from ..table import Cell
-from .kind import Kind, Timer
+from .kind import Kind
 
 if TYPE_CHECKING:
     from ..table import Run
@@ -36,6 +35,7 @@ class Detectron2(Kind):
     tool = host.SCRIPT
     checkpoint = "last_checkpoint"
     ours: ClassVar[Mapping[str, str]] = {"SEED": "--seeds N", "OUTPUT_DIR": "--out DIR"}
+    timed = False
 
     def require(self) -> None:
         self._launch()
@@ -47,7 +47,7 @@ class Detectron2(Kind):
         return list(PAIRS)
 
     def file(self, table: str, pair: str, config: str) -> Path | None:
-        """The file in mdistiller's checkout; `config` has a place for the pair. UserError before `deepkd apply`."""
+        """Find a file of mdistiller's checkout; `config` has a place for the pair. UserError before `deepkd apply`."""
         root = host.locate()
         file = root / CONFIGS / f"{config.format(PAIRS[pair][2])}.yaml"
         if not file.is_file():
@@ -81,7 +81,7 @@ class Detectron2(Kind):
         return "SEED", str(seed), "OUTPUT_DIR", str(above / method / name)
 
     def lines(self, cfg: Any) -> int:
-        """One for each evaluation."""
+        """Count the evaluations: each writes a line."""
         period = cfg.TEST.EVAL_PERIOD
         return math.ceil(cfg.SOLVER.MAX_ITER / period) if period > 0 else 1
 
@@ -92,19 +92,16 @@ class Detectron2(Kind):
         return f"{cfg.SOLVER.MAX_ITER} iterations of {cfg.SOLVER.IMS_PER_BATCH} images"
 
     def problems(self, runs: Sequence[tuple[Run, Any]], prepare: bool) -> list[str]:
-        """What the launcher would say: start files, data sets and devices that are missing."""
+        """Say what the launcher would: start files, data sets and devices that are missing."""
         launch = self._launch()
-        root, found = str(host.locate()), []
+        root, lines = str(host.locate()), []
         for run, _ in runs:
             how = {"root": root, "resume": False, "eval_only": False, "num_gpus": 1}
             try:
                 launch.read_config(Namespace(config_file=str(run.config), opts=list(run.options), **how))
             except UserError as error:
-                found.append(str(error))
-        return list(dict.fromkeys(found))
-
-    def timer(self, cfgs: Mapping[Cell, Any], threads: int) -> Timer | None:
-        return None
+                lines.append(str(error))
+        return list(dict.fromkeys(lines))
 
     def words(self, file: str, resume: bool, options: Sequence[str]) -> list[str]:
         return ["--config-file", file, *(["--resume"] if resume else []), *options]
@@ -119,7 +116,7 @@ class Detectron2(Kind):
         return launch.main(self.words(file, resume, options))
 
     def _launch(self) -> Any:
-        """The launcher, with detectron2 and mdistiller's checkout imported; UserError where one is missing."""
+        """Import the launcher, with detectron2 and mdistiller's checkout; UserError if one is missing."""
         from ...detection.detectron2 import launch
 
         launch.find_datasets(host.locate())  # before detectron2 is imported, which then reads where they are

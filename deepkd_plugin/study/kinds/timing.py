@@ -1,188 +1,159 @@
-"""How long a classification run will take, from its networks' passes timed here on noise."""
+"""How long runs will take: the steps of their own trainers, taken here on noise."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
-import numpy as np
 import torch
-from PIL import Image
+from torch import nn
 
-from ... import config, data, device
-from ...config.keys import TRAINER
-from ...hosts.host import Host
-from ...hosts.networks import network
-from ...hosts.registry import find_host
+from ... import config, device
 from ..shared import cores
 
-if TYPE_CHECKING:
-    from ..table import Cell
-from ...data.sizes import SIZES, images, steps
-
 BUDGET = 3.0
-"""Seconds that the timing of a pair's networks may take, about."""
+"""Seconds that the timing of a pair's runs may take, about."""
 
-FEW = 8
-"""Images in the batch that tells whether a whole one fits the budget."""
+FEW, LARGE = 8, 400
+"""Images in the batch that tells whether a whole one fits the budget: one from so many pixels of a side on."""
 
-
-class Parts(NamedTuple):
-    """Seconds that a pair's networks take for SOLVER.BATCH_SIZE images: both forward passes, one backward pass."""
-
-    teacher: float
-    student: float
-    backward: float
+Work = Callable[[int], Callable[[], Any]]
+"""Number of images -> what is timed for so many."""
 
 
-class ClassifierTimer:
-    """Times each pair's networks once, and how long an image takes to load."""
+class Timed(Protocol):
+    """What is asked of a kind of table whose runs are timed."""
 
-    def __init__(self, cfgs: Mapping[Cell, Any], threads: int) -> None:
-        self.cfgs, self.threads = cfgs, threads
-        self.measured: dict[str, Parts] = {}
-        self.loading: dict[tuple[str, int], float] = {}
+    def source(self, cfg: Any) -> Any:
+        """Return the data set of a config."""
 
-    def __call__(self, pair: str, cfg: Any) -> float:
-        if pair not in self.measured:
-            self.measured[pair] = measure(find_host(), with_teacher(self.cfgs, pair), self.threads)
-        views = (cfg.DATASET.TYPE, config.views(cfg))
-        if views not in self.loading:
-            self.loading[views] = loading_seconds(cfg)
-        return run_seconds(cfg, self.measured[pair], self.loading[views])
+    def network(self, cfg: Any, name: str) -> nn.Module:
+        """Make an untrained network."""
+
+    def trainer(self, cfg: Any, networks: Sequence[nn.Module], loader: Any) -> Any:
+        """Make the trainer of a run over a loader of which it asks the length only. networks: student, teacher."""
 
 
-def run_seconds(cfg: Any, parts: Parts, loading: float) -> float:
-    """A run's time from its parts.
+class Timer:
+    """Times the runs of one pair, with untrained networks, before any of them has begun.
 
-    loading: seconds of one core for each training image. Every view costs both forward passes and its part of
-    every backward pass, of which there is one for each distinct momentum. Workers load beside the steps. What is
-    left out: losses, optimizer, reading files, checkpoints.
+    On a CPU steps are taken by one thread or by `threads`, whichever is faster: if other work keeps a core busy,
+    threads that wait for each other take many times as long. A CPU that would take longer than BUDGET is given
+    smaller batches, and their times are scaled. Left out: reading files, checkpoints, measuring AP.
     """
-    views, batch = config.views(cfg), cfg.SOLVER.BATCH_SIZE
-    with_teacher = cfg.DISTILLER.TYPE != "NONE"
-    passes = backward_passes(cfg)
-    step = views * (with_teacher * parts.teacher + parts.student + passes * parts.backward)
-    load = 0.0 if cfg.DATASET.PIPELINE == "device" else batch * loading
-    workers = min(cfg.DATASET.NUM_WORKERS, cores())
-    step = max(step, load / workers) if workers else step + load
-    test = images(cfg)[1] / batch
-    epoch = steps(cfg) * step + test * parts.student
-    return cfg.SOLVER.EPOCHS * epoch + with_teacher * test * parts.teacher
+
+    def __init__(self, kind: Timed, cfgs: Sequence[Any], threads: int) -> None:
+        self.kind, self.cfgs, self.device = kind, cfgs, device.pick()
+        self.threads = [1] if threads == 1 else [1, threads]
+        self.budget = BUDGET / (len(cfgs) + 2)
+        self.networks: dict[tuple[str, str], nn.Module] = {}
+        self.passes: dict[tuple[str, str], float] = {}
+
+    def seconds(self) -> list[float]:
+        """Return the time of each config's run. Raises whatever a trainer that cannot be timed does."""
+        before = torch.get_num_threads()
+        try:
+            with warnings.catch_warnings():  # the runs themselves will say so
+                warnings.simplefilter("ignore")
+                return [self.run(cfg) for cfg in self.cfgs]
+        finally:
+            torch.set_num_threads(before)
+
+    def run(self, cfg: Any) -> float:
+        """Return the time of one run: its epochs, each with a test of the student, and one test of the teacher."""
+        source, views = self.kind.source(cfg), config.views(cfg)
+        student, *teacher = (source.images(cfg)[1] * self.test(cfg, part) for part in _parts(cfg))
+        step, workers = self.step(cfg), min(cfg.DATASET.NUM_WORKERS, cores())
+        if cfg.DATASET.PIPELINE == "workers":
+            load = cfg.SOLVER.BATCH_SIZE * self.timed(source.augmenter(views), self.budget / 10)
+            step = max(step, load / workers) if workers else step + load
+        return cfg.SOLVER.EPOCHS * (source.steps(cfg) * step + student) + sum(teacher)
+
+    def step(self, cfg: Any) -> float:
+        """Time the trainer's step on a batch of SOLVER.BATCH_SIZE, with its share of samples for the GSNR."""
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.SOLVER.EXECUTION = "eager"  # compiling takes longer than the budget
+        source, batch = self.kind.source(cfg), cfg.SOLVER.BATCH_SIZE
+        networks = [self.network(cfg, part) for part in _parts(cfg)]
+        trainer = self.kind.trainer(cfg, networks, range(source.steps(cfg)))
+        trainer.optimizer.batched = cfg.SOLVER.GRADIENTS == "batched"
+        trainer.distiller.train()
+        if cfg.SOLVER.DECOUPLED.ALLOCATION == "gsnr":  # momenta are equal only before the first window
+            for group in trainer.optimizer.param_groups:
+                group["momentum"] = {s: m - i / 1000 for i, (s, m) in enumerate(group["momentum"].items())}
+
+        def work(count: int) -> Callable[[], Any]:
+            noise = source.noise(count, config.views(cfg))
+            return lambda: trainer.step(trainer.prepare(noise, 1, 1), 1)
+
+        step, monitor = self.least(work, batch), trainer.monitor
+        if monitor is None:
+            return step
+        while not monitor.due:
+            monitor.tick()
+        return step + (self.least(work, batch) - step) / monitor.every
+
+    def test(self, cfg: Any, part: str) -> float:
+        """Time the student's or the teacher's pass, by batches of DATASET.TEST.BATCH_SIZE; for one image."""
+        key = part, _parts(cfg)[part]
+        if key not in self.passes:
+            network, batch = self.network(cfg, part).eval(), cfg.DATASET.TEST.BATCH_SIZE
+
+            def work(count: int) -> Callable[[], Any]:
+                images = self.kind.source(cfg).noise(count)[0]
+                images = device.place_batch(images, self.device, cfg.SOLVER.CHANNELS_LAST)
+                return lambda: network(images)
+
+            with torch.no_grad(), device.autocast(self.device, cfg.SOLVER.AMP):
+                self.passes[key] = self.least(work, batch) / batch
+        return self.passes[key]
+
+    def network(self, cfg: Any, part: str) -> nn.Module:
+        """Return a config's student or teacher on the device, made once for all configs."""
+        key = part, _parts(cfg)[part]
+        if key not in self.networks:
+            made = self.kind.network(cfg, key[1]).requires_grad_(part == "student")
+            self.networks[key] = device.place(made, self.device, cfg.SOLVER.CHANNELS_LAST)
+        return self.networks[key]
+
+    def least(self, work: Work, batch: int) -> float:
+        """Return the shortest time of work(batch)(), from fewer images if a whole batch takes a CPU too long."""
+        if self.device.type == "cuda":
+            return self.timed(work(batch), self.budget)
+        torch.set_num_threads(self.threads[0])
+        side = self.kind.source(self.cfgs[0]).noise(1)[0][0].shape[1]
+        count = min(FEW if side < LARGE else 1, batch)
+        call = work(count)
+        seconds = self.timed(call)
+        if (affordable := min(batch, int(self.budget / 4 * count / max(seconds, 1e-9)))) > count:
+            count, call = affordable, work(affordable)
+            seconds = self.timed(call, self.budget / 2)
+        for threads in self.threads[1:]:
+            torch.set_num_threads(threads)
+            other = self.timed(call, self.budget / 2)
+            self.threads = [threads if other < seconds else 1]
+            seconds = min(seconds, other)
+        return batch / count * seconds
+
+    def timed(self, call: Callable[[], Any], budget: float = 0.0) -> float:
+        """Return the shortest time of a call, which other work disturbs least.
+
+        There are two calls at least, as the first one sets things up, unless that takes a run's share of BUDGET; then
+        more until `budget` is used up, 20 at most.
+        """
+        times: list[float] = []
+        while sum(times) < (self.budget if len(times) < 2 else budget) and len(times) < 20:
+            started = time.perf_counter()
+            call()
+            device.synchronise(self.device)
+            times.append(time.perf_counter() - started)
+        return min(times)
 
 
-def measure(host: Host, cfg: Any, threads: int) -> Parts:
-    """Time a config's networks, untrained, on noise of the real size; on a CPU by `threads` threads.
-
-    Or by one, if that is faster: where other work keeps a core busy, threads that wait for each other take many
-    times as long. A CPU that would take longer than BUDGET is given a smaller batch, and the time is scaled.
-    """
-    return least_parts(Timed(host, cfg, device.pick()), cfg.SOLVER.BATCH_SIZE, threads)
-
-
-def least_parts(timed: Timed, batch: int, threads: int) -> Parts:
-    """The times of a whole batch, as `measure` has them."""
-    before = torch.get_num_threads()
-    try:
-        if timed.at.type == "cuda":
-            return timed.parts(batch, BUDGET / 3)
-        torch.set_num_threads(1)
-        count = min(timed.few, batch)
-        each = sum(timed.parts(count, 0.0))
-        count = max(count, min(batch, int(batch * BUDGET / (6 * each))))
-        alone = timed.parts(count, BUDGET / 6)
-        torch.set_num_threads(threads)
-        if threads == 1 or timed.student(count, 0.0) > alone.student:
-            return alone
-        return min(alone, timed.parts(count, BUDGET / 6), key=sum)
-    finally:
-        torch.set_num_threads(before)
-        timed.made.clear()
-        device.release()  # this process stays while others train
-
-
-class Timed:
-    """A config's networks, to be timed. few: images in the batch that tells whether a whole one fits the budget."""
-
-    few = FEW
-
-    def __init__(self, host: Host, cfg: Any, at: torch.device) -> None:
-        self.cfg, self.at = cfg, at
-        kind, classes = cfg.DATASET.TYPE, data.num_classes(cfg)
-        names = {"student": cfg.DISTILLER.STUDENT}
-        if cfg.DISTILLER.TYPE != "NONE":
-            names["teacher"] = cfg.DISTILLER.TEACHER
-        self.made = {
-            part: device.place(network(host, kind, name, classes), at, cfg.SOLVER.CHANNELS_LAST)
-            for part, name in names.items()
-        }
-        if "teacher" in self.made:
-            self.made["teacher"].eval()
-
-    def parts(self, count: int, budget: float) -> Parts:
-        """The parts' times for a whole batch, by `count` images; each for `budget` seconds, two calls at least."""
-        teacher = 0.0
-        if "teacher" in self.made:
-            with torch.inference_mode():
-                teacher = self._seconds("teacher", count, budget)
-        student = self.student(count, budget)
-        return Parts(teacher, student, max(self._seconds("student", count, budget, True) - student, 0.0))
-
-    def student(self, count: int, budget: float) -> float:
-        """The time of the student's forward pass, as parts has it."""
-        return self._seconds("student", count, budget)
-
-    def _seconds(self, part: str, count: int, budget: float, backward: bool = False) -> float:
-        solver, side, made = self.cfg.SOLVER, SIZES[self.cfg.DATASET.TYPE].side, self.made[part]
-        image = device.place_batch(torch.randn(count, 3, side, side), self.at, solver.CHANNELS_LAST)
-
-        def call() -> None:
-            with device.autocast(self.at, solver.AMP):
-                logits = made(image)[0]
-            if backward:
-                made.zero_grad()
-                logits.float().sum().backward()
-
-        return solver.BATCH_SIZE / count * least_seconds(call, self.at, budget)
-
-
-def loading_seconds(cfg: Any) -> float:
-    """Seconds of one core to make a training image's views from pixels."""
-    source = data.DATASETS[cfg.DATASET.TYPE]
-    width, height = SIZES[cfg.DATASET.TYPE].stored
-    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
-    make, image = source.training_transform(config.views(cfg)), Image.fromarray(pixels)
-    return least_seconds(lambda: make(image), None, 0.0, calls=20)
-
-
-def with_teacher(cfgs: Mapping[Cell, Any], pair: str) -> Any:
-    """A config of the pair that has a teacher, if there is one."""
-    of = [cfg for (name, _), cfg in cfgs.items() if name == pair]
-    return next((cfg for cfg in of if cfg.DISTILLER.TYPE != "NONE"), of[0])
-
-
-def backward_passes(cfg: Any) -> float:
-    """Backward passes of a step, those that sample gradients for their GSNR among them."""
-    if cfg.SOLVER.TRAINER != TRAINER:
-        return 1
-    momentum = config.momenta(cfg)[0]
-    measured = cfg.SOLVER.DECOUPLED.ALLOCATION == "gsnr"
-    # momenta that are allocated are equal only before the first window
-    passes = len(momentum) if measured else len(set(momentum.values()))
-    return passes + (len(momentum) / cfg.GSNR.EVERY if measured or cfg.GSNR.MEASURE else 0)
-
-
-def least_seconds(call: Callable[[], Any], at: torch.device | None, budget: float, calls: int = 2) -> float:
-    """The shortest time of a call, which other work disturbs least. at: None without a device to wait for.
-
-    At least `calls` of them, as the first one sets things up, then until the budget is used up, 20 at most.
-    """
-    times: list[float] = []
-    while len(times) < calls or (sum(times) < budget and len(times) < 20):
-        started = time.perf_counter()
-        call()
-        if at is not None:
-            device.synchronise(at)
-        times.append(time.perf_counter() - started)
-    return min(times)
+def _parts(cfg: Any) -> dict[str, str]:
+    """Name a config's student and, if it has one, teacher."""
+    names = {"student": cfg.DISTILLER.STUDENT}
+    return names if cfg.DISTILLER.TYPE == "NONE" else names | {"teacher": cfg.DISTILLER.TEACHER}

@@ -1,4 +1,4 @@
-"""How long a run will take, from its steps' parts timed here on noise: an estimate, shown before a table starts."""
+"""How long a table will take: an estimate, shown before it starts."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ...run.record import read_run
 from ..shared import cores, duration, threads
 
 if TYPE_CHECKING:
-    from ..table import Run
+    from ..table import Cell, Run
     from .plan import Plan
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds that a plan's runs still take, None where nobody can tell, and how that was found, in words."""
+    """Seconds that a plan's runs still take, None if nobody can tell, and how that was found, in words."""
 
     seconds: float | None
     how: str
@@ -30,57 +30,62 @@ class Estimate:
 
 
 def estimate(plan: Plan, states: Mapping[Run, str], jobs: int, here: bool = True) -> Estimate:
-    """How long the runs that are not finished take, `jobs` at a time.
+    """Tell how long the runs that are not finished take, `jobs` at a time.
 
-    A run takes what the finished ones of its pair and method did (median); without any, what its steps take by its
-    pair's networks timed here, or, without `here`, which is for other machines, nobody knows. Runs that share a
-    GPU or, beyond one for each core, a CPU are counted as if in turn. What a run has done already is taken off.
+    A run takes what the finished ones of its pair and method did (median). Without any, its steps are timed here;
+    without `here`, which is for other machines, nobody knows. Runs that share a GPU or, beyond one for each core, a
+    CPU are counted as if in turn. What a run has done already is taken off.
     """
+    kind = plan.table.kind
     left = [run for run in plan.runs if states[run] != "finished"]
     known = _finished_seconds(run for run in plan.runs if states[run] == "finished")
     jobs = min(jobs, len(left)) or 1
     each = threads(jobs, cores())
     turns = jobs / device.count() if device.count() else jobs * each / cores()
-    timer = plan.table.kind.timer(plan.cfgs, each) if here else None
-    untimed = {run.pair for run in left if (run.pair, run.method) not in known}
-    if timer is not None and len(untimed) > 1:
+    untimed: dict[str, list[Cell]] = {}
+    for cell in dict.fromkeys((run.pair, run.method) for run in left):
+        if cell not in known:
+            untimed.setdefault(cell[0], []).append(cell)
+    if untimed and not (here and kind.timed):
+        return Estimate(None, "not known: no run of each pair and method is finished yet")
+    if len(untimed) > 1:
         print(f"timing the networks of {len(untimed)} pairs, some seconds each", file=sys.stderr, flush=True)
-    seconds, by_finished = [], 0
-    for run in left:
-        cell = (run.pair, run.method)
-        done = len(read_metrics(run.folder)) / run.epochs if states[run] == "resumable" else 0.0
-        if cell in known:
-            by_finished += 1
-            seconds.append((1 - done) * known[cell])
-            continue
-        if timer is None:
-            return Estimate(None, "not known: no run of each pair and method is finished yet")
+    alone: dict[Cell, float] = {}
+    for pair, cells in untimed.items():
         try:
-            alone = timer(run.pair, plan.cfgs[cell])
-        except RuntimeError as error:  # such as a GPU whose memory others use
-            return Estimate(None, f"not known: timing {run.pair} failed ({str(error).splitlines()[0]})")
-        seconds.append((1 - done) * max(1.0, turns) * alone)
-    timed = len(left) - by_finished
+            alone |= zip(cells, kind.seconds([plan.cfgs[cell] for cell in cells], each))
+        except Exception as error:  # a GPU whose memory others use, a method that cannot take noise
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            return Estimate(None, f"not known: timing {pair} failed ({reason})")
+        finally:
+            device.release()  # this process stays while others train
+    total = {cell: max(1.0, turns) * seconds for cell, seconds in alone.items()} | known
+    seconds = []
+    for run in left:
+        done = len(read_metrics(run.folder)) / run.epochs if states[run] == "resumable" else 0.0
+        seconds.append((1 - done) * total[run.pair, run.method])
+    timed = sum((run.pair, run.method) in alone for run in left)
+    by_finished = len(left) - timed
     how = [f"{by_finished} by finished runs of their kind"] * (by_finished > 0)
     how += [f"{timed} by their networks' passes over noise, timed here, {_share(each, jobs)}"] * (timed > 0)
     return Estimate(total_seconds(seconds, jobs), f"an estimate: {'; '.join(how)}")
 
 
 def total_seconds(seconds: Sequence[float], jobs: int) -> float:
-    """The time of runs made `jobs` at a time: no less than the longest of them."""
+    """Return the time of runs made `jobs` at a time: no less than the longest of them."""
     return max(sum(seconds) / jobs, max(seconds, default=0.0))
 
 
 def _finished_seconds(runs: Iterable[Run]) -> dict[tuple[str, str], float]:
-    """The median time of finished runs by pair and method."""
-    held: dict[tuple[str, str], list[float]] = {}
+    """Return the median time of finished runs by pair and method."""
+    times: dict[tuple[str, str], list[float]] = {}
     for run in runs:
-        held.setdefault((run.pair, run.method), []).append(60 * read_run(run.folder)["minutes"])
-    return {cell: statistics.median(seconds) for cell, seconds in held.items()}
+        times.setdefault((run.pair, run.method), []).append(60 * read_run(run.folder)["minutes"])
+    return {cell: statistics.median(seconds) for cell, seconds in times.items()}
 
 
 def _share(threads: int, jobs: int) -> str:
-    """How runs side by side were taken to share the machine."""
+    """Say how runs side by side were taken to share the machine."""
     if device.count():
         return "those on one GPU in turn" if jobs > device.count() else "each on a GPU of its own"
     return f"each on {threads} of {cores()} cores"

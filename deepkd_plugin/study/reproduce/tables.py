@@ -10,7 +10,7 @@ from typing import Any
 
 from ... import extensions
 from ...config.tree import get
-from ...data.sizes import steps
+from ...data import source
 from ...distillers import bases
 from ...errors import UserError
 from ...streams import STREAMS
@@ -287,7 +287,7 @@ def _windows(cfg: Any) -> list[str]:
     Ten measurements are few for momenta that follow them, and a short run's windows hold few samples: it shows
     that the allocation works, not how well.
     """
-    iterations = steps(cfg) * cfg.SOLVER.EPOCHS
+    iterations = source(cfg.DATASET.TYPE).steps(cfg) * cfg.SOLVER.EPOCHS
     window = min(cfg.GSNR.WINDOW, max(2, iterations // 10))
     every = min(cfg.GSNR.EVERY, max(1, iterations // (10 * window)))
     return ["GSNR.EVERY", str(every), "GSNR.WINDOW", str(window)]

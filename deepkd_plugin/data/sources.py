@@ -1,0 +1,205 @@
+"""What a data set says of itself, and the data sets by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import transforms
+
+from .. import extensions
+from ..errors import UserError
+from .arrays import ArrayDataset
+from .folders import ImageFiles
+from .views import StrongAugment, TwoViews
+
+Distortion = Callable[[Image.Image], Image.Image]
+Transform = Callable[[Image.Image], Any]
+
+ZOOS = ("cifar", "tiny_imagenet", "imagenet")
+"""A host's dictionaries of networks."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A data set's reader, and what is known of any without reading it.
+
+    read: (DATASET.ROOT, "train" or "test") -> that part of it. train, test: its numbers of images. drawn: whether the
+    first run makes it on this machine.
+    """
+
+    read: Callable[[str, str], Any]
+    _: KW_ONLY
+    num_classes: int
+    train: int
+    test: int
+    drawn: bool = False
+
+    def images(self, cfg: Any) -> tuple[int, int]:
+        """Count the images that a run trains on in an epoch, and those that it tests on."""
+        raise NotImplementedError
+
+    def steps(self, cfg: Any) -> int:
+        """Count a run's steps in an epoch."""
+        return math.ceil(self.images(cfg)[0] / cfg.SOLVER.BATCH_SIZE)
+
+    def noise(self, count: int, views: int = 1) -> Sequence[Any]:
+        """Make a training batch of noise, images first, in the form of the set's loader."""
+        raise NotImplementedError
+
+    def augmenter(self, views: int) -> Callable[[], Any]:
+        """Return what a loader does for a training image beside reading it; by default nothing."""
+        return lambda: None
+
+
+@dataclass(frozen=True)
+class Source(Facts):
+    """A data set of labelled images, and how an image becomes a tensor.
+
+    read: (DATASET.ROOT, "train" or "test") -> images (N, H, W, 3) uint8, or the paths of N files; labels (N,) from 0.
+    side: pixels of an image's side as it enters a network. stored: width and height of an average image before that,
+    if they are others. mean, std: of the channels, for pixels in [0, 1]. augmentation, resizing: what a PIL image goes
+    through in training and in tests. small: whether all images have `side` already and fit on a device together; what
+    DATASET.PIPELINE device can augment is in resident.py. zoo: the networks that take such images, one of ZOOS.
+    fetch: downloads the set into a folder that does not have it yet.
+    """
+
+    _: KW_ONLY
+    side: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augmentation: tuple[Distortion, ...] = ()
+    resizing: tuple[Distortion, ...] = ()
+    stored: tuple[int, int] | None = None
+    small: bool = True
+    zoo: str = "cifar"
+    fetch: Callable[[str], None] | None = None
+
+    def load(self, node: Any, split: str, transform: Transform | None = None) -> ArrayDataset | ImageFiles:
+        """Read a part of the set, "train" or "test", as samples (transform(image), label).
+
+        node: the config node DATASET. Raises UserError if the part is not there or not what it should be.
+        """
+        if node.DOWNLOAD and self.fetch:
+            self.fetch(node.ROOT)
+        try:
+            images, labels = self.read(node.ROOT, split)
+        except OSError as error:
+            raise UserError(
+                f"DATASET.ROOT {node.ROOT}: {node.TYPE} cannot be read from it ({error})"
+            ) from None
+        labels = np.asarray(labels)
+        name = f"DATASET.ROOT {node.ROOT}: {node.TYPE}, {split}"
+        if isinstance(images, np.ndarray):
+            wanted = (self.side, self.side, 3)
+            if images.ndim != 4 or images.shape[1:] != wanted or images.dtype != np.uint8:
+                raise UserError(
+                    f"{name}: images are {images.dtype} of the shape {images.shape}; they must be uint8 of the shape "
+                    f"(N, {self.side}, {self.side}, 3)"
+                )
+        if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
+            raise UserError(
+                f"{name}: labels are {labels.dtype} of the shape {labels.shape}; they must be integers of the shape "
+                f"({len(images)},), one for each image"
+            )
+        bad = np.flatnonzero((labels < 0) | (labels >= self.num_classes))
+        if bad.size:
+            raise UserError(
+                f"{name}: label {labels[bad[0]]} of image {bad[0]} is outside the classes; labels must be in "
+                f"0 … {self.num_classes - 1}"
+            )
+        if isinstance(images, np.ndarray):
+            return ArrayDataset(images, labels.astype(np.int64), transform)
+        size = (self.side, self.side) if self.small else None
+        return ImageFiles(images, labels.tolist(), transform, size)
+
+    def images(self, cfg: Any) -> tuple[int, int]:
+        """Count the images that a run trains on in an epoch, and those that it tests on."""
+        node, classes = cfg.DATASET, self.num_classes
+        kept_out = classes * round(node.HOLDOUT * (self.train // classes))
+        train = self.train - kept_out
+        if node.TRAIN_PER_CLASS:
+            train = min(train, node.TRAIN_PER_CLASS * classes)
+        return train, kept_out or self.test
+
+    def noise(self, count: int, views: int = 1) -> list[Any]:
+        """Make a training batch of noise: image, or both views, target and index."""
+        images = [torch.randn(count, 3, self.side, self.side) for _ in range(views)]
+        target = torch.randint(self.num_classes, (count,))
+        return [images if views > 1 else images[0], target, torch.arange(count)]
+
+    def augmenter(self, views: int) -> Callable[[], Any]:
+        """Return what makes the views of an image of noise."""
+        width, height = self.stored or (self.side, self.side)
+        pixels = torch.randint(256, (height, width, 3), dtype=torch.uint8)
+        make, image = self.training_transform(views), Image.fromarray(pixels.numpy())
+        return lambda: make(image)
+
+    def training_transform(self, views: int) -> Transform:
+        """Return what makes a tensor of an image, or [weak view, strong view] if `views` is 2."""
+        weak = self._tensor(*self.augmentation)
+        return weak if views == 1 else TwoViews(weak, self._tensor(*self.augmentation, StrongAugment()))
+
+    def test_transform(self) -> Callable[[Image.Image], Tensor]:
+        """Return what makes a tensor of an image, with nothing at random."""
+        return self._tensor(*self.resizing)
+
+    def _tensor(self, *distortions: Distortion) -> Callable[[Image.Image], Tensor]:
+        end = transforms.ToTensor(), transforms.Normalize(self.mean, self.std)
+        return transforms.Compose([*distortions, *end])
+
+
+S = TypeVar("S", bound=Facts)
+
+
+class Sources(dict[str, S], Generic[S]):
+    """Data sets by DATASET.TYPE; asking for an unknown one is a UserError that lists those there are."""
+
+    def __init__(self, purpose: str = "") -> None:
+        super().__init__()
+        self.purpose = purpose
+
+    def __missing__(self, name: str) -> S:
+        raise UserError(f"DATASET.TYPE is {name!r}; {self.purpose}it must be one of {', '.join(self)}")
+
+    def register(self, name: str, source: S) -> None:
+        """Add a data set; UserError if its name is taken."""
+        if self.get(name, source) is not source:
+            raise UserError(
+                f"the data set {name!r} is registered already; another must have a name of its own"
+            )
+        extensions.remember(source.read)
+        self[name] = source
+
+
+DATASETS: Sources[Source] = Sources()
+"""Those of labelled images, in the order in which they were registered."""
+
+
+def register_dataset(name: str, source: Source) -> None:
+    """Make a data set known as DATASET.TYPE; UserError if the name is taken or `source.zoo` is not one of ZOOS.
+
+    In a module of your own (DEEPKD_EXTENSIONS)::
+
+        def read(root, split):
+            file = np.load(f"{root}/dots_{split}.npz")
+            return file["images"], file["labels"]
+
+        register_dataset("dots", Source(read, num_classes=7, train=700, test=70, side=48, mean=MEAN, std=STD))
+    """
+    if source.zoo not in ZOOS:
+        raise UserError(
+            f"the data set {name!r} has the zoo {source.zoo!r}; it must be one of {', '.join(ZOOS)}"
+        )
+    DATASETS.register(name, source)
+
+
+def source(name: str) -> Source:
+    """Return the data set of a DATASET.TYPE; UserError if there is none."""
+    return DATASETS[name]
