@@ -600,6 +600,20 @@ def test_when_a_sample_is_due_and_a_window_full():
     assert all("layers" not in record for record in full)
 
 
+def test_a_window_keeps_nothing_of_the_one_before():
+    net = toy()
+    two, fresh = (GradientMonitor(net.named_parameters(), STREAMS, 1, 3, layers=True) for _ in range(2))
+    for monitor, iterations in ((two, range(1, 7)), (fresh, range(4, 7))):
+        for iteration in iterations:
+            monitor.tick()
+            monitor.sample(losses_of(net, iteration))
+            if iteration == 3:
+                first = monitor.finish()
+    second, alone = two.finish(), fresh.finish()
+    assert second | {"iteration": 3} == alone
+    assert first["gsnr"] != second["gsnr"]
+
+
 @pytest.mark.parametrize("momentum", MOMENTA[:2])
 def test_every_stream_is_measured_apart_whatever_the_optimizer_merges(momentum):
     """Against the losses' own gradients, stored and given to numpy, while the weights move."""

@@ -88,6 +88,14 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(cfg, deltas):
         assert all(torch.equal(a, b) for a, b in zip(p["buffers"], q["buffers"]))
 
 
+def test_of_equal_epochs_the_first_stays_the_best(cfg):
+    trainer = make(cfg)
+    tested = iter((50.0, 62.5, 62.5, 40.0))
+    trainer.test = lambda: {"test_acc": next(tested)}
+    assert trainer.train() == {"best": 62.5, "best_epoch": 2, "last": 40.0, "epochs": 4}
+    assert checkpoint.load(trainer.folder / "best", "test")["epoch"] == 2
+
+
 def stop_after(trainer, epoch):
     """Interrupt a run when the training epoch after `epoch` begins."""
     run = trainer.train_epoch
