@@ -1,4 +1,4 @@
-"""Users' own methods, data sets and networks: which modules bring them, and what their files held.
+"""Users' own methods, data sets and networks: which modules bring them, and the hashes of their files.
 
 The environment variable DEEPKD_EXTENSIONS names modules to import, separated by commas. A module registers what it
 brings when it is imported (distillers.register_distiller, data.register_dataset, hosts.networks.register_network).

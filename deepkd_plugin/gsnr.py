@@ -26,7 +26,7 @@ SUMMARIES = ("mean", "ratio")
 
 
 def noise_floor(samples: int) -> dict[str, float]:
-    """What the summaries are on average for independent normal noise without signal, over `samples` ≥ 2.
+    """Return the summaries' averages for independent normal noise without signal, over `samples` ≥ 2.
 
     n · mean² / variance then follows F(1, n − 1), whose mean is (n − 1) / (n − 3) for n > 3, else infinite.
     """
@@ -35,7 +35,7 @@ def noise_floor(samples: int) -> dict[str, float]:
 
 
 def without_noise(values: Mapping[str, float], samples: int) -> dict[str, float]:
-    """The summaries as they would be if the mean were known: unbiased for normal noise, and so below 0 at times.
+    """Return the summaries as they would be if the mean were known: unbiased for normal noise, so below 0 at times.
 
     mean: r · (n − 3)/(n − 1) − 1/n, NaN for n ≤ 3; ratio: r − 1/n.
     """
@@ -66,7 +66,7 @@ class GradientMoments:
         self.names = list(params)
         self.params = list(params.values())
         self.streams = tuple(streams)
-        at = self.params[0].device
+        device = self.params[0].device
         sizes = [p.numel() for p in self.params]
         self.parameters = sum(sizes)
         self.chosen: Tensor | None = None
@@ -76,12 +76,12 @@ class GradientMoments:
             ends = torch.tensor(list(itertools.accumulate(sizes)))
             owner = torch.searchsorted(ends, chosen, right=True)
             sizes = torch.bincount(owner, minlength=len(sizes)).tolist()
-            self.chosen = chosen.to(at)
+            self.chosen = chosen.to(device)
         self.sizes = sizes
         self.coordinates = sum(sizes)
         shape = (len(self.streams), self.coordinates)
-        self.mean = torch.zeros(shape, dtype=torch.float64, device=at)
-        self.squares = torch.zeros(shape, dtype=torch.float64, device=at)
+        self.mean = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.squares = torch.zeros(shape, dtype=torch.float64, device=device)
         pairs = list(itertools.combinations(range(len(self.streams)), 2))
         self.pairs = {f"{self.streams[i]}-{self.streams[j]}": (i, j) for i, j in pairs}
         self.reset()
@@ -93,20 +93,20 @@ class GradientMoments:
         self.squares.zero_()
         # samples in which a stream reached a parameter
         self.counts = [[0] * len(self.params) for _ in self.streams]
-        at = self.mean.device
-        self.norms = torch.zeros(len(self.streams), dtype=torch.float64, device=at)
-        self.degrees = torch.zeros(len(self.pairs), dtype=torch.float64, device=at)
-        self.angles = torch.zeros(len(self.pairs), dtype=torch.float64, device=at)
+        device = self.mean.device
+        self.norms = torch.zeros(len(self.streams), dtype=torch.float64, device=device)
+        self.degrees = torch.zeros(len(self.pairs), dtype=torch.float64, device=device)
+        self.angles = torch.zeros(len(self.pairs), dtype=torch.float64, device=device)
 
     @property
     def nbytes(self) -> int:
-        """Bytes held for the moments and the choice of coordinates."""
+        """The bytes of the moments and of the choice of coordinates."""
         index = 0 if self.chosen is None else self.chosen.nbytes
         return self.mean.nbytes + self.squares.nbytes + index
 
     @torch.no_grad()
     def add(self, gradients: Mapping[str, Sequence[Tensor | None]]) -> None:
-        """Take one sample: stream → its gradients in the parameters' order, None where it has none.
+        """Take one sample: stream → its gradients in the parameters' order, None for those that it does not reach.
 
         A stream that is left out has none at all. Never waits for the device.
         """
@@ -131,7 +131,7 @@ class GradientMoments:
             self.squares[s] += deviation * (sample[s] - self.mean[s])
 
     def summary(self) -> dict[str, Any]:
-        """The window so far as plain numbers; this is where the device is waited for.
+        """Return the window so far as plain numbers; this waits for the device.
 
         {"samples", "coordinates", "parameters", "gsnr": {stream: {"mean", "ratio" (None without a coordinate that
         has one), "norm" (mean L2 norm of the whole gradient, from the subset's share), "zero_variance",
@@ -140,20 +140,20 @@ class GradientMoments:
         """
         table = torch.stack([torch.stack(self._sums(s)) for s in range(len(self.streams))]).tolist()
         norms = (self.norms / max(self.samples, 1)).tolist()
-        found = {}
+        summaries = {}
         for stream, (ratios, signal, noise, used, flat), norm in zip(self.streams, table, norms):
-            found[stream] = _summaries(ratios, signal, noise, used) | {
+            summaries[stream] = _summaries(ratios, signal, noise, used) | {
                 "norm": norm,
                 "zero_variance": int(flat),
                 "missing": self.coordinates - int(used) - int(flat),
             }
         degrees, counted = self.degrees.tolist(), self.angles.tolist()
         angle = {pair: d / n if n else None for pair, d, n in zip(self.pairs, degrees, counted)}
-        held = {"samples": self.samples, "coordinates": self.coordinates, "parameters": self.parameters}
-        return held | {"gsnr": found, "angle": angle}
+        counts = {"samples": self.samples, "coordinates": self.coordinates, "parameters": self.parameters}
+        return counts | {"gsnr": summaries, "angle": angle}
 
     def by_layer(self) -> dict[str, dict[str, dict[str, float | None]]]:
-        """Layer → stream → both summaries. A layer is a parameter's name without its last part."""
+        """Return layer → stream → both summaries. A layer is a parameter's name without its last part."""
         layers = list(dict.fromkeys(name.rpartition(".")[0] or name for name in self.names))
         of_parameter = [layers.index(name.rpartition(".")[0] or name) for name in self.names]
         index = self._spread(of_parameter).long()
@@ -168,7 +168,7 @@ class GradientMoments:
         return result
 
     def state_dict(self) -> dict[str, Any]:
-        """The window so far. Which coordinates it is of follows from the constructor's arguments."""
+        """Return the window so far. Which coordinates it is of follows from the constructor's arguments."""
         return {
             "streams": list(self.streams),
             "coordinates": self.coordinates,
@@ -177,7 +177,7 @@ class GradientMoments:
         } | {name: getattr(self, name).clone() for name in self._TENSORS}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a window; ValueError where it is of other streams or another number of coordinates."""
+        """Take up a window; ValueError if it is of other streams or another number of coordinates."""
         ours = (list(self.streams), self.coordinates)
         theirs = (state["streams"], state["coordinates"])
         if theirs != ours:
@@ -190,7 +190,7 @@ class GradientMoments:
     _TENSORS = ("mean", "squares", "norms", "degrees", "angles")
 
     def _flat(self, gradients: Sequence[Tensor | None]) -> Tensor:
-        """A stream's gradients as one float64 vector of the coordinates that are followed."""
+        """Return a stream's gradients as one float64 vector of the coordinates that are followed."""
         if len(gradients) != len(self.params):
             raise ValueError(f"got {len(gradients)} gradients for {len(self.params)} parameters")
         parts = [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, gradients)]
@@ -198,10 +198,10 @@ class GradientMoments:
         return (flat if self.chosen is None else flat[self.chosen]).double()
 
     def _spread(self, values: Sequence[float]) -> Tensor:
-        """One value for each parameter → one for each coordinate, float64."""
-        at = self.mean.device
-        sizes = torch.tensor(self.sizes, device=at)
-        each = torch.tensor(values, dtype=torch.float64, device=at)
+        """Turn one value for each parameter into one for each coordinate, float64."""
+        device = self.mean.device
+        sizes = torch.tensor(self.sizes, device=device)
+        each = torch.tensor(values, dtype=torch.float64, device=device)
         return each.repeat_interleave(sizes, output_size=self.coordinates)
 
     def _add_directions(self, sample: Tensor) -> None:
@@ -218,7 +218,7 @@ class GradientMoments:
             self.angles[k] += there
 
     def _coordinates(self, s: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of each coordinate of a stream: whether it has a GSNR, mean², variance, and the GSNR or 0."""
+        """Return of each coordinate of a stream: whether it has a GSNR, mean², variance, and the GSNR or 0."""
         count = self._spread(self.counts[s])
         variance = self.squares[s] / (count - 1).clamp(min=1)
         valid = (count >= 2) & (variance > 0)
@@ -226,7 +226,7 @@ class GradientMoments:
         return valid, squared, variance, torch.where(valid, squared / variance, 0.0)
 
     def _sums(self, s: int) -> list[Tensor]:
-        """Sums over a stream's coordinates: GSNR, mean², variance, how many have one, how many have no variance."""
+        """Sum over a stream's coordinates: GSNR, mean², variance, how many have one, how many have no variance."""
         valid, squared, variance, ratio = self._coordinates(s)
         flat = (self._spread(self.counts[s]) >= 2) & ~valid
         zero = squared.new_zeros(())
@@ -260,7 +260,7 @@ class GSNRAllocation:
         if not separation > 1:
             raise ValueError(f"separation must be above 1, got {separation}")
         if not 0 <= smoothing < 1:
-            raise ValueError(f"smoothing must lie in [0, 1), got {smoothing}")
+            raise ValueError(f"smoothing must be in [0, 1), got {smoothing}")
         self.bounds = {stream: abs(bound) for stream, bound in bounds.items()}
         self.separation = separation
         self.smoothing = smoothing
@@ -278,7 +278,7 @@ class GSNRAllocation:
         return self.offsets()
 
     def offsets(self) -> dict[str, float]:
-        """Each stream's Δ as it stands."""
+        """Return each stream's Δ as it stands."""
         if not self.logs:
             return dict.fromkeys(self.bounds, 0.0)
         centre = (max(self.logs.values()) + min(self.logs.values())) / 2
@@ -350,11 +350,11 @@ class GradientMonitor:
         """Add the gradients of `losses` (stream → scalar) to the window; their graph is kept."""
         moments = self.moments
         sets = tuple((stream,) for stream in moments.streams)
-        found = backward_by_set(losses, sets, moments.params, retain_graph=True)
-        moments.add(dict(zip(moments.streams, found)))
+        gradients = backward_by_set(losses, sets, moments.params, retain_graph=True)
+        moments.add(dict(zip(moments.streams, gradients)))
 
     def finish(self) -> dict[str, Any]:
-        """The window's numbers (GradientMoments.summary, and its "layers" if asked for); a new window begins."""
+        """Return the window's numbers (GradientMoments.summary, "layers" if asked for); a new window begins."""
         record = {"iteration": self.iteration} | self.moments.summary()
         if self.layers:
             record["layers"] = self.moments.by_layer()

@@ -34,12 +34,12 @@ def _main(words: list[str]) -> None:
 
 
 def read_words(words: Sequence[str], tool: str, description: str, example: str) -> dict[str, Any]:
-    """The arguments of `train` from the command line of `tool`."""
+    """Read the arguments of `train` from the command line of `tool`."""
     parser = Parser(tool, description=description)
     parser.add_argument("--cfg", required=True, metavar="FILE", help=f"for example {example}")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
-    how.add_argument("--overwrite", action="store_true", help="start again where a run already lies")
+    how.add_argument("--overwrite", action="store_true", help="start again if there is a run already")
     parser.epilog = "Any number of KEY VALUE pairs sets config keys, after the file's."
     flags, options = split_words(words)
     args = parser.parse_args(flags)
@@ -54,7 +54,7 @@ def read_words(words: Sequence[str], tool: str, description: str, example: str) 
 
 
 def split_words(words: Sequence[str], with_value: Sequence[str] = ("--cfg",)) -> tuple[list[str], list[str]]:
-    """A command line's flags, with the word after each of `with_value`, and its KEY VALUE pairs.
+    """Split a command line into its flags, with the word after each of `with_value`, and its KEY VALUE pairs.
 
     argparse takes a value such as -7.5e-2 for an option, so the pairs are kept from it.
     """
@@ -75,12 +75,14 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
     name = experiment_name(cfg, options)
     folder = Path(cfg.LOG.PREFIX) / name
     record.check_folder(folder, resume, overwrite)
-    at = device.pick()
+    target_device = device.pick()
     device.seed_everything(cfg.SOLVER.SEED)
     train_loader, val_loader, num_data, num_classes = data.get_dataset(cfg)
-    print(f"{name}: {cfg.DISTILLER.TYPE} on {cfg.DATASET.TYPE}, {num_data} images, {device.describe(at)}")
+    print(
+        f"{name}: {cfg.DISTILLER.TYPE} on {cfg.DATASET.TYPE}, {num_data} images, {device.describe(target_device)}"
+    )
     distiller = make_distiller(host, cfg, num_data, num_classes)
-    distiller = device.place(distiller, at, cfg.SOLVER.CHANNELS_LAST)
+    distiller = device.place(distiller, target_device, cfg.SOLVER.CHANNELS_LAST)
     make = trainers(host)[cfg.SOLVER.TRAINER]
     if not issubclass(make, Trainer):
         # it tests the teacher itself (see hosts/mdistiller.py), and leaves mdistiller's files
@@ -99,7 +101,7 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
 
 
 def run(trainer: Trainer, resume: bool, overwrite: bool, command: str) -> dict[str, Any]:
-    """Trainer.train; Stopped, with the command that goes on, where it is interrupted."""
+    """Train; raises Stopped, with the command that goes on, if it is interrupted."""
     try:
         return trainer.train(resume, overwrite, command)
     except KeyboardInterrupt as interruption:
@@ -113,7 +115,7 @@ def run(trainer: Trainer, resume: bool, overwrite: bool, command: str) -> dict[s
 
 
 def make_distiller(host: Host, cfg: Any, num_data: int, num_classes: int) -> nn.Module:
-    """The student, first, so that a seed gives one student whatever the teacher is; then the teacher."""
+    """Make the student, first, so that a seed gives one student whatever the teacher is; then the teacher."""
     student = network(host, cfg.DATASET.TYPE, cfg.DISTILLER.STUDENT, num_classes)
     make = host.distiller(cfg)
     if cfg.DISTILLER.TYPE == "NONE":
@@ -126,15 +128,15 @@ def make_distiller(host: Host, cfg: Any, num_data: int, num_classes: int) -> nn.
 
 
 def trainers(host: Host) -> dict[str, Any]:
-    """The host's trainers, with ours for "base": the same protocol, and a run's whole record."""
+    """Return the host's trainers, with ours for "base": the same protocol, and a run's whole record."""
     return host.trainers | {"base": Trainer}
 
 
 def read_config(host: Host, file: str, options: Sequence[str]) -> tuple[Any, dict[str, str]]:
-    """The host's config tree with a file and options merged, checked and frozen, and its values' origins."""
+    """Read a config into the host's tree, check and freeze it; returns it and where its values came from."""
     register(host)
     cfg = host.cfg.clone()
-    # one behaviour on every host, wherever mdistiller keeps its data
+    # the same on every host, whatever folder mdistiller has its data in
     cfg.DATASET.ROOT, cfg.DATASET.DOWNLOAD = "./data", False
     origin = config.load(cfg, file, options)
     host.check(cfg, origin)
@@ -144,7 +146,7 @@ def read_config(host: Host, file: str, options: Sequence[str]) -> tuple[Any, dic
 
 
 def experiment_name(cfg: Any, options: Sequence[str] = ()) -> str:
-    """PROJECT/NAME, or PROJECT/TAG with the options that change what is computed, as mdistiller names runs."""
+    """Name a run as mdistiller does: PROJECT/NAME, or PROJECT/TAG with the options that change what is computed."""
     pairs = [
         f"{key}:{value}".replace("/", "_")
         for key, value in zip(options[::2], options[1::2])
@@ -155,7 +157,7 @@ def experiment_name(cfg: Any, options: Sequence[str] = ()) -> str:
 
 
 def summarise(file: str, cfg: Any, folder: Path, teacher_acc: float | None, result: dict[str, Any]) -> None:
-    """The end of a run on the terminal: how good, where the files are, what to do next."""
+    """Print the end of a run: how good it is, the files, what to do next."""
     teacher = "none" if teacher_acc is None else f"{cfg.DISTILLER.TEACHER} {teacher_acc:.2f} % top-1"
     minutes = record.read_run(folder)["minutes"]
     root = "" if cfg.DATASET.ROOT == "./data" else f" --root {shlex.quote(cfg.DATASET.ROOT)}"
@@ -171,7 +173,7 @@ def summarise(file: str, cfg: Any, folder: Path, teacher_acc: float | None, resu
 
 
 def sibling(file: str, tool: str = "tools/train.py") -> str:
-    """The command of `tool` that trains the same pair with another method, for the end of a run."""
+    """Give the command of `tool` that trains the same pair with another method, for the end of a run."""
     others = sorted(p.name for p in Path(file).parent.glob("*.yaml") if p.name != Path(file).name)
     preferred = [name for name in ("kd.yaml", "dkd.yaml") if name in others] or others
     return f"python {tool} --cfg {Path(file).parent / (preferred or [Path(file).name])[0]}"

@@ -1,7 +1,7 @@
 """Distillation losses per sample: tensors in, tensors out.
 
 Everything is computed in log space and in float32 or wider, whatever autocast is doing, so that values
-and gradients stay finite where one logit is a thousand above the others.
+and gradients stay finite if one logit is a thousand above the others.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class DecoupledKD(NamedTuple):
 
 
 def kd_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
-    """T² · KL(teacher ‖ student) of the softmax at temperature T (Hinton et al., 2015).
+    """Compute T² · KL(teacher ‖ student) of the softmax at temperature T (Hinton et al., 2015).
 
     Logits (B, C) each; returns (B,). Raises ValueError for other shapes or T ≤ 0.
     """
@@ -47,11 +47,11 @@ def decoupled_kd(
     top_k: int | None = None,
     mask: str = "renormalise",
 ) -> DecoupledKD:
-    """TCKD and NCKD of every sample (Zhao et al., 2022, eq. 7), with DeepKD's top-K mask on NCKD.
+    """Compute TCKD and NCKD of every sample (Zhao et al., 2022, eq. 7), with DeepKD's top-K mask on NCKD.
 
     student_logits, teacher_logits: (B, C), C ≥ 2; target: (B,) integers in [0, C). Returns three (B,)
-    tensors. With p the teacher's target probability, tckd + (1 − p) · nckd equals kd_divergence where no
-    mask is set; with two classes nckd is 0.
+    tensors. With p the teacher's target probability, tckd + (1 − p) · nckd equals kd_divergence if no
+    mask is set. With two classes nckd is 0.
 
     top_k: how many non-target classes count, the teacher's largest; None or C − 1 for all of them.
     mask: "renormalise" leaves the others out before the softmax of both networks; "multiply" keeps the
@@ -77,29 +77,29 @@ def decoupled_kd(
     if mask == "renormalise":
         log_q_s, log_q_t = (F.log_softmax(z.gather(1, kept), 1) for z in (student, teacher))
     else:
-        column = kept - (kept > target).long()  # where a class stands among the non-target ones
+        column = kept - (kept > target).long()  # a class's place among the non-target ones
         log_q_s, log_q_t = (F.log_softmax(z.gather(1, rest), 1).gather(1, column) for z in (student, teacher))
     nckd = _kl(log_q_t, log_q_s)
     return DecoupledKD(temperature**2 * tckd, temperature**2 * nckd, target_t.squeeze(1).exp())
 
 
 def standardise_logits(logits: Tensor) -> Tensor:
-    """Each sample's logits with mean 0 and standard deviation 1 (Sun et al., 2024, logit standardisation).
+    """Give each sample's logits mean 0 and standard deviation 1 (Sun et al., 2024, logit standardisation).
 
-    logits: (B, C); returns (B, C) in float32 or wider. The deviation is the unbiased one, 1e-7 is added to
-    it as in the method's release.
+    logits: (B, C); returns (B, C) in float32 or wider. The deviation is the unbiased one. 1e-7 is added to
+    it, as in the method's release.
     """
     logits = wide(logits)
     return (logits - logits.mean(-1, keepdim=True)) / (logits.std(-1, keepdim=True) + 1e-7)
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p ‖ q) over the last dimension, from log-probabilities that are all finite."""
+    """Compute KL(p ‖ q) over the last dimension, from log-probabilities that are all finite."""
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def wide(logits: Tensor) -> Tensor:
-    """Logits in float32 or wider: what autocast made narrow is widened."""
+    """Return logits in float32 or wider: what autocast made narrow is widened."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
@@ -123,5 +123,5 @@ def _check(student: Tensor, teacher: Tensor, temperature: float, target: Tensor 
         )
     if target.device.type == "cpu" and target.numel() and not 0 <= target.min() <= target.max() < num_classes:
         raise ValueError(
-            f"labels must lie in 0 … {num_classes - 1}, got {target.min().item()} … {target.max().item()}"
+            f"labels must be in 0 … {num_classes - 1}, got {target.min().item()} … {target.max().item()}"
         )

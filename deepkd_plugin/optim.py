@@ -31,7 +31,7 @@ class DecoupledMomentumSGD(Optimizer):
 
     momentum: stream name → m_i in [0, 1). dampening: a number in [0, 1], or "ema" for d_i = m_i; without
     momentum (m_i = 0) it is ignored, as in torch.optim.SGD. weight_decay: λ · θ is added to the gradient
-    of the one stream `weight_decay_stream`, which may be left out where there is only one. foreach: use
+    of the one stream `weight_decay_stream`, which may be left out if there is only one. foreach: use
     the multi-tensor update (default) or the single-tensor one that reads like the formula.
 
     Use::
@@ -46,11 +46,11 @@ class DecoupledMomentumSGD(Optimizer):
     and uses up the streams' own gradients: whatever changes p.grad between the two goes through `clip`,
     `scale_gradients` and `average_gradients`, which bring the streams along.
 
-    merge: let streams with equal coefficients share a buffer and a backward pass (the same result up to
-    rounding). Coefficients may be changed between steps through `param_groups[i]["momentum"]`. Streams
+    merge: let streams with equal coefficients, in every parameter group, share a buffer and a backward pass (the same
+    result up to rounding). Coefficients may be changed between steps through `param_groups[i]["momentum"]`. Streams
     that become equal have their buffers added, exactly. Streams that stop being equal take equal shares
     of the buffer that they had in common: the sum, and so the update, is continuous, but which of them
-    the past belonged to is no longer known, and that difference fades with their momenta. Where a
+    the past belonged to is no longer known, and that difference fades with their momenta. If a
     schedule will separate them and the history must be exact from the first step, pass merge=False.
 
     batched: make the backward passes as one with stacked gradients (see streams.backward_by_set).
@@ -263,7 +263,7 @@ def _check_group(group: Mapping[str, Any]) -> None:
     _check_momentum(group)
     for name, m in group["momentum"].items():
         if not 0.0 <= m < 1.0:
-            raise ValueError(f"momentum of stream {name!r} must lie in [0, 1), got {m!r}")
+            raise ValueError(f"momentum of stream {name!r} must be in [0, 1), got {m!r}")
     dampening = group["dampening"]
     if dampening != "ema" and (isinstance(dampening, str) or not 0.0 <= dampening <= 1.0):
         raise ValueError(f'dampening must be a number in [0, 1] or "ema", got {dampening!r}')

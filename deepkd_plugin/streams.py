@@ -41,8 +41,8 @@ def assign_losses(
     """Sum a distiller's named losses into streams.
 
     losses: name → scalar, or one value per device as DataParallel returns it (averaged). assignment: loss
-    name → stream; a loss that is not in it goes to the stream of its own name, and where there is only
-    one stream, to that one. Raises ValueError for a loss that no stream takes.
+    name → stream. A loss that is not in it goes to the stream of its own name; if there is only
+    one stream, all go to that one. Raises ValueError for a loss that no stream takes.
     """
     by_stream: dict[str, Tensor] = {}
     for name, loss in losses.items():
@@ -64,17 +64,17 @@ def backward_by_set(
     retain_graph: bool = False,
     batched: bool = False,
 ) -> list[list[Tensor | None]]:
-    """One backward pass for each set of streams that has a loss, or with `batched` one for all of them.
+    """Make one backward pass for each set of streams that has a loss, or with `batched` one for all of them.
 
     losses: stream → scalar. Returns, for each set, the gradients of its summed losses with respect to
-    `params`, in their order; None where a parameter does not take part. The graph is kept between the
+    `params`, in their order; None for a parameter that does not take part. The graph is kept between the
     passes and, with `retain_graph`, after the last. The caller may write to the gradients. Raises
-    ValueError for an unknown stream or a loss that is not a scalar, RuntimeError where no loss needs a
+    ValueError for an unknown stream or a loss that is not a scalar, RuntimeError if no loss needs a
     gradient.
 
     batched: walk the graph once with all sets' gradients stacked (autograd's is_grads_batched, which maps
     each operation's backward over them: fewer launches on a GPU, and rounding of its own). A parameter that
-    takes part in one set gets zeros in the others. RuntimeError where an operation cannot be mapped.
+    takes part in one set gets zeros in the others. RuntimeError if an operation cannot be mapped.
     """
     known = [name for names in sets for name in names]
     for name, loss in losses.items():
@@ -206,10 +206,10 @@ class Ledger:
 def average(
     gradients: Sequence[Mapping[Tensor, Tensor]], params: Sequence[Tensor], group: Any = None
 ) -> list[dict[Tensor, Tensor]]:
-    """Each set's gradients by parameter, averaged over the processes of torch.distributed's `group`.
+    """Average each set's gradients by parameter over the processes of torch.distributed's `group`.
 
-    params: all that may have a gradient, in one order on all processes. Where only some processes have a gradient the
-    others count as 0, and where none has there is none. The given gradients are overwritten.
+    params: all that may have a gradient, in one order on all processes. If only some processes have a gradient, the
+    others count as 0; if none has, there is none. The given gradients are overwritten.
     """
     present = torch.tensor([[p in mine for p in params] for mine in gradients], device=params[0].device)
     present = present.to(torch.int32)
@@ -232,7 +232,7 @@ BUCKET = 25 * 2**20
 
 
 def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Gradients of one dtype, in order, until their bytes fill a bucket."""
+    """Collect gradients of one dtype, in order, until their bytes fill a bucket."""
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for g in gradients:
         by_dtype.setdefault(g.dtype, []).append(g)
@@ -259,7 +259,7 @@ def _in_turn(
 def _batched(
     totals: Sequence[Tensor], params: Sequence[Tensor], retain_graph: bool
 ) -> list[list[Tensor | None]]:
-    """[total][parameter], each a slice of one stacked gradient."""
+    """Return [total][parameter], each a slice of one stacked gradient."""
     units = [
         torch.eye(len(totals), dtype=total.dtype, device=total.device)[i] for i, total in enumerate(totals)
     ]
@@ -272,7 +272,7 @@ def _batched(
 
 
 def _own(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Gradients that can be written to: autograd may hand out one tensor twice, or an expanded one."""
+    """Return gradients that can be written to: autograd may hand out one tensor twice, or an expanded one."""
     seen: set[int] = set()
     own: list[Tensor | None] = []
     for g in gradients:
@@ -295,7 +295,7 @@ def _add(total: dict[Tensor, Tensor], new: Mapping[Tensor, Tensor]) -> None:
 
 
 def _total(parts: Sequence[Mapping[Tensor, Tensor]]) -> dict[Tensor, Tensor]:
-    """The sums of several sets' gradients by parameter, in memory of their own."""
+    """Sum several sets' gradients by parameter, in memory of their own."""
     total = dict(parts[0])
     own: set[Tensor] = set()
     for part in parts[1:]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def non_target_index(target: Tensor, num_classes: int) -> Tensor:
-    """Class indices other than the target's, in ascending order.
+    """Return the class indices other than the target's, in ascending order.
 
     target: (B,) integers in [0, C). Returns (B, C − 1). Made by arithmetic rather than by a boolean
     selection, whose data-dependent shape would stop a GPU for every batch.
@@ -20,7 +20,7 @@ def non_target_index(target: Tensor, num_classes: int) -> Tensor:
 
 
 def top_k_index(teacher_logits: Tensor, target: Tensor, k: int) -> Tensor:
-    """Class indices of the k non-target classes with the largest teacher logits.
+    """Return the class indices of the k non-target classes with the largest teacher logits.
 
     teacher_logits: (B, C); target: (B,); 1 ≤ k ≤ C − 1. Returns (B, k), largest first. The target is
     never among them (the authors' release counts it as one of the k).
@@ -33,7 +33,7 @@ def top_k_index(teacher_logits: Tensor, target: Tensor, k: int) -> Tensor:
 
 
 def top_k_mask(teacher_logits: Tensor, target: Tensor, k: int) -> Tensor:
-    """The static mask of top_k_index as booleans (B, C): True for the k kept classes."""
+    """Return the static mask of top_k_index as booleans (B, C): True for the k kept classes."""
     mask = torch.zeros_like(teacher_logits, dtype=torch.bool)
     return mask.scatter_(1, top_k_index(teacher_logits, target, k), True)
 
@@ -48,9 +48,9 @@ def check_k(k: int, num_classes: int) -> None:
 
 
 def count_classes(value: float, num_classes: int) -> int:
-    """A number of non-target classes, given as a count (int) or as a fraction of all classes (float).
+    """Count non-target classes, given as a count (int) or as a fraction of all classes (float).
 
-    Fractions lie in (0, 1] and are rounded to the nearest count within 1 … C − 1. Counts outside
+    Fractions are in (0, 1] and are rounded to the nearest count within 1 … C − 1. Counts outside
     1 … C − 1 and fractions outside (0, 1] raise ValueError.
     """
     if isinstance(value, int):
@@ -58,7 +58,7 @@ def count_classes(value: float, num_classes: int) -> int:
         return value
     if not 0.0 < value <= 1.0:
         raise ValueError(
-            f"a fraction of the classes must lie in (0, 1], got {value!r}; a count is written as an int"
+            f"a fraction of the classes must be in (0, 1], got {value!r}; a count is written as an int"
         )
     return min(max(round(value * num_classes), 1), num_classes - 1)
 
@@ -99,9 +99,9 @@ class TopKSchedule:
         self.phases = (float(phases[0]), float(phases[1]))
 
     def __call__(self, progress: float) -> int:
-        """K at `progress`, the share of training that is done, in [0, 1]."""
+        """Return K at `progress`, the share of training that is done, in [0, 1]."""
         if not 0.0 <= progress <= 1.0:
-            raise ValueError(f"progress must lie in [0, 1], got {progress!r}")
+            raise ValueError(f"progress must be in [0, 1], got {progress!r}")
         first, second = self.phases
         if progress < first:
             return round(self.initial + (self.optimal - self.initial) * progress / first)
@@ -118,7 +118,7 @@ class TopKSchedule:
 
 
 def mask_size(mask: Any, num_classes: int, progress: float) -> int | None:
-    """K of a config node DeepKD.MASK at `progress` in [0, 1]; ValueError where the node does not fit C."""
+    """Return K of a config node DeepKD.MASK at `progress` in [0, 1]; ValueError if the node does not fit C."""
     if mask.TYPE == "none":
         return None
     if mask.TYPE == "static":
@@ -127,5 +127,5 @@ def mask_size(mask: Any, num_classes: int, progress: float) -> int | None:
 
 
 def classes(value: float) -> float:
-    """A YAML number of classes: from 1 on a count, below 1 a fraction of the classes."""
+    """Read a YAML number of classes: from 1 on a count, below 1 a fraction of the classes."""
     return int(value) if value >= 1 and value == int(value) else float(value)

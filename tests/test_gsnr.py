@@ -544,9 +544,9 @@ def test_a_monitor_of_frozen_parameters():
     [
         ({"separation": 1.0}, "separation must be above 1, got 1.0"),
         ({"separation": math.nan}, "separation must be above 1, got nan"),
-        ({"smoothing": 1.0}, "smoothing must lie in [0, 1), got 1.0"),
-        ({"smoothing": -0.1}, "smoothing must lie in [0, 1), got -0.1"),
-        ({"smoothing": math.nan}, "smoothing must lie in [0, 1), got nan"),
+        ({"smoothing": 1.0}, "smoothing must be in [0, 1), got 1.0"),
+        ({"smoothing": -0.1}, "smoothing must be in [0, 1), got -0.1"),
+        ({"smoothing": math.nan}, "smoothing must be in [0, 1), got nan"),
     ],
 )
 def test_an_allocation_with_a_wrong_option(options, message):

@@ -465,7 +465,7 @@ def test_mistakes_on_the_command_line(train):
         (measured, "GSNR.EVERY x GSNR.WINDOW is 200 x 10 = 2000 iterations; it must be at most"),
         ((*measured, "GSNR.WINDOW", "1"), "command line: GSNR.WINDOW is 1; it must be a whole number from 2"),
         (ours[2:], "it must be 'fixed' "),
-        (ours, "it must be 'fixed' where fewer than two of SOLVER.DECOUPLED.DELTA differ from 0"),
+        (ours, "it must be 'fixed' if fewer than two of SOLVER.DECOUPLED.DELTA differ from 0"),
     ]:
         code, _, err = train("vanilla", *options)
         assert code == 2

@@ -508,7 +508,7 @@ GOOD = {"lr": 0.1, "momentum": {"a": 0.9, "b": 0.5}, "weight_decay": 0.1, "weigh
         ({"lr": -1.0}, "lr must be at least 0, got -1.0"),
         ({"lr": float("nan")}, "lr must be at least 0, got nan"),
         ({"weight_decay": -0.1}, "weight_decay must be at least 0, got -0.1"),
-        ({"momentum": {"a": 1.0, "b": 0.5}}, r"momentum of stream 'a' must lie in \[0, 1\), got 1.0"),
+        ({"momentum": {"a": 1.0, "b": 0.5}}, r"momentum of stream 'a' must be in \[0, 1\), got 1.0"),
         ({"momentum": {"a": 0.5, "b": -0.1}}, "momentum of stream 'b'"),
         ({"momentum": {}}, "momentum must map stream names"),
         ({"momentum": 0.9}, "momentum must map stream names"),

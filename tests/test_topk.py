@@ -63,8 +63,8 @@ def test_counts_and_fractions():
     [
         ({"initial": 0}, "K must be an integer from 1 to 99"),
         ({"optimal": 100}, "K must be an integer from 1 to 99"),
-        ({"initial": 0.0}, r"a fraction of the classes must lie in \(0, 1\]"),
-        ({"optimal": 1.5}, r"a fraction of the classes must lie in \(0, 1\]"),
+        ({"initial": 0.0}, r"a fraction of the classes must be in \(0, 1\]"),
+        ({"optimal": 1.5}, r"a fraction of the classes must be in \(0, 1\]"),
         ({"initial": 60, "optimal": 0.5}, "initial K 60 .* exceeds optimal K 50"),
         ({"phases": (0.6, 0.4)}, "phases must be two ends in order"),
         ({"phases": (0.5, 0.5)}, "phases must be two ends in order"),
@@ -81,5 +81,5 @@ def test_bad_schedules(arguments, message):
 
 @pytest.mark.parametrize("progress", [-0.01, 1.01, float("nan")])
 def test_progress_outside_training(progress):
-    with pytest.raises(ValueError, match="progress must lie in"):
+    with pytest.raises(ValueError, match="progress must be in"):
         TopKSchedule(100)(progress)

@@ -60,7 +60,7 @@ def check_keys(cfg: CfgNode, origin: dict[str, str], keys: Sequence[Key]) -> Non
 
 
 def check_momenta(cfg: CfgNode, origin: dict[str, str]) -> None:
-    """Raise UserError where SOLVER.DECOUPLED gives a stream a momentum that is none, or its allocation does not fit."""
+    """Raise UserError if SOLVER.DECOUPLED gives a stream a momentum that is none, or its allocation does not fit."""
     solver, node = cfg.SOLVER, cfg.SOLVER.DECOUPLED
     measured = node.ALLOCATION == "gsnr"
     for stream in known_streams():
@@ -70,7 +70,7 @@ def check_momenta(cfg: CfgNode, origin: dict[str, str]) -> None:
         if not all(0 <= solver.MOMENTUM + d < 1 for d in ((delta, -delta) if measured else (delta,))):
             low, high = -solver.MOMENTUM, 1 - solver.MOMENTUM
             allowed = (
-                f"in [{low:g}, {high:g}), so that SOLVER.MOMENTUM {solver.MOMENTUM:g} plus it lies in [0, 1)"
+                f"in [{low:g}, {high:g}), so that SOLVER.MOMENTUM {solver.MOMENTUM:g} plus it is in [0, 1)"
             )
             if measured:
                 allowed += ", and minus it too with SOLVER.DECOUPLED.ALLOCATION gsnr"
@@ -88,13 +88,13 @@ def check_momenta(cfg: CfgNode, origin: dict[str, str]) -> None:
         raise wrong(origin, path, node.ALLOCATION, allowed)
     if measured and sum(node.DELTA[stream.upper()] != 0 for stream in streams(cfg)) < 2:
         allowed = (
-            "'fixed' where fewer than two of SOLVER.DECOUPLED.DELTA differ from 0: their sizes are its bounds"
+            "'fixed' if fewer than two of SOLVER.DECOUPLED.DELTA differ from 0: their sizes are its bounds"
         )
         raise wrong(origin, path, node.ALLOCATION, allowed)
 
 
 def check_pipeline(cfg: CfgNode, origin: dict[str, str]) -> None:
-    """Raise UserError where a method needs more of an image than batches made on the device hold."""
+    """Raise UserError if a method needs more of an image than batches have that are made on the device."""
     node, method = cfg.DATASET, cfg.DISTILLER.TYPE
     if node.PIPELINE == "workers":
         return
@@ -109,7 +109,7 @@ def check_pipeline(cfg: CfgNode, origin: dict[str, str]) -> None:
 
 
 def check_mask(cfg: CfgNode, origin: dict[str, str], num_classes: int) -> None:
-    """Raise UserError where DeepKD.MASK does not fit a data set of `num_classes` classes."""
+    """Raise UserError if DeepKD.MASK does not fit a data set of `num_classes` classes."""
     mask = cfg.DeepKD.MASK
     used = {"none": (), "static": ("K",), "dynamic": ("INITIAL", "OPTIMAL")}[mask.TYPE]
     sizes = {}

@@ -125,11 +125,11 @@ _FIXED = (
     Key("GSNR.LAYERS", False, "also by layer", *FLAG),
     Key("DISTILLER.TEACHER_WEIGHTS", "", "teacher file; empty: the zoo's; builtin:NAME: one we ship", *ANY),
     Key("DATASET.ROOT", "./data", "folder of the data sets", *ANY),
-    Key("DATASET.DOWNLOAD", False, "fetch CIFAR-100 where DATASET.ROOT has none", *FLAG),
+    Key("DATASET.DOWNLOAD", False, "fetch CIFAR-100 if DATASET.ROOT has none", *FLAG),
     Key(
         "DATASET.PIPELINE",
         "workers",
-        "who makes batches: loader processes, or the device, where a small set then lies whole",
+        "who makes batches: loader processes, or the device, which then has the whole of a small set",
         *one_of("workers", "device"),
     ),
     Key("DATASET.TRAIN_PER_CLASS", 0, "training images of each class, the first ones; 0: all", *NOT_NEGATIVE),

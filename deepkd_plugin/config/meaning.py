@@ -11,7 +11,7 @@ HOW = (
     *("DATASET.ROOT", "DATASET.DOWNLOAD", "DATASET.TEST.BATCH_SIZE", "DISTILLER.TEACHER_WEIGHTS"),
     *("GSNR.MEASURE", "GSNR.LAYERS"),
 )
-"""Keys that say where a run finds things and what it looks at, not what it computes. (What a teacher's file holds is
+"""Keys that say where a run finds things and what it looks at, not what it computes. (A teacher's file is
 compared by its content; the number of workers decides which random numbers an image gets.)"""
 
 

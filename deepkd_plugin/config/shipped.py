@@ -1,4 +1,4 @@
-"""Where the files that come with the package and are no Python are: configs/ and patches/."""
+"""The folders of files that come with the package and are no Python: configs/ and patches/."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def shipped(name: str) -> Path:
-    """The folder `name` ("configs" or "patches"): in an installed package, or beside it in a checkout.
+    """Return the folder `name` ("configs" or "patches"): in an installed package, or beside it in a checkout.
 
     An installed package looks only inside itself, because any other package may have put a folder
-    `configs` beside it. Raises UserError where an installation lacks the folder.
+    `configs` beside it. Raises UserError if an installation lacks the folder.
     """
     for folder in (PACKAGE / "_shipped" / name, PACKAGE.parent / name):
         if folder.is_dir():

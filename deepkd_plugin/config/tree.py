@@ -53,7 +53,7 @@ def add_keys(cfg: CfgNode, added_keys: Sequence[Key]) -> list[str]:
 
 
 def check_tree(cfg: CfgNode, name: str) -> None:
-    """Raise UserError where a host's tree has something else at one of all_keys than the plugin would put there."""
+    """Raise UserError if a host's tree has something else at one of our keys than the plugin would put there."""
     for key in all_keys():
         node: Any = cfg
         *parents, leaf = key.path.split(".")
@@ -63,11 +63,11 @@ def check_tree(cfg: CfgNode, name: str) -> None:
                 raise UserError(
                     f"{name}: its config has the value {node!r} where the plugin has the section {key.path}"
                 )
-        held = node.get(leaf, key.default)
-        numbers = {type(held), type(key.default)} <= {int, float}
-        if type(held) is not type(key.default) and not numbers:
+        value = node.get(leaf, key.default)
+        numbers = {type(value), type(key.default)} <= {int, float}
+        if type(value) is not type(key.default) and not numbers:
             raise UserError(
-                f"{name}: its config key {key.path} is {held!r}; the plugin's of that name is like {key.default!r}"
+                f"{name}: its config key {key.path} is {value!r}; the plugin's of that name is like {key.default!r}"
             )
 
 
@@ -117,19 +117,19 @@ def load(cfg: CfgNode, file: str | Path, options: Sequence[str] = ()) -> dict[st
 
 
 def get(cfg: CfgNode, path: str) -> Any:
-    """The value at a dotted path."""
+    """Return the value at a dotted path."""
     for name in path.split("."):
         cfg = cfg[name]
     return cfg
 
 
 def flatten(cfg: CfgNode) -> dict[str, Any]:
-    """Dotted path → value for every leaf."""
+    """Return dotted path → value for every leaf."""
     return dict(_leaves(cfg))
 
 
 def wrong(origin: dict[str, str], path: str, value: Any, allowed: str) -> UserError:
-    """The error for a config value: where it came from, which key, what it held, what is allowed."""
+    """Make the error for a config value: where it came from, which key, its value, what is allowed."""
     return UserError(f"{origin.get(path, 'default')}: {path} is {value!r}; it must be {allowed}")
 
 

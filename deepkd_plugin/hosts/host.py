@@ -37,7 +37,7 @@ class Host:
     """The host's checkout; None for the built-in one."""
 
     def models(self, dataset: str) -> dict[str, Any]:
-        """The dictionary of networks for a data set."""
+        """Return the dictionary of networks for a data set."""
         return {"imagenet": self.imagenet_models, "tiny_imagenet": self.tiny_imagenet_models}.get(
             dataset, self.cifar_models
         )
@@ -50,7 +50,7 @@ class Host:
         return self.distillers[name]
 
     def check(self, cfg: CfgNode, origin: dict[str, str]) -> None:
-        """Raise UserError where the config is out of range or names what this host does not have."""
+        """Raise UserError if the config is out of range or names what this host does not have."""
         models = self.models(cfg.DATASET.TYPE)
         known = [
             ("DISTILLER.TYPE", self.distillers),

@@ -58,7 +58,7 @@ def _of_imagenet(make: Callable[..., nn.Module], pretrained: bool = False) -> nn
 
 
 def network(host: Host, dataset: str, name: str, num_classes: int) -> nn.Module:
-    """A fresh network of the host's zoo."""
+    """Make a fresh network of the host's zoo."""
     make = host.models(dataset)[name]
     return make(pretrained=False) if dataset == "imagenet" else make[0](num_classes=num_classes)
 
@@ -66,7 +66,7 @@ def network(host: Host, dataset: str, name: str, num_classes: int) -> nn.Module:
 def trained_network(
     host: Host, dataset: str, name: str, num_classes: int, weights: str, key: str
 ) -> nn.Module:
-    """A network with weights: a file, one that the package ships (builtin:NAME), or the zoo's own ("").
+    """Make a network with weights: of a file, of one that the package ships (builtin:NAME), or the zoo's own ("").
 
     `key` is the config key or option that gave `weights`, for errors.
     """
@@ -88,7 +88,7 @@ def trained_network(
 
 
 def weights_file(host: Host, dataset: str, name: str, weights: str) -> str:
-    """The file that `weights` means, as in trained_network; "" where torchvision provides them or nobody does."""
+    """Return the file that `weights` means, as in trained_network; "" if torchvision provides them or nobody does."""
     if weights.startswith("builtin:"):
         shipped = files("deepkd_plugin.hosts.builtin").joinpath("weights")
         return str(shipped.joinpath(weights.removeprefix("builtin:") + ".pt"))

@@ -94,12 +94,12 @@ def test_values_come_from_the_file_and_then_from_the_options(cfg, tmp_path):
         (
             "SOLVER: {DECOUPLED: {DELTA: {TOG: 0.1}}}",
             "some.yaml: SOLVER.DECOUPLED.DELTA.TOG is 0.1; it must be in [-0.9, 0.1), so that SOLVER.MOMENTUM "
-            "0.9 plus it lies in [0, 1)",
+            "0.9 plus it is in [0, 1)",
         ),
         (
             "SOLVER: {MOMENTUM: 0.05, DECOUPLED: {DELTA: {TCG: -0.075}}}",
             "some.yaml: SOLVER.DECOUPLED.DELTA.TCG is -0.075; it must be in [-0.05, 0.95), so that "
-            "SOLVER.MOMENTUM 0.05 plus it lies in [0, 1)",
+            "SOLVER.MOMENTUM 0.05 plus it is in [0, 1)",
         ),
         (
             "SOLVER: {DECOUPLED: {WEIGHT_DECAY_STREAM: kd}}",
@@ -241,23 +241,23 @@ def test_an_allocation_starts_from_equal_momenta(cfg, tmp_path):
         ),
         (
             ("SOLVER.DECOUPLED.DELTA.TCG", "0"),
-            "command line: SOLVER.DECOUPLED.ALLOCATION is 'gsnr'; it must be 'fixed' where fewer than two of "
+            "command line: SOLVER.DECOUPLED.ALLOCATION is 'gsnr'; it must be 'fixed' if fewer than two of "
             "SOLVER.DECOUPLED.DELTA differ from 0: their sizes are its bounds",
         ),
         (  # a stream without a loss is none
             ("SOLVER.DECOUPLED.DELTA.TCG", "0", "SOLVER.DECOUPLED.DELTA.FEAT", "0.05"),
-            "command line: SOLVER.DECOUPLED.ALLOCATION is 'gsnr'; it must be 'fixed' where fewer than two of "
+            "command line: SOLVER.DECOUPLED.ALLOCATION is 'gsnr'; it must be 'fixed' if fewer than two of "
             "SOLVER.DECOUPLED.DELTA differ from 0: their sizes are its bounds",
         ),
         (
             ("SOLVER.DECOUPLED.DELTA.NCG", "-0.1"),
             "command line: SOLVER.DECOUPLED.DELTA.NCG is -0.1; it must be in [-0.9, 0.1), so that SOLVER.MOMENTUM "
-            "0.9 plus it lies in [0, 1), and minus it too with SOLVER.DECOUPLED.ALLOCATION gsnr",
+            "0.9 plus it is in [0, 1), and minus it too with SOLVER.DECOUPLED.ALLOCATION gsnr",
         ),
         (
             ("SOLVER.MOMENTUM", "0.05"),
             "command line: SOLVER.DECOUPLED.DELTA.TOG is 0.075; it must be in [-0.05, 0.95), so that "
-            "SOLVER.MOMENTUM 0.05 plus it lies in [0, 1), and minus it too with SOLVER.DECOUPLED.ALLOCATION gsnr",
+            "SOLVER.MOMENTUM 0.05 plus it is in [0, 1), and minus it too with SOLVER.DECOUPLED.ALLOCATION gsnr",
         ),
         (
             ("SOLVER.TRAINER", "base"),

@@ -1,4 +1,4 @@
-"""The host used where mdistiller is not installed: its names and protocols, our code.
+"""The host that is used if mdistiller is not installed: its names and protocols, our code.
 
 The dictionaries below have mdistiller's names and shapes, so that `registry` can treat both alike.
 """
