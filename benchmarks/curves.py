@@ -16,6 +16,7 @@ from deepkd_plugin.errors import UserError
 from deepkd_plugin.study.report.cells import assemble
 from deepkd_plugin.study.report.collect import collect
 from deepkd_plugin.study.report.figures import draw_curve, mean_curve
+from deepkd_plugin.study.report.formats import count
 from deepkd_plugin.terminal import guarded
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, each with a line style of its own
@@ -63,7 +64,7 @@ def draw(folder: Path) -> Figure:
     axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for axis, (title, drawn) in zip(axes.flat, panels):
         for curve, colour, dashes in drawn:
-            label = f"{curve.label}, {curve.runs} run{'' if curve.runs == 1 else 's'}"
+            label = f"{curve.label}, {count(len(curve.values), 'run')}"
             draw_curve(axis, curve, colour, dashes, label)
         axis.set_title(title, fontsize="medium")
         axis.set_xlabel(table.measures.step)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup
 from matplotlib import style
 from matplotlib.axes import Axes
@@ -17,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from .cells import Cell
+from .formats import count
 from .statistics import EQUAL, HIGHER, LOWER
 
 COLOURS = {
@@ -40,11 +42,13 @@ LINES = (
 )
 """Colour and dashes of a panel's lines, in the order in which they take them."""
 
-MARKS = {HIGHER: ("o", "blue", "blue"), LOWER: ("s", "red", "red"), EQUAL: ("o", "quiet", "ground")}
+MARKS = {
+    HIGHER: ("o", "blue", "blue"),
+    LOWER: ("s", "red", "red"),
+    EQUAL: ("o", "quiet", "ground"),
+    None: ("x", "quiet", "quiet"),
+}
 """A verdict's mark in the dot plot: its form, its colour and what fills it."""
-
-NO_MARK = ("x", "quiet", "quiet")
-"""The mark of a gain without a verdict."""
 
 WIDTH, LETTERS = 340, 48
 """Points across a figure, about a phone's screen; letters of a line there."""
@@ -88,35 +92,32 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Curve:
-    """A cell's learning curve: by epoch the mean, the lowest and the highest of its runs."""
+    """The learning curves of a cell's runs. values: (runs, epochs)."""
 
     label: str
-    runs: int
     epochs: list[int]
-    mean: list[float]
-    low: list[float]
-    high: list[float]
+    values: np.ndarray
+
+    @property
+    def mean(self) -> np.ndarray:
+        return self.values.mean(0)
 
 
 def mean_curve(cell: Cell) -> Curve | None:
-    """Return a cell's curve over the epochs that all of its runs have; None if it has none."""
+    """Return a cell's curves over the epochs that all of its runs have; None if it has none."""
     runs = [record.curve for record in cell.records if record.curve]
     epochs = sorted(set.intersection(*map(set, runs))) if runs else []
-    if not epochs:
-        return None
-    columns = [[run[epoch] for run in runs] for epoch in epochs]
-    means = [sum(column) / len(column) for column in columns]
-    return Curve(
-        cell.method.label, len(runs), epochs, means, list(map(min, columns)), list(map(max, columns))
-    )
+    values = np.array([[run[epoch] for epoch in epochs] for run in runs])
+    return Curve(cell.method.label, epochs, values) if epochs else None
 
 
 def draw_curve(axes: Axes, curve: Curve, colour: str, dashes: Any, label: str) -> None:
     """Draw the mean of a cell's runs, and a band from the lowest to the highest of them."""
     marker = "o" if len(curve.epochs) == 1 else None
     axes.plot(curve.epochs, curve.mean, color=colour, linestyle=dashes, marker=marker, label=label)
-    if curve.runs > 1:
-        axes.fill_between(curve.epochs, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
+    if len(curve.values) > 1:
+        low, high = curve.values.min(0), curve.values.max(0)
+        axes.fill_between(curve.epochs, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
 def curves(groups: Mapping[str, Sequence[Cell]], what: str, name: str) -> dict[str, Drawing]:
@@ -132,24 +133,16 @@ def curves(groups: Mapping[str, Sequence[Cell]], what: str, name: str) -> dict[s
     if not panels:
         return {}
     step = next(iter(groups.values()))[0].measures.step
-    scale = _scale([curve for drawn in panels.values() for curve in drawn])
+    # all that the second half of training reaches, on every panel
+    late = [c.values[:, 2 * np.array(c.epochs) >= c.epochs[-1]] for drawn in panels.values() for c in drawn]
+    low, high = min(values.min() for values in late), max(values.max() for values in late)
+    margin = 0.06 * (high - low) or 1.0
     return {
-        heading: _panel(drawn, scale, step, f"{heading}: {what} by {step}", f"{name}-{i}")
+        heading: _panel(
+            drawn, (low - margin, high + margin), step, f"{heading}: {what} by {step}", f"{name}-{i}"
+        )
         for i, (heading, drawn) in enumerate(panels.items(), 1)
     }
-
-
-def _scale(drawn: Sequence[Curve]) -> tuple[float, float]:
-    """Return the ends of the vertical axis: all that curves and bands reach in the second half of training."""
-    late = [
-        value
-        for curve in drawn
-        for epoch, *ends in zip(curve.epochs, curve.low, curve.high)
-        if 2 * epoch >= curve.epochs[-1]
-        for value in ends
-    ]
-    margin = 0.06 * (max(late) - min(late)) or 1.0
-    return min(late) - margin, max(late) + margin
 
 
 @style.context(PAGE_STYLE)
@@ -164,7 +157,7 @@ def _panel(drawn: Sequence[Curve], scale: tuple[float, float], step: str, title:
     axes.set_xlabel(step, loc="right", labelpad=1)
     figure.legend(loc="lower left", borderpad=0, borderaxespad=0, labelspacing=0.2)
     words = "; ".join(
-        f"{curve.label}: {curve.runs} run{'s' if curve.runs > 1 else ''}, {curve.mean[0]:.1f} at {step} "
+        f"{curve.label}: {count(len(curve.values), 'run')}, {curve.mean[0]:.1f} at {step} "
         f"{curve.epochs[0]}, {curve.mean[-1]:.2f} at {step} {curve.epochs[-1]}"
         for curve in drawn
     )
@@ -189,8 +182,8 @@ def dot_plot(groups: Mapping[str, Sequence[tuple[str, Cell]]], number: str, titl
             axes.plot(cell.published_gain, y, "D", markersize=8, markerfacecolor="none", color=COLOURS["ink"])
         if not gain:
             continue
-        form, colour, fill = MARKS.get(gain.verdict, NO_MARK)
-        if gain.low is not None:
+        form, colour, fill = MARKS[gain.verdict]
+        if gain.low is not None and gain.high is not None:
             axes.plot((gain.low, gain.high), (y, y), color=COLOURS[colour], linewidth=2)
         axes.plot(
             gain.value, y, form, color=COLOURS[colour], markerfacecolor=COLOURS[fill], markeredgewidth=1.8
@@ -208,7 +201,7 @@ def dot_plot(groups: Mapping[str, Sequence[tuple[str, Cell]]], number: str, titl
 def _say(axes: Axes, y: float, text: str, **font: Any) -> None:
     """Write a row's name at the left, on the ground's colour so that no line of the grid crosses it."""
     ground = {"facecolor": COLOURS["ground"], "edgecolor": "none", "pad": 1}
-    short = textwrap.shorten(text, LETTERS, placeholder=" …")
+    short = textwrap.fill(text, LETTERS, max_lines=1, placeholder=" …")
     axes.text(0, y, short, transform=axes.get_yaxis_transform(), va="center", bbox=ground, **font)
 
 

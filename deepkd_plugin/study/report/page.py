@@ -26,19 +26,10 @@ _TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+_TEMPLATES.globals |= {"CONFIDENCE": CONFIDENCE, "NUMBERS": NUMBERS, "SIGNS": SIGNS}
 _TEMPLATES.globals |= {
-    "CONFIDENCE": CONFIDENCE,
-    "NUMBERS": NUMBERS,
-    "SIGNS": SIGNS,
-    "cautions": cautions,
-    "columns": columns,
-    "headline": headline,
-    "interval": interval,
-    "number_name": number_name,
-    "protocol": protocol,
-    "signed": signed,
-    "title": title,
-    "verdict": verdict,
+    function.__name__: function
+    for function in (cautions, columns, headline, interval, number_name, protocol, signed, title, verdict)
 }
 
 
@@ -49,7 +40,6 @@ def page(table: Table, cells: Sequence[Cell]) -> str:
     return _TEMPLATES.get_template("page.html").render(
         table=table,
         what_was_run=what_was_run(table),
-        groups=by_base(cells),
         agreement=agreement(cells),
         compared=compared,
         gains=dot_plot(compared, "last", f"Gain over the base, {number_name('last', table.measures)}"),
