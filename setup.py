@@ -34,7 +34,7 @@ setup(
     packages=find_packages(include=["deepkd_plugin", "deepkd_plugin.*"]),
     package_data={
         "deepkd_plugin.hosts.builtin": ["defaults.yaml", "weights/*.pt"],
-        "deepkd_plugin.study.report": ["published.csv", "page.css"],
+        "deepkd_plugin.study.report": ["published.csv", "page.css", "page.html"],
     },
     python_requires=">=3.10",
     install_requires=[
@@ -48,6 +48,8 @@ setup(
         "pillow>=10",
         "matplotlib>=3.8",  # its fonts make glyphs100
         "scipy>=1.11",  # the tests of a table's differences
+        "jinja2>=3.1",  # the page of a table
+        "rich>=13",  # the terminal's live view and progress bars
     ],
     extras_require={
         "mdistiller": ["scipy"],  # mdistiller imports it and does not declare it

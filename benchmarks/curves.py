@@ -9,17 +9,14 @@ import argparse
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.study.report.cells import assemble
 from deepkd_plugin.study.report.collect import collect
-from deepkd_plugin.study.report.curves import Curve, mean_curve
+from deepkd_plugin.study.report.figures import draw_curve, mean_curve
+from deepkd_plugin.study.report.formats import count
 from deepkd_plugin.terminal import guarded
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, each with a line style of its own
@@ -38,29 +35,37 @@ def main() -> None:
 
 
 def write(folder: Path, picture: Path) -> None:
-    """Draw a table's folder. UserError where nothing can be drawn, or not there."""
+    """Draw a table's folder. Raises UserError if nothing can be drawn, or not there."""
+    figure = draw(folder)
+    try:
+        figure.savefig(picture, dpi=150)
+    except (ValueError, OSError) as error:  # an ending that names no format, a place that is not there
+        raise UserError(f"command line: picture is {picture}; {error}") from None
+
+
+def draw(folder: Path) -> Figure:
+    """Make the figure of a table's folder."""
     table = collect(folder)
     cells = assemble(table)
-    drawn = {(cell.pair.name, cell.method.name): mean_curve(cell) for cell in cells}
+    curves = {(cell.pair.name, cell.method.name): mean_curve(cell) for cell in cells}
     panels = []
     for cell in cells:
         if cell.base is not None:
-            names = {"vanilla": ALONE, cell.base.name: BASE, cell.method.name: METHOD}
-            curves = {name: drawn.get((cell.pair.name, name)) for name in names}
-            if curves[cell.base.name] and curves[cell.method.name]:
-                title = (
-                    f"{cell.pair.label}\n{cell.method.label}" if len(table.pairs) > 1 else cell.method.label
-                )
-                panels.append((title, [(curve, names[name]) for name, curve in curves.items() if curve]))
+            styles = {"vanilla": ALONE, cell.base.name: BASE, cell.method.name: METHOD}
+            drawn = {name: curve for name in styles if (curve := curves.get((cell.pair.name, name)))}
+            if {cell.base.name, cell.method.name} <= drawn.keys():
+                title = f"{cell.pair.label}\n" * (len(table.pairs) > 1) + cell.method.label
+                panels.append((title, [(curve, *styles[name]) for name, curve in drawn.items()]))
     if not panels:
         raise UserError(f"{folder}: must hold finished runs of a method and of its base, and holds none")
     columns = min(len(panels), COLUMNS)
     rows = -(-len(panels) // columns)
-    size = (2.6 * columns, 3.3 * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
-    for axis, (title, curves) in zip(axes.flat, panels):
-        for curve, (colour, line) in curves:
-            draw(axis, curve, colour, line)
+    figure = Figure(figsize=(2.6 * columns, 3.3 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for axis, (title, drawn) in zip(axes.flat, panels):
+        for curve, colour, dashes in drawn:
+            label = f"{curve.label}, {count(len(curve.values), 'run')}"
+            draw_curve(axis, curve, colour, dashes, label)
         axis.set_title(title, fontsize="medium")
         axis.set_xlabel(table.measures.step)
         axis.grid(alpha=0.3)
@@ -69,17 +74,7 @@ def write(folder: Path, picture: Path) -> None:
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     axes[0, 0].set_ylabel(f"test {table.metric}")
-    try:
-        figure.savefig(picture, dpi=150)
-    except (ValueError, OSError) as error:  # an ending that names no format, a place that is not there
-        raise UserError(f"command line: picture is {picture}; {error}") from None
-
-
-def draw(axis: Axes, curve: Curve, colour: str, line: str) -> None:
-    """The mean of a cell's runs, and a band from the lowest to the highest of them."""
-    label = f"{curve.label}, {curve.runs} run{'' if curve.runs == 1 else 's'}"
-    axis.plot(curve.epochs, curve.mean, line, color=colour, label=label)
-    axis.fill_between(curve.epochs, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
+    return figure
 
 
 if __name__ == "__main__":

@@ -346,20 +346,19 @@ def test_learning_rates_are_tried(data_root, tmp_path):
 
 
 def test_curves_of_a_table(tmp_path, monkeypatch, script):
-    monkeypatch.syspath_prepend(ROOT / "tests" / "report")
+    monkeypatch.syspath_prepend(ROOT / "tests" / "study" / "report")
     make_table = importlib.import_module("made_up").make_table
     cells = {("res32x4_res8x4", "kd"): [70.0, 71.0, 73.0], ("res32x4_res8x4", "deepkd"): [72.0, 74.0, None]}
     folder = make_table(tmp_path / "table", cells)
     run("curves.py", folder, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    curves, drawn = script("curves"), []
-    draw = curves.draw
-    monkeypatch.setattr(curves, "draw", lambda *given: drawn.append(given[1]) or draw(*given))
-    curves.write(folder, tmp_path / "again.png")
-    assert [(curve.label, curve.runs, curve.mean[-1]) for curve in drawn] == [
-        ("KD", 3, pytest.approx(214 / 3)),
-        ("KD + DeepKD + DTM", 2, 73.0),
+    curves = script("curves")
+    (axes,) = curves.draw(folder).axes
+    assert [(line.get_label(), line.get_ydata()[-1]) for line in axes.get_lines()] == [
+        ("KD, 3 runs", pytest.approx(214 / 3)),
+        ("KD + DeepKD + DTM, 2 runs", 73.0),
     ]
+    assert len(axes.collections) == 2  # a band each
     lonely = make_table(tmp_path / "lonely", {("res32x4_res8x4", "kd"): [70.0]})
     with pytest.raises(UserError, match="must hold finished runs of a method and of its base"):
         curves.write(lonely, tmp_path / "none.png")

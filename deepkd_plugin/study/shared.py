@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 def cores() -> int:
@@ -24,3 +28,13 @@ def duration(seconds: float, short: bool = False) -> str:
         if seconds >= least * length:
             return f"{seconds / length:.{0 if unit == 'minutes' else 1}f} {letter if short else unit}"
     return f"{seconds:.0f} {'s' if short else 'seconds'}"
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Write rows as CSV under the first one's keys; None is an empty field."""
+    text = io.StringIO()
+    if rows:
+        table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+    return text.getvalue()

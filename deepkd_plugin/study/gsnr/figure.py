@@ -1,4 +1,4 @@
-"""The figure of measured runs, after the paper's figures 1a and 2: GSNR, angles and momenta over iterations."""
+"""The figure of `deepkd gsnr`, after the paper's figures 1a and 2: GSNR, angles and momenta over iterations."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from functools import reduce
 from itertools import cycle
 from operator import getitem
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import (
@@ -24,10 +23,7 @@ from matplotlib.ticker import (
 )
 
 from ...gsnr import noise_floor
-
-if TYPE_CHECKING:
-    from .windows import Run
-from .windows import TITLES
+from .windows import TITLES, Run
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
 STREAM_STYLES = (
@@ -57,10 +53,10 @@ MARKERS = 12
 
 
 def draw(runs: Sequence[Run]) -> Figure:
-    """The figure of checked runs, after the paper's figures 1a and 2.
+    """Draw checked runs, over iterations.
 
-    Panels over iterations: GSNR by both summaries with what noise alone gives, angles between the streams'
-    gradients, momenta. Several runs: their mean, and a band from the lowest to the highest.
+    The panels have GSNR by both summaries with what noise alone gives, angles between the streams' gradients, and
+    momenta. Several runs are drawn as their mean, in a band from the lowest to the highest.
     """
     first = runs[0]
     iterations = sorted({window["iteration"] for run in runs for window in run.windows})
@@ -68,7 +64,6 @@ def draw(runs: Sequence[Run]) -> Figure:
     noise = noise_floor(first.windows[0]["samples"])
     heights = [3.0, 3.0, *([2.3] if first.pairs else []), 1.7]
     figure = Figure(figsize=(6.6, 0.85 * sum(heights)), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = list(figure.subplots(len(heights), sharex=True, height_ratios=heights))
 
     for panel, (name, title) in zip(panels, TITLES.items()):
@@ -109,51 +104,34 @@ def draw(runs: Sequence[Run]) -> Figure:
 
 
 def _grid(runs: Sequence[Run], iterations: Sequence[int], *keys: str) -> np.ma.MaskedArray:
-    """One value of each window, (runs, iterations), masked where a run has none. keys: its place in a window."""
+    """Collect one value of each window, (runs, iterations), masked if a run has none. keys: its place in a window."""
     rows = []
     for run in runs:
-        held = {window["iteration"]: reduce(getitem, keys, window) for window in run.windows}
-        rows.append([held.get(iteration) for iteration in iterations])
+        values = {window["iteration"]: reduce(getitem, keys, window) for window in run.windows}
+        rows.append([values.get(iteration) for iteration in iterations])
     return np.ma.masked_invalid(np.array(rows, dtype=float))
 
 
 def _line(
     panel: Axes, x: Sequence[int], values: np.ma.MaskedArray, label: str, style: Any, step: str | None = None
 ) -> None:
-    """Runs' mean, and the band of their range, in a style of its own."""
+    """Draw runs' mean and the band of their range, in a style of their own."""
     colour, line, marker = style
     every = math.ceil(len(x) / MARKERS)
     if step:  # momenta coincide, so each line leaves points for the markers of others
         every = max(every, min(3, len(x)))
     start = len(panel.get_lines()) * math.ceil(every / 3) % every
     panel.plot(
-        x,
-        values.mean(0),
-        label=label,
-        color=colour,
-        linestyle=line,
-        linewidth=1.5,
-        marker=marker,
-        markersize=4.5,
-        markeredgewidth=0,
-        markevery=(start, every),
-        drawstyle=f"steps-{step}" if step else "default",
-    )
+        x, values.mean(0), label=label, color=colour, linestyle=line, linewidth=1.5, marker=marker, markersize=4.5,
+        markeredgewidth=0, markevery=(start, every), drawstyle=f"steps-{step}" if step else "default",
+    )  # fmt: skip
     if len(values) > 1:
-        panel.fill_between(
-            x,
-            values.min(0),
-            values.max(0),
-            step=step,
-            color=colour,
-            alpha=BAND,
-            linewidth=0,
-            label=f"_{label}",
-        )
+        low, high = values.min(0), values.max(0)
+        panel.fill_between(x, low, high, step=step, color=colour, alpha=BAND, linewidth=0, label=f"_{label}")
 
 
 def _log_axis(panel: Axes) -> None:
-    """A log axis with plain numbers, as many as there is room for."""
+    """Make the vertical axis logarithmic, with as many plain numbers as there is room for."""
     panel.set_yscale("log", nonpositive="mask")
     low, high = panel.get_ylim()
     if high < 3 * low:
@@ -168,7 +146,7 @@ def _log_axis(panel: Axes) -> None:
 
 
 def _legend(panel: Axes, seeds: int = 1) -> None:
-    """Names above a panel, and what its bands are: in one row of up to five, else in two."""
+    """Name lines and bands above a panel: in one row of up to five, else in two."""
     handles, _ = panel.get_legend_handles_labels()
     if seeds > 1:
         handles.append(Patch(color=GREY, alpha=BAND, linewidth=0, label=f"range of {seeds} seeds"))
@@ -180,12 +158,12 @@ def _legend(panel: Axes, seeds: int = 1) -> None:
 
 
 def _title(runs: Sequence[Run]) -> str:
-    held = runs[0].settings
-    kind, student = held["DISTILLER.TYPE"], held["DISTILLER.STUDENT"]
-    pair = student if kind == "NONE" else f"{held['DISTILLER.TEACHER']} → {student}"
-    method = {"NONE": "no distillation", "DeepKD": f"DeepKD over {held['DeepKD.BASE']}"}.get(kind, kind)
+    settings = runs[0].settings
+    kind, student = settings["DISTILLER.TYPE"], settings["DISTILLER.STUDENT"]
+    pair = student if kind == "NONE" else f"{settings['DISTILLER.TEACHER']} → {student}"
+    method = {"NONE": "no distillation", "DeepKD": f"DeepKD over {settings['DeepKD.BASE']}"}.get(kind, kind)
     seeds = f"seed {runs[0].seed}" if len(runs) == 1 else f"mean of {len(runs)} seeds"
     return (
-        f"{held['DATASET.TYPE']}, {pair}, {method}\n"
-        f"{seeds}; gradients every {held['GSNR.EVERY']} iterations, windows of {held['GSNR.WINDOW']} samples"
+        f"{settings['DATASET.TYPE']}, {pair}, {method}\n"
+        f"{seeds}; gradients every {settings['GSNR.EVERY']} iterations, windows of {settings['GSNR.WINDOW']} samples"
     )

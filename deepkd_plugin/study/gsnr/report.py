@@ -1,9 +1,7 @@
-"""The gradient signal-to-noise ratio of measured runs: tables and summary, for `deepkd gsnr`."""
+"""`deepkd gsnr`: the gradient signal-to-noise ratio of measured runs, as tables and a summary."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
@@ -12,6 +10,7 @@ from typing import Any
 from ...errors import UserError
 from ...gsnr import noise_floor
 from ...run.checkpoint import write_whole
+from ..shared import csv_text
 from .figure import draw
 from .windows import TITLES, Run, read_runs
 
@@ -20,10 +19,10 @@ ORDERINGS = (("tog", "tcg"), ("ncg", "tcg"))
 
 
 def report(folders: Sequence[Path], out: Path) -> str:
-    """Write the tables and the figure of runs into a folder; returns the summary for the terminal.
+    """Write the tables and the figure of runs into a folder; return the summary for the terminal.
 
-    The runs are seeds of one experiment. Raises UserError where one was not measured, where they do not
-    belong together, and where `out` cannot be written.
+    The runs are seeds of one experiment. Raises UserError if one was not measured, if they do not belong together,
+    or if `out` cannot be written.
     """
     runs = read_runs(folders)
     figure = draw(runs)
@@ -39,7 +38,7 @@ def report(folders: Sequence[Path], out: Path) -> str:
 
 
 def write_tables(runs: Sequence[Run], out: Path) -> list[Path]:
-    """Write gsnr.csv, gsnr_angles.csv and, where layers were measured, gsnr_layers.csv; returns their paths.
+    """Write gsnr.csv, gsnr_angles.csv and, if layers were measured, gsnr_layers.csv; return their paths.
 
     A number that does not exist (GSNR without a variance) is an empty field.
     """
@@ -48,40 +47,32 @@ def write_tables(runs: Sequence[Run], out: Path) -> list[Path]:
     layers: list[dict[str, Any]] = []
     for run in runs:
         for window in run.windows:
-            at = {"run": str(run.folder), "seed": run.seed}
-            at |= {"epoch": window["epoch"], "iteration": window["iteration"]}
+            place = {"run": str(run.folder), "seed": run.seed}
+            place |= {"epoch": window["epoch"], "iteration": window["iteration"]}
             noise = {f"noise_{name}": value for name, value in noise_floor(window["samples"]).items()}
             for stream, values in window["gsnr"].items():
-                row = at | {"samples": window["samples"], "stream": stream}
+                row = place | {"samples": window["samples"], "stream": stream}
                 row |= {name: values[name] for name in ("mean", "ratio")} | noise
                 row |= {name: values[name] for name in ("norm", "zero_variance", "missing")}
                 streams.append(row | {"momentum": window["momentum"][stream]})
-            angles += [at | {"pair": pair, "degrees": value} for pair, value in window["angle"].items()]
+            angles += [place | {"pair": pair, "degrees": value} for pair, value in window["angle"].items()]
             for layer, by_stream in window.get("layers", {}).items():
                 for stream, values in by_stream.items():
-                    row = at | {"layer": layer, "stream": stream}
+                    row = place | {"layer": layer, "stream": stream}
                     layers.append(row | {name: values[name] for name in ("mean", "ratio")})
     written = []
     for name, rows in (("gsnr.csv", streams), ("gsnr_angles.csv", angles), ("gsnr_layers.csv", layers)):
         path = out / name
         if rows:
-            _write_table(rows, path)
+            write_whole(path, lambda file: file.write(csv_text(rows).encode()))  # noqa: B023
             written.append(path)
-        else:  # one of runs that were drawn here before
+        else:  # may be there of runs that were drawn here before
             path.unlink(missing_ok=True)
     return written
 
 
-def _write_table(rows: list[dict[str, Any]], path: Path) -> None:
-    text = io.StringIO()
-    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    write_whole(path, lambda file: file.write(text.getvalue().encode()))
-
-
 def summarise(runs: Sequence[Run]) -> str:
-    """What checked runs measured, for the terminal: medians over all windows, orderings, angles."""
+    """Tell what checked runs measured, for the terminal: medians over all windows, orderings, angles."""
     first = runs[0]
     windows = [window for run in runs for window in run.windows]
     noise = noise_floor(windows[0]["samples"])
@@ -93,8 +84,8 @@ def summarise(runs: Sequence[Run]) -> str:
     rows.append(("", "noise alone", *(f"{noise[name]:.4g}" for name in TITLES)))
     for high, low in ORDERINGS:
         if {high, low} <= set(first.streams):
-            held = [_holds(windows, name, high, low) for name in TITLES]
-            rows.append(("ordering", f"{high.upper()} > {low.upper()}", *held))
+            counts = [_holds(windows, name, high, low) for name in TITLES]
+            rows.append(("ordering", f"{high.upper()} > {low.upper()}", *counts))
     table = [f"{row[0]:10}{row[1]:20}{row[2]:24}{row[3]}" for row in rows]
     measured = (
         f"measured  {first.settings['DISTILLER.STUDENT']}, {len(windows)} window{'s' * (len(windows) > 1)} of "
@@ -109,12 +100,12 @@ def summarise(runs: Sequence[Run]) -> str:
 
 
 def _median(values: Iterable[float | None], form: str = ".4g", unit: str = "") -> str:
-    held = [value for value in values if value is not None]
-    return format(median(held), form) + unit if held else "none"
+    numbers = [value for value in values if value is not None]
+    return format(median(numbers), form) + unit if numbers else "none"
 
 
 def _holds(windows: Sequence[dict[str, Any]], name: str, high: str, low: str) -> str:
-    """In how many of the windows that have both numbers one stream's is above another's."""
+    """Count the windows in which one stream's number is above another's, of those that have both."""
     pairs = [(window["gsnr"][high][name], window["gsnr"][low][name]) for window in windows]
     both = [(a, b) for a, b in pairs if a is not None and b is not None]
     return f"in {sum(a > b for a, b in both)} of {len(both)} windows"

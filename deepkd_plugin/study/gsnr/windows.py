@@ -16,7 +16,7 @@ from ...gsnr import SUMMARIES
 from ...run.metrics import GSNR
 
 TITLES = {"ratio": "ratio of sums", "mean": "mean over coordinates"}
-"""gsnr.py's two, in the order of the panels, and what they are called."""
+"""The two summaries of gsnr.py, in the order of the panels, and what they are called."""
 
 MAY_DIFFER = (
     "SOLVER.SEED",
@@ -50,7 +50,7 @@ class Run:
 
 
 def read_runs(folders: Iterable[Path]) -> list[Run]:
-    """The runs of some folders, checked to be different seeds of one experiment; UserError otherwise."""
+    """Read the runs of some folders; UserError if they are not different seeds of one experiment."""
     runs = [read_run(folder) for folder in folders]
     first = runs[0]
     seeds: dict[int, Path] = {}
@@ -62,21 +62,21 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
             )
         seeds[run.seed] = run.folder
         for key in sorted(first.settings.keys() | run.settings.keys()):
-            held, wanted = run.settings.get(key), first.settings.get(key)
-            if config.computes(key) and key not in MAY_DIFFER and held != wanted:
-                raise UserError(f"{file}: {key} is {held!r}; it must be {wanted!r}, as in {first.folder}")
+            value, wanted = run.settings.get(key), first.settings.get(key)
+            if config.computes(key) and key not in MAY_DIFFER and value != wanted:
+                raise UserError(f"{file}: {key} is {value!r}; it must be {wanted!r}, as in {first.folder}")
         for window in run.windows:
             for what, wanted in _measured(first.windows[0]).items():
-                if (held := _measured(window)[what]) != wanted:
+                if (value := _measured(window)[what]) != wanted:
                     raise UserError(
-                        f"{run.folder / GSNR}: {what} of iteration {window['iteration']} is {held!r}; it "
+                        f"{run.folder / GSNR}: {what} of iteration {window['iteration']} is {value!r}; it "
                         f"must be {wanted!r}, as in the first window of {first.folder}"
                     )
     return runs
 
 
 def read_run(folder: Path) -> Run:
-    """One run's config.yaml and gsnr.jsonl; UserError where either is missing or of another form."""
+    """Read one run's config.yaml and gsnr.jsonl; UserError if either is missing or of another form."""
     path = folder / "config.yaml"
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -84,15 +84,13 @@ def read_run(folder: Path) -> Run:
         for key in (
             "SOLVER.SEED",
             "DATASET.TYPE",
-            "DISTILLER.TYPE",
-            "DISTILLER.TEACHER",
-            "DISTILLER.STUDENT",
+            *(f"DISTILLER.{name}" for name in ("TYPE", "TEACHER", "STUDENT")),
         ):
             settings[key]
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(f"{path}: must be the config of a run ({reason})") from None
-    # of keys that are newer than the run; YAML has no tuples
+    # for keys that are newer than the run; YAML has no tuples
     defaults = {
         k.path: list(k.default) if isinstance(k.default, tuple) else k.default for k in config.all_keys()
     }
@@ -112,7 +110,7 @@ def read_run(folder: Path) -> Run:
 
 
 def _measured(window: dict[str, Any]) -> dict[str, Any]:
-    """What windows must share so that their numbers can be compared."""
+    """Collect what windows must share if their numbers are to be compared."""
     names = {"streams": list(window["gsnr"]), "pairs": list(window["angle"])}
     return names | {key: window[key] for key in ("samples", "coordinates")}
 

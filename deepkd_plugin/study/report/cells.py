@@ -1,4 +1,4 @@
-"""A table's cells with their numbers and comparisons: what report.md, report.csv and the page all show."""
+"""A table's cells with their numbers and comparisons, which report.md, report.csv and the page all show."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..measures import CLASSIFICATION, MEASURES, Measures
 from ..table import Method, Pair, Run
 from . import published
 from .collect import Record, Table
-from .formats import CONFIDENCE, interval, signed
+from .formats import CONFIDENCE, interval, span
 from .published import Published
 from .statistics import (
     EQUAL,
@@ -30,13 +30,13 @@ NUMBERS = {"last": "last epoch", "best": "best of all epochs, chosen on the test
 
 
 def number_name(number: str, measures: Measures) -> str:
-    """What one of NUMBERS is called in a table whose runs measure these."""
+    """Return what one of NUMBERS is called in a table whose runs measure these."""
     return NUMBERS[number].replace("epoch", measures.step)
 
 
 @dataclass(frozen=True)
 class Number:
-    """One of a cell's two numbers over its runs: against the published value, and against its base.
+    """One of a cell's two numbers over its runs, compared with the published value and with its base.
 
     further: the other measures of the same epochs, by name.
     """
@@ -49,7 +49,7 @@ class Number:
 
     @property
     def after_holm(self) -> str | None:
-        """The verdict by Holm's p value."""
+        """The verdict by Holm's p value; None if there is none."""
         if self.holm_p is None or self.gain is None:
             return None
         return self.gain.verdict if self.holm_p < 1 - LEVEL else EQUAL
@@ -59,7 +59,7 @@ class Number:
 class Cell:
     """A pair and a method: its runs that count, how many are planned, its numbers and the published one.
 
-    published_gain: the published value minus the base's; None where either is missing or not comparable.
+    published_gain: the published value minus the base's; None if either is missing or not comparable.
     """
 
     pair: Pair
@@ -83,9 +83,9 @@ class Cell:
 
 
 def assemble(table: Table) -> list[Cell]:
-    """The cells of every pair and method that is planned, pair by pair in the plan's order."""
+    """Make the cells of every planned pair and method, pair by pair in the plan's order."""
     methods = {method.name: method for method in table.methods}
-    found: dict[tuple[str, str], Cell] = {}
+    cells: dict[tuple[str, str | None], Cell] = {}
     for pair in table.pairs:
         for method in table.methods:
             runs = tuple(run for run in table.runs if (run.pair, run.method) == (pair.name, method.name))
@@ -95,10 +95,10 @@ def assemble(table: Table) -> list[Cell]:
             records = tuple(table.records[key] for key in keys if key in table.records)
             settings = records[0].settings if records else None
             names = (table.dataset, table.metric, pair.teacher, pair.student, method.name)
-            found[pair.name, method.name] = Cell(
+            cells[pair.name, method.name] = Cell(
                 pair=pair,
                 method=method,
-                base=methods.get(method.base),
+                base=methods.get(method.base or ""),
                 planned=runs,
                 records=records,
                 published=published.find(*names, settings, table.options),
@@ -106,21 +106,22 @@ def assemble(table: Table) -> list[Cell]:
                 numbers={},
                 measures=table.measures,
             )
-    cells = [_compare(cell, found.get((cell.pair.name, cell.method.base))) for cell in found.values()]
-    return _correct(cells)
+    return _correct(
+        [_compare(cell, cells.get((cell.pair.name, cell.method.base))) for cell in cells.values()]
+    )
 
 
 def _compare(cell: Cell, base: Cell | None) -> Cell:
+    """Return the cell with its numbers, compared with the published value and with its base."""
     numbers = {}
     for name in NUMBERS:
         values = [getattr(record, name) for record in cell.records]
-        held = cell.published
-        known = held is not None and held.value is not None and held.comparable
-        gain = None
+        gain = minus = None
         if base is not None:
             others = [getattr(record, name) for record in base.records]
             gain = compare(values, others, (cell.method.label, base.method.label))
-        minus = compare_published(values, held.value) if known else None
+        if cell.published is not None and cell.published.value is not None and cell.published.comparable:
+            minus = compare_published(values, cell.published.value)
         further = {
             other: summarise([record.further[name][other] for record in cell.records])
             for other in cell.measures.further
@@ -129,74 +130,72 @@ def _compare(cell: Cell, base: Cell | None) -> Cell:
     return replace(cell, numbers=numbers, base_published=base.published if base is not None else None)
 
 
-def _correct(cells: list[Cell]) -> list[Cell]:
-    """The cells with Holm's p values, over all of a table's comparisons of the same number."""
-    adjusted = {
-        name: holm([cell.numbers[name].gain and cell.numbers[name].gain.p for cell in cells])
-        for name in NUMBERS
-    }
+def _correct(cells: Sequence[Cell]) -> list[Cell]:
+    """Return the cells with Holm's p values, over all of a table's comparisons of the same number."""
+    gains = {name: [cell.numbers[name].gain for cell in cells] for name in NUMBERS}
+    adjusted = {name: holm([gain.p if gain else None for gain in gains[name]]) for name in NUMBERS}
     return [
         replace(
             cell,
-            numbers={name: replace(held, holm_p=adjusted[name][i]) for name, held in cell.numbers.items()},
+            numbers={
+                name: replace(number, holm_p=adjusted[name][i]) for name, number in cell.numbers.items()
+            },
         )
         for i, cell in enumerate(cells)
     ]
 
 
 def comparisons(cells: Iterable[Cell], number: str) -> int:
-    """How many comparisons Holm's correction is over."""
+    """Count the comparisons that Holm's correction is over."""
     return sum(cell.numbers[number].holm_p is not None for cell in cells)
 
 
 def by_base(cells: Iterable[Cell]) -> dict[str, list[Cell]]:
-    """The cells with a base, under a heading for each base; a single method over it is named in the heading."""
+    """Group the cells by their base, under headings; the heading names a method that is alone over its base."""
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
         if cell.base is not None:
-            groups.setdefault(cell.base.name, []).append(cell)
+            groups.setdefault(cell.base.label, []).append(cell)
     named = {}
-    for group in groups.values():
-        methods = dict.fromkeys(cell.method.label for cell in group)
-        over = f"over {group[0].base.label}"
-        named[f"{next(iter(methods))} {over}" if len(methods) == 1 else f"Gain {over}"] = group
+    for base, group in groups.items():
+        methods = {cell.method.label for cell in group}
+        named[f"{methods.pop() if len(methods) == 1 else 'Gain'} over {base}"] = group
     return named
 
 
 def headline(group: Sequence[Cell], number: str = "last") -> str:
-    """What the comparisons of one base come to, in a sentence without its subject."""
-    held = [cell.numbers[number] for cell in group]
-    judged = [one for one in held if one.gain is not None and one.gain.verdict is not None]
-    without = len(held) - len(judged)
+    """Say what the comparisons of one base come to, in a sentence without its subject."""
+    numbers = [cell.numbers[number] for cell in group]
+    judged = [(one.gain, one.after_holm) for one in numbers if one.gain and one.gain.verdict is not None]
     if not judged:
-        if len(held) > 1:
-            return f"no verdict yet in any of {len(held)} comparisons"
-        return f"no verdict yet: {held[0].gain.reason if held[0].gain else 'one of them has no runs'}"
-    count = Counter(one.gain.verdict for one in judged)
-    parts = [f"{verdict} in {count[verdict]}" for verdict in (HIGHER, LOWER, EQUAL) if count[verdict]]
-    gains = [one.gain.value for one in judged]
-    clear = [one for one in judged if one.gain.verdict != EQUAL]
-    stay = sum(one.after_holm != EQUAL for one in clear)
+        if len(numbers) > 1:
+            return f"no verdict yet in any of {len(numbers)} comparisons"
+        return f"no verdict yet: {numbers[0].gain.reason if numbers[0].gain else 'one of them has no runs'}"
+    clear = [after_holm for gain, after_holm in judged if gain.verdict != EQUAL]
+    stay = sum(verdict != EQUAL for verdict in clear)
     if len(judged) > 1:
-        text = f"{', '.join(parts)} of {len(judged)} comparisons"
-        text += f"; gain {signed(min(gains))} to {signed(max(gains))}"
+        verdicts = Counter(gain.verdict for gain, _ in judged)
+        parts = [
+            f"{verdict} in {verdicts[verdict]}" for verdict in (HIGHER, LOWER, EQUAL) if verdicts[verdict]
+        ]
+        text = f"{', '.join(parts)} of {len(judged)} comparisons; gain {span([gain.value for gain, _ in judged])}"
         text += f"; {stay} of {len(clear)} also after Holm's correction" if clear else ""
     else:
-        text = f"{judged[0].gain.verdict}; gain {interval(judged[0].gain)}"
+        gain = judged[0][0]
+        text = f"{gain.verdict}; gain {interval(gain)}"
         text += f"; {'also' if stay else 'not'} after Holm's correction" if clear else ""
+    without = len(numbers) - len(judged)
     return text + (f"; {without} without a verdict" if without else "")
 
 
 def agreement(cells: Iterable[Cell], number: str = "last") -> str:
-    """How the published values lie to our intervals, in a sentence; "" where there is none to compare."""
-    held = [cell.numbers[number].minus_published for cell in cells]
-    held = [one for one in held if one is not None and one.low is not None]
-    if not held:
+    """Say in a sentence how far our means are from the published values; "" if there is none to compare."""
+    differences = [cell.numbers[number].minus_published for cell in cells]
+    ends = [(one.value, one.low, one.high) for one in differences if one and one.low is not None]
+    if not ends:
         return ""
-    inside = sum(one.low <= 0 <= one.high for one in held)
-    values = [one.value for one in held]
-    spread = signed(values[0]) if len(held) == 1 else f"{signed(min(values))} to {signed(max(values))}"
+    inside = sum(low <= 0 <= high for _, low, high in ends)
     return (
-        f"{inside} of {len(held)} published values lie in the {CONFIDENCE} interval of our mean "
-        f"(ours minus published: {spread})"
+        f"{inside} of {len(ends)} published values lie in the {CONFIDENCE} interval of our mean "
+        f"(ours minus published: {span([value for value, *_ in ends])})"
     )

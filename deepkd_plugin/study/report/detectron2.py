@@ -1,4 +1,4 @@
-"""The settings of a run of mdistiller's detectors, under the names that other runs have for them."""
+"""The settings of runs of mdistiller's detectors, under the names that other runs have for them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ HOW = (
     *("OUTPUT_DIR", "VIS_PERIOD", "VERSION", "CUDNN_BENCHMARK", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS"),
     *("SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD", "MODEL.WEIGHTS"),
 )
-"""What does not say what a run computes: detection.detectron2.recorder.HOW, which needs detectron2 to be imported, and
-the start file, whose place may differ (teachers are compared by their weights)."""
+"""Keys that do not say what a run computes: those of detection.detectron2.recorder.HOW, which needs detectron2 to be
+imported, and the start file, whose place may differ (teachers are compared by their weights)."""
 
 
 def settings(kind: str, flat: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's flat config as the report reads it; another kind's as it is."""
+    """Return a run's flat config as the report reads it; another kind's as it is."""
     if kind != DETECTRON2:
         return dict(flat)
     return {_name(path): value for path, value in flat.items() if path not in HOW}

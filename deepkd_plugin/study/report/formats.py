@@ -1,21 +1,26 @@
-"""How numbers are written in the report: the same in Markdown and on the page."""
+"""How the report writes numbers, in Markdown as on the page."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from .statistics import LEVEL, Difference, Summary
 
 NONE = "–"
-"""Stands where there is no number."""
+"""In the place of a number that does not exist."""
 
 CONFIDENCE = f"{100 * LEVEL:g}\u00a0%"
 
 # no-break spaces: a line may end before an interval, not inside it
 
 
+def count(number: int, what: str) -> str:
+    """Write how many there are: "1 run", "2 runs"."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def ranges(numbers: Iterable[int]) -> str:
-    """Whole numbers in short: "0–4, 7"."""
+    """Write whole numbers in short: "0–4, 7"."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][1] + 1:
@@ -26,13 +31,18 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def signed(value: float) -> str:
-    """A difference with its sign, two decimals."""
+    """Write a difference with its sign and two decimals."""
     text = f"{value:+.2f}".replace("-", "−")
     return "0.00" if text[1:] == "0.00" else text
 
 
+def span(values: Sequence[float]) -> str:
+    """Write the lowest and the highest of some differences; one alone is written once."""
+    return " to ".join(signed(value) for value in (min(values), max(values))[: len(values)])
+
+
 def interval(difference: Difference) -> str:
-    """A difference with its interval, where it has one."""
+    """Write a difference, with its interval if it has one."""
     text = signed(difference.value)
     if difference.low is None or difference.high is None:
         return text
@@ -40,14 +50,14 @@ def interval(difference: Difference) -> str:
 
 
 def mean_std(summary: Summary) -> str:
-    """Mean ± sample standard deviation; "no runs" where there are none."""
+    """Write mean ± sample standard deviation; "no runs" if there are none."""
     if summary.mean is None:
         return "no runs"
     return f"{summary.mean:.2f}" + ("" if summary.std is None else f"\u00a0±\u00a0{summary.std:.2f}")
 
 
 def p_value(p: float) -> str:
-    """A p value with as many digits as mean something."""
+    """Write a p value with as many digits as mean something."""
     if p < 1e-4:
         return "<\u00a00.0001"
     digits = 4 if p < 0.01 else 3 if p < 0.1 else 2

@@ -9,18 +9,18 @@ from ..measures import CLASSIFICATION, MEASURES
 from ..shared import duration
 from .cells import Cell, comparisons, number_name
 from .collect import NOT_STARTED, UNFINISHED, Table
-from .formats import CONFIDENCE, ranges
+from .formats import CONFIDENCE, count, ranges
 from .published import without_pair
 from .statistics import LEVEL, MIN_RUNS
 
 
 def what_was_run(table: Table) -> str:
-    """A table's runs in one paragraph."""
+    """Tell of a table's runs in one paragraph."""
     records = list(table.records.values())
     pairs, methods, seeds = len(table.pairs), len(table.methods), len(table.seeds)
     text = (
-        f"{_count(methods, 'method')}, {_count(pairs, 'teacher–student pair')} and {_count(seeds, 'seed')} on "
-        f"{table.dataset}, measured as {table.metric}: {_count(len(table.runs), 'run')} planned, "
+        f"{count(methods, 'method')}, {count(pairs, 'teacher–student pair')} and {count(seeds, 'seed')} on "
+        f"{table.dataset}, measured as {table.metric}: {count(len(table.runs), 'run')} planned, "
         f"{len(records)} counted"
     )
     kinds = Counter(left.kind for left in table.left_out)
@@ -30,9 +30,10 @@ def what_was_run(table: Table) -> str:
     said += [f"{others} left out"] if others else []
     text += f", {', '.join(said)}. " if said else ". "
     if records:
-        spent = duration(60 * sum(found.minutes for found in records))
-        text += f"The counted runs trained for {spent} in all, the first started {min(r.started for r in records)}. "
-    if taken := sum(found.taken_from is not None for found in records):
+        spent = duration(60 * sum(record.minutes for record in records))
+        first = min(record.started for record in records)
+        text += f"The counted runs trained for {spent} in all, the first started {first}. "
+    if taken := sum(record.taken_from is not None for record in records):
         text += f"Of them {taken} {'was' if taken == 1 else 'were'} trained for another table, under the same config. "
     if table.options:
         given = ", ".join(f"{key} {value or repr(value)}" for key, value in table.options.items())
@@ -44,13 +45,13 @@ def what_was_run(table: Table) -> str:
 
 
 def published_without_pair(table: Table) -> list[str]:
-    """What is published for no pair in particular: a sentence that says so, then the values; empty without any."""
-    found = without_pair(table.dataset, table.metric)
-    return ["Published for a pair that is not named, so beside no cell of ours:", *found] if found else []
+    """List what is published for no pair in particular: a sentence that says so, then the values; empty without any."""
+    values = without_pair(table.dataset, table.metric)
+    return ["Published for a pair that is not named, so beside no cell of ours:", *values] if values else []
 
 
 def left_out(table: Table) -> list[tuple[str, str, str, str]]:
-    """The runs that do not count: pair, method, seeds, why; seeds of a cell with one reason stand together."""
+    """List the runs that do not count: pair, method, seeds, why. Seeds of a cell with one reason share a row."""
     pairs = {pair.name: pair.label for pair in table.pairs}
     methods = {method.name: method.label for method in table.methods}
     rows: dict[tuple[str, str, str], list[int]] = {}
@@ -62,7 +63,7 @@ def left_out(table: Table) -> list[tuple[str, str, str, str]]:
 
 
 def notes(cells: Sequence[Cell]) -> list[str]:
-    """How the numbers were made and what they do not say."""
+    """Say how the numbers were made and what they do not say."""
     measures = cells[0].measures if cells else MEASURES[CLASSIFICATION]
     noun, step = measures.noun, measures.step
     said = [
@@ -79,7 +80,7 @@ def notes(cells: Sequence[Cell]) -> list[str]:
     last, best = comparisons(cells, "last"), comparisons(cells, "best")
     if last:
         holm = (
-            f"Holm's p is adjusted over the {_count(last, 'comparison')} with a base in this table that have a "
+            f"Holm's p is adjusted over the {count(last, 'comparison')} with a base in this table that have a "
             f"p value ({best} for the best {step}): read by it, the chance that any of them is called higher or "
             f"lower by mistake stays below {100 * (1 - LEVEL):g} %."
         )
@@ -99,7 +100,3 @@ def notes(cells: Sequence[Cell]) -> list[str]:
         )
     said.append("report.csv has every number of this page unrounded, runs.csv every run.")
     return said
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -1,4 +1,4 @@
-"""Under which protocol the numbers of a pair were made, read from its runs' records and configs."""
+"""The protocol under which the numbers of a pair were made, read from its runs' records and configs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ ALIKE = ("Training images", "Test images", "Images", "Teacher", "Versions", "Cod
 """What must be the same in all cells of a pair; methods may differ in the rest by their recipes."""
 
 AS_BASE = ("Learning rate", "Batch", "Precision", "Iterations", "Epochs", "Evaluations")
-"""What a gain over a base takes for equal: where it is not, the gain is not the method's alone."""
+"""What a gain over a base takes for equal: if it is not, the gain is not the method's alone."""
 
 MOST_ANSWERS = 4
-"""Different answers that are told with the methods that give them; an ablation's rows name theirs anyway."""
+"""How many different answers are told with the methods that give them; an ablation's rows name theirs anyway."""
 
 
 def protocol(cells: Sequence[Cell]) -> list[tuple[str, list[str]]]:
-    """Under which protocol the cells of one pair were made: (what, answers), naming the methods that differ.
+    """Tell under which protocol the cells of one pair were made: (what, answers), naming the methods that differ.
 
     What only a run's record tells is left out as long as there is none.
     """
@@ -36,12 +36,12 @@ def protocol(cells: Sequence[Cell]) -> list[tuple[str, list[str]]]:
 
 
 def cautions(cells: Sequence[Cell]) -> list[str]:
-    """Where the cells of one pair cannot simply be compared, because they were not made alike."""
-    found = []
+    """Say which cells of one pair cannot simply be compared, because they were not made alike."""
+    said = []
     for what, get in _PROTOCOL:
         answers = _by_method(cells, _of_records(get))
         if what in ALIKE and len(answers) > 1:
-            found.append(f"{what} differ: {'; '.join(answers)}")
+            said.append(f"{what} differ: {'; '.join(answers)}")
     by_name = {cell.method.name: cell for cell in cells}
     for cell in cells:
         base = by_name.get(cell.base.name) if cell.base else None
@@ -50,26 +50,26 @@ def cautions(cells: Sequence[Cell]) -> list[str]:
         for what, get in (*_PROTOCOL, (_length(cell), lambda record: record.epochs)):
             mine, theirs = (_answer(get, one) for one in (cell, base))
             if what in AS_BASE and mine != theirs:
-                found.append(f"{what} of {cell.method.label} is {mine}, of its base {theirs}")
-    return found
+                said.append(f"{what} of {cell.method.label} is {mine}, of its base {theirs}")
+    return said
 
 
 def _length(cell: Cell) -> str:
-    """What the length of a run is counted in, as an entry of the protocol."""
+    """Name what the length of a run is counted in, as an entry of the protocol."""
     return f"{cell.measures.step.capitalize()}s"
 
 
 def _answer(get: Callable[[Record], Any], cell: Cell) -> str:
-    """What a cell's records say, once each."""
-    return " and ".join(dict.fromkeys(str(get(found)) for found in cell.records))
+    """Join what a cell's records say, once each."""
+    return " and ".join(dict.fromkeys(str(get(record)) for record in cell.records))
 
 
 def _of_records(get: Callable[[Record], Any]) -> Callable[[Cell], list[Any]]:
-    return lambda cell: [get(found) for found in cell.records]
+    return lambda cell: [get(record) for record in cell.records]
 
 
 def _by_method(cells: Sequence[Cell], get: Callable[[Cell], Any]) -> list[str]:
-    """What cells say, the answer of most first; answers that are not most cells' name the methods that give them."""
+    """Collect what cells say, the commonest answer first; an answer of the minority names its methods."""
     said: dict[str, list[str]] = {}
     for cell in cells:
         answer = get(cell)
@@ -86,38 +86,38 @@ def _by_method(cells: Sequence[Cell], get: Callable[[Cell], Any]) -> list[str]:
 
 
 def _listed(labels: Sequence[str]) -> str:
-    """Labels one after another; one with a comma of its own is quoted."""
+    """Join labels; one with a comma of its own is quoted."""
     return ", ".join(f"“{label}”" if "," in label else label for label in labels)
 
 
 def _setting(form: Callable[[dict[str, Any]], str | None]) -> Callable[[Record], str | None]:
-    """A value of a run's config; None where the config lacks a key or holds something else there."""
+    """Read a value of a run's config; None if the config lacks a key or holds something else there."""
 
-    def get(found: Record) -> str | None:
+    def get(record: Record) -> str | None:
         try:
-            return form(found.settings)
+            return form(record.settings)
         except (KeyError, TypeError, ValueError):
             return None
 
     return get
 
 
-def _rate(found: Record) -> str | None:
-    held = found.settings
-    if "SOLVER.BASE_LR" in held:  # on detectron2, where few of its values are written down
-        at = " and ".join(f"{step:,}" for step in held["SOLVER.STEPS"])
-        return f"{held['SOLVER.BASE_LR']:g}, times {held['SOLVER.GAMMA']:g} after {at} iterations"
-    rates = list(found.lr.values())
-    schedule = found.settings.get("SOLVER.LR_SCHEDULE", "")
+def _rate(record: Record) -> str | None:
+    settings = record.settings
+    if "SOLVER.BASE_LR" in settings:  # on detectron2, where few of its values are written down
+        steps = " and ".join(f"{step:,}" for step in settings["SOLVER.STEPS"])
+        return f"{settings['SOLVER.BASE_LR']:g}, times {settings['SOLVER.GAMMA']:g} after {steps} iterations"
+    rates = list(record.lr.values())
+    schedule = settings.get("SOLVER.LR_SCHEDULE", "")
     return f"{max(rates):g} to {rates[-1]:g} {schedule}".strip() if rates else None
 
 
-def _momenta(found: Record) -> str | None:
-    held = {stream: f"{value:g}" for stream, value in next(reversed(found.momentum.values()), {}).items()}
-    values = set(held.values())
-    if len(values) < 2:
-        return next(iter(values), None)
-    return ", ".join(f"{stream.upper()} {value}" for stream, value in held.items())
+def _momenta(record: Record) -> str | None:
+    last = next(reversed(record.momentum.values()), {})
+    momenta = {stream: f"{value:g}" for stream, value in last.items()}
+    if len(set(momenta.values())) < 2:
+        return next(iter(momenta.values()), None)
+    return ", ".join(f"{stream.upper()} {value}" for stream, value in momenta.items())
 
 
 def _variant(settings: dict[str, Any]) -> str | None:
@@ -152,7 +152,7 @@ def _testing(settings: dict[str, Any]) -> str:
 
 
 def _sets(settings: dict[str, Any]) -> str:
-    """The data sets of a run on detectron2."""
+    """Name the data sets of a run on detectron2."""
     train, test = (", ".join(settings[f"DATASETS.{part}"]) for part in ("TRAIN", "TEST"))
     return f"{train} to train on, {test} to test on"
 
@@ -165,21 +165,27 @@ def _proposals(settings: dict[str, Any]) -> str:
     return f"{count} an image, at most {100 * share:g} % of them foreground"
 
 
-def _teacher(found: Record) -> str | None:
-    if found.teacher is None:
+def _teacher(record: Record) -> str | None:
+    if record.teacher is None:
         return None
-    weights = f"weights {found.teacher}"
-    if found.teacher_acc is None:
+    weights = f"weights {record.teacher}"
+    if record.teacher_acc is None:
         return weights
-    noun = "" if found.measures.noun == "accuracy" else f"{found.measures.noun} "
-    return f"{noun}{found.teacher_acc:.2f} % on the test images ({weights})"
+    noun = "" if record.measures.noun == "accuracy" else f"{record.measures.noun} "
+    return f"{noun}{record.teacher_acc:.2f} % on the test images ({weights})"
+
+
+def _versions(record: Record) -> str:
+    return ", ".join(
+        f"{name} {version}" for name, version in {"python": record.python, **record.versions}.items()
+    )
 
 
 _PROTOCOL: tuple[tuple[str, Callable[[Record], str | None]], ...] = (
     ("Learning rate", _rate),
-    ("Batch", _setting(lambda held: f"{held['SOLVER.BATCH_SIZE']} images")),
-    ("Precision", _setting(lambda held: "bfloat16 autocast" if held["SOLVER.AMP"] else "float32")),
-    ("Iterations", _setting(lambda held: f"{held['SOLVER.MAX_ITER']:,}")),
+    ("Batch", _setting(lambda settings: f"{settings['SOLVER.BATCH_SIZE']} images")),
+    ("Precision", _setting(lambda settings: "bfloat16 autocast" if settings["SOLVER.AMP"] else "float32")),
+    ("Iterations", _setting(lambda settings: f"{settings['SOLVER.MAX_ITER']:,}")),
     ("Training images", _setting(_training)),
     ("Test images", _setting(_testing)),
     ("Images", _setting(_sets)),
@@ -188,12 +194,9 @@ _PROTOCOL: tuple[tuple[str, Callable[[Record], str | None]], ...] = (
     ("Momentum variant", _setting(_variant)),
     ("Momenta, last epoch", _momenta),
     ("Mask", _setting(_mask)),
-    ("Execution", lambda found: " and ".join(found.execution)),
-    (
-        "Versions",
-        lambda found: ", ".join(f"{k} {v}" for k, v in {"python": found.python, **found.versions}.items()),
-    ),
-    ("Hardware", lambda found: f"{found.device}; {found.processor}"),
-    ("Commit", lambda found: found.commit),
-    ("Code", lambda found: found.codes[0]),
+    ("Execution", lambda record: " and ".join(record.execution)),
+    ("Versions", _versions),
+    ("Hardware", lambda record: f"{record.device}; {record.processor}"),
+    ("Commit", lambda record: record.commit),
+    ("Code", lambda record: record.codes[0]),
 )

@@ -1,9 +1,9 @@
 """Means over seeds and differences between them: Welch's test, t intervals, Holm's correction.
 
-The test is Welch's for independent samples even where two cells share their seeds. A seed fixes the student's
-first weights and the order of the images, but methods draw different random numbers from it (a second view, other
-batch sizes) and train for hundreds of epochs, so whether two runs of one seed go together is unknown. A paired test
-would give half the degrees of freedom for that; where they do go together, Welch's interval is wider than it need be.
+The test is Welch's for independent samples, even if two cells share their seeds. A seed fixes the student's first
+weights and the order of the images. But methods draw different random numbers from it (a second view, other batch
+sizes) and train for hundreds of epochs, so nobody knows whether two runs of one seed go together. A paired test would
+give half the degrees of freedom for that. If they do go together, Welch's interval is wider than it need be.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Summary:
 class Difference:
     """Our mean minus another value, in the values' unit.
 
-    low, high: its confidence interval; p: of Welch's test, two-sided; verdict: HIGHER, LOWER or EQUAL. Each is
-    None where it cannot be had, and `reason` then says why.
+    low, high: its confidence interval. p: of Welch's test, two-sided. verdict: HIGHER, LOWER or EQUAL. Each is None
+    if it cannot be had; `reason` then says why.
     """
 
     value: float
@@ -54,7 +54,7 @@ class Difference:
 
 
 def summarise(values: Sequence[float]) -> Summary:
-    """Mean and sample standard deviation (n - 1) of a cell's runs."""
+    """Take the mean and the sample standard deviation (n - 1) of a cell's runs."""
     n = len(values)
     if n == 0:
         return Summary(0, None, None)
@@ -62,11 +62,11 @@ def summarise(values: Sequence[float]) -> Summary:
 
 
 def compare(ours: Sequence[float], base: Sequence[float], names: tuple[str, str]) -> Difference | None:
-    """Difference of two cells' means with Welch's t-test and its interval; None where a cell has no runs.
+    """Compare two cells' means by Welch's t-test and its interval; None if a cell has no runs.
 
     names: what a reason calls the two cells.
     """
-    if not len(ours) or not len(base):
+    if not ours or not base:
         return None
     value = float(np.mean(ours) - np.mean(base))
     short = [f"{name} has {len(runs)}" for name, runs in zip(names, (ours, base)) if len(runs) < MIN_RUNS]
@@ -87,16 +87,17 @@ def compare(ours: Sequence[float], base: Sequence[float], names: tuple[str, str]
 
 
 def compare_published(ours: Sequence[float], published: float) -> Difference | None:
-    """Difference of a cell's mean from a published number; None where the cell has no runs.
+    """Compare a cell's mean with a published number; None if the cell has no runs.
 
-    The interval is the t interval of our mean alone: the spread of a published single number is unknown, so
-    there is no test and no verdict.
+    The interval is the t interval of our mean alone. The spread of a single published number is unknown, so there is
+    no test and no verdict.
     """
-    if not len(ours):
+    if not ours:
         return None
     value = float(np.mean(ours) - published)
     if len(ours) < MIN_RUNS:
-        return Difference(value, reason=f"an interval needs {MIN_RUNS} runs, there {_are(len(ours))}")
+        there = "is 1" if len(ours) == 1 else f"are {len(ours)}"
+        return Difference(value, reason=f"an interval needs {MIN_RUNS} runs, there {there}")
     if np.ptp(ours) <= NO_SPREAD:
         return Difference(
             value, reason="no seed differs from another, so there is no spread to make an interval of"
@@ -106,7 +107,7 @@ def compare_published(ours: Sequence[float], published: float) -> Difference | N
 
 
 def holm(ps: Sequence[float | None]) -> list[float | None]:
-    """Holm's step-down adjustment of a table's p values; a comparison without one (None) does not count."""
+    """Adjust a table's p values by Holm's steps; a comparison without one (None) does not count."""
     order = sorted((p, i) for i, p in enumerate(ps) if p is not None)
     adjusted: list[float | None] = [None] * len(ps)
     largest = 0.0
@@ -114,7 +115,3 @@ def holm(ps: Sequence[float | None]) -> list[float | None]:
         largest = max(largest, min(1.0, (len(order) - rank) * p))
         adjusted[i] = largest
     return adjusted
-
-
-def _are(n: int) -> str:
-    return f"is {n}" if n == 1 else f"are {n}"

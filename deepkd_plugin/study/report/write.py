@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import sys
 from collections.abc import Sequence
@@ -12,6 +10,7 @@ from typing import Any
 
 from ...errors import UserError
 from ...run.checkpoint import write_whole
+from ..shared import csv_text
 from .cells import NUMBERS, Cell, agreement, assemble, by_base, headline, number_name
 from .collect import NOT_STARTED, UNFINISHED, Table, collect
 from .columns import columns, title
@@ -22,10 +21,10 @@ from .statistics import Difference
 
 
 def report(folder: Path) -> list[Path]:
-    """Write the report of a table's folder; returns the files: report.md, report.csv, runs.csv, report.html.
+    """Write the report of a table's folder and return its files: report.md, report.csv, runs.csv, report.html.
 
-    Each is written whole. Finished runs that do not count are told of on stderr. Raises UserError where the folder
-    holds no table or cannot be written.
+    Each is written whole. Finished runs that do not count are told of on stderr. Raises UserError if the folder holds
+    no table or cannot be written.
     """
     folder = Path(folder)
     table = collect(folder)
@@ -56,7 +55,7 @@ def report(folder: Path) -> list[Path]:
 
 
 def markdown(table: Table, cells: Sequence[Cell]) -> str:
-    """The report as Markdown."""
+    """Write the report as Markdown."""
     blocks = [f"# DeepKD: {_plain(table.title)}", _plain(what_was_run(table)), "## Result"]
     groups = by_base(cells)
     blocks.append(
@@ -68,17 +67,17 @@ def markdown(table: Table, cells: Sequence[Cell]) -> str:
     if said := published_without_pair(table):
         blocks += [_plain(said[0]), "\n".join(f"- {_plain(one)}" for one in said[1:])]
     for pair in table.pairs:
-        held = [cell for cell in cells if cell.pair is pair]
-        if not held:
+        of_pair = [cell for cell in cells if cell.pair is pair]
+        if not of_pair:
             continue
         blocks.append(f"## {_plain(pair.label)} ({_plain(pair.name)})")
-        told = [f"- {what}: {_plain('; '.join(answers))}" for what, answers in protocol(held)]
-        told += [f"- **Not all alike.** {_plain(text)}" for text in cautions(held)]
+        told = [f"- {what}: {_plain('; '.join(answers))}" for what, answers in protocol(of_pair)]
+        told += [f"- **Not all alike.** {_plain(text)}" for text in cautions(of_pair)]
         for number in NUMBERS:
             blocks += [
                 f"### {_plain(title(number, table.metric, table.measures))}",
                 "\n".join([f"- Number: {number_name(number, table.measures)}", *told]),
-                _table(held, number),
+                _table(of_pair, number),
             ]
         blocks.append(f"\\* {number_name('best', table.measures)}")
     blocks.append("## Runs that are not counted")
@@ -106,17 +105,17 @@ def _lines(rows: Sequence[Sequence[str]], numbers: Sequence[bool] = ()) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown takes as it stands, in one line and with ordinary spaces."""
+    """Write text as Markdown takes it literally, in one line and with ordinary spaces."""
     for sign in "\\`*_[]<>|":
         text = text.replace(sign, f"\\{sign}")
     return " ".join(text.split())
 
 
 def cell_rows(table: Table, cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """report.csv: a row for each pair and method; a number that does not exist is an empty field."""
+    """Make the rows of report.csv, one for each pair and method; a number that does not exist is an empty field."""
     rows = []
     for cell in cells:
-        held = cell.published
+        value = cell.published
         row: dict[str, Any] = {
             "table": table.name,
             "dataset": table.dataset,
@@ -131,11 +130,11 @@ def cell_rows(table: Table, cells: Sequence[Cell]) -> list[dict[str, Any]]:
             "planned": len(cell.planned),
             "missing": len(cell.planned) - len(cell.records),
             "epochs": cell.planned[0].epochs,
-            "published_method": held and held.method,
-            "published_value": held and held.text,
-            "published_source": held and held.source,
-            "published_certainty": held and held.certainty,
-            "published_note": held and held.note,
+            "published_method": value and value.method,
+            "published_value": value and value.text,
+            "published_source": value and value.source,
+            "published_certainty": value and value.certainty,
+            "published_note": value and value.note,
             "published_gain": cell.published_gain,
         }
         for name in NUMBERS:
@@ -154,51 +153,40 @@ def cell_rows(table: Table, cells: Sequence[Cell]) -> list[dict[str, Any]]:
     return rows
 
 
-def _difference(name: str, held: Difference | None) -> dict[str, float | None]:
-    return {
-        name: held and held.value,
-        f"{name}_low": held and held.low,
-        f"{name}_high": held and held.high,
-    }
+def _difference(name: str, difference: Difference | None) -> dict[str, float | None]:
+    ends = (difference.value, difference.low, difference.high) if difference else (None, None, None)
+    return dict(zip((name, f"{name}_low", f"{name}_high"), ends))
 
 
 def run_rows(table: Table) -> list[dict[str, Any]]:
-    """runs.csv: a row for each planned run, with what it measured or the reason why it does not count."""
+    """Make the rows of runs.csv, one for each planned run: what it measured, or why it does not count."""
     reasons = {(left.run.pair, left.run.method, left.run.seed): left for left in table.left_out}
     rows = []
     for run in table.runs:
         key = (run.pair, run.method, run.seed)
-        found, left = table.records.get(key), reasons.get(key)
+        record, left = table.records.get(key), reasons.get(key)
+        values = vars(record) if record else {}
         row: dict[str, Any] = {"pair": run.pair, "method": run.method, "seed": run.seed}
         row |= {"status": "counted" if left is None else left.kind, "reason": left and left.reason}
         for number in NUMBERS:
-            row[number] = found and getattr(found, number)
-            row |= {
-                f"{number}_{name.lower()}": found and found.further[number][name]
-                for name in table.measures.further
-            }
-        for name in ("best_epoch", "epochs", "minutes", "teacher"):
-            row[name] = found and getattr(found, name)
-        row[table.measures.key.replace("test", "teacher")] = found and found.teacher_acc
-        row["execution"] = found and "; ".join(found.execution)
-        for name in ("device", "processor", "python", "commit", "started"):
-            row[name] = found and getattr(found, name)
-        row["code"] = found and found.codes[0]
-        row["versions"] = found and ", ".join(f"{package} {held}" for package, held in found.versions.items())
+            row[number] = values.get(number)
+            for name in table.measures.further:
+                row[f"{number}_{name.lower()}"] = record and record.further[number][name]
+        row |= {name: values.get(name) for name in ("best_epoch", "epochs", "minutes", "teacher")}
+        row[table.measures.key.replace("test", "teacher")] = record and record.teacher_acc
+        row["execution"] = record and "; ".join(record.execution)
+        row |= {name: values.get(name) for name in ("device", "processor", "python", "commit", "started")}
+        row["code"] = record and record.codes[0]
+        row["versions"] = record and ", ".join(
+            f"{name} {version}" for name, version in record.versions.items()
+        )
         row["config_hash"] = run.hash
-        row["taken_from"] = found and found.taken_from
+        row["taken_from"] = values.get("taken_from")
         row["folder"] = Path(os.path.relpath(run.folder, table.folder)).as_posix()
         rows.append(row)
     return rows
 
 
 def _csv(rows: Sequence[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    if rows:
-        table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-        table.writeheader()
-        # ten digits: more than was measured, fewer than the sums' rounding
-        table.writerows(
-            {k: f"{v:.10g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
-        )
-    return text.getvalue()
+    # ten digits: more than was measured, fewer than the sums' rounding
+    return csv_text([{k: f"{v:.10g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows])

@@ -298,7 +298,7 @@ def test_more_streams_than_styles_have_room(make):
     figure = draw(read_runs([make("a", [held]), make("b", [held], seed=1)]))
     ratio, *_ = figure.axes
     assert [artist.get_label() for artist in ratio.get_lines()] == [*map(str.upper, names), "noise alone"]
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     assert ratio.get_position().width > 0.8  # the names above do not take the width
 
 
