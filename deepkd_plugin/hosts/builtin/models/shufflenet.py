@@ -11,7 +11,7 @@ STEM = 24  # channels
 
 def channel_shuffle(x: Tensor, groups: int) -> Tensor:
     """(B, C, H, W) -> the same shape; channel i of group g moves to i · groups + g."""
-    # torch.nn.functional.channel_shuffle has no derivative in torch 2.4.
+    # written out: torch.nn.functional.channel_shuffle has not always had a derivative
     return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
 
 
