@@ -1,7 +1,7 @@
 """The config of mdistiller's detection branch with DeepKD's keys: defaults, reading, checks.
 
-detectron2 keeps its settings in a yacs tree of its own. What a key means and which values it takes comes from
-deepkd_plugin/config/keys.py wherever a classification run has it too.
+detectron2 keeps its settings in a yacs tree of its own. If a classification run has a key too, its meaning and its
+allowed values come from deepkd_plugin/config/keys.py.
 """
 
 from __future__ import annotations
@@ -16,39 +16,31 @@ import yaml
 from ... import config
 from ...config import keys
 from ...errors import UserError
-from ...rules import Key
+from ...rules import FRACTION, NOT_NEGATIVE, POSITIVE, WHOLE, Key, one_of
 from ...streams import STREAMS
 from ..losses import BASES
 from . import require
 
 model = require()
 
-from detectron2.config import CfgNode, get_cfg  # noqa: E402 (require says in one line where there is none)
+from detectron2.config import CfgNode, get_cfg  # noqa: E402 (require says in one line if there is none)
 
 META_ARCHITECTURE = "RCNNDeepKD"
 
 LOSS_STREAMS = {"loss_tcg": "tcg", "loss_ncg": "ncg", "loss_feat": "feat"}
-"""The losses of RCNNDeepKD that have a stream of their own; every other loss belongs to the task's."""
+"""The losses of RCNNDeepKD that have a stream of their own; every other loss belongs to the task stream."""
 
 DECOUPLED = {"DeepKD": (), "ReviewDeepKD": ("feat",)}
-"""The values of KD.TYPE whose losses fall into streams, and what these have beside STREAMS."""
+"""The values of KD.TYPE whose losses fall into streams, and their streams beside STREAMS."""
 
 TYPES = ("KD", *DECOUPLED)
 """The values of KD.TYPE that RCNNDeepKD adds to mdistiller's."""
 
 CLIP_TYPES = ("value", "norm", "full_model")
-"""detectron2's two, by parameter, and the norm of the whole gradient, which projects of its own call so."""
+"""detectron2's two, parameter by parameter, and the norm of the whole gradient, which its own projects call so."""
 
 _THEIRS = ("DKD", "ReviewKD", "ReviewDKD")
-_POSITIVE = ("a number above 0", lambda value: value > 0)
-_NOT_NEGATIVE = ("a number from 0 on", lambda value: value >= 0)
-_WHOLE = ("a whole number above 0", lambda value: value > 0)
 _OFF = ("False: it is not supported here", lambda value: value is False)
-_FRACTION = ("a number in [0, 1)", lambda value: 0 <= value < 1)
-
-
-def _one_of(*names: str) -> tuple[str, Any]:
-    return "one of " + ", ".join(names), lambda value: value in names
 
 
 def _shared(path: str, ours: str, **changes: Any) -> Key:
@@ -72,9 +64,9 @@ _MOMENTA = (
 )
 
 KEYS = (
-    Key("KD.KD.T", 1.0, "softmax temperature of plain KD over proposals", *_POSITIVE),
-    Key("KD.DEEPKD.BASE", "DKD", "the method whose loss is taken apart", *_one_of(*BASES)),
-    Key("KD.DEEPKD.TASK_WEIGHT", 1.0, "alpha, weight of all detection losses (TOG)", *_NOT_NEGATIVE),
+    Key("KD.KD.T", 1.0, "softmax temperature of plain KD over proposals", *POSITIVE),
+    Key("KD.DEEPKD.BASE", "DKD", "the method whose loss is taken apart", *one_of(*BASES)),
+    Key("KD.DEEPKD.TASK_WEIGHT", 1.0, "alpha, weight of all detection losses (TOG)", *NOT_NEGATIVE),
     _shared("KD.DEEPKD.TCG_WEIGHT", "DeepKD.TCG_WEIGHT"),
     _shared("KD.DEEPKD.NCG_WEIGHT", "DeepKD.NCG_WEIGHT", default=0.25),
     _shared("KD.DEEPKD.T", "DeepKD.TEMPERATURE", default=1.0),
@@ -84,21 +76,21 @@ KEYS = (
 """Every key that the plugin adds to this tree. Weights and temperature are mdistiller's for DKD on detectors."""
 
 HOST_KEYS = (
-    Key("KD.TYPE", "DKD", "method", *_one_of(*_THEIRS, *TYPES)),
-    Key("KD.DKD.ALPHA", 1.0, "weight", *_NOT_NEGATIVE),
-    Key("KD.DKD.BETA", 0.25, "weight", *_NOT_NEGATIVE),
-    Key("KD.DKD.T", 1.0, "temperature", *_POSITIVE),
-    Key("KD.REVIEWKD.LOSS_WEIGHT", 1.0, "weight", *_NOT_NEGATIVE),
-    Key("SOLVER.BASE_LR", 0.001, "learning rate", *_POSITIVE),
-    Key("SOLVER.MAX_ITER", 40000, "iterations", *_WHOLE),
-    Key("SOLVER.IMS_PER_BATCH", 16, "images in a step, of all processes", *_WHOLE),
-    Key("SOLVER.MOMENTUM", 0.9, "momentum", *_FRACTION),
-    Key("SOLVER.WEIGHT_DECAY", 1e-4, "weight decay", *_NOT_NEGATIVE),
+    Key("KD.TYPE", "DKD", "method", *one_of(*_THEIRS, *TYPES)),
+    Key("KD.DKD.ALPHA", 1.0, "weight", *NOT_NEGATIVE),
+    Key("KD.DKD.BETA", 0.25, "weight", *NOT_NEGATIVE),
+    Key("KD.DKD.T", 1.0, "temperature", *POSITIVE),
+    Key("KD.REVIEWKD.LOSS_WEIGHT", 1.0, "weight", *NOT_NEGATIVE),
+    Key("SOLVER.BASE_LR", 0.001, "learning rate", *POSITIVE),
+    Key("SOLVER.MAX_ITER", 40000, "iterations", *WHOLE),
+    Key("SOLVER.IMS_PER_BATCH", 16, "images in a step, of all processes", *WHOLE),
+    Key("SOLVER.MOMENTUM", 0.9, "momentum", *FRACTION),
+    Key("SOLVER.WEIGHT_DECAY", 1e-4, "weight decay", *NOT_NEGATIVE),
     Key("SOLVER.NESTEROV", False, "", *_OFF),
-    Key("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "value", "clipping", *_one_of(*CLIP_TYPES)),
-    Key("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 1.0, "its bound", *_POSITIVE),
+    Key("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "value", "clipping", *one_of(*CLIP_TYPES)),
+    Key("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 1.0, "its bound", *POSITIVE),
     Key("TEST.AUG.ENABLED", False, "", *_OFF),
-    Key("MODEL.ROI_HEADS.NAME", "StandardROIHeads", "one set of logits", *_one_of("StandardROIHeads")),
+    Key("MODEL.ROI_HEADS.NAME", "StandardROIHeads", "one set of logits", *one_of("StandardROIHeads")),
     Key("MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES", False, "", *_OFF),
 )
 """Keys of detectron2 and mdistiller that would break a run far from where they were written."""
@@ -115,50 +107,26 @@ def add_deepkd_config(cfg: CfgNode) -> None:
     cfg.TEACHER = get_cfg()
     _fill(cfg.TEACHER, theirs)
     _fill(cfg.TEACHER.MODEL, {"MOBILENETV2": cfg.MODEL.MOBILENETV2.clone()})
-    for key in KEYS:
-        *parents, leaf = key.path.split(".")
-        node = cfg
-        for name in parents:
-            if name not in node:
-                node[name] = CfgNode()  # detectron2's own, or no file could be merged into it
-            node = node[name]
-        node[leaf] = key.default
+    config.add_keys(cfg, KEYS)
 
 
 def load(file: str | Path, options: Sequence[str] = ()) -> tuple[CfgNode, dict[str, str]]:
     """The tree with a YAML file, the files that its _BASE_ names and KEY VALUE pairs merged, not checked yet.
 
-    Returns it with where each value that was set came from. Raises UserError for a file that cannot be read, an
-    unknown key and a value of another type.
+    Also returns where each value that was set came from. Raises UserError for a file that cannot be read, an unknown
+    key and a value of another type.
     """
     cfg = get_cfg()
     add_deepkd_config(cfg)
     try:
         tree = cfg.load_yaml_with_base(str(file))  # the safe loader: a config is no program
-        if not isinstance(tree, dict):
-            raise TypeError(f"it holds {type(tree).__name__} where a mapping of keys must be")
     except (OSError, UnicodeDecodeError, TypeError, AssertionError, yaml.YAMLError) as error:
         raise UserError(f"{file}: cannot be read as a config file ({' '.join(str(error).split())})") from None
-    if tree.get("VERSION", cfg.VERSION) != cfg.VERSION:
+    if isinstance(tree, dict) and tree.get("VERSION", cfg.VERSION) != cfg.VERSION:
         raise UserError(
             f"{file}: VERSION is {tree['VERSION']!r}; it must be {cfg.VERSION}, detectron2's of today"
         )
-    try:
-        cfg.merge_from_other_cfg(CfgNode(_with_floats(tree, cfg)))
-    except (KeyError, ValueError, AssertionError, AttributeError) as error:
-        raise UserError(f"{file}: {_told(error)}") from None
-    origin = dict.fromkeys(config.flatten(tree), str(file))
-    if len(options) % 2:
-        raise UserError(f"command line: options come in pairs KEY VALUE, {options[-1]!r} has no value")
-    for path, text in zip(options[::2], options[1::2]):
-        if isinstance(config.flatten(cfg).get(path), float) and text.strip("+-").isdigit():
-            text = f"{text}.0"
-        try:
-            cfg.merge_from_list([path, text])
-        except (KeyError, ValueError, AssertionError, AttributeError) as error:
-            raise UserError(f"command line: {_told(error)}") from None
-        origin[path] = "command line"
-    return cfg, origin
+    return cfg, config.merge(cfg, tree, str(file), options)
 
 
 def check(cfg: CfgNode, origin: Mapping[str, str]) -> None:
@@ -230,25 +198,9 @@ def _check_mask(cfg: CfgNode, origin: Mapping[str, str]) -> None:
 
 
 def _fill(node: CfgNode, other: Mapping[str, Any]) -> None:
-    """Give a node what another has beyond it."""
+    """Add to a node the keys of another that it lacks."""
     for name, value in other.items():
         if name not in node:
             node[name] = value
         elif isinstance(value, CfgNode) and isinstance(node[name], CfgNode):
             _fill(node[name], value)
-
-
-def _with_floats(tree: Mapping[str, Any], node: Any) -> dict[str, Any]:
-    """A YAML mapping with whole numbers made floats where the key's default is one, which yacs refuses."""
-
-    def fitting(name: str, value: Any) -> Any:
-        held = node.get(name) if isinstance(node, CfgNode) else None
-        if isinstance(value, dict):
-            return _with_floats(value, held)
-        return float(value) if isinstance(held, float) and type(value) is int else value
-
-    return {name: fitting(name, value) for name, value in tree.items()}
-
-
-def _told(error: Exception) -> str:
-    return " ".join(" ".join(str(part) for part in error.args).split())
