@@ -44,7 +44,7 @@ _OFF = ("False: it is not supported here", lambda value: value is False)
 
 
 def _shared(path: str, ours: str, **changes: Any) -> Key:
-    """One of the classification's keys under another path; `changes` is what differs here."""
+    """Return one of the classification's keys under another path; `changes` is what differs here."""
     (key,) = (key for key in keys.all_keys() if key.path == ours)
     return key._replace(path=path, **changes)
 
@@ -93,14 +93,14 @@ HOST_KEYS = (
     Key("MODEL.ROI_HEADS.NAME", "StandardROIHeads", "one set of logits", *one_of("StandardROIHeads")),
     Key("MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES", False, "", *_OFF),
 )
-"""Keys of detectron2 and mdistiller that would break a run far from where they were written."""
+"""Keys of detectron2 and mdistiller whose wrong values would break a run far from where they were written."""
 
 
 def add_deepkd_config(cfg: CfgNode) -> None:
     """Add mdistiller's detection keys and KEYS to detectron2's tree.
 
-    TEACHER becomes a clone of today's tree, with what mdistiller's own node has beyond it: that node lists the keys of
-    detectron2 as it was in 2021, and today's builders ask for more.
+    TEACHER becomes a clone of today's tree, with the keys of mdistiller's own node that this lacks. That node lists
+    detectron2's keys of 2021, and today's builders ask for more.
     """
     model.add_distillation_cfg(cfg)
     theirs = cfg.TEACHER
@@ -111,7 +111,7 @@ def add_deepkd_config(cfg: CfgNode) -> None:
 
 
 def load(file: str | Path, options: Sequence[str] = ()) -> tuple[CfgNode, dict[str, str]]:
-    """The tree with a YAML file, the files that its _BASE_ names and KEY VALUE pairs merged, not checked yet.
+    """Merge a YAML file, the files that its _BASE_ names and KEY VALUE pairs into a new tree, without checking it.
 
     Also returns where each value that was set came from. Raises UserError for a file that cannot be read, an unknown
     key and a value of another type.
@@ -144,7 +144,7 @@ def check(cfg: CfgNode, origin: Mapping[str, str]) -> None:
 
 
 def check_architecture(cfg: CfgNode, origin: Mapping[str, str] | None = None) -> None:
-    """Raise UserError where the meta architecture does not know KD.TYPE, or teacher and student differ in classes."""
+    """Raise UserError if the meta architecture does not know KD.TYPE, or teacher and student differ in classes."""
     origin, meta = origin or {}, cfg.MODEL.META_ARCHITECTURE
     if meta == "RCNNKD" and cfg.KD.TYPE in TYPES:
         raise config.wrong(
@@ -157,21 +157,21 @@ def check_architecture(cfg: CfgNode, origin: Mapping[str, str] | None = None) ->
 
 
 def streams(cfg: CfgNode) -> tuple[str, ...]:
-    """The streams of a step. All losses of a method that is not decoupled are the task stream's."""
+    """Return the streams of a step. If a method is not decoupled, all its losses belong to the task stream."""
     decoupled = cfg.MODEL.META_ARCHITECTURE == META_ARCHITECTURE and cfg.KD.TYPE in DECOUPLED
     return STREAMS + DECOUPLED[cfg.KD.TYPE] if decoupled else STREAMS[:1]
 
 
 def momenta(cfg: CfgNode) -> tuple[dict[str, float], str]:
-    """Each stream's momentum, and the stream that decays the weights: config.momenta of a classification run."""
-    found = streams(cfg)
-    if len(found) == 1:
-        return {found[0]: cfg.SOLVER.MOMENTUM}, found[0]
+    """Return each stream's momentum and the stream that decays the weights, as config.momenta does."""
+    names = streams(cfg)
+    if len(names) == 1:
+        return {names[0]: cfg.SOLVER.MOMENTUM}, names[0]
     return config.momenta(_as_classification(cfg))
 
 
 def _as_classification(cfg: CfgNode) -> CfgNode:
-    """What this tree shares with a classification run's, where that has it."""
+    """Return what this tree shares with that of a classification run, under the keys of the latter."""
     assigned = [f"{loss}:{stream}" for loss, stream in LOSS_STREAMS.items() if stream in streams(cfg)]
     decoupled = {**cfg.SOLVER.DECOUPLED, "ALLOCATION": "fixed", "LOSS_STREAMS": assigned}
     solver = {"MOMENTUM": cfg.SOLVER.MOMENTUM, "DECOUPLED": CfgNode(decoupled)}
@@ -180,9 +180,9 @@ def _as_classification(cfg: CfgNode) -> CfgNode:
 
 def _check_momenta(cfg: CfgNode, origin: Mapping[str, str]) -> None:
     config.check_momenta(_as_classification(cfg), dict(origin))
-    found = streams(cfg)
+    names = streams(cfg)
     for name, delta in cfg.SOLVER.DECOUPLED.DELTA.items():
-        if delta and (len(found) == 1 or name.lower() not in found):
+        if delta and (len(names) == 1 or name.lower() not in names):
             allowed = (
                 f"0.0 with KD.TYPE {cfg.KD.TYPE} on {cfg.MODEL.META_ARCHITECTURE}, which has no such stream"
             )
