@@ -173,9 +173,18 @@ def momenta(cfg: CfgNode) -> tuple[dict[str, float], str]:
 def _as_classification(cfg: CfgNode) -> CfgNode:
     """Return what this tree shares with that of a classification run, under the keys of the latter."""
     assigned = [f"{loss}:{stream}" for loss, stream in LOSS_STREAMS.items() if stream in streams(cfg)]
-    decoupled = {**cfg.SOLVER.DECOUPLED, "ALLOCATION": "fixed", "LOSS_STREAMS": assigned}
-    solver = {"MOMENTUM": cfg.SOLVER.MOMENTUM, "DECOUPLED": CfgNode(decoupled)}
-    return CfgNode({"SOLVER": CfgNode(solver), "DeepKD": CfgNode({"MASK": cfg.KD.DEEPKD.MASK.clone()})})
+    # users' distillers may have brought streams that this tree has no key for
+    delta = {name.upper(): 0.0 for name in config.known_streams()} | cfg.SOLVER.DECOUPLED.DELTA
+    decoupled = {
+        **cfg.SOLVER.DECOUPLED,
+        "DELTA": delta,
+        "ALLOCATION": "fixed",
+        "LOSS_STREAMS": assigned,
+    }
+    solver = {"TRAINER": config.TRAINER, "MOMENTUM": cfg.SOLVER.MOMENTUM, "DECOUPLED": decoupled}
+    return CfgNode(
+        {"SOLVER": solver, "DISTILLER": {"TYPE": "DeepKD"}, "DeepKD": {"MASK": cfg.KD.DEEPKD.MASK.clone()}}
+    )
 
 
 def _check_momenta(cfg: CfgNode, origin: Mapping[str, str]) -> None:
