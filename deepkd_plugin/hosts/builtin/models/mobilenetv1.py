@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import Conv2dNormActivation
 
 from ....errors import UserError
 
@@ -38,11 +39,11 @@ class MobileNetV1(nn.Module):
                 "MobileNetV1 has no pretrained ImageNet weights to fetch; DISTILLER.TEACHER_WEIGHTS (-c of "
                 "tools/eval.py) must name a checkpoint of it"
             )
-        layers = [nn.Sequential(*_conv_bn_relu(3, 32, 3, stride=2))]
+        layers: list[nn.Sequential] = [Conv2dNormActivation(3, 32, 3, stride=2)]
         c_in = 32
         for c_out, stride in _LAYERS:
-            depthwise = _conv_bn_relu(c_in, c_in, 3, stride, groups=c_in)
-            layers.append(nn.Sequential(*depthwise, *_conv_bn_relu(c_in, c_out, 1)))
+            depthwise = Conv2dNormActivation(c_in, c_in, 3, stride, groups=c_in)
+            layers.append(nn.Sequential(*depthwise, *Conv2dNormActivation(c_in, c_out, 1)))
             c_in = c_out
         self.model = nn.Sequential(*layers)
         self.fc = nn.Linear(c_in, 1000)
@@ -67,8 +68,3 @@ class MobileNetV1(nn.Module):
             feats.append(x := F.relu(x))  # not in place: the tensors before it stay in the dictionary
         pooled = F.adaptive_avg_pool2d(x, 1).flatten(1)
         return self.fc(pooled), {"feats": feats, "preact_feats": preacts, "pooled_feat": pooled}
-
-
-def _conv_bn_relu(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
-    conv = nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
-    return [conv, nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]

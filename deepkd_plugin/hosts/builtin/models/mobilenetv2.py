@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import Conv2dNormActivation
 
 from .initialise import fan_out_normal_
 
@@ -67,14 +68,14 @@ class MobileNetV2(nn.Module):
     def __init__(self, width_mult: float, num_classes: int = 100) -> None:
         super().__init__()
         c_out = int(32 * width_mult)
-        self.conv1 = _conv_bn_relu(3, c_out, kernel=3, stride=2)
+        self.conv1 = Conv2dNormActivation(3, c_out, 3, stride=2)
         self.blocks = nn.ModuleList()
         for expansion, channels, blocks, stride in _STAGES:
             c_in, c_out = c_out, int(channels * width_mult)
             stage = [InvertedResidual(c_in, c_out, stride, expansion)]
             stage += [InvertedResidual(c_out, c_out, 1, expansion) for _ in range(blocks - 1)]
             self.blocks.append(nn.Sequential(*stage))
-        self.conv2 = _conv_bn_relu(c_out, 1280, kernel=1, stride=1)  # never narrower than in the paper
+        self.conv2 = Conv2dNormActivation(c_out, 1280, 1)  # never narrower than in the paper
         self.classifier = nn.Sequential(nn.Linear(1280, num_classes))
         fan_out_normal_(self)
 
@@ -99,11 +100,6 @@ class MobileNetV2(nn.Module):
                 feats.append(x)
         pooled = F.adaptive_avg_pool2d(self.conv2(x), 1).flatten(1)
         return self.classifier(pooled), {"feats": feats, "pooled_feat": pooled}
-
-
-def _conv_bn_relu(c_in: int, c_out: int, kernel: int, stride: int) -> nn.Sequential:
-    conv = nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU(inplace=True))
 
 
 mobile_half = partial(MobileNetV2, 0.5)
