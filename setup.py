@@ -61,13 +61,12 @@ setup(
         "yacs>=0.1.8",
         "PyYAML",
         "tensorboardX>=2.6",
-        "tqdm",
         "pillow>=10",
         "matplotlib>=3.8",  # its fonts make glyphs100
         "scipy>=1.11",  # the tests of a table's differences
     ],
     extras_require={
-        "mdistiller": ["scipy"],  # mdistiller imports it and does not declare it
+        "mdistiller": ["scipy", "tqdm"],  # mdistiller imports them and its setup.py does not say so
         "detection": ["pycocotools"],  # COCO-format sets, AP
         "wandb": ["wandb"],
         "slurm": ["submitit"],
