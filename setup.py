@@ -10,11 +10,11 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "deepkd_plugin/__init__.py"
 
 
 class BuildPy(build_py):
-    """Takes configs/ and patches/ along into the package, where deepkd_plugin/config/shipped.py finds them."""
+    """Copy configs/ and patches/ into the package too, for deepkd_plugin/config/shipped.py to find."""
 
     def run(self):
         super().run()
-        if self.editable_mode:  # they are beside the package then
+        if self.editable_mode:  # then they are beside the package
             return
         into = Path(self.build_lib, "deepkd_plugin", "_shipped")
         shutil.rmtree(into, ignore_errors=True)  # a build folder keeps files that are gone from here
@@ -31,20 +31,36 @@ setup(
     description="DeepKD for mdistiller: decoupled distillation losses with a momentum for each gradient stream",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    project_urls={
+        "Paper": "https://arxiv.org/abs/2505.15133",
+        "mdistiller": "https://github.com/megvii-research/mdistiller",
+    },
+    keywords=["knowledge distillation", "DeepKD", "mdistiller", "PyTorch"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX",
+        "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     packages=find_packages(include=["deepkd_plugin", "deepkd_plugin.*"]),
     package_data={
+        "deepkd_plugin": ["py.typed"],
         "deepkd_plugin.hosts.builtin": ["defaults.yaml", "weights/*.pt"],
         "deepkd_plugin.study.report": ["published.csv", "page.css", "page.html"],
     },
     python_requires=">=3.10",
     install_requires=[
-        "torch>=2.4",
-        "torchvision>=0.19",
+        "torch>=2.10",  # before that its safe loader could run code (CVE-2025-32434, CVE-2026-24747)
+        "torchvision>=0.25",
         "numpy",
         "yacs>=0.1.8",
         "PyYAML",
         "tensorboardX>=2.6",
-        "tqdm",
         "pillow>=10",
         "matplotlib>=3.8",  # its fonts make glyphs100
         "scipy>=1.11",  # the tests of a table's differences
@@ -52,7 +68,7 @@ setup(
         "rich>=13",  # the terminal's live view and progress bars
     ],
     extras_require={
-        "mdistiller": ["scipy"],  # mdistiller imports it and does not declare it
+        "mdistiller": ["scipy", "tqdm"],  # mdistiller imports them and its setup.py does not say so
         "detection": ["pycocotools"],  # COCO-format sets, AP
         "wandb": ["wandb"],
         "slurm": ["submitit"],

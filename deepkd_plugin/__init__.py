@@ -19,7 +19,7 @@ __all__ = [
     "decoupled_kd",
     "register",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def register() -> list[str]:

@@ -1,4 +1,4 @@
-"""The one place that knows which device a run is on."""
+"""The only module that knows which device a run is on."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from torch import Tensor, nn
 
 
 def pick() -> torch.device:
-    """CUDA where there is one, else the CPU."""
+    """Return the CUDA device if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def tune() -> None:
-    """Let cuDNN measure which algorithms suit the batches' one size, as mdistiller's scripts do."""
+    """Let cuDNN find the fastest algorithms for batches of one size, as mdistiller's scripts do."""
     torch.backends.cudnn.benchmark = True
 
 
 def count() -> int:
-    """How many CUDA devices there are."""
+    """Return how many CUDA devices there are."""
     return torch.cuda.device_count()
 
 
 def describe(device: torch.device) -> str:
-    """The device's name, for the record of a run."""
+    """Name the device, for the record of a run."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def place(module: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
-    """The module on the device, its weights in channels-last order if asked for."""
+    """Move a module to the device, its weights in channels-last order if asked for."""
     return module.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
 
 
 def place_batch(batch: Any, device: torch.device, channels_last: bool) -> Any:
-    """A batch (tensors, or lists of them) on the device; images (B, C, H, W) in channels-last order if asked for."""
+    """Move a batch (tensors or lists of them) to the device; images (B, C, H, W) in channels-last order if asked."""
     if isinstance(batch, Tensor):
         images = channels_last and batch.ndim == 4
         order = torch.channels_last if images else torch.preserve_format
@@ -49,14 +49,14 @@ def place_batch(batch: Any, device: torch.device, channels_last: bool) -> Any:
 
 
 def parallel(module: nn.Module, always: bool = False) -> nn.Module:
-    """The module in DataParallel where there are several GPUs, or always (mdistiller's trainers expect it)."""
+    """Wrap a module in DataParallel if there are several GPUs, or `always`, as mdistiller's trainers expect."""
     return nn.DataParallel(module) if always or count() > 1 else module
 
 
 def tolerate_cuda_calls() -> None:
-    """On a machine without CUDA, let `.cuda()` leave tensors and modules where they are.
+    """Without CUDA, let `.cuda()` leave tensors and modules where they are.
 
-    mdistiller calls it in 21 places; this is the one place where they all meet.
+    mdistiller calls it in 21 places; all of them are mended here.
     """
     if torch.cuda.is_available():
         return
@@ -69,25 +69,25 @@ def tolerate_cuda_calls() -> None:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait for everything that the device was asked to do, before reading a clock."""
+    """Wait until the device has done everything it was asked to do, before reading a clock."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def release() -> None:
-    """Give cached GPU memory back, before other processes of this machine need it."""
+    """Release cached GPU memory before other processes on this machine need it."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def compile_options(device: torch.device) -> dict[str, Any]:
-    """torch.compile's: on a GPU with its CUDA graphs."""
+    """Return torch.compile's options: on a GPU it uses its CUDA graphs."""
     return {"mode": "reduce-overhead"} if device.type == "cuda" else {}
 
 
 @contextlib.contextmanager
 def side_stream() -> Iterator[None]:
-    """A CUDA stream beside the current one, which waits for it: what runs before a capture has to run there."""
+    """Run on a CUDA stream of its own, which warm-up before a capture needs; the current stream then waits."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -96,7 +96,7 @@ def side_stream() -> Iterator[None]:
 
 
 def capture(function: Callable[[], Any]) -> tuple[Any, Any]:
-    """A CUDA graph of what the function launches, not yet run, and the tensors that a replay fills."""
+    """Capture what a function launches as a CUDA graph, not yet run; returns it and the tensors that a replay fills."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = function()
@@ -104,20 +104,20 @@ def capture(function: Callable[[], Any]) -> tuple[Any, Any]:
 
 
 def autocast(device: torch.device, enabled: bool) -> contextlib.AbstractContextManager[Any]:
-    """bfloat16 autocast, or nothing."""
+    """Return bfloat16 autocast, or nothing."""
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 def shapes_only() -> contextlib.AbstractContextManager[Any]:
-    """Networks made inside have shapes and no memory."""
+    """Return a context in which networks are built with shapes but without memory."""
     return torch.device("meta")
 
 
 def seed_everything(seed: int, epoch: int = 0) -> None:
     """Seed Python, numpy and torch for one epoch (0: before the first).
 
-    Every epoch starts from a state of its own, so that a resumed run sees the same images in the same
-    order as one that was never interrupted, without any generator's state being stored.
+    Every epoch starts from its own state, so a resumed run sees the same images in the same order as an uninterrupted
+    one, and no generator's state needs to be stored.
     """
     words = np.random.SeedSequence((seed, epoch)).generate_state(3)
     random.seed(int(words[0]))

@@ -1,4 +1,4 @@
-"""Imported for its effect by mdistiller's own scripts: see patches/ and `deepkd apply`."""
+"""Registers the plugin when mdistiller's own scripts import it; see patches/ and `deepkd apply`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _show = sys.excepthook
 
 
 def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """A user's mistake ends a script of mdistiller as it ends ours: one line and exit code 2."""
+    """End a script of mdistiller on a user's mistake as ours end: with one line and exit code 2."""
     merging = [frame.name for frame in traceback.extract_tb(trace) if frame.name.startswith("merge_from_")]
     if issubclass(kind, UserError):
         message = str(error)
-    elif merging:  # yacs on a config file or on KEY VALUE pairs
+    elif merging:  # yacs refused a config file or KEY VALUE pairs
         source = "--cfg" if merging[0] == "merge_from_file" else "command line"
         message = f"{source}: {' '.join(str(part) for part in error.args)}"
     elif kind is AttributeError and "set WANDB" in str(error):  # mdistiller writes to its frozen config

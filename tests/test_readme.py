@@ -36,7 +36,8 @@ def blocks(language):
     return found
 
 
-COMMANDS = sorted({line.strip() for block in blocks("bash") for line in block.splitlines() if line.strip()})
+LINES = [line.strip() for block in blocks("bash") for line in block.replace("\\\n", "").splitlines()]
+COMMANDS = sorted({line for line in LINES if line})
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -15,15 +15,6 @@ from deepkd_plugin.run.metrics import read_metrics
 MOMENTUM = {"tog": 0.975, "tcg": 0.825, "ncg": 0.95}
 
 
-class Net(nn.Sequential):
-    """With a forward of its own: torch 2.4 does not compile torch's."""
-
-    def forward(self, x):
-        for layer in self:
-            x = layer(x)
-        return x
-
-
 class Toy(nn.Module):
     """A distiller with BatchNorm whose losses change with the epoch, as warm-up and mask do."""
 
@@ -31,7 +22,7 @@ class Toy(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5)]
-        self.student = Net(*layers).double()
+        self.student = nn.Sequential(*layers).double()
 
     def forward(self, image, target, epoch):
         logits = self.student(image)

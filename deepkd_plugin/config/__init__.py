@@ -8,7 +8,7 @@ from ..rules import Key
 from .checks import check, check_keys, check_mask, check_momenta, check_pipeline
 from .keys import HOST_KEYS, TRAINER, all_keys, known_streams
 from .meaning import HOW, computes, momenta, streams, views
-from .tree import add_deepkd_config, add_keys, check_tree, flatten, get, load, set_default, wrong
+from .tree import add_deepkd_config, add_keys, check_tree, flatten, get, load, merge, set_default, wrong
 
 __all__ = [
     "HOST_KEYS",
@@ -29,6 +29,7 @@ __all__ = [
     "get",
     "known_streams",
     "load",
+    "merge",
     "momenta",
     "set_default",
     "streams",

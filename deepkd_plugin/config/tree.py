@@ -87,10 +87,9 @@ def set_default(cfg: CfgNode, path: str, value: Any) -> None:
 
 
 def load(cfg: CfgNode, file: str | Path, options: Sequence[str] = ()) -> dict[str, str]:
-    """Merge a YAML file and then KEY VALUE pairs into `cfg`.
+    """Merge a YAML file and then KEY VALUE pairs into `cfg`; returns where each value that was set came from.
 
-    Returns where each value that was set came from. Raises UserError for a file that is missing or no
-    YAML mapping, an unknown key and a value of another type.
+    Raises UserError for a file that is missing or is no YAML, and as `merge` does.
     """
     try:
         tree = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
@@ -98,10 +97,18 @@ def load(cfg: CfgNode, file: str | Path, options: Sequence[str] = ()) -> dict[st
         raise UserError(f"{file}: cannot be read as a config file ({error})") from None
     except yaml.YAMLError as error:
         raise UserError(f"{file}: is not valid YAML ({' '.join(str(error).split())})") from None
+    return merge(cfg, tree, str(file), options)
+
+
+def merge(cfg: CfgNode, tree: Any, file: str, options: Sequence[str] = ()) -> dict[str, str]:
+    """Merge what a file held and then KEY VALUE pairs into `cfg`; returns where each value that was set came from.
+
+    Raises UserError if the file held no mapping, for an unknown key and for a value of another type.
+    """
     if not isinstance(tree, dict):
         raise UserError(f"{file}: must hold a YAML mapping of config keys, holds {type(tree).__name__}")
     origin: dict[str, str] = {}
-    _merge(cfg, cfg, tree, "", str(file), origin)
+    _merge(cfg, cfg, tree, "", file, origin)
     if len(options) % 2:
         raise UserError(f"command line: options come in pairs KEY VALUE, {options[-1]!r} has no value")
     for path, text in zip(options[::2], options[1::2]):
@@ -175,7 +182,7 @@ def _set(node: CfgNode, leaf: str, value: Any, path: str, source: str) -> None:
         value = float(value)
     if isinstance(old, (list, tuple)) and isinstance(value, (list, tuple)):
         value = type(old)(value)
-    if type(value) is not type(old):
+    if old is not None and type(value) is not type(old):
         raise UserError(
             f"{source}: {path} is {value!r} ({type(value).__name__}); it must be {type(old).__name__}, "
             f"like {old!r}"

@@ -17,7 +17,7 @@ DETECTIONS_PER_IMAGE = 100
 
 
 def import_pycocotools() -> ModuleType:
-    """pycocotools with its modules `coco` and `cocoeval`. Raises UserError where it is not installed."""
+    """Import pycocotools with its modules `coco` and `cocoeval`. Raises UserError if it is not installed."""
     try:
         import pycocotools.coco
         import pycocotools.cocoeval
@@ -32,33 +32,33 @@ def import_pycocotools() -> ModuleType:
 def average_precision(
     detections: Sequence[Mapping[str, Any]], truths: Sequence[Mapping[str, Any]], num_classes: int
 ) -> dict[str, float]:
-    """AP (mean over IoU 0.50, 0.55 … 0.95), AP50 and AP75 in percent, means over the classes that have a box.
+    """Compute AP (mean over IoU 0.50, 0.55 … 0.95), AP50 and AP75 in percent, means over the classes that have a box.
 
-    Detections that match nothing but a crowd box, or overlap it, count neither for nor against.
+    A detection that matches or overlaps only a crowd box counts neither for nor against.
 
     Args:
-        detections: an image each, in the order of `truths`: "boxes" (n, 4) x1 y1 x2 y2 in pixels, "scores" (n,)
-            and "labels" (n,) from 1 to num_classes; tensors on the CPU or arrays.
-        truths: an image each: "boxes" and "labels" as above, and "iscrowd" (n,) where there are crowd boxes.
-        num_classes: without background.
+        detections: one mapping an image, in the order of `truths`: "boxes" (n, 4) x1 y1 x2 y2 in pixels, "scores"
+            (n,) and "labels" (n,) from 1 to num_classes; tensors on the CPU or arrays.
+        truths: one mapping an image: "boxes" and "labels" as above, and "iscrowd" (n,) if there are crowd boxes.
+        num_classes: without the background.
 
     Raises:
-        ValueError: another number of images, labels outside the classes, values that are not finite, or no box to
-            find.
-        UserError: pycocotools is not installed.
+        ValueError: if the numbers of images differ, labels are outside the classes, values are not finite, or there is
+            no box to find.
+        UserError: if pycocotools is not installed.
     """
     pycocotools = import_pycocotools()
     if len(detections) != len(truths):
         raise ValueError(f"detections are of {len(detections)} images and truths of {len(truths)}")
-    wanted = _annotations(truths, num_classes, "truths")
-    if all(annotation["iscrowd"] for annotation in wanted):
+    true_boxes = _annotations(truths, num_classes, "truths")
+    if all(annotation["iscrowd"] for annotation in true_boxes):
         raise ValueError(f"truths of {len(truths)} images have no box to find, crowds aside")
-    found = _annotations(detections, num_classes, "detections")
-    # pycocotools reports its progress on stdout
+    detected_boxes = _annotations(detections, num_classes, "detections")
+    # pycocotools prints its progress
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = pycocotools.cocoeval.COCOeval(
-            _index(pycocotools, wanted, len(truths), num_classes),
-            _index(pycocotools, found, len(truths), num_classes),
+            _index(pycocotools, true_boxes, len(truths), num_classes),
+            _index(pycocotools, detected_boxes, len(truths), num_classes),
             "bbox",
         )
         parameters = evaluation.params
@@ -80,7 +80,7 @@ def average_precision(
 
 
 def _annotations(images: Sequence[Mapping[str, Any]], num_classes: int, name: str) -> list[dict[str, Any]]:
-    """The boxes of all images as COCO's annotations; numbered from 1, since 0 means "no match" there."""
+    """Return the boxes of all images as COCO's annotations, numbered from 1, because 0 means "no match" there."""
     annotations: list[dict[str, Any]] = []
     for number, image in enumerate(images, 1):
         boxes = np.asarray(image["boxes"], np.float64).reshape(-1, 4)
@@ -95,7 +95,7 @@ def _annotations(images: Sequence[Mapping[str, Any]], num_classes: int, name: st
             raise ValueError(f"{name} of image {number - 1} have boxes or scores that are not finite")
         if len(labels) and not 1 <= labels.min() <= labels.max() <= num_classes:
             raise ValueError(
-                f"{name} of image {number - 1} have labels {labels.min()} to {labels.max()}; they must lie in "
+                f"{name} of image {number - 1} have labels {labels.min()} to {labels.max()}; they must be in "
                 f"1 … {num_classes}"
             )
         for (x1, y1, x2, y2), label, score, crowd in zip(boxes, labels, scores, crowds):
@@ -105,8 +105,7 @@ def _annotations(images: Sequence[Mapping[str, Any]], num_classes: int, name: st
                     "image_id": number,
                     "category_id": int(label),
                     "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "area": (x2 - x1)
-                    * (y2 - y1),  # COCO splits objects by it into sizes, which are not asked for
+                    "area": (x2 - x1) * (y2 - y1),
                     "score": score,
                     "iscrowd": int(crowd),
                 }

@@ -1,7 +1,7 @@
 """Methods for torchvision's Faster R-CNNs: batches of images and boxes in, named losses out.
 
-The student takes its ordinary training step. The proposals that it samples then go through the teacher's box head,
-on the teacher's own features of the same images, and distillation is between the two networks' class logits of them.
+The student takes its ordinary training step. The proposals that it samples then go through the teacher's box head, on
+the teacher's own features of the same images. Distillation compares both networks' class logits of these proposals.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from ..topk import mask_size
 from .losses import losses_by_stream, proposal_kd, proposal_terms
 
 Target = dict[str, Tensor]
-"""boxes (n, 4), x1 y1 x2 y2 in pixels, and labels (n,), from 1 on, of one image; n may be 0."""
+"""One image's boxes (n, 4), x1 y1 x2 y2 in pixels, and labels (n,), from 1 on; n may be 0."""
 
 
 class Pass(NamedTuple):
-    """What a student's training step leaves for distillation; N proposals in all, K + 1 classes."""
+    """What distillation needs of a student's training step; N proposals in all, K + 1 classes."""
 
     losses: dict[str, Tensor]
     """Of the proposal network and the box head."""
@@ -39,9 +39,9 @@ class Pass(NamedTuple):
 
 
 def training_pass(student: FasterRCNN, images: Sequence[Tensor], targets: Sequence[Target]) -> Pass:
-    """A training step of torchvision's Faster R-CNN, up to its losses, that keeps what it sampled.
+    """Take a training step of torchvision's Faster R-CNN, up to its losses, and keep what it sampled.
 
-    images: (3, H, W) each, in [0, 1]. Without any proposal the box head's losses are 0; torchvision's are NaN.
+    images: (3, H, W) each, in [0, 1]. Without proposals the box head's losses are 0; torchvision's are NaN.
     """
     batch, resized = student.transform(list(images), list(targets))
     features = student.backbone(batch.tensors)
@@ -60,7 +60,7 @@ def training_pass(student: FasterRCNN, images: Sequence[Tensor], targets: Sequen
 
 
 class Detector(nn.Module):
-    """The student alone, under the protocol of deepkd_plugin's trainer; `NONE`."""
+    """The student alone (`NONE`), under the protocol of deepkd_plugin's trainer."""
 
     def __init__(self, student: FasterRCNN, cfg: Any) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Detector(nn.Module):
         return [p for p in self.student.parameters() if p.requires_grad]
 
     def forward(self, image: list[Tensor], target: list[Target] | None = None, **batch: Any) -> Any:
-        """In training ((N, K + 1) class logits, {name: loss}); else what torchvision's detectors give."""
+        """Return ((N, K + 1) class logits, {name: loss}) in training, else what torchvision's detectors return."""
         if not self.training:
             return self.student(image)
         step = training_pass(self.student, image, target)
@@ -95,7 +95,7 @@ class Distilled(Detector):
 
     @torch.no_grad()
     def teach(self, step: Pass) -> Tensor:
-        """The teacher's class logits (N, K + 1) of the student's proposals."""
+        """Return the teacher's class logits (N, K + 1) of the student's proposals."""
         heads = self.teacher.roi_heads
         features = self.teacher.backbone(step.images.tensors)
         pooled = heads.box_roi_pool(features, step.proposals, step.images.image_sizes)
@@ -148,7 +148,7 @@ class DeepKD(Distilled):
         )
 
     def top_k(self, progress: float, num_classes: int) -> int | None:
-        """How many non-target classes count at a share of the training; None without a mask."""
+        """Return how many non-target classes count at this share of the training; None without a mask."""
         return mask_size(self.cfg.DeepKD.MASK, num_classes, progress)
 
 

@@ -1,4 +1,4 @@
-"""AP of a detector's weights on a data set's test images."""
+"""Measure the AP of a detector's weights on a data set's test images."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def _main(words: list[str]) -> None:
         raise wrong({"--model": "command line"}, "--model", name, f"one of {', '.join(NETWORKS)}")
     import_pycocotools()
     _, loader, _, classes = get_detection_sets(cfg)
-    at = device.pick()
+    torch_device = device.pick()
     detector = trained_network(name, len(classes), cfg.DETECTION, args.ckpt, "--ckpt")
-    found = evaluate(device.place(detector, at, False), loader, at)
+    results = evaluate(device.place(detector, torch_device, False), loader, torch_device)
     numbers = ", ".join(
-        f"{measure} {found[f'test_{measure.lower()}']:.2f} %" for measure in ("AP", "AP50", "AP75")
+        f"{measure} {results[f'test_{measure.lower()}']:.2f} %" for measure in ("AP", "AP50", "AP75")
     )
     print(f"{name} on {cfg.DATASET.TYPE}: {numbers} over {len(loader.dataset)} images")

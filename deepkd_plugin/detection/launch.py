@@ -34,20 +34,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, command: str) -> None:
-    """Check everything, then train; nothing is written before the networks and the data are in place."""
+    """Check everything, then train. Nothing is written before the networks and the data are in place."""
     cfg, origin = read_config(file, options)
-    import_pycocotools()  # it measures AP, the first time after an epoch
+    import_pycocotools()  # now, because AP is first measured after an epoch
     name = experiment_name(cfg, options)
     folder = Path(cfg.LOG.PREFIX) / name
     record.check_folder(folder, resume, overwrite)
-    at = device.pick()
+    torch_device = device.pick()
     device.seed_everything(cfg.SOLVER.SEED)
     train_loader, test_loader, count, classes = get_detection_sets(cfg)
     config.check_mask(cfg, origin, len(classes) + 1)
-    print(f"{name}: {cfg.DISTILLER.TYPE} on {cfg.DATASET.TYPE}, {count} images, {device.describe(at)}")
+    print(
+        f"{name}: {cfg.DISTILLER.TYPE} on {cfg.DATASET.TYPE}, {count} images, {device.describe(torch_device)}"
+    )
     if DETECTION_SETS[cfg.DATASET.TYPE].pretrained and not cfg.DETECTION.STUDENT_BACKBONE:
         print("student   starts from random numbers: DETECTION.STUDENT_BACKBONE names no file")
-    distiller = device.place(make_distiller(cfg, len(classes)), at, False)
+    distiller = device.place(make_distiller(cfg, len(classes)), torch_device, False)
     source = origin.get("DISTILLER.TEACHER_WEIGHTS", "default")
     teacher_ap = measure_teacher(distiller, test_loader, cfg, source)
     trainer = TRAINERS[cfg.SOLVER.TRAINER](name, distiller, train_loader, test_loader, cfg)
@@ -57,7 +59,7 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
 
 
 def make_distiller(cfg: Any, num_classes: int) -> Detector:
-    """The student, first, so that a seed gives one student whatever the teacher is; then the teacher."""
+    """Build the student and then the teacher, in this order, so that a seed gives one student for any teacher."""
     node = cfg.DETECTION
     student = network(cfg.DISTILLER.STUDENT, num_classes, node, node.STUDENT_BACKBONE)
     make = DISTILLERS[cfg.DISTILLER.TYPE]
@@ -68,9 +70,9 @@ def make_distiller(cfg: Any, num_classes: int) -> Detector:
 
 
 def read_config(file: str, options: Sequence[str]) -> tuple[CfgNode, dict[str, str]]:
-    """The built-in config tree and the node DETECTION with a file and options merged, checked and frozen.
+    """Merge a file and options into the built-in config tree with the node DETECTION; check and freeze it.
 
-    Also returns where each value came from. Raises UserError.
+    Also returns where each value came from. Raises UserError for a mistake in them.
     """
     cfg = builtin.CFG.clone()
     config.add_deepkd_config(cfg)
@@ -82,7 +84,7 @@ def read_config(file: str, options: Sequence[str]) -> tuple[CfgNode, dict[str, s
 
 
 def check(cfg: CfgNode, origin: dict[str, str]) -> None:
-    """Raise UserError for the first value that is out of range or that detection has no use for."""
+    """Raise UserError for the first value that is out of range or has no use in detection."""
     known = {
         "DATASET.TYPE": DETECTION_SETS,
         "DISTILLER.TYPE": DISTILLERS,
@@ -120,11 +122,11 @@ ONLY = {
     "DATASET.TRAIN_PER_CLASS": 0,
     "EXPERIMENT.LOGIT_STAND": False,
 }
-"""Keys that are for classification, and the value that they have here. (Warm-up is DETECTION.WARMUP_ITERATIONS.)"""
+"""Keys that are for classification only, and their value here. (Warm-up is DETECTION.WARMUP_ITERATIONS.)"""
 
 
 def summarise(file: str, cfg: Any, folder: Path, teacher_ap: float | None, result: dict[str, Any]) -> None:
-    """The end of a run on the terminal: how good, where the files are, what to do next."""
+    """Print the end of a run: how good it is, where its files are, what to do next."""
     teacher = "none" if teacher_ap is None else f"{cfg.DISTILLER.TEACHER} AP {teacher_ap:.2f} %"
     minutes = record.read_run(folder)["minutes"]
     print(

@@ -30,17 +30,18 @@ RATIOS = (0.5, 1.0, 2.0)
 
 
 def network(name: str, num_classes: int, node: Any, backbone: str = "", trained: bool = False) -> FasterRCNN:
-    """A detector for num_classes classes, background not counted.
+    """Build a detector for num_classes classes, not counting the background.
 
-    node: the config node DETECTION. backbone: a file of ImageNet weights for it; trained: whether weights of a
-    detector come after. With either its norms are frozen. With a backbone, those of torchvision are not trained below
-    their last three stages, as in its models. Raises UserError for a file that does not fit.
+    node: the config node DETECTION. backbone: a file of ImageNet weights for the backbone. trained: whether a
+    detector's weights will be loaded afterwards. With either, the norms are frozen. With a backbone file, only the
+    last three stages of torchvision's backbones are trained, as in its models. Raises UserError for a file that does
+    not fit.
     """
     norm = FrozenBatchNorm2d if backbone or trained else nn.BatchNorm2d
     body, options = NETWORKS[name](norm, bool(backbone), num_classes + 1)
     if backbone:
         _load_backbone(body, backbone, name)
-    made = FasterRCNN(
+    detector = FasterRCNN(
         body,
         min_size=list(node.MIN_SIZE),
         max_size=node.MAX_SIZE,
@@ -52,13 +53,13 @@ def network(name: str, num_classes: int, node: Any, backbone: str = "", trained:
         box_positive_fraction=node.FOREGROUND,
         **options,
     )
-    for part in (made.backbone, made.rpn.head, made.roi_heads.box_predictor):
+    for part in (detector.backbone, detector.rpn.head, detector.roi_heads.box_predictor):
         part.register_forward_hook(_in_float32)
-    return made
+    return detector
 
 
 def _in_float32(module: nn.Module, inputs: Any, output: Any) -> Any:
-    """Under autocast torchvision would take anchors and boxes in bfloat16, which at 1,000 pixels has steps of 4."""
+    """Return a module's output in float32: under autocast boxes would be bfloat16, which has steps of 4 at 1,000."""
     if isinstance(output, Tensor):
         return wide(output)
     if isinstance(output, dict):
@@ -67,11 +68,11 @@ def _in_float32(module: nn.Module, inputs: Any, output: Any) -> Any:
 
 
 def trained_network(name: str, num_classes: int, node: Any, weights: str, key: str) -> FasterRCNN:
-    """A detector with the weights of a file, or of one that the package ships (builtin:NAME); takes no gradients.
+    """Build a detector with the weights of a file or of one that the package ships (builtin:NAME), without gradients.
 
-    Torchvision's files for COCO have a column for each of its 91 category ids, of which 80 are classes: these are
-    taken. key: the config key or option that gave `weights`, for the UserError of a file that is missing or does not
-    fit.
+    Torchvision's files for COCO have a column for each of its 91 category ids. Only 80 of these are classes, and only
+    those are kept. key: the config key or option that gave `weights`; the UserError for a file that is missing or does
+    not fit names it.
     """
     if not weights:
         raise UserError(f"{key} names no file; it must name a checkpoint of {name} on this data set")
@@ -79,22 +80,22 @@ def trained_network(name: str, num_classes: int, node: Any, weights: str, key: s
         file = PACKAGE / "hosts" / "builtin" / "weights" / f"{weights.removeprefix('builtin:')}.pt"
     else:
         file = Path(weights)
-    held = checkpoint.network_weights(checkpoint.load(file, key))
-    # frozen norms count no batches; torchvision's files and those of a pretrained backbone have them
-    frozen = held is not None and not any(tensor.endswith("num_batches_tracked") for tensor in held)
-    scores = (held or {}).get(SCORES)
-    found = num_classes if scores is None or scores.ndim != 2 else len(scores) - 1
-    made = network(name, max(found, 1), node, trained=frozen)
-    checkpoint.load_weights(made, file, key, name)
-    if (num_classes, found + 1) == (len(COCO_IDS), COCO_COLUMNS):
-        _keep_columns(made, [0, *COCO_IDS])
-    elif found != num_classes:
-        raise UserError(f"{file}: {key} holds a {name} of {found} classes; this run has {num_classes}")
+    tensors = checkpoint.network_weights(checkpoint.load(file, key)) or {}
+    # torchvision's files and those with a pretrained backbone have frozen norms, which count no batches
+    frozen = bool(tensors) and not any(tensor.endswith("num_batches_tracked") for tensor in tensors)
+    scores = tensors.get(SCORES)
+    classes = num_classes if scores is None or scores.ndim != 2 else len(scores) - 1
+    detector = network(name, max(classes, 1), node, trained=frozen)
+    checkpoint.load_weights(detector, file, key, name)
+    if (num_classes, classes + 1) == (len(COCO_IDS), COCO_COLUMNS):
+        _keep_columns(detector, [0, *COCO_IDS])
+    elif classes != num_classes:
+        raise UserError(f"{file}: {key} holds a {name} of {classes} classes; this run has {num_classes}")
     if file.stem.endswith(TRAINED_WITHOUT_EPSILON):
-        for module in made.modules():
+        for module in detector.modules():
             if isinstance(module, FrozenBatchNorm2d):
                 module.eps = 0.0
-    return made.requires_grad_(False)
+    return detector.requires_grad_(False)
 
 
 COCO_COLUMNS = 91
@@ -104,48 +105,48 @@ COCO_IDS = tuple(i for i in range(1, COCO_COLUMNS) if i not in (12, 26, 29, 30, 
 SCORES = "roi_heads.box_predictor.cls_score.weight"
 
 TRAINED_WITHOUT_EPSILON = "-258fb6c6"
-"""How torchvision's file of fasterrcnn_resnet50_fpn ends: it sets the epsilon of that model's norms to 0."""
+"""How the name of torchvision's file of fasterrcnn_resnet50_fpn ends: torchvision sets that model's epsilon to 0."""
 
 
 def _keep_columns(detector: FasterRCNN, columns: list[int]) -> None:
-    """Leave a detector the given classes, background included, in this order."""
+    """Keep only the given classes of a detector, background included, in this order."""
     head = detector.roi_heads.box_predictor
     boxes = [4 * column + i for column in columns for i in range(4)]
     for layer, rows in ((head.cls_score, columns), (head.bbox_pred, boxes)):
-        layer.weight, layer.bias = (nn.Parameter(held[rows].clone()) for held in (layer.weight, layer.bias))
+        layer.weight, layer.bias = (nn.Parameter(old[rows].clone()) for old in (layer.weight, layer.bias))
         layer.out_features = len(rows)
 
 
 def count_classes(detector: FasterRCNN) -> int:
-    """The classes of a detector, background not counted."""
+    """Return a detector's number of classes, not counting the background."""
     return detector.roi_heads.box_predictor.cls_score.out_features - 1
 
 
 def _load_backbone(backbone: nn.Module, file: str, name: str) -> None:
-    """Load ImageNet weights into a backbone's body; what only the classifier has is left out."""
+    """Load ImageNet weights into a backbone's body, without the classifier's."""
     option = "DETECTION.STUDENT_BACKBONE"
-    held = checkpoint.network_weights(checkpoint.load(file, option)) or {}
+    weights = checkpoint.network_weights(checkpoint.load(file, option)) or {}
+    weights = {tensor.removeprefix("features."): value for tensor, value in weights.items()}
     wanted = backbone.body.state_dict()
-    found = {tensor.removeprefix("features."): value for tensor, value in held.items()}
-    missing = [t for t, value in wanted.items() if t not in found or found[t].shape != value.shape]
+    missing = [t for t, value in wanted.items() if t not in weights or weights[t].shape != value.shape]
     if missing:
         raise UserError(
             f"{file}: {option} must hold ImageNet weights of the backbone of {name}; {len(missing)} of its "
             f"{len(wanted)} tensors are missing ({missing[0]})"
         )
-    backbone.body.load_state_dict({tensor: found[tensor] for tensor in wanted})
+    backbone.body.load_state_dict({tensor: weights[tensor] for tensor in wanted})
 
 
 Made = tuple[nn.Module, dict[str, Any]]
-"""A backbone with out_channels that gives named maps, and what else FasterRCNN is told, its classes among it."""
+"""A backbone with out_channels that returns named maps, and FasterRCNN's other arguments, its classes among them."""
 
 Maker = Callable[[Any, bool, int], Made]
-"""(norm layer, whether the backbone starts from ImageNet weights, columns of class logits) -> Made."""
+"""(norm layer, whether the backbone starts from ImageNet weights, number of class logits) -> Made."""
 
 
 def _resnet(depth: int) -> Maker:
     def make(norm: Any, pretrained: bool, columns: int) -> Made:
-        # 5 stages in all; those that are not trained keep their ImageNet weights
+        # of 5 stages; the others keep their ImageNet weights
         layers = 3 if pretrained else 5
         name = f"resnet{depth}"
         body = resnet_fpn_backbone(backbone_name=name, weights=None, norm_layer=norm, trainable_layers=layers)
@@ -164,7 +165,7 @@ def _mobilenet_v3_320(norm: Any, pretrained: bool, columns: int) -> Made:
 
 
 class SmallFPN(nn.Module):
-    """A CIFAR ResNet, its stem at stride 2, under a pyramid of two maps at strides 4 and 8: for glyph_canvas.
+    """A CIFAR ResNet with a stem of stride 2 under a pyramid of two maps, at strides 4 and 8, for glyph_canvas.
 
     forward: images (B, 3, H, W) -> {"0": (B, 64, H/4, W/4), "1": (B, 64, H/8, W/8)}
     """
@@ -188,7 +189,7 @@ class SmallFPN(nn.Module):
 
 
 def _freeze(module: nn.Module) -> None:
-    """Put frozen norms in the place of a network's own."""
+    """Replace a network's BatchNorms by frozen ones."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             setattr(module, name, FrozenBatchNorm2d(child.num_features))
@@ -201,7 +202,7 @@ def _small(depth: int) -> Maker:
         channels, side, width = SmallFPN.out_channels, 5, 128
         return SmallFPN(depth, norm), {
             "rpn_anchor_generator": AnchorGenerator(((14, 20), (28, 38)), (RATIOS,) * 2),
-            # glyphs from 28 pixels on are looked up in the coarser map
+            # glyphs of 28 pixels and more are looked up in the coarser map
             "box_roi_pool": MultiScaleRoIAlign(["0", "1"], side, 2, canonical_scale=28, canonical_level=3),
             "box_head": TwoMLPHead(channels * side**2, width),
             "box_predictor": FastRCNNPredictor(width, columns),
@@ -217,4 +218,4 @@ NETWORKS: dict[str, Maker] = {
     "fasterrcnn_resnet20_fpn": _small(20),
     "fasterrcnn_resnet8_fpn": _small(8),
 }
-"""By name. The last two, of CIFAR ResNets, are for images of about 100 pixels."""
+"""By name. The last two are built on CIFAR ResNets, for images of about 100 pixels."""

@@ -14,17 +14,17 @@ from .average_precision import average_precision
 from .networks import count_classes
 
 WARMUP_START = 0.001
-"""Share of the learning rate that warm-up starts from (torchvision's reference training)."""
+"""The share of the learning rate that warm-up starts at (torchvision's reference training)."""
 
 LEAST_AP = 1.0
-"""A teacher below this AP, in percent, is not trained on the data set."""
+"""A teacher below this AP, in percent, was not trained on the data set."""
 
 
 class DetectionTrainer(DecoupledMomentumTrainer):
-    """Trains one of distillers.DISTILLERS; AP on the test set tells the best epoch.
+    """Trains one of distillers.DISTILLERS; the best epoch is the one with the highest AP on the test set.
 
-    With all deltas 0 every stream has one momentum, and this is plain SGD for every method. The learning rate
-    is the schedule's of the epoch, times a factor that rises over DETECTION.WARMUP_ITERATIONS.
+    If all deltas are 0, every stream has one momentum, and this is plain SGD for every method. The learning rate is
+    that of the epoch in the schedule, times a factor that rises over DETECTION.WARMUP_ITERATIONS.
     """
 
     metric = "test_ap"
@@ -38,7 +38,7 @@ class DetectionTrainer(DecoupledMomentumTrainer):
         return measure_teacher(self.module, self.val_loader, self.cfg)
 
     def prepare(self, batch: Any, epoch: int, step: int) -> dict[str, Any]:
-        """As the base trainer's, with the share of the training that is done; sets the learning rate."""
+        """Prepare a batch as the base trainer does, add the share of the training that is done, set the rate."""
         images, targets = batch
         done = (epoch - 1) * len(self.train_loader) + step - 1
         self.warm_up(done)
@@ -50,14 +50,14 @@ class DetectionTrainer(DecoupledMomentumTrainer):
         }
 
     def warm_up(self, done: int) -> None:
-        """Set the learning rate of the iteration after `done` others."""
+        """Set the learning rate of the iteration that follows `done` others."""
         iterations = self.cfg.DETECTION.WARMUP_ITERATIONS
         factor = WARMUP_START + (1 - WARMUP_START) * done / iterations if done < iterations else 1.0
         for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr()):
             group["lr"] = factor * rate
 
     def hits(self, logits: Tensor, parts: dict[str, Any]) -> dict[str, Tensor]:
-        """Nothing: proposals are easy to be right about, since most are background."""
+        """Return nothing: a high accuracy on proposals means little, because most are background."""
         return {}
 
     def top_k(self, logits: Tensor, epoch: int, parts: dict[str, Any]) -> int | None:
@@ -65,33 +65,35 @@ class DetectionTrainer(DecoupledMomentumTrainer):
         return module.top_k(parts["progress"], logits.shape[1]) if hasattr(module, "top_k") else None
 
     def test(self) -> dict[str, float]:
-        """The student's AP, AP50 and AP75 on the test set, in percent; in float32 whatever it was trained in."""
+        """Return the student's AP, AP50 and AP75 on the test set, in percent, always measured in float32."""
         return evaluate(self.module.student, self.val_loader, self.device)
 
 
 @torch.no_grad()
-def evaluate(detector: nn.Module, loader: Any, at: torch.device) -> dict[str, float]:
-    """{"test_ap", "test_ap50", "test_ap75"} in percent of a torchvision detector on a loader of images and targets."""
+def evaluate(detector: nn.Module, loader: Any, torch_device: torch.device) -> dict[str, float]:
+    """Measure "test_ap", "test_ap50" and "test_ap75", in percent, of a torchvision detector.
+
+    loader: of images and targets. torch_device: the one that the detector is on.
+    """
     detector.eval()
-    found, truths = [], []
+    detections, truths = [], []
     for images, targets in loader:
-        detections = detector(device.place_batch(images, at, False))
-        found += [{name: value.float().cpu() for name, value in one.items()} for one in detections]
+        outputs = detector(device.place_batch(images, torch_device, False))
+        detections += [{name: value.float().cpu() for name, value in output.items()} for output in outputs]
         truths += targets
-    numbers = average_precision(found, truths, count_classes(detector))
+    numbers = average_precision(detections, truths, count_classes(detector))
     return {f"test_{name.lower()}": value for name, value in numbers.items()}
 
 
 def measure_teacher(distiller: nn.Module, loader: Any, cfg: Any, source: str = "config") -> float | None:
-    """Print and return the AP in percent of a distiller's teacher on the test set; None without one.
+    """Print and return the AP in percent of a distiller's teacher on the test set; None without a teacher.
 
-    Raises UserError, naming `source`, below LEAST_AP.
+    Raises UserError, naming `source`, if it is below LEAST_AP.
     """
     teacher = getattr(distiller, "teacher", None)
     if teacher is None:
         return None
-    at = next(teacher.parameters()).device
-    ap = evaluate(teacher, loader, at)["test_ap"]
+    ap = evaluate(teacher, loader, next(teacher.parameters()).device)["test_ap"]
     if ap < LEAST_AP:
         raise UserError(
             f"{source}: the teacher {cfg.DISTILLER.TEACHER} from DISTILLER.TEACHER_WEIGHTS finds nothing on "
@@ -102,4 +104,4 @@ def measure_teacher(distiller: nn.Module, loader: Any, cfg: Any, source: str = "
 
 
 TRAINERS = {"base": DetectionTrainer, "DecoupledMomentumSGD": DetectionTrainer}
-"""By SOLVER.TRAINER; base is the same with one momentum."""
+"""By SOLVER.TRAINER; base is the same trainer with one momentum."""

@@ -1,7 +1,7 @@
 """mdistiller as a host: where it is, where it keeps things, and what it needs on today's PyTorch.
 
-The only module that knows the inside of mdistiller (read off commit a08d46f, its last). `load` finds the
-registries; `mend` replaces three of its functions, in place and wherever they were imported by name.
+This is the only module that knows mdistiller's inside (commit a08d46f, its last). `load` finds the registries. `mend`
+replaces three of its functions, in place and wherever they were imported by name.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ _OURS_ALONE = (
     *("LR_SCHEDULE", "WARMUP_EPOCHS", "MIN_LR", "AMP", "CHANNELS_LAST", "GRADIENTS", "EXECUTION"),
     "GSNR.MEASURE",
 )
-"""Keys that only our trainers read: of SOLVER, and others with their section."""
+"""Keys that only our trainers read; those outside SOLVER are given with their section."""
 
 Replaced = tuple[dict[str, Any], str, Any]
-"""A registry, a name in it, and what stood there."""
+"""A registry, a name in it, and its entry before."""
 
 
 def locate() -> Path | None:
-    """The folder that holds the package mdistiller; None where there is none.
+    """Find the folder that holds the package mdistiller; None if there is none.
 
-    In this order: the one that is already imported, the checkout whose script under tools/ is running,
-    MDISTILLER_ROOT, an installed one. Raises UserError where MDISTILLER_ROOT names something else.
+    In this order: the one that is already imported, the checkout whose script in tools/ is running, MDISTILLER_ROOT,
+    an installed one. Raises UserError if MDISTILLER_ROOT names something else.
     """
-    found = _found(getattr(sys.modules.get("mdistiller"), "__path__", ()))
-    if found is not None:
-        return found
+    imported = _root_of(getattr(sys.modules.get("mdistiller"), "__path__", ()))
+    if imported is not None:
+        return imported
     script = Path(getattr(sys.modules.get("__main__"), "__file__", None) or ".").resolve()
     if script.parent.name == "tools" and _is_root(script.parents[1]):
         return script.parents[1]
@@ -65,24 +65,24 @@ def locate() -> Path | None:
             raise UserError(f"environment: {ENVIRONMENT} is {named!r}; it must name a checkout of mdistiller")
         return Path(named).resolve()
     spec = importlib.util.find_spec("mdistiller")
-    return None if spec is None else _found(spec.submodule_search_locations or ())
+    return None if spec is None else _root_of(spec.submodule_search_locations or ())
 
 
 def load(root: Path) -> Host:
-    """Import the mdistiller under `root` and find its registries.
+    """Import the mdistiller in `root` and find its registries.
 
-    Raises UserError where it cannot be imported, or is a fork that keeps them elsewhere.
+    Raises UserError if it cannot be imported or is a fork that keeps them elsewhere.
     """
     if not _is_root(root):
         raise UserError(f"{root}: is no checkout of mdistiller; it must hold mdistiller/engine/")
     spec = importlib.util.find_spec("mdistiller")
-    if spec is None or _found(spec.submodule_search_locations or ()) != root:
+    if spec is None or _root_of(spec.submodule_search_locations or ()) != root:
         sys.path.insert(0, str(root))
         importlib.invalidate_caches()
-    found = {}
+    parts = {}
     for field, (module, name) in _PLACES.items():
         try:
-            found[field] = getattr(importlib.import_module(module), name)
+            parts[field] = getattr(importlib.import_module(module), name)
         except ModuleNotFoundError as error:
             if (error.name or "").startswith("mdistiller"):
                 raise _other_fork(root, module, name) from None
@@ -92,27 +92,25 @@ def load(root: Path) -> Host:
         except AttributeError:
             if field != "tiny_imagenet_models":  # older versions have no Tiny ImageNet
                 raise _other_fork(root, module, name) from None
-            found[field] = {}
-        except (Exception, SystemExit) as error:  # whatever an old module does on a new PyTorch
+            parts[field] = {}
+        except (Exception, SystemExit) as error:  # an old module on a new PyTorch can raise anything
             raise UserError(
                 f"{root}: mdistiller cannot be imported ({module}: {type(error).__name__}: {error})"
             ) from None
-    imported = _found(sys.modules["mdistiller"].__path__)
+    imported = _root_of(sys.modules["mdistiller"].__path__)
     if imported != root:
         raise UserError(f"{root}: another mdistiller is imported already, from {imported}; only one can be")
-    del (
-        found["get_dataset"],
-        found["load_checkpoint"],
-    )  # mend needs them to be there, a host is its registries
-    return Host("mdistiller", **found, root=root)
+    for function in ("get_dataset", "load_checkpoint"):  # a host has no field for them, but mend needs them
+        del parts[function]
+    return Host("mdistiller", **parts, root=root)
 
 
 def mend(host: Host) -> list[str]:
     """Let mdistiller run on today's PyTorch and under the plugin's keys; returns what was replaced.
 
-    get_dataset reads the plugin's DATASET keys, gives two views to the methods that need them, and is where
-    a config is checked; load_checkpoint never runs code and takes every teacher file; a trainer tests the
-    teacher first; without CUDA everything stays where it is. Idempotent.
+    get_dataset reads the plugin's DATASET keys, gives two views to the methods that need them, and is where a config
+    is checked. load_checkpoint never runs code and takes every teacher file. A trainer tests the teacher first.
+    Without CUDA everything stays on the CPU. A second call changes nothing.
     """
     dataset, utils = sys.modules["mdistiller.dataset"], sys.modules["mdistiller.engine.utils"]
     if dataset.get_dataset.__module__ == __name__:
@@ -131,24 +129,24 @@ def mend(host: Host) -> list[str]:
 
 
 def load_checkpoint(path: str | None) -> Any:
-    """mdistiller's load_checkpoint: a trainer's state as it is, a network's file as {"model": state dict}."""
+    """Load a file as mdistiller does: a trainer's state as it is, a network's file as {"model": state dict}."""
     if path is None:
         raise UserError("command line: mdistiller has no weights of this network; -c must name a checkpoint")
-    held = checkpoint.load(path, "the path")
-    weights = checkpoint.network_weights(held)
+    content = checkpoint.load(path, "the path")
+    weights = checkpoint.network_weights(content)
     if weights is None:
         raise UserError(f"{path}: holds no network's weights; it must be a student's or a teacher's file")
     if any(name.startswith("student.") for name in weights):
-        if "config" in held:
+        if "config" in content:
             raise UserError(f"{path}: {config.TRAINER} wrote it; --resume needs that SOLVER.TRAINER")
-        return held  # the state of a trainer of mdistiller's
-    return {**(held if "model" in held else {}), "model": weights}
+        return content  # the state of one of mdistiller's trainers
+    return {**(content if "model" in content else {}), "model": weights}
 
 
 def settle(host: Host, cfg: Any, replaced: list[Replaced]) -> None:
-    """Check a config and put what it asks of the plugin where mdistiller's launcher looks for it.
+    """Check a config, and put what it asks of the plugin where mdistiller's launcher looks for it.
 
-    replaced: what the call for an earlier config replaced; it is put back first, and filled anew.
+    replaced: what the call for an earlier config replaced. It is put back first; then the list is filled again.
     """
     while replaced:
         registry, name, value = replaced.pop()
@@ -169,7 +167,7 @@ def settle(host: Host, cfg: Any, replaced: list[Replaced]) -> None:
 
 
 def check_trainer(cfg: Any, origin: Mapping[str, str], trainer: type) -> None:
-    """Raise UserError where a config asks of one of mdistiller's trainers what only ours can do."""
+    """Raise UserError if a config asks one of mdistiller's trainers for something that only ours can do."""
     if issubclass(trainer, Trainer):
         return
     method, name = cfg.DISTILLER.TYPE, cfg.SOLVER.TRAINER
@@ -191,7 +189,7 @@ def check_trainer(cfg: Any, origin: Mapping[str, str], trainer: type) -> None:
 
 
 def _teacher(host: Host, cfg: Any, entry: Any) -> Any:
-    """The zoo's entry of a teacher with its weights loaded or named, after a look at them."""
+    """Return the zoo's entry of a teacher with its weights loaded or named, after trying them."""
     dataset, name = cfg.DATASET.TYPE, cfg.DISTILLER.TEACHER
     path = weights_file(host, dataset, name, cfg.DISTILLER.TEACHER_WEIGHTS)
     key = "DISTILLER.TEACHER_WEIGHTS"
@@ -205,8 +203,8 @@ def _settled_reader(host: Host) -> Callable[[Any], Any]:
     replaced: list[Replaced] = []
 
     def get_dataset(cfg: Any) -> Any:
-        """The plugin's get_dataset, where mdistiller's launcher first shows its config."""
-        if cfg.is_frozen():  # tools/eval.py leaves its config open: there is nothing to train and to check
+        """Settle the config, which mdistiller's launcher shows here first, and return the plugin's data set."""
+        if cfg.is_frozen():  # tools/eval.py, which does not train, leaves its config open
             settle(host, cfg, replaced)
         return data.get_dataset(cfg)
 
@@ -227,7 +225,7 @@ def _measure_teachers(base_trainer: type) -> None:
 
 
 def _replace(theirs: Callable[..., Any], ours: Callable[..., Any]) -> None:
-    """Put our function in the place of theirs, in every module that has it under its name."""
+    """Replace their function by ours in every module that has it under its name."""
     name = theirs.__name__
     for module in list(sys.modules.values()):
         if getattr(module, "__dict__", {}).get(name) is theirs:
@@ -235,13 +233,13 @@ def _replace(theirs: Callable[..., Any], ours: Callable[..., Any]) -> None:
 
 
 def _is_root(folder: Path) -> bool:
-    """Some forks have no mdistiller/__init__.py, and a checkout seen from outside is no package."""
+    """Say whether a folder holds mdistiller. Some forks have no mdistiller/__init__.py, so that is not asked."""
     return (folder / "mdistiller" / "engine" / "cfg.py").is_file()
 
 
-def _found(package: Iterable[str]) -> Path | None:
-    """The root above one of a package's folders."""
-    return next((Path(p).resolve().parent for p in package if _is_root(Path(p).resolve().parent)), None)
+def _root_of(package: Iterable[str]) -> Path | None:
+    """Return the first root of mdistiller that is above one of a package's folders."""
+    return next((root for folder in package if _is_root(root := Path(folder).resolve().parent)), None)
 
 
 def _other_fork(root: Path, module: str, name: str) -> UserError:
@@ -251,7 +249,7 @@ def _other_fork(root: Path, module: str, name: str) -> UserError:
 
 
 class _Somewhere(dict[str, str]):
-    """Origins of a config that mdistiller has merged itself, without telling where a value came from."""
+    """Origins of a config that mdistiller merged itself, so that nobody knows where its values came from."""
 
     def get(self, key: str, default: Any = None) -> str:
         return "config"

@@ -505,7 +505,7 @@ def test_a_wheel_made_of_the_sdist_has_configs_and_patches(tmp_path):
         pytest.skip(f"cannot build a wheel: {probe.stderr.splitlines()[-1]}")
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in ("deepkd_plugin", "configs", "patches"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.npz"))
@@ -531,6 +531,9 @@ def test_a_wheel_made_of_the_sdist_has_configs_and_patches(tmp_path):
         assert ours == {f"deepkd_plugin/_shipped/{name}" for name in [*configs, *patches]}
         assert all(held[name] == (ROOT / name.split("_shipped/")[1]).read_bytes() for name in ours)
         assert any(name.endswith("weights/glyphs100_resnet20.pt") for name in held)
+        assert "deepkd_plugin/py.typed" in held
+        (license_file,) = (name for name in held if name.endswith("LICENSE"))
+        assert held[license_file] == (ROOT / "LICENSE").read_bytes()
         (points,) = (name for name in held if name.endswith("entry_points.txt"))
         assert b"deepkd = deepkd_plugin.commands.cli:entry" in held[points]
         (metadata,) = (held[name].decode() for name in held if name.endswith("METADATA"))

@@ -1,9 +1,10 @@
 """DeepKD inside mdistiller's detection branch: its RCNNKD on detectron2, with losses and momenta by stream.
 
-config.py: the keys and their checks; rcnn.py: the meta architecture RCNNDeepKD; loader.py: training images that a
-resumed run goes on with; trainer.py: the step, the hooks, the evaluation; launch.py: what detection/train_net.py runs
-after `deepkd apply`. All but this module and launch.py need detectron2 and mdistiller's checkout to be imported;
-`require` says in one line what is missing.
+config.py has the keys and their checks, rcnn.py the meta architecture RCNNDeepKD, loader.py training images that a
+resumed run continues with, trainer.py the step, the hooks and the evaluation, and launch.py what
+detection/train_net.py runs after `deepkd apply`. merge.py makes the file that a run starts from. Except for this
+module, launch.py and merge.py they cannot be imported without detectron2 and mdistiller's checkout; `require` says in
+one line what is missing.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ _NEEDED = {
     "detectron2.solver.build": ("get_default_optimizer_params",),
     "detectron2.evaluation": ("COCOEvaluator",),
 }
-"""What is used of detectron2. Its version cannot tell: the release of 2021 and today's main branch are both 0.6."""
+"""What we use of detectron2. The version does not help: the release of 2021 and today's main branch are both 0.6."""
 
 _loaded: ModuleType | None = None
 
 
 def require(root: Path | None = None) -> ModuleType:
-    """mdistiller's package detection/model, imported, which registers its backbones and RCNNKD in detectron2.
+    """Import mdistiller's package detection/model, which registers its backbones and RCNNKD in detectron2.
 
-    root: mdistiller's checkout; by default that of the running detection/train_net.py, else as mdistiller.locate finds
-    it, else the current folder. Raises UserError where detectron2 or the checkout is missing or cannot be used.
+    root: mdistiller's checkout; by default what `locate` finds. Raises UserError if detectron2 or the checkout is
+    missing or cannot be used.
     """
     global _loaded
     if _loaded is not None and root is None:
@@ -53,19 +54,23 @@ def require(root: Path | None = None) -> ModuleType:
         raise UserError(
             f"{folder}: needs the package {error.name}, which is not installed; pip install {error.name}"
         ) from None
-    except Exception as error:  # whatever an old module does on a new detectron2
+    except Exception as error:  # an old module on a new detectron2 can raise anything
         raise UserError(f"{folder}: cannot be imported ({type(error).__name__}: {error})") from None
-    found = Path(getattr(module, "__file__", None) or ".").resolve().parent
-    if found != folder.resolve():
+    imported = Path(getattr(module, "__file__", None) or ".").resolve().parent
+    if imported != folder.resolve():
         raise UserError(
-            f"{folder}: another package named model is imported already, from {found}; only one can be"
+            f"{folder}: another package named model is imported already, from {imported}; only one can be"
         )
     _loaded = module
     return module
 
 
 def locate() -> Path:
-    """mdistiller's checkout. Raises UserError where there is none with a detection branch."""
+    """Find mdistiller's checkout. Raises UserError if there is none with a detection branch.
+
+    In this order: the one whose detection/train_net.py is running, what hosts.mdistiller finds, the current folder,
+    the folder above it.
+    """
     script = Path(getattr(sys.modules.get("__main__"), "__file__", None) or ".").resolve()
     root = script.parent.parent
     if script == root / SCRIPT and _is_root(root):
@@ -103,16 +108,16 @@ def _require_detectron2() -> None:
             raise UserError(
                 f"detectron2: needs the package {error.name}, which is not installed; pip install {error.name}"
             ) from None
-        except Exception as error:  # compiled for another PyTorch, for one
+        except Exception as error:  # for example if it was compiled for another PyTorch
             raise UserError(
                 f"detectron2: cannot be imported ({type(error).__name__}: {' '.join(str(error).split())}); "
                 f"build it for the installed PyTorch: {_INSTALL}"
             ) from None
         for part in parts:
-            held = module
+            owner = module
             for attribute in part.split("."):
-                held = getattr(held, attribute, None)
-            if held is None:
+                owner = getattr(owner, attribute, None)
+            if owner is None:
                 raise _too_old(version, f"{name}.{part}")
 
 

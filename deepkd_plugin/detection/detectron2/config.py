@@ -1,7 +1,7 @@
 """The config of mdistiller's detection branch with DeepKD's keys: defaults, reading, checks.
 
-detectron2 keeps its settings in a yacs tree of its own. What a key means and which values it takes comes from
-deepkd_plugin/config/keys.py wherever a classification run has it too.
+detectron2 keeps its settings in a yacs tree of its own. If a classification run has a key too, its meaning and its
+allowed values come from deepkd_plugin/config/keys.py.
 """
 
 from __future__ import annotations
@@ -16,43 +16,35 @@ import yaml
 from ... import config
 from ...config import keys
 from ...errors import UserError
-from ...rules import Key
+from ...rules import FRACTION, NOT_NEGATIVE, POSITIVE, WHOLE, Key, one_of
 from ...streams import STREAMS
 from ..losses import BASES
 from . import require
 
 model = require()
 
-from detectron2.config import CfgNode, get_cfg  # noqa: E402 (require says in one line where there is none)
+from detectron2.config import CfgNode, get_cfg  # noqa: E402 (require says in one line if there is none)
 
 META_ARCHITECTURE = "RCNNDeepKD"
 
 LOSS_STREAMS = {"loss_tcg": "tcg", "loss_ncg": "ncg", "loss_feat": "feat"}
-"""The losses of RCNNDeepKD that have a stream of their own; every other loss belongs to the task's."""
+"""The losses of RCNNDeepKD that have a stream of their own; every other loss belongs to the task stream."""
 
 DECOUPLED = {"DeepKD": (), "ReviewDeepKD": ("feat",)}
-"""The values of KD.TYPE whose losses fall into streams, and what these have beside STREAMS."""
+"""The values of KD.TYPE whose losses fall into streams, and their streams beside STREAMS."""
 
 TYPES = ("KD", *DECOUPLED)
 """The values of KD.TYPE that RCNNDeepKD adds to mdistiller's."""
 
 CLIP_TYPES = ("value", "norm", "full_model")
-"""detectron2's two, by parameter, and the norm of the whole gradient, which projects of its own call so."""
+"""detectron2's two, parameter by parameter, and the norm of the whole gradient, which its own projects call so."""
 
 _THEIRS = ("DKD", "ReviewKD", "ReviewDKD")
-_POSITIVE = ("a number above 0", lambda value: value > 0)
-_NOT_NEGATIVE = ("a number from 0 on", lambda value: value >= 0)
-_WHOLE = ("a whole number above 0", lambda value: value > 0)
 _OFF = ("False: it is not supported here", lambda value: value is False)
-_FRACTION = ("a number in [0, 1)", lambda value: 0 <= value < 1)
-
-
-def _one_of(*names: str) -> tuple[str, Any]:
-    return "one of " + ", ".join(names), lambda value: value in names
 
 
 def _shared(path: str, ours: str, **changes: Any) -> Key:
-    """One of the classification's keys under another path; `changes` is what differs here."""
+    """Return one of the classification's keys under another path; `changes` is what differs here."""
     (key,) = (key for key in keys.all_keys() if key.path == ours)
     return key._replace(path=path, **changes)
 
@@ -72,9 +64,9 @@ _MOMENTA = (
 )
 
 KEYS = (
-    Key("KD.KD.T", 1.0, "softmax temperature of plain KD over proposals", *_POSITIVE),
-    Key("KD.DEEPKD.BASE", "DKD", "the method whose loss is taken apart", *_one_of(*BASES)),
-    Key("KD.DEEPKD.TASK_WEIGHT", 1.0, "alpha, weight of all detection losses (TOG)", *_NOT_NEGATIVE),
+    Key("KD.KD.T", 1.0, "softmax temperature of plain KD over proposals", *POSITIVE),
+    Key("KD.DEEPKD.BASE", "DKD", "the method whose loss is taken apart", *one_of(*BASES)),
+    Key("KD.DEEPKD.TASK_WEIGHT", 1.0, "alpha, weight of all detection losses (TOG)", *NOT_NEGATIVE),
     _shared("KD.DEEPKD.TCG_WEIGHT", "DeepKD.TCG_WEIGHT"),
     _shared("KD.DEEPKD.NCG_WEIGHT", "DeepKD.NCG_WEIGHT", default=0.25),
     _shared("KD.DEEPKD.T", "DeepKD.TEMPERATURE", default=1.0),
@@ -84,81 +76,57 @@ KEYS = (
 """Every key that the plugin adds to this tree. Weights and temperature are mdistiller's for DKD on detectors."""
 
 HOST_KEYS = (
-    Key("KD.TYPE", "DKD", "method", *_one_of(*_THEIRS, *TYPES)),
-    Key("KD.DKD.ALPHA", 1.0, "weight", *_NOT_NEGATIVE),
-    Key("KD.DKD.BETA", 0.25, "weight", *_NOT_NEGATIVE),
-    Key("KD.DKD.T", 1.0, "temperature", *_POSITIVE),
-    Key("KD.REVIEWKD.LOSS_WEIGHT", 1.0, "weight", *_NOT_NEGATIVE),
-    Key("SOLVER.BASE_LR", 0.001, "learning rate", *_POSITIVE),
-    Key("SOLVER.MAX_ITER", 40000, "iterations", *_WHOLE),
-    Key("SOLVER.IMS_PER_BATCH", 16, "images in a step, of all processes", *_WHOLE),
-    Key("SOLVER.MOMENTUM", 0.9, "momentum", *_FRACTION),
-    Key("SOLVER.WEIGHT_DECAY", 1e-4, "weight decay", *_NOT_NEGATIVE),
+    Key("KD.TYPE", "DKD", "method", *one_of(*_THEIRS, *TYPES)),
+    Key("KD.DKD.ALPHA", 1.0, "weight", *NOT_NEGATIVE),
+    Key("KD.DKD.BETA", 0.25, "weight", *NOT_NEGATIVE),
+    Key("KD.DKD.T", 1.0, "temperature", *POSITIVE),
+    Key("KD.REVIEWKD.LOSS_WEIGHT", 1.0, "weight", *NOT_NEGATIVE),
+    Key("SOLVER.BASE_LR", 0.001, "learning rate", *POSITIVE),
+    Key("SOLVER.MAX_ITER", 40000, "iterations", *WHOLE),
+    Key("SOLVER.IMS_PER_BATCH", 16, "images in a step, of all processes", *WHOLE),
+    Key("SOLVER.MOMENTUM", 0.9, "momentum", *FRACTION),
+    Key("SOLVER.WEIGHT_DECAY", 1e-4, "weight decay", *NOT_NEGATIVE),
     Key("SOLVER.NESTEROV", False, "", *_OFF),
-    Key("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "value", "clipping", *_one_of(*CLIP_TYPES)),
-    Key("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 1.0, "its bound", *_POSITIVE),
+    Key("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "value", "clipping", *one_of(*CLIP_TYPES)),
+    Key("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 1.0, "its bound", *POSITIVE),
     Key("TEST.AUG.ENABLED", False, "", *_OFF),
-    Key("MODEL.ROI_HEADS.NAME", "StandardROIHeads", "one set of logits", *_one_of("StandardROIHeads")),
+    Key("MODEL.ROI_HEADS.NAME", "StandardROIHeads", "one set of logits", *one_of("StandardROIHeads")),
     Key("MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES", False, "", *_OFF),
 )
-"""Keys of detectron2 and mdistiller that would break a run far from where they were written."""
+"""Keys of detectron2 and mdistiller whose wrong values would break a run far from where they were written."""
 
 
 def add_deepkd_config(cfg: CfgNode) -> None:
     """Add mdistiller's detection keys and KEYS to detectron2's tree.
 
-    TEACHER becomes a clone of today's tree, with what mdistiller's own node has beyond it: that node lists the keys of
-    detectron2 as it was in 2021, and today's builders ask for more.
+    TEACHER becomes a clone of today's tree, with the keys of mdistiller's own node that this lacks. That node lists
+    detectron2's keys of 2021, and today's builders ask for more.
     """
     model.add_distillation_cfg(cfg)
     theirs = cfg.TEACHER
     cfg.TEACHER = get_cfg()
     _fill(cfg.TEACHER, theirs)
     _fill(cfg.TEACHER.MODEL, {"MOBILENETV2": cfg.MODEL.MOBILENETV2.clone()})
-    for key in KEYS:
-        *parents, leaf = key.path.split(".")
-        node = cfg
-        for name in parents:
-            if name not in node:
-                node[name] = CfgNode()  # detectron2's own, or no file could be merged into it
-            node = node[name]
-        node[leaf] = key.default
+    config.add_keys(cfg, KEYS)
 
 
 def load(file: str | Path, options: Sequence[str] = ()) -> tuple[CfgNode, dict[str, str]]:
-    """The tree with a YAML file, the files that its _BASE_ names and KEY VALUE pairs merged, not checked yet.
+    """Merge a YAML file, the files that its _BASE_ names and KEY VALUE pairs into a new tree, without checking it.
 
-    Returns it with where each value that was set came from. Raises UserError for a file that cannot be read, an
-    unknown key and a value of another type.
+    Also returns where each value that was set came from. Raises UserError for a file that cannot be read, an unknown
+    key and a value of another type.
     """
     cfg = get_cfg()
     add_deepkd_config(cfg)
     try:
         tree = cfg.load_yaml_with_base(str(file))  # the safe loader: a config is no program
-        if not isinstance(tree, dict):
-            raise TypeError(f"it holds {type(tree).__name__} where a mapping of keys must be")
     except (OSError, UnicodeDecodeError, TypeError, AssertionError, yaml.YAMLError) as error:
         raise UserError(f"{file}: cannot be read as a config file ({' '.join(str(error).split())})") from None
-    if tree.get("VERSION", cfg.VERSION) != cfg.VERSION:
+    if isinstance(tree, dict) and tree.get("VERSION", cfg.VERSION) != cfg.VERSION:
         raise UserError(
             f"{file}: VERSION is {tree['VERSION']!r}; it must be {cfg.VERSION}, detectron2's of today"
         )
-    try:
-        cfg.merge_from_other_cfg(CfgNode(_with_floats(tree, cfg)))
-    except (KeyError, ValueError, AssertionError, AttributeError) as error:
-        raise UserError(f"{file}: {_told(error)}") from None
-    origin = dict.fromkeys(config.flatten(tree), str(file))
-    if len(options) % 2:
-        raise UserError(f"command line: options come in pairs KEY VALUE, {options[-1]!r} has no value")
-    for path, text in zip(options[::2], options[1::2]):
-        if isinstance(config.flatten(cfg).get(path), float) and text.strip("+-").isdigit():
-            text = f"{text}.0"
-        try:
-            cfg.merge_from_list([path, text])
-        except (KeyError, ValueError, AssertionError, AttributeError) as error:
-            raise UserError(f"command line: {_told(error)}") from None
-        origin[path] = "command line"
-    return cfg, origin
+    return cfg, config.merge(cfg, tree, str(file), options)
 
 
 def check(cfg: CfgNode, origin: Mapping[str, str]) -> None:
@@ -176,7 +144,7 @@ def check(cfg: CfgNode, origin: Mapping[str, str]) -> None:
 
 
 def check_architecture(cfg: CfgNode, origin: Mapping[str, str] | None = None) -> None:
-    """Raise UserError where the meta architecture does not know KD.TYPE, or teacher and student differ in classes."""
+    """Raise UserError if the meta architecture does not know KD.TYPE, or teacher and student differ in classes."""
     origin, meta = origin or {}, cfg.MODEL.META_ARCHITECTURE
     if meta == "RCNNKD" and cfg.KD.TYPE in TYPES:
         raise config.wrong(
@@ -189,32 +157,41 @@ def check_architecture(cfg: CfgNode, origin: Mapping[str, str] | None = None) ->
 
 
 def streams(cfg: CfgNode) -> tuple[str, ...]:
-    """The streams of a step. All losses of a method that is not decoupled are the task stream's."""
+    """Return the streams of a step. If a method is not decoupled, all its losses belong to the task stream."""
     decoupled = cfg.MODEL.META_ARCHITECTURE == META_ARCHITECTURE and cfg.KD.TYPE in DECOUPLED
     return STREAMS + DECOUPLED[cfg.KD.TYPE] if decoupled else STREAMS[:1]
 
 
 def momenta(cfg: CfgNode) -> tuple[dict[str, float], str]:
-    """Each stream's momentum, and the stream that decays the weights: config.momenta of a classification run."""
-    found = streams(cfg)
-    if len(found) == 1:
-        return {found[0]: cfg.SOLVER.MOMENTUM}, found[0]
+    """Return each stream's momentum and the stream that decays the weights, as config.momenta does."""
+    names = streams(cfg)
+    if len(names) == 1:
+        return {names[0]: cfg.SOLVER.MOMENTUM}, names[0]
     return config.momenta(_as_classification(cfg))
 
 
 def _as_classification(cfg: CfgNode) -> CfgNode:
-    """What this tree shares with a classification run's, where that has it."""
+    """Return what this tree shares with that of a classification run, under the keys of the latter."""
     assigned = [f"{loss}:{stream}" for loss, stream in LOSS_STREAMS.items() if stream in streams(cfg)]
-    decoupled = {**cfg.SOLVER.DECOUPLED, "ALLOCATION": "fixed", "LOSS_STREAMS": assigned}
-    solver = {"MOMENTUM": cfg.SOLVER.MOMENTUM, "DECOUPLED": CfgNode(decoupled)}
-    return CfgNode({"SOLVER": CfgNode(solver), "DeepKD": CfgNode({"MASK": cfg.KD.DEEPKD.MASK.clone()})})
+    # users' distillers may have brought streams that this tree has no key for
+    delta = {name.upper(): 0.0 for name in config.known_streams()} | cfg.SOLVER.DECOUPLED.DELTA
+    decoupled = {
+        **cfg.SOLVER.DECOUPLED,
+        "DELTA": delta,
+        "ALLOCATION": "fixed",
+        "LOSS_STREAMS": assigned,
+    }
+    solver = {"TRAINER": config.TRAINER, "MOMENTUM": cfg.SOLVER.MOMENTUM, "DECOUPLED": decoupled}
+    return CfgNode(
+        {"SOLVER": solver, "DISTILLER": {"TYPE": "DeepKD"}, "DeepKD": {"MASK": cfg.KD.DEEPKD.MASK.clone()}}
+    )
 
 
 def _check_momenta(cfg: CfgNode, origin: Mapping[str, str]) -> None:
     config.check_momenta(_as_classification(cfg), dict(origin))
-    found = streams(cfg)
+    names = streams(cfg)
     for name, delta in cfg.SOLVER.DECOUPLED.DELTA.items():
-        if delta and (len(found) == 1 or name.lower() not in found):
+        if delta and (len(names) == 1 or name.lower() not in names):
             allowed = (
                 f"0.0 with KD.TYPE {cfg.KD.TYPE} on {cfg.MODEL.META_ARCHITECTURE}, which has no such stream"
             )
@@ -230,25 +207,9 @@ def _check_mask(cfg: CfgNode, origin: Mapping[str, str]) -> None:
 
 
 def _fill(node: CfgNode, other: Mapping[str, Any]) -> None:
-    """Give a node what another has beyond it."""
+    """Add to a node the keys of another that it lacks."""
     for name, value in other.items():
         if name not in node:
             node[name] = value
         elif isinstance(value, CfgNode) and isinstance(node[name], CfgNode):
             _fill(node[name], value)
-
-
-def _with_floats(tree: Mapping[str, Any], node: Any) -> dict[str, Any]:
-    """A YAML mapping with whole numbers made floats where the key's default is one, which yacs refuses."""
-
-    def fitting(name: str, value: Any) -> Any:
-        held = node.get(name) if isinstance(node, CfgNode) else None
-        if isinstance(value, dict):
-            return _with_floats(value, held)
-        return float(value) if isinstance(held, float) and type(value) is int else value
-
-    return {name: fitting(name, value) for name, value in tree.items()}
-
-
-def _told(error: Exception) -> str:
-    return " ".join(" ".join(str(part) for part in error.args).split())

@@ -1,4 +1,4 @@
-"""What detection/train_net.py of mdistiller runs after `deepkd apply`, with detectron2's own arguments."""
+"""What mdistiller's detection/train_net.py runs after `deepkd apply`, with detectron2's own arguments."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _main(words: list[str]) -> None:
     args.again = shlex.join(["python", SCRIPT, "--resume", *(word for word in words if word != "--resume")])
     args.root = str(root)
     args.config_file = str(find_file(args.config_file, root, "command line: --config-file"))
-    cfg = read_config(args)  # once here, so that a mistake ends one process in one line
+    cfg = read_config(args)  # here too, so that a mistake ends one process in one line
     if not args.eval_only:
         check_folder(cfg, args.resume)
     several = (args.num_machines, args.machine_rank, args.dist_url)
@@ -54,7 +54,7 @@ def _main(words: list[str]) -> None:
 
 
 def work(args: Namespace) -> Any:
-    """One process of a run: test, or train to the end. Returns what the last evaluation gave."""
+    """Run one process: test, or train to the end. Returns the results of the last evaluation."""
     require(Path(args.root))
     from detectron2.engine import default_setup
     from detectron2.evaluation import verify_results
@@ -91,7 +91,7 @@ def work(args: Namespace) -> Any:
 
 
 def read_config(args: Namespace) -> Any:
-    """The checked and frozen config of a command line, with the files that it names found."""
+    """Read, check and freeze the config of a command line, and find the files that it names."""
     from . import config
 
     cfg, origin = config.load(args.config_file, args.opts)
@@ -110,7 +110,7 @@ def read_config(args: Namespace) -> Any:
 
 
 def check_folder(cfg: Any, resume: bool) -> None:
-    """Raise UserError where OUTPUT_DIR holds a run that this one would end, or cannot go on with."""
+    """Raise UserError if OUTPUT_DIR holds a run that this one would overwrite or cannot resume."""
     from .recorder import Computed
 
     folder = Path(cfg.OUTPUT_DIR)
@@ -120,22 +120,22 @@ def check_folder(cfg: Any, resume: bool) -> None:
         raise UserError(
             f"{folder}: OUTPUT_DIR holds a run already; go on with --resume, name another, or remove it"
         )
-    if not (folder / "last_checkpoint").is_file():  # it was interrupted before its first: it starts again
+    if not (folder / "last_checkpoint").is_file():  # interrupted before the first checkpoint: it starts again
         return
     ours = Computed(cfg)
     if record.read_run(folder).get("config_hash") == record.config_hash(ours):
         return
-    held = flatten(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+    before = flatten(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
     for key, value in flatten(yaml.safe_load(cfg.dump())).items():
-        if key in ours and key != "MODEL.WEIGHTS" and held.get(key) != value:
+        if key in ours and key != "MODEL.WEIGHTS" and before.get(key) != value:
             raise UserError(
-                f"{folder}: --resume needs the run's own config: {key} was {held.get(key)!r}, is {value!r}"
+                f"{folder}: --resume needs the run's own config: {key} was {before.get(key)!r}, is {value!r}"
             )
     raise UserError(f"{folder}: --resume needs the run's own config; its config_hash is another")
 
 
 def find_file(name: str, root: Path, source: str) -> Path:
-    """A file that is named relative to the current folder or to mdistiller's detection/. UserError where none is."""
+    """Find a file named relative to the current folder or to mdistiller's detection/. Raises UserError without one."""
     for folder in (Path(), root / "detection"):
         if name and (folder / name).is_file():
             return folder / name
@@ -181,7 +181,7 @@ def _check_sets(cfg: Any, origin: dict[str, str], key: str) -> None:
 
 
 def find_datasets(root: Path) -> None:
-    """mdistiller keeps its data in detection/datasets; detectron2 reads where when it is imported."""
+    """Tell detectron2, which asks once when it is imported, that mdistiller's data are in detection/datasets."""
     theirs = root / "detection" / "datasets"
     if DATASETS not in os.environ and not Path("datasets").is_dir() and theirs.is_dir():
         os.environ[DATASETS] = str(theirs)

@@ -1,8 +1,8 @@
-"""Training images in an order, and with an augmentation, that depend on the seed and the iteration alone.
+"""Training images whose order and augmentation depend on the seed and the iteration alone.
 
-detectron2's loader begins anew when a run is resumed. This one makes the same batches as its TrainingSampler with
-AspectRatioGroupedDataset, but can start at any iteration, and draws an image's augmentation from a generator of the
-image's own; so a resumed run is the uninterrupted one.
+detectron2's loader starts again if a run is resumed. This one makes the same batches as its TrainingSampler with
+AspectRatioGroupedDataset, but it can start at any iteration, and each draw of an image seeds its own augmentation. So
+a resumed run is the uninterrupted one.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from ... import device
 from ...errors import UserError
 
 Drawn = tuple[int, int]
-"""The number of a draw, over all passes and processes, and the index of the image drawn."""
+"""The number of a draw, counted over all passes and processes, and the index of the image drawn."""
 
 
 class Batches(Sampler[list[Drawn]]):
-    """The batches of one process, without end; all images of one are wide, or none is.
+    """The batches of one process, without end. In a batch either all images are wide or none is.
 
-    wide: for each image whether it is wider than high. size: images in a batch. seed: of the order, the same in all
-    processes. rank, world: this process and their number. `start` is how many batches are left out.
+    wide: for each image, whether it is wider than high. size: images in a batch. seed: of the order, the same in all
+    processes. rank, world: this process and the number of processes. `start` is how many batches to skip.
     """
 
     def __init__(self, wide: Sequence[bool], size: int, seed: int, rank: int = 0, world: int = 1) -> None:
@@ -39,9 +39,9 @@ class Batches(Sampler[list[Drawn]]):
         return islice(self._all(), self.start, None)
 
     def _all(self) -> Iterator[list[Drawn]]:
-        held: dict[bool, list[Drawn]] = {True: [], False: []}
+        unfinished: dict[bool, list[Drawn]] = {True: [], False: []}
         for drawn in islice(zip(count(), self._order()), self.rank, None, self.world):
-            batch = held[self.wide[drawn[1]]]
+            batch = unfinished[self.wide[drawn[1]]]
             batch.append(drawn)
             if len(batch) == self.size:
                 yield list(batch)
@@ -54,7 +54,7 @@ class Batches(Sampler[list[Drawn]]):
 
 
 class _Seeded(Dataset[Any]):
-    """A data set whose images are augmented from generators seeded by the number of their draw."""
+    """A data set that seeds the generators with the number of a draw before it augments the image."""
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset, self.seed = dataset, seed
@@ -69,9 +69,9 @@ class _Seeded(Dataset[Any]):
 
 
 def build_train_loader(cfg: Any) -> DataLoader[Any]:
-    """A loader of cfg.DATASETS.TRAIN under TrainingSampler; its `batch_sampler` is a Batches.
+    """Build a loader of cfg.DATASETS.TRAIN in TrainingSampler's order; its `batch_sampler` is a Batches.
 
-    With a negative cfg.SEED the seed is drawn. Raises UserError for a batch that the processes cannot share equally.
+    If cfg.SEED is negative, the seed is drawn. Raises UserError if the processes cannot share a batch equally.
     """
     images = get_detection_dataset_dicts(
         cfg.DATASETS.TRAIN,

@@ -1,8 +1,8 @@
-"""The start files of mdistiller's detection: a teacher's detector and a student's ImageNet backbone in one.
+"""The start files of mdistiller's detection: a teacher's detector and a student's ImageNet backbone in one file.
 
-mdistiller's RCNNKD loads both from MODEL.WEIGHTS: the student's backbone as `backbone.bottom_up.…`, the teacher
-as `teacher.backbone.…`, `teacher.proposal_generator.…` and `teacher.roi_heads.…`. The student's other parts start
-from random numbers.
+mdistiller's RCNNKD loads both from MODEL.WEIGHTS: the student's backbone as `backbone.bottom_up.…`, the teacher as
+`teacher.backbone.…`, `teacher.proposal_generator.…` and `teacher.roi_heads.…`. The student's other parts start from
+random numbers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ...errors import UserError
 from ...run import array_pickle, checkpoint
 
 BACKBONES = ("resnet18", "resnet50", "mobilenet_v2")
-"""The students of mdistiller's configs, as torchvision names them."""
+"""The students of mdistiller's configs, under torchvision's names."""
 
 PAIRS = {("resnet18", 23): "R18-R101", ("resnet50", 23): "R50-R101", ("mobilenet_v2", 6): "MV2-R50"}
 """mdistiller's configs, by the student and the number of blocks in the teacher's stage res4."""
@@ -32,17 +32,17 @@ PAIRS = {("resnet18", 23): "R18-R101", ("resnet50", 23): "R50-R101", ("mobilenet
 CLASSIFIER = "roi_heads.box_predictor.cls_score.weight"
 
 IDENTITY_VARIANCE = 1 - 1e-5
-"""With detectron2's epsilon of 1e-5 a frozen BatchNorm of this variance and of mean 0 only scales and shifts."""
+"""With detectron2's epsilon of 1e-5, a frozen BatchNorm with this variance and a mean of 0 only scales and shifts."""
 
 
 def merge(teacher: Path, student: Path, out: Path, classes: int | None = None) -> str:
-    """Write the merged start file and return, in lines, what was taken, what it needs and what to run next.
+    """Write the merged start file and return, in lines, what it took, what it needs and what to run next.
 
-    teacher: a Faster R-CNN with FPN of detectron2, .pth or the model zoo's .pkl. student: a backbone of BACKBONES,
-    named as torchvision, MSRA's caffe2 files or detectron2 (mdistiller for MobileNetV2) name its tensors, .pth
-    or .pkl. classes: the teacher's number of classes without background, where it is to be checked.
+    teacher: a Faster R-CNN with FPN of detectron2, .pth or the model zoo's .pkl. student: one of BACKBONES, .pth or
+    .pkl, whose tensors are named as in torchvision, MSRA's caffe2 files or detectron2 (mdistiller for MobileNetV2).
+    classes: the teacher's number of classes without the background, if it is to be checked.
 
-    Raises UserError for files that are missing, hold something else, or cannot be written; OUT is then as before.
+    Raises UserError if a file is missing, holds something else or cannot be written. OUT is then what it was before.
     """
     if out.suffix != ".pth":
         raise UserError(
@@ -55,7 +55,7 @@ def merge(teacher: Path, student: Path, out: Path, classes: int | None = None) -
     backbone = read_student(student)
     merged = {f"backbone.bottom_up.{name}": value for name, value in backbone.tensors.items()}
     merged |= {f"teacher.{name}": value for name, value in detector.tensors.items()}
-    # a view would take the whole tensor behind it into the file
+    # saving a view would save the whole tensor behind it
     merged = {name: value.detach().clone().contiguous() for name, value in merged.items()}
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def merge(teacher: Path, student: Path, out: Path, classes: int | None = None) -
 
 @dataclass(frozen=True)
 class Teacher:
-    """A detector's tensors under detectron2's names, and what its file held besides."""
+    """A detector's tensors under detectron2's names, and the names of what else its file held."""
 
     file: Path
     tensors: dict[str, Tensor]
@@ -75,30 +75,30 @@ class Teacher:
 
     @property
     def classes(self) -> int:
-        """Without background, which is the classifier's last row."""
+        """The number of classes, without the background, which is the classifier's last row."""
         return len(self.tensors[CLASSIFIER]) - 1
 
     @property
     def blocks(self) -> int:
-        """Of its stage res4: 6 in ResNet-50, 23 in ResNet-101; 0 where it is another network than these."""
-        found = {re.match(r"backbone\.bottom_up\.res4\.(\d+)\.", name) for name in self.tensors}
+        """The number of blocks in stage res4: 6 in ResNet-50, 23 in ResNet-101, 0 in any other network."""
+        matches = {re.match(r"backbone\.bottom_up\.res4\.(\d+)\.", name) for name in self.tensors}
         width = self.tensors.get("backbone.bottom_up.res4.0.conv2.weight", torch.empty(0)).shape
-        return len({match[1] for match in found if match}) if width == (256, 256, 3, 3) else 0
+        return len({match[1] for match in matches if match}) if width == (256, 256, 3, 3) else 0
 
 
 def read_teacher(file: Path, classes: int | None = None) -> Teacher:
-    """A teacher out of a file of detectron2; UserError where it is none that mdistiller's RCNNKD can take."""
-    held = _read(file, "TEACHER")
+    """Read a teacher from a file of detectron2. Raises UserError if mdistiller's RCNNKD cannot take it."""
+    tensors = _read(file, "TEACHER")
     for part in ("backbone.bottom_up.", "backbone.fpn_", "proposal_generator.", "roi_heads."):
-        if not any(name.startswith(part) for name in held):
+        if not any(name.startswith(part) for name in tensors):
             raise UserError(
                 f"{file}: TEACHER must be a Faster R-CNN with FPN of detectron2; no tensor of it is named {part}…"
             )
-    if CLASSIFIER not in held or held[CLASSIFIER].ndim != 2:
+    if CLASSIFIER not in tensors or tensors[CLASSIFIER].ndim != 2:
         raise UserError(f"{file}: TEACHER must have one box head with a classifier {CLASSIFIER}")
     taken, left_out = {}, []
-    for name, value in held.items():
-        # anchors are made from the config, FrozenBN counts no batches
+    for name, value in tensors.items():
+        # anchors come from the config, and frozen norms count no batches
         made = "anchor_generator." in name or name.endswith("num_batches_tracked")
         if made or not name.startswith(("backbone.", "proposal_generator.", "roi_heads.")):
             left_out.append(name)
@@ -118,12 +118,12 @@ class Naming:
     sign: str
     """A pattern of one tensor's name that only this naming has."""
     rename: Callable[[str], str]
-    """To detectron2's name, or mdistiller's for MobileNetV2; what is no part of the backbone may get any name."""
+    """Gives detectron2's name, or mdistiller's for MobileNetV2; anything for a tensor outside the backbone."""
 
 
 @dataclass(frozen=True)
 class Student:
-    """A backbone's tensors under the names that mdistiller's detection has for them, without a prefix."""
+    """A backbone's tensors under the names of mdistiller's detection, without a prefix."""
 
     file: Path
     network: str
@@ -133,16 +133,16 @@ class Student:
 
 
 def read_student(file: Path) -> Student:
-    """A student's backbone out of a file; UserError where it is none of BACKBONES or not whole."""
-    held = _read(file, "STUDENT")
-    naming = next((each for each in NAMINGS if any(re.fullmatch(each.sign, name) for name in held)), None)
+    """Read a student's backbone from a file. Raises UserError if it is none of BACKBONES or not whole."""
+    tensors = _read(file, "STUDENT")
+    naming = next((each for each in NAMINGS if any(re.fullmatch(each.sign, name) for name in tensors)), None)
     if naming is None:
         raise UserError(
             f"{file}: STUDENT must be a {_choice(BACKBONES)} of torchvision, MSRA or detectron2; "
-            f"the first of its {len(held)} tensors is {next(iter(held))}"
+            f"the first of its {len(tensors)} tensors is {next(iter(tensors))}"
         )
     taken, left_out = {}, []
-    for name, value in held.items():
+    for name, value in tensors.items():
         renamed = naming.rename(name)
         if _is_backbone(renamed):
             taken[renamed] = value
@@ -165,14 +165,14 @@ def _torchvision_resnet(name: str) -> str:
 
 
 def _torchvision_mobilenet(name: str) -> str:
-    """Torchvision nests a convolution with its norm and activation; mdistiller's block has all in one row."""
+    """Rename a tensor of torchvision, which nests a convolution with its norm; mdistiller's blocks are flat."""
     match = re.fullmatch(r"features\.(\d+)\.conv\.(\d)\.(?:(\d)\.)?(\w+)", name)
     if match is None:
         return name
     block, layer, part, tensor = match.groups()
     nested = 1 if block == "1" else 2  # the first block does not expand its channels
-    at = 3 * int(layer) + int(part) if part else int(layer) + 2 * nested
-    return f"features.{block}.conv.{at}.{tensor}"
+    index = 3 * int(layer) + int(part) if part else int(layer) + 2 * nested
+    return f"features.{block}.conv.{index}.{tensor}"
 
 
 _CAFFE2_TENSORS = {
@@ -211,25 +211,22 @@ NAMINGS = (
 
 
 def _is_backbone(name: str) -> bool:
-    """Whether mdistiller's backbones can have a tensor of this name; MobileNetV2's end before features.18."""
-    return (
-        re.match(r"stem\.|res[2-5]\.|features\.(?!18\.)", name) is not None
-        and "num_batches_tracked" not in name
-    )
+    """Say whether mdistiller's backbones can have a tensor of this name; MobileNetV2's end before features.18."""
+    return bool(re.match(r"stem\.|res[2-5]\.|features\.(?!18\.)", name)) and "num_batches_tracked" not in name
 
 
 @cache
 def _wanted(network: str) -> dict[str, Size]:
-    """The shapes of a backbone's tensors by name, read off torchvision's network."""
+    """Return the shapes of a backbone's tensors by name, taken from torchvision's network."""
     with device.shapes_only():
-        held = torchvision.models.get_model(network).state_dict()
+        tensors = torchvision.models.get_model(network).state_dict()
     rename = _torchvision_mobilenet if network == "mobilenet_v2" else _torchvision_resnet
-    named = {rename(name): value.shape for name, value in held.items()}
+    named = {rename(name): value.shape for name, value in tensors.items()}
     return {name: shape for name, shape in named.items() if _is_backbone(name)}
 
 
 def _with_statistics(taken: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """MSRA's files have the statistics of a BatchNorm worked into its scale and shift."""
+    """Add the statistics of BatchNorms to a file of MSRA, which has them worked into scale and shift."""
     complete = dict(taken)
     for name, scale in taken.items():
         if name.endswith("norm.weight"):
@@ -240,7 +237,7 @@ def _with_statistics(taken: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _difference(shapes: Mapping[str, Size]) -> str:
-    """The first tensor that parts a file from the backbone that is closest to it."""
+    """Name the first tensor in which a file differs from the backbone that is closest to it."""
     closest = max(BACKBONES, key=lambda network: len(shapes.items() & _wanted(network).items()))
     wanted = _wanted(closest)
     for name, shape in wanted.items():
@@ -252,19 +249,19 @@ def _difference(shapes: Mapping[str, Size]) -> str:
 
 
 def _read(file: Path, key: str) -> dict[str, Tensor]:
-    """The tensors of a .pth of torch or a .pkl of numpy arrays, by name."""
+    """Read the tensors of a .pth of torch or a .pkl of numpy arrays, by name."""
     if file.suffix == ".pkl":
-        held = array_pickle.load(file, key)
+        content = array_pickle.load(file, key)
         for part in ("model", "blobs"):
-            if isinstance(held, Mapping) and isinstance(held.get(part), Mapping):
-                held = held[part]
-        if isinstance(held, Mapping):
-            held = {
-                name: _tensor(value) for name, value in held.items() if not str(name).endswith("_momentum")
+            if isinstance(content, Mapping) and isinstance(content.get(part), Mapping):
+                content = content[part]
+        if isinstance(content, Mapping):
+            content = {
+                name: _tensor(value) for name, value in content.items() if not str(name).endswith("_momentum")
             }
     else:
-        held = checkpoint.load(file, key)
-    weights = checkpoint.network_weights(held)
+        content = checkpoint.load(file, key)
+    weights = checkpoint.network_weights(content)
     if weights is None:
         raise UserError(f"{file}: {key} must hold a network's tensors by name, and this file does not")
     return weights
@@ -300,7 +297,7 @@ def _left(names: list[str]) -> str:
 
 
 def _pixels(student: Student) -> tuple[str, list[str]]:
-    """What a student's input has to be, in words and as options that mdistiller's config of it lacks."""
+    """Say what a student's input must be, in words and as options that mdistiller's config of it lacks."""
     if student.naming is CAFFE2:
         return "BGR with a standard deviation of 1, detectron2's defaults", []
     if student.naming.owner == "detectron2":
@@ -319,7 +316,10 @@ def _pixels(student: Student) -> tuple[str, list[str]]:
     # mdistiller subtracts the teacher's mean before it turns the student's RGB into the teacher's BGR
     options += ["TEACHER.MODEL.PIXEL_MEAN", mean]
     if student.network == "resnet50":
-        options += ["MODEL.RESNETS.STRIDE_IN_1X1", "False"]  # where torchvision's network has its strides
+        options += [
+            "MODEL.RESNETS.STRIDE_IN_1X1",
+            "False",
+        ]  # torchvision's strides are in the 3x3 convolutions
     return words, options
 
 

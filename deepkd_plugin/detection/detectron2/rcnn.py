@@ -24,19 +24,19 @@ from model.reviewkd import build_kd_trans, hcl  # noqa: E402
 
 @META_ARCH_REGISTRY.register()
 class RCNNDeepKD(model.RCNNKD):
-    """RCNNKD with three more values of KD.TYPE; the others are left to it.
+    """RCNNKD with three more values of KD.TYPE; RCNNKD itself handles the others.
 
-    KD: plain KD over the sampled proposals' class logits. DeepKD: the same logits taken apart, the target-class and
-    non-target-class terms as `loss_tcg` and `loss_ncg` beside the detector's own losses, with the top-K mask over
-    training's progress. ReviewDeepKD: with ReviewKD's loss on the FPN's maps as `loss_feat`. config.LOSS_STREAMS
-    tells which loss belongs to which stream; their sum is what is minimised.
+    KD: plain KD over the sampled proposals' class logits. DeepKD: KD on the same logits, decoupled: the target-class
+    and non-target-class terms are `loss_tcg` and `loss_ncg` beside the detector's own losses, and the top-K mask
+    follows the progress of training. ReviewDeepKD: the same, with ReviewKD's loss on the FPN's maps as `loss_feat`.
+    config.LOSS_STREAMS says which loss belongs to which stream. What is minimised is the sum of all.
 
-    The teacher is in inference mode whatever train() says. Raises UserError for a teacher of other classes.
+    The teacher stays in inference mode whatever train() says. Raises UserError if the teacher has other classes.
     """
 
     @configurable
     def __init__(self, *, max_iter: int, **rest: Any) -> None:
-        """max_iter: iterations of the whole training, which the mask's progress is measured by."""
+        """max_iter: iterations of the whole training, by which the mask measures progress."""
         super().__init__(**rest)
         self.max_iter = max_iter
         if self.kd_args.TYPE == "ReviewDeepKD":
@@ -53,7 +53,7 @@ class RCNNDeepKD(model.RCNNKD):
         return self
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
-        """Losses by name in training, detections in inference; inputs and detections as detectron2 has them."""
+        """Return losses by name in training and detections in inference, in detectron2's formats."""
         if not self.training or self.kd_args.TYPE not in TYPES:
             return super().forward(batched_inputs)
         images = self.preprocess_image(batched_inputs)
@@ -85,7 +85,7 @@ class RCNNDeepKD(model.RCNNKD):
         target: Tensor,
         feature_losses: dict[str, Tensor],
     ) -> dict[str, Tensor]:
-        """A step's losses by name under DeepKD.
+        """Return a step's losses by name under DeepKD.
 
         task, feature_losses: name → scalar; logits: (N, K + 1) of both networks; target: (N,), K for the background.
         """
@@ -107,26 +107,26 @@ class RCNNDeepKD(model.RCNNKD):
             ncg_weight=node.NCG_WEIGHT,
             feature_losses=feature_losses,
         )
-        del by_stream["tog"]  # the sum of the weighted ones, which a log should tell apart
+        del by_stream["tog"]  # the sum of the weighted losses, which a log should show one by one
         return weighted | {f"loss_{stream}": loss for stream, loss in by_stream.items()}
 
     def review_loss(self, features: dict[str, Tensor], teacher_features: dict[str, Tensor]) -> Tensor:
-        """ReviewKD's loss on the maps of both FPNs, weighted."""
+        """Return ReviewKD's loss on the maps of both FPNs, weighted."""
         fused = self.kd_trans(list(features.values()))
         return self.kd_args.REVIEWKD.LOSS_WEIGHT * hcl(fused, list(teacher_features.values()))
 
     def top_k(self, num_logits: int, iteration: int) -> int | None:
-        """How many non-target classes of the K + 1 the mask keeps in an iteration, from 0; None without a mask."""
+        """Return how many non-target classes the mask keeps in an iteration, counted from 0; None without a mask."""
         progress = min(iteration / max(self.max_iter - 1, 1), 1.0)
         return mask_size(self.kd_args.DEEPKD.MASK, num_logits, progress)
 
 
 @contextlib.contextmanager
 def _outputs(module: nn.Module) -> Iterator[list[Any]]:
-    """What a module returns while this lasts, call by call."""
-    held: list[Any] = []
-    hook = module.register_forward_hook(lambda module, inputs, output: held.append(output))
+    """Collect what a module returns, call by call."""
+    outputs: list[Any] = []
+    hook = module.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     try:
-        yield held
+        yield outputs
     finally:
         hook.remove()

@@ -1,4 +1,4 @@
-"""The records that every run of ours leaves, kept by a hook in detectron2's loop."""
+"""A hook in detectron2's loop that leaves the records of every run of ours."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HOW = (
     *("OUTPUT_DIR", "VIS_PERIOD", "VERSION", "CUDNN_BENCHMARK", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS"),
     *("SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD"),
 )
-"""Keys that say how a run goes about it, not what it computes."""
+"""Keys that say how a run works, not what it computes."""
 
 _APS = {"test_ap": "AP", "test_ap50": "AP50", "test_ap75": "AP75"}
 
@@ -29,8 +29,9 @@ _APS = {"test_ap": "AP", "test_ap50": "AP50", "test_ap75": "AP75"}
 class Recorder(HookBase):
     """Leaves run.json, config.yaml, metrics.jsonl and what goes with it in OUTPUT_DIR, as our other runs do.
 
-    metrics.jsonl has one line for each evaluation; "epoch" counts them, "loss" is by stream, the mean since the last.
-    detectron2's own metrics.json lies beside it. Belongs after the hook that evaluates, in every process.
+    metrics.jsonl has one line for each evaluation. Its "epoch" counts the evaluations; its "loss" is the mean since the
+    last one, by stream. detectron2's own metrics.json is beside it. This hook must come after the one that evaluates,
+    in every process.
     """
 
     def __init__(self, cfg: Any, command: str = "") -> None:
@@ -45,7 +46,7 @@ class Recorder(HookBase):
         start = trainer.start_iter
         kept = [line for line in read_metrics(self.folder) if line["iteration"] <= start] if start else []
         if kept and kept[-1]["iteration"] == start and start < trainer.max_iter:
-            trainer._trainer.totals, trainer._trainer.steps = {}, 0  # that line has them already
+            trainer._trainer.totals, trainer._trainer.steps = {}, 0  # the last line has counted them
         kept = [line for line in kept if line["iteration"] < trainer.max_iter]
         if not comm.is_main_process():
             return
@@ -108,25 +109,26 @@ class Recorder(HookBase):
 
 
 def average_precisions(results: Any) -> dict[str, float]:
-    """The AP, AP50 and AP75 of boxes, in percent, of what an evaluation gave: of the first set where there are several.
+    """Return the AP, AP50 and AP75 of boxes, in percent, of an evaluation's results.
 
-    Empty without an evaluation of boxes. detectron2 has no number (nan) where nothing was detected; that is 0.
+    If there are several sets, the first counts. Empty if no boxes were evaluated. If nothing was detected, detectron2
+    says nan; that is 0 here.
     """
     results = results or {}
     boxes = results.get("bbox") or next((r["bbox"] for r in results.values() if r and "bbox" in r), {})
-    found = {ours: boxes[theirs] for ours, theirs in _APS.items() if theirs in boxes}
-    return {name: 0.0 if math.isnan(value) else float(value) for name, value in found.items()}
+    numbers = {ours: boxes[theirs] for ours, theirs in _APS.items() if theirs in boxes}
+    return {name: 0.0 if math.isnan(value) else float(value) for name, value in numbers.items()}
 
 
 def top_k(cfg: Any, model: Any, iteration: int) -> int | None:
-    """The mask's K in the last of `iteration` steps; None without a mask."""
+    """Return the mask's K in the last of `iteration` steps; None without a mask."""
     if not hasattr(model, "top_k") or "DeepKD" not in cfg.KD.TYPE:
         return None
     return model.top_k(cfg.MODEL.ROI_HEADS.NUM_CLASSES + 1, iteration - 1)
 
 
 class Computed(dict):
-    """A config as record.py asks for it: a mapping of what is computed, the seed, and the whole as text."""
+    """A config in record.py's terms: a mapping of what is computed, the seed, and the whole as text."""
 
     def __init__(self, cfg: Any) -> None:
         computed = {path: value for path, value in config.flatten(cfg).items() if path not in HOW}

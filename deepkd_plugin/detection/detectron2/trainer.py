@@ -1,4 +1,4 @@
-"""Training in detectron2's manner, with a momentum for each stream of the losses."""
+"""detectron2's training with a momentum for each stream of the losses."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from .loader import Batches, build_train_loader  # noqa: E402
 from .recorder import Recorder  # noqa: E402
 
 START = {"teacher": ("teacher.",), "student's backbone": ("backbone.bottom_up.",)}
-"""What a start file must hold: the student's other parts begin at random numbers, and frozen norms and stages never
-would get away from them."""
+"""What a start file must hold. The student's other parts may start from random numbers, but frozen norms and stages
+would keep theirs."""
 
 TRAINED = {"student": ("backbone.", "proposal_generator.", "roi_heads.")}
-"""What a file must hold that is to be tested."""
+"""What a file must hold to be tested."""
 
-HELD = dict.fromkeys(
+EXPECTED = dict.fromkeys(
     START, "it must hold teacher and student, as `deepkd merge-detector-weights` writes it"
 ) | {"student": "it must be the checkpoint of a run under this config"}
 
@@ -58,12 +58,12 @@ EVALUATORS = {
 class StreamTrainer(SimpleTrainer):
     """detectron2's training step, whose losses go to the optimizer by stream.
 
-    clipper: clips p.grad of the parameters that it is given, in place. scaler: a GradScaler; the forward pass is then
-    under float16 autocast. seed: of what a step draws, proposals for one; None leaves the generators alone.
+    clipper: clips p.grad of the given parameters in place. scaler: a GradScaler; with one, the forward pass is under
+    float16 autocast. seed: of what a step draws, such as proposals; None leaves the generators alone.
 
-    Several processes each take the step of their share of the batch and average their gradients before the clipping,
-    so `model` is the bare module: DistributedDataParallel's hooks would never fire, because the gradients by stream
-    are taken by autograd.grad.
+    Several processes each take the step of their share of the batch and average their gradients before clipping.
+    `model` is the bare module: the gradients by stream come from autograd.grad, so DistributedDataParallel's hooks
+    would never fire.
     """
 
     def __init__(
@@ -82,13 +82,13 @@ class StreamTrainer(SimpleTrainer):
         self.steps = 0
 
     def run_step(self) -> None:
-        """One batch: losses, gradients by stream, their mean over the processes, clipping, the update."""
+        """Train on one batch: losses, gradients by stream, their mean over the processes, clipping, the update."""
         start = time.perf_counter()
         data = next(self._data_loader_iter)
         waited = time.perf_counter() - start
         if self.seed is not None:
             device.seed_everything(self.seed + comm.get_rank(), self.iter)
-        self.optimizer.zero_grad()  # first, so that old gradients do not lie beside the new activations
+        self.optimizer.zero_grad()  # first, so that old gradients and new activations do not share the memory
         kind = next(self.model.parameters()).device.type
         with torch.autocast(kind, torch.float16, enabled=self.scaler is not None):
             losses = self.model(data)
@@ -104,10 +104,10 @@ class StreamTrainer(SimpleTrainer):
         self._update()
 
     def means(self) -> dict[str, float]:
-        """Each stream's mean loss over the steps and processes since the last call; all processes must call it."""
-        held = comm.all_gather({name: total.item() / self.steps for name, total in self.totals.items()})
+        """Return each stream's mean loss over steps and processes since the last call; all processes must call it."""
+        means = comm.all_gather({name: total.item() / self.steps for name, total in self.totals.items()})
         self.totals, self.steps = {}, 0
-        return {name: sum(means[name] for means in held) / len(held) for name in held[0]}
+        return {name: sum(mean[name] for mean in means) / len(means) for name in means[0]}
 
     def state_dict(self) -> dict[str, Any]:
         scaler = {} if self.scaler is None else {"grad_scaler": self.scaler.state_dict()}
@@ -134,9 +134,9 @@ class StreamTrainer(SimpleTrainer):
         if self.scaler is not None:
             scale = self.scaler.get_scale()
             optimizer.scale_gradients(1.0 / scale)
-            # the scaler knows p.grad alone: it takes the scale out once more, and looks for what is not finite
-            held = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            torch._foreach_mul_(held, scale)
+            # the scaler knows p.grad alone: it takes the scale out once more and looks for values that are not finite
+            sums = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            torch._foreach_mul_(sums, scale)
             self.scaler.unscale_(optimizer)
         if self.clipper is not None:
             optimizer.clip(self.clipper)
@@ -148,53 +148,52 @@ class StreamTrainer(SimpleTrainer):
 
 
 class Checkpointer(DetectionCheckpointer):
-    """detectron2's checkpoints, read without running code, and refused where they lack what is not learned anew.
+    """detectron2's checkpoints, read without running code, and refused if they lack what training cannot make up for.
 
-    needed: beginnings of the names of what a file must have, by what it is.
+    needed: what a file must have, and the prefixes of its tensors' names.
     """
 
     needed: Mapping[str, tuple[str, ...]] = START
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         if filename.endswith(".pkl"):
-            held = array_pickle.load(filename, "MODEL.WEIGHTS")
-            if "model" in held and "__author__" in held:
-                return held
+            content = array_pickle.load(filename, "MODEL.WEIGHTS")
+            if "model" in content and "__author__" in content:
+                return content
             weights = {
-                name: w for name, w in held.get("blobs", held).items() if not name.endswith("_momentum")
+                name: w for name, w in content.get("blobs", content).items() if not name.endswith("_momentum")
             }
             return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
-        held = checkpoint.load(filename, "MODEL.WEIGHTS")
-        return held if "model" in held else {"model": held}
+        content = checkpoint.load(filename, "MODEL.WEIGHTS")
+        return content if "model" in content else {"model": content}
 
-    def _load_model(self, held: Any) -> Any:
-        found = super()._load_model(held)
-        for part, beginnings in self.needed.items():
-            for name, theirs, ours in found.incorrect_shapes:
-                if name.startswith(beginnings):
+    def _load_model(self, content: Any) -> Any:
+        differences = super()._load_model(content)
+        for part, prefixes in self.needed.items():
+            for name, theirs, ours in differences.incorrect_shapes:
+                if name.startswith(prefixes):
                     raise UserError(
                         f"MODEL.WEIGHTS: its {name} has the shape {tuple(theirs)}; "
                         f"this config's {part} needs {tuple(ours)}"
                     )
-            lost = [name for name in found.missing_keys if name.startswith(beginnings)]
-            if lost:
+            missing = [name for name in differences.missing_keys if name.startswith(prefixes)]
+            if missing:
                 raise UserError(
-                    f"MODEL.WEIGHTS: the file lacks {len(lost)} tensors of the {part}, {lost[0]} for one; {HELD[part]}"
+                    f"MODEL.WEIGHTS: the file lacks {len(missing)} tensors of the {part}, {missing[0]} for one; "
+                    f"{EXPECTED[part]}"
                 )
-        return found
+        return differences
 
 
 class Trainer(DefaultTrainer):
     """detectron2's DefaultTrainer around StreamTrainer: its hooks, schedule, checkpoints and evaluation.
 
-    command: what started the run, for its record. Raises UserError where the data set has more classes than the
-    networks.
+    command: what started the run, for its record. Raises UserError if the data set has more classes than the networks.
     """
 
     def __init__(self, cfg: Any, command: str = "") -> None:
-        TrainerBase.__init__(
-            self
-        )  # DefaultTrainer's own would wrap the model, and needs a GPU for two processes
+        # not DefaultTrainer's own, which would wrap the model and needs a GPU for two processes
+        TrainerBase.__init__(self)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         self.cfg, self.command = cfg, command
         model = self.build_model(cfg)
@@ -215,7 +214,7 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """As detectron2's; then all processes have the first one's weights, and the images go on where they were."""
+        """Do as detectron2 does, give all processes the first one's weights, and continue with the next images."""
         super().resume_or_load(resume)
         synchronise(self.model)
         batches = getattr(self.data_loader, "batch_sampler", None)
@@ -223,15 +222,15 @@ class Trainer(DefaultTrainer):
             batches.start = self.start_iter
 
     def build_hooks(self) -> list[Any]:
-        """detectron2's, and before its writers the one that keeps our records."""
-        found = super().build_hooks()
-        writers = len(found) - 1 if comm.is_main_process() else len(found)
-        found.insert(writers, Recorder(self.cfg, self.command))
-        return found
+        """Return detectron2's hooks with a Recorder before its writers."""
+        hooks = super().build_hooks()
+        writers = len(hooks) - 1 if comm.is_main_process() else len(hooks)
+        hooks.insert(writers, Recorder(self.cfg, self.command))
+        return hooks
 
     @classmethod
     def build_optimizer(cls, cfg: Any, model: nn.Module) -> DecoupledMomentumSGD:
-        """DecoupledMomentumSGD over detectron2's parameter groups: norms and biases have a decay of their own."""
+        """Build DecoupledMomentumSGD over detectron2's parameter groups; norms and biases have their own decay."""
         solver = cfg.SOLVER
         groups = get_default_optimizer_params(
             model,
@@ -248,7 +247,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: Any) -> Any:
-        """Ours with detectron2's usual sampler; with another of its samplers, its own."""
+        """Build our loader if the sampler is detectron2's usual one, else detectron2's."""
         ours = cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler"
         return build_train_loader(cfg) if ours else super().build_train_loader(cfg)
 
@@ -264,12 +263,12 @@ class Trainer(DefaultTrainer):
 
 
 def losses_by_stream(losses: Mapping[str, Tensor], streams: Sequence[str]) -> dict[str, Tensor]:
-    """A model's losses summed into the optimizer's streams, the first of which takes all that have none."""
+    """Sum a model's losses into the optimizer's streams; the first takes all losses without a stream of their own."""
     return assign_losses(losses, streams, {name: LOSS_STREAMS.get(name, streams[0]) for name in losses})
 
 
 def build_clipper(cfg: Any) -> Clipper | None:
-    """The clipper of SOLVER.CLIP_GRADIENTS; None where it is off."""
+    """Build the clipper of SOLVER.CLIP_GRADIENTS; None if it is off."""
     node = copy.deepcopy(cfg.SOLVER.CLIP_GRADIENTS)
     if not node.ENABLED:
         return None
@@ -281,13 +280,13 @@ def build_clipper(cfg: Any) -> Clipper | None:
 
 
 def check_classes(cfg: Any) -> None:
-    """Raise UserError where a data set of the config, loaded before, has more classes than the detector."""
+    """Raise UserError if a data set of the config, which must be loaded, has more classes than the detector."""
     num_classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
     for name in cfg.DATASETS.TRAIN:
-        found = len(MetadataCatalog.get(name).get("thing_classes", ()))
-        if found > num_classes:
+        classes = len(MetadataCatalog.get(name).get("thing_classes", ()))
+        if classes > num_classes:
             raise UserError(
-                f"config: MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}; it must be {found}, the classes of {name}"
+                f"config: MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}; it must be {classes}, the classes of {name}"
             )
 
 

@@ -26,7 +26,7 @@ from .wrn import wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2
 
 Entry = tuple[Callable[..., nn.Module], str | None]
 
-# Relative to the working directory, where mdistiller's archives of teachers are unpacked.
+# relative to the working directory, where mdistiller's archives of teachers are unpacked
 _TEACHER = "download_ckpts/cifar_teachers/{}_vanilla/ckpt_epoch_240.pth"
 _TINY_TEACHER = "download_ckpts/tiny_imagenet_teachers/ResNet18_vanilla/ti_res18"
 
@@ -57,7 +57,7 @@ cifar_model_dict: dict[str, Entry] = {
     "ShuffleV2": (ShuffleV2, None),
 }
 
-# The same, for 64×64 images.
+# the same for 64×64 images
 tiny_imagenet_model_dict: dict[str, Entry] = {
     "ResNet18": (resnetv2.ResNet18, _TINY_TEACHER),
     "MobileNetV2": (TinyMobileNetV2, None),

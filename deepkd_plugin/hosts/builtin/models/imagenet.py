@@ -1,4 +1,4 @@
-"""torchvision's ImageNet ResNets, state-dict keys included, returning what mdistiller's return."""
+"""torchvision's ImageNet ResNets, with its state-dict keys and the outputs of mdistiller's networks."""
 
 from functools import partial
 from typing import Any
@@ -10,7 +10,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet, WeightsEnu
 
 
 class _OpenEnd:
-    """Mixin: the block that ends a stage leaves out its closing ReLU, so that the network gets both sides."""
+    """A mixin: the block that ends a stage leaves out its closing ReLU, so that the network has both sides of it."""
 
     ends_stage = False
 
@@ -36,7 +36,7 @@ class ImageNetResNet(ResNet):
     """He et al., 2016 (arXiv:1512.03385), with torchvision's stride in the 3×3 convolution of a bottleneck.
 
     forward: (B, 3, H, W) -> logits (B, 1000) and, with e = 4 for bottlenecks, else 1,
-        feats: stem before pooling and stages, after ReLU, (B, 64, H/2, W/2), (B, 64e, H/4, W/4),
+        feats: stem (before pooling) and stages after ReLU, (B, 64, H/2, W/2), (B, 64e, H/4, W/4),
             (B, 128e, H/8, W/8), (B, 256e, H/16, W/16), (B, 512e, H/32, W/32)
         preact_feats: the same before ReLU
         pooled_feat: (B, 512e)
@@ -52,17 +52,17 @@ class ImageNetResNet(ResNet):
             self.load_state_dict(weights.get_state_dict(check_hash=True))
 
     def get_bn_before_relu(self) -> list[nn.BatchNorm2d]:
-        """The last BatchNorm of stages 2 to 4, from which OFD takes its margins."""
+        """Return the last BatchNorm of stages 2 to 4, from which OFD takes its margins."""
         ends = (self.layer2[-1], self.layer3[-1], self.layer4[-1])
         return [end.bn3 if isinstance(end, Bottleneck) else end.bn2 for end in ends]
 
     def get_stage_channels(self) -> list[int]:
-        """Channels of the four stages."""
+        """Return the channels of the four stages."""
         return [width * self.fc.in_features // 512 for width in (64, 128, 256, 512)]
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
         preacts = [self.bn1(self.conv1(x))]
-        feats = [F.relu(preacts[0])]  # not in place: the tensors before ReLU stay in the dictionary
+        feats = [F.relu(preacts[0])]  # not in place: the tensors before it stay in the dictionary
         x = self.maxpool(feats[0])
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             preacts.append(stage(x))

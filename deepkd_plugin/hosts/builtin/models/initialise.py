@@ -1,4 +1,4 @@
-"""The initialisation that mdistiller's VGGs and its CIFAR MobileNetV2 have in common."""
+"""The initialisation that mdistiller's VGGs and its CIFAR MobileNetV2 share."""
 
 import math
 
@@ -6,9 +6,9 @@ from torch import nn
 
 
 def fan_out_normal_(net: nn.Module) -> None:
-    """In place: convolutions from N(0, 2 / (k² · C_out)), linear layers from N(0, 0.01²), biases 0.
+    """Fill, in place, convolutions from N(0, 2 / (k² · C_out)), linear layers from N(0, 0.01²) and biases with 0.
 
-    Layers draw in the order of `net.modules()`, so one seed gives one network.
+    Layers draw in the order of `net.modules()`, so a seed determines the network.
     """
     for module in net.modules():
         if isinstance(module, nn.Conv2d):

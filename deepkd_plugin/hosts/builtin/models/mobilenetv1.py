@@ -1,13 +1,14 @@
 """MobileNet for ImageNet: Howard et al., 2017 (arXiv:1704.04861), table 1.
 
-State-dict keys, initialisation and outputs follow mdistiller's network of the same name, which papers on
-distillation often call MobileNetV2. Pooling is global: mdistiller's covers 7×7 pixels, so takes 224×224 images alone.
+State-dict keys, initialisation and outputs follow mdistiller's network of the same name, which papers on distillation
+often call MobileNetV2. Pooling is global; mdistiller's covers 7×7 pixels and so takes 224×224 images only.
 """
 
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import Conv2dNormActivation
 
 from ....errors import UserError
 
@@ -28,7 +29,7 @@ class MobileNetV1(nn.Module):
         preact_feats: the same before ReLU
         pooled_feat: (B, 1024)
 
-    Raises UserError if `pretrained`: nobody publishes weights of it (mdistiller ignores the argument).
+    Raises UserError if `pretrained`, because nobody publishes weights of it (mdistiller ignores the argument).
     """
 
     def __init__(self, pretrained: bool = False) -> None:
@@ -38,21 +39,21 @@ class MobileNetV1(nn.Module):
                 "MobileNetV1 has no pretrained ImageNet weights to fetch; DISTILLER.TEACHER_WEIGHTS (-c of "
                 "tools/eval.py) must name a checkpoint of it"
             )
-        layers = [nn.Sequential(*_conv_bn_relu(3, 32, 3, stride=2))]
+        layers: list[nn.Sequential] = [Conv2dNormActivation(3, 32, 3, stride=2)]
         c_in = 32
         for c_out, stride in _LAYERS:
-            depthwise = _conv_bn_relu(c_in, c_in, 3, stride, groups=c_in)
-            layers.append(nn.Sequential(*depthwise, *_conv_bn_relu(c_in, c_out, 1)))
+            depthwise = Conv2dNormActivation(c_in, c_in, 3, stride, groups=c_in)
+            layers.append(nn.Sequential(*depthwise, *Conv2dNormActivation(c_in, c_out, 1)))
             c_in = c_out
         self.model = nn.Sequential(*layers)
         self.fc = nn.Linear(c_in, 1000)
 
     def get_bn_before_relu(self) -> list[nn.BatchNorm2d]:
-        """The last BatchNorm before each of `feats`, from which OFD takes its margins."""
+        """Return the last BatchNorm before each of `feats`, from which OFD takes its margins."""
         return [self.model[i][-2] for i in _FEATURES]
 
     def get_stage_channels(self) -> list[int]:
-        """Channels of the entries of `feats`."""
+        """Return the channels of the entries of `feats`."""
         return [bn.num_features for bn in self.get_bn_before_relu()]
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
@@ -64,11 +65,6 @@ class MobileNetV1(nn.Module):
             for module in layer[:-1]:
                 x = module(x)
             preacts.append(x)
-            feats.append(x := F.relu(x))  # not in place: the tensors before ReLU stay in the dictionary
+            feats.append(x := F.relu(x))  # not in place: the tensors before it stay in the dictionary
         pooled = F.adaptive_avg_pool2d(x, 1).flatten(1)
         return self.fc(pooled), {"feats": feats, "preact_feats": preacts, "pooled_feat": pooled}
-
-
-def _conv_bn_relu(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
-    conv = nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
-    return [conv, nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]

@@ -1,7 +1,7 @@
-"""MobileNetV2 for 32×32 images: Sandler et al., 2018 (arXiv:1801.04381), table 2, at half width, fewer strides.
+"""MobileNetV2 for 32×32 images: Sandler et al., 2018 (arXiv:1801.04381), table 2, at half width, with fewer strides.
 
-State-dict keys, initialisation and outputs follow mdistiller's network of the same name. Pooling is global:
-larger images work too.
+State-dict keys, initialisation and outputs follow mdistiller's network of the same name. Pooling is global, so larger
+images work too.
 """
 
 from functools import partial
@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import Conv2dNormActivation
 
 from .initialise import fan_out_normal_
 
@@ -28,7 +29,7 @@ _FEATURES = (1, 2, 4, 6)  # the stages whose outputs are features
 def inverted_residual(
     c_in: int, c_out: int, stride: int, expansion: int, relu: type[nn.Module], bias: bool
 ) -> nn.Sequential:
-    """1×1 convolution that widens, 3×3 depthwise convolution that strides, linear 1×1 convolution."""
+    """Build a 1×1 convolution that widens, a 3×3 depthwise convolution that strides and a linear 1×1 convolution."""
     c_mid = c_in * expansion
     return nn.Sequential(
         nn.Conv2d(c_in, c_mid, 1, bias=bias),
@@ -43,7 +44,7 @@ def inverted_residual(
 
 
 class InvertedResidual(nn.Module):
-    """(B, C_in, H, W) -> (B, C_out, H / stride, W / stride), with an identity beside it where shapes allow."""
+    """(B, C_in, H, W) -> (B, C_out, H / stride, W / stride), with an identity beside it if the shapes allow."""
 
     def __init__(self, c_in: int, c_out: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -59,35 +60,35 @@ class MobileNetV2(nn.Module):
 
     forward: (B, 3, H, W) -> logits (B, num_classes) and, with w = width_mult,
         feats: stem after ReLU and stages 2, 3, 5 and 7, (B, 32w, H/2, W/2), (B, 24w, H/2, W/2),
-            (B, 32w, H/4, W/4), (B, 96w, H/8, W/8), (B, 320w, H/16, W/16); no ReLU follows these stages, so
-            there are no preact_feats
+            (B, 32w, H/4, W/4), (B, 96w, H/8, W/8), (B, 320w, H/16, W/16)
+            (no ReLU follows these stages, so there are no preact_feats)
         pooled_feat: (B, 1280)
     """
 
     def __init__(self, width_mult: float, num_classes: int = 100) -> None:
         super().__init__()
         c_out = int(32 * width_mult)
-        self.conv1 = _conv_bn_relu(3, c_out, kernel=3, stride=2)
+        self.conv1 = Conv2dNormActivation(3, c_out, 3, stride=2)
         self.blocks = nn.ModuleList()
         for expansion, channels, blocks, stride in _STAGES:
             c_in, c_out = c_out, int(channels * width_mult)
             stage = [InvertedResidual(c_in, c_out, stride, expansion)]
             stage += [InvertedResidual(c_out, c_out, 1, expansion) for _ in range(blocks - 1)]
             self.blocks.append(nn.Sequential(*stage))
-        self.conv2 = _conv_bn_relu(c_out, 1280, kernel=1, stride=1)  # never narrower than in the paper
+        self.conv2 = Conv2dNormActivation(c_out, 1280, 1)  # never narrower than in the paper
         self.classifier = nn.Sequential(nn.Linear(1280, num_classes))
         fan_out_normal_(self)
 
     def get_feat_modules(self) -> nn.ModuleList:
-        """The layers that make the features, without the last convolution and the classifier."""
+        """Return the layers that make the features, without the last convolution and the classifier."""
         return nn.ModuleList([self.conv1, self.blocks])
 
     def get_bn_before_relu(self) -> list[nn.BatchNorm2d]:
-        """The last BatchNorm of the stages in `feats`, from which OFD takes its margins."""
+        """Return the last BatchNorm of the stages in `feats`, from which OFD takes its margins."""
         return [self.blocks[i][-1].conv[-1] for i in _FEATURES]
 
     def get_stage_channels(self) -> list[int]:
-        """Channels of the entries of `feats`."""
+        """Return the channels of the entries of `feats`."""
         return [self.conv1[0].out_channels, *(bn.num_features for bn in self.get_bn_before_relu())]
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
@@ -99,11 +100,6 @@ class MobileNetV2(nn.Module):
                 feats.append(x)
         pooled = F.adaptive_avg_pool2d(self.conv2(x), 1).flatten(1)
         return self.classifier(pooled), {"feats": feats, "pooled_feat": pooled}
-
-
-def _conv_bn_relu(c_in: int, c_out: int, kernel: int, stride: int) -> nn.Sequential:
-    conv = nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU(inplace=True))
 
 
 mobile_half = partial(MobileNetV2, 0.5)

@@ -1,4 +1,4 @@
-"""MobileNetV2 as mdistiller has it for Tiny ImageNet's 64×64 images: full width, ReLU6, biases, a 1×1 stem.
+"""mdistiller's MobileNetV2 for Tiny ImageNet's 64×64 images: full width, ReLU6, biases, a 1×1 stem.
 
 After Sandler et al., 2018 (arXiv:1801.04381). State-dict keys, initialisation and outputs are mdistiller's.
 """
@@ -12,7 +12,7 @@ from .mobilenetv2 import inverted_residual
 
 
 class LinearBottleneck(nn.Module):
-    """(B, C_in, H, W) -> (B, C_out, H / stride, W / stride), with an identity beside it where shapes allow."""
+    """(B, C_in, H, W) -> (B, C_out, H / stride, W / stride), with an identity beside it if the shapes allow."""
 
     def __init__(self, c_in: int, c_out: int, stride: int = 1, expansion: int = 6) -> None:
         super().__init__()
@@ -29,11 +29,11 @@ class LinearBottleneck(nn.Module):
 class TinyMobileNetV2(nn.Module):
     """Seven stages of `LinearBottleneck`.
 
-    forward: (B, 3, H, W) -> logits (B, num_classes) and, the stem padding its 1×1 convolution to H' = H + 2,
+    forward: (B, 3, H, W) -> logits (B, num_classes) and, with H' = H + 2, because the stem pads its 1×1 convolution,
         feats: stem after ReLU6, stages 2, 3 and 4, and the last convolution after ReLU6, (B, 32, H', W'),
             (B, 24, H'/2, W'/2), (B, 32, H'/4, W'/4), (B, 64, H'/8, W'/8), (B, 1280, H'/8, W'/8), sizes rounded
-            up; there are no preact_feats
-        pooled_feat: (B, 1280, 1, 1), the input of a classifier that is a convolution
+            up (there are no preact_feats)
+        pooled_feat: (B, 1280, 1, 1), the input of the classifier, which is a convolution
     """
 
     def __init__(self, num_classes: int = 200) -> None:

@@ -1,8 +1,7 @@
 """Residual networks for 32×32 images, depth 6n + 2: He et al., 2016 (arXiv:1512.03385), section 4.2.
 
-State-dict keys, initialisation and outputs follow mdistiller's networks of the same names, so that its
-teacher checkpoints load here. Pooling is global, so that larger images, such as Tiny ImageNet's 64×64, work
-too.
+State-dict keys, initialisation and outputs follow mdistiller's networks of the same names, so its teacher checkpoints
+load here. Pooling is global, so larger images, such as Tiny ImageNet's 64×64, work too.
 """
 
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 class BasicBlock(nn.Module):
     """Two 3×3 convolutions beside a shortcut: (B, C_in, H, W) -> (B, C_out, H / stride, W / stride).
 
-    The block that ends a stage leaves out its closing ReLU: feature distillers want the sum before it.
+    The block that ends a stage leaves out its closing ReLU, because feature distillers want the sum before it.
     """
 
     def __init__(self, c_in: int, c_out: int, stride: int = 1, ends_stage: bool = False) -> None:
@@ -67,20 +66,20 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def get_feat_modules(self) -> nn.ModuleList:
-        """The layers that make the features, without the classifier."""
+        """Return the layers that make the features, without the classifier."""
         return nn.ModuleList([self.conv1, self.bn1, self.relu, self.layer1, self.layer2, self.layer3])
 
     def get_bn_before_relu(self) -> list[nn.BatchNorm2d]:
-        """The last BatchNorm of each stage, from which OFD takes its margins."""
+        """Return the last BatchNorm of each stage, from which OFD takes its margins."""
         return [layer[-1].bn2 for layer in (self.layer1, self.layer2, self.layer3)]
 
     def get_stage_channels(self) -> list[int]:
-        """Channels of the entries of `feats`."""
+        """Return the channels of the entries of `feats`."""
         return self.stage_channels
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
         f0 = self.relu(self.bn1(self.conv1(x)))
-        # These three ReLUs are not in place, for the sums stay in the dictionary.
+        # these three ReLUs are not in place: the sums before them stay in the dictionary
         p1 = self.layer1(f0)
         f1 = F.relu(p1)
         p2 = self.layer2(f1)

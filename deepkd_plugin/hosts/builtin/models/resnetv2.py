@@ -1,8 +1,8 @@
 """ImageNet's ResNets behind a stem for 32×32 images: He et al., 2016 (arXiv:1512.03385), table 1.
 
-The stem is one 3×3 convolution without pooling, so the four stages see 32×32, 16×16, 8×8 and 4×4. State-dict
-keys, initialisation and outputs follow mdistiller's networks of the same names, so that its teacher checkpoints
-load here. Pooling is global: Tiny ImageNet's 64×64 images work too.
+The stem is one 3×3 convolution without pooling, so the four stages see 32×32, 16×16, 8×8 and 4×4. State-dict keys,
+initialisation and outputs follow mdistiller's networks of the same names, so its teacher checkpoints load here. Pooling
+is global, so Tiny ImageNet's 64×64 images work too.
 """
 
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 
 class Block(nn.Module):
-    """Convolutions, `residual`, beside a shortcut: (B, C_in, H, W) -> (B, C_out, H / stride, W / stride).
+    """Convolutions (`residual`) beside a shortcut: (B, C_in, H, W) -> (B, C_out, H / stride, W / stride).
 
-    The block that ends a stage leaves out its closing ReLU: feature distillers want the sum before it.
+    The block that ends a stage leaves out its closing ReLU, because feature distillers want the sum before it.
     """
 
     expansion: int
@@ -110,15 +110,15 @@ class ResNetV2(nn.Module):
         return [self.layer1, self.layer2, self.layer3, self.layer4]
 
     def get_feat_modules(self) -> nn.ModuleList:
-        """The layers that make the features, without the classifier."""
+        """Return the layers that make the features, without the classifier."""
         return nn.ModuleList([self.conv1, self.bn1, *self.stages])
 
     def get_bn_before_relu(self) -> list[nn.BatchNorm2d]:
-        """The last BatchNorm of each stage, from which OFD takes its margins."""
+        """Return the last BatchNorm of each stage, from which OFD takes its margins."""
         return [stage[-1].last_bn for stage in self.stages]
 
     def get_stage_channels(self) -> list[int]:
-        """mdistiller's list: ResNet50's stages without the stem, the same for ResNet18; OFD works with neither."""
+        """Return mdistiller's list: ResNet50's stages without the stem, for ResNet18 too; OFD works with neither."""
         return [256, 512, 1024, 2048]
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
@@ -126,7 +126,9 @@ class ResNetV2(nn.Module):
         feats, preacts = [x], [x]
         for stage in self.stages:
             preacts.append(stage(x))
-            feats.append(x := F.relu(preacts[-1]))  # not in place: the sums stay in the dictionary
+            feats.append(
+                x := F.relu(preacts[-1])
+            )  # not in place: the tensors before it stay in the dictionary
         pooled = F.adaptive_avg_pool2d(x, 1).flatten(1)
         return self.linear(pooled), {"feats": feats, "preact_feats": preacts, "pooled_feat": pooled}
 

@@ -1,4 +1,4 @@
-"""What mdistiller's two CIFAR ShuffleNets have in common: a 1×1 stem, three stages of 4, 8 and 4 units, pooling."""
+"""What mdistiller's two CIFAR ShuffleNets share: a 1×1 stem, three stages of 4, 8 and 4 units, pooling."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,21 +10,21 @@ STEM = 24  # channels
 
 
 def channel_shuffle(x: Tensor, groups: int) -> Tensor:
-    """(B, C, H, W) -> the same shape; channel i of group g moves to i · groups + g."""
-    # torch.nn.functional.channel_shuffle has no derivative in torch 2.4.
+    """Move channel i of group g to i · groups + g: (B, C, H, W) -> the same shape."""
+    # written out: torch.nn.functional.channel_shuffle has not always had a derivative
     return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
 
 
 class ShuffleNet(nn.Module):
-    """`stage(c_in, c_out, units)` makes a stage that halves the resolution and leaves out its closing ReLU.
+    """The network around a subclass's stages; the subclass adds the classifier, `linear`.
 
-    A subclass adds the classifier, `linear`.
+    `stage(c_in, c_out, units)` builds a stage that halves the resolution and leaves out its closing ReLU.
 
     forward: (B, 3, H, W) -> logits (B, num_classes) and, with c = channels,
         feats: stem and stages after ReLU, (B, 24, H, W), (B, c[0], H/2, W/2), (B, c[1], H/4, W/4),
             (B, c[2], H/8, W/8)
         preact_feats: the same before ReLU, except for the stem, which mdistiller gives after it in both lists
-        pooled_feat: (B, c[2]), or as many channels as a subclass's `head` makes
+        pooled_feat: (B, c[2]), or as many channels as a subclass's `head` returns
     """
 
     def __init__(self, stage: Callable[[int, int, int], nn.Module], channels: Sequence[int]) -> None:
@@ -37,23 +37,23 @@ class ShuffleNet(nn.Module):
         self.layer3 = stage(channels[1], channels[2], 4)
 
     def close(self, preact: Tensor) -> Tensor:
-        """What a stage leaves out: preact_feats -> feats."""
+        """Apply what a stage leaves out: preact_feats -> feats."""
         return F.relu(preact)  # not in place: the tensors before it stay in the dictionary
 
     def head(self, x: Tensor) -> Tensor:
-        """From the last feature to what is pooled."""
+        """Map the last feature to what is pooled."""
         return x
 
     def get_feat_modules(self) -> nn.ModuleList:
-        """The layers that make the features."""
+        """Return the layers that make the features."""
         return nn.ModuleList([self.conv1, self.bn1, self.layer1, self.layer2, self.layer3])
 
     def get_bn_before_relu(self) -> list[nn.BatchNorm2d]:
-        """Raises NotImplementedError, as in mdistiller: no single BatchNorm makes all channels of a stage."""
+        """Raise NotImplementedError, as mdistiller does: no single BatchNorm makes all channels of a stage."""
         raise NotImplementedError("a ShuffleNet cannot be OFD's teacher: no BatchNorm covers a whole stage")
 
     def get_stage_channels(self) -> list[int]:
-        """Channels of the entries of `feats`."""
+        """Return the channels of the entries of `feats`."""
         return self.stage_channels
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:

@@ -1,7 +1,7 @@
 """ShuffleNet for 32×32 images: Zhang et al., 2018 (arXiv:1707.01083), table 1, three groups.
 
-State-dict keys, initialisation and outputs follow mdistiller's network of the same name. Pooling is global:
-larger images work too.
+State-dict keys, initialisation and outputs follow mdistiller's network of the same name. Pooling is global, so larger
+images work too.
 """
 
 import torch
@@ -16,8 +16,8 @@ _GROUPS = 3
 class Unit(nn.Module):
     """Grouped 1×1, shuffle, depthwise 3×3, grouped 1×1: (B, C_in, H, W) -> (B, C_out, H / stride, W / stride).
 
-    With stride 1 the input is added; with stride 2 it is pooled and appended, so that the convolutions make
-    only the other C_out − C_in channels. The unit that ends a stage leaves out its closing ReLU.
+    With stride 1 the input is added. With stride 2 it is pooled and appended, so the convolutions make only the other
+    C_out − C_in channels. The unit that ends a stage leaves out its closing ReLU.
     """
 
     def __init__(self, c_in: int, c_out: int, stride: int, ends_stage: bool) -> None:
@@ -25,7 +25,7 @@ class Unit(nn.Module):
         self.appends = stride == 2
         made = c_out - c_in if self.appends else c_out
         mid = made // 4
-        # The stem has too few channels to split them (the paper, section 3.2).
+        # the stem has too few channels to split (the paper, section 3.2)
         self.groups = 1 if c_in == STEM else _GROUPS
         self.conv1 = nn.Conv2d(c_in, mid, 1, groups=self.groups, bias=False)
         self.bn1 = nn.BatchNorm2d(mid)
@@ -39,7 +39,7 @@ class Unit(nn.Module):
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         if self.groups > 1:
             out = channel_shuffle(out, self.groups)
-        # The paper has no ReLU after the depthwise convolution; mdistiller has.
+        # the paper has no ReLU after the depthwise convolution, mdistiller has
         out = F.relu(self.bn2(self.conv2(out)), inplace=True)
         out = self.bn3(self.conv3(out))
         if self.appends:

@@ -1,7 +1,7 @@
 """ShuffleNet V2 for 32×32 and 64×64 images: Ma et al., 2018 (arXiv:1807.11164), table 5, width 1.
 
-State-dict keys, initialisation and outputs follow mdistiller's network of the same name. Pooling is global,
-where mdistiller's covers 4×4 pixels and so fits 32×32 images alone.
+State-dict keys, initialisation and outputs follow mdistiller's network of the same name. Pooling is global;
+mdistiller's covers 4×4 pixels and so takes 32×32 images only.
 """
 
 import torch
@@ -12,10 +12,10 @@ from .shufflenet import ShuffleNet, channel_shuffle
 
 
 class Unit(nn.Module):
-    """Half of the channels pass three convolutions, the other half stays: (B, C, H, W) -> the same shape.
+    """Three convolutions over half of the channels; the other half stays: (B, C, H, W) -> the same shape.
 
-    The unit that ends a stage leaves out its closing ReLU and shuffle. The half that stays has passed a ReLU,
-    so the network may apply both to all channels.
+    The unit that ends a stage leaves out its closing ReLU and shuffle. The half that stays has been through a ReLU, so
+    the network can apply both to all channels.
     """
 
     def __init__(self, channels: int, ends_stage: bool) -> None:

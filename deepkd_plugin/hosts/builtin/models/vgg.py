@@ -1,7 +1,7 @@
 """VGGs with BatchNorm for 32×32 images: Simonyan and Zisserman, 2015 (arXiv:1409.1556), table 1, one linear layer.
 
-State-dict keys, initialisation and outputs follow mdistiller's networks of the same names, so that its
-teacher checkpoints load here.
+State-dict keys, initialisation and outputs follow mdistiller's networks of the same names, so its teacher checkpoints
+load here.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ _WIDTHS = (64, 128, 256, 512, 512)
 
 
 class VGG(nn.Module):
-    """Five stages of 3×3 convolutions, 64, 128, 256, 512 and 512 channels wide; `depths` are their numbers.
+    """Five stages of 3×3 convolutions, 64, 128, 256, 512 and 512 channels wide; `depths` says how many each has.
 
     forward: (B, 3, H, W) -> logits (B, num_classes) and, with s = 16 for images 64 pixels high, else 8,
         feats: stages after ReLU, (B, 64, H, W), (B, 128, H/2, W/2), (B, 256, H/4, W/4), (B, 512, H/8, W/8),
@@ -40,28 +40,28 @@ class VGG(nn.Module):
 
     @property
     def stages(self) -> list[tuple[nn.Module, nn.Module]]:
-        """Convolutions and pooling by stage."""
+        """The convolutions and the pooling of each stage."""
         return [(getattr(self, f"block{i}"), getattr(self, f"pool{i}")) for i in range(5)]
 
     def get_feat_modules(self) -> nn.ModuleList:
-        """The layers that make the features, without the classifier."""
+        """Return the layers that make the features, without the classifier."""
         return nn.ModuleList(module for stage in self.stages for module in stage)
 
     def get_bn_before_relu(self) -> list[nn.BatchNorm2d]:
-        """The last BatchNorm of stages 2 to 5, from which OFD takes its margins."""
+        """Return the last BatchNorm of stages 2 to 5, from which OFD takes its margins."""
         return [block[-1] for block, _ in self.stages[1:]]
 
     def get_stage_channels(self) -> list[int]:
-        """Channels of the entries of `feats`."""
+        """Return the channels of the entries of `feats`."""
         return list(_WIDTHS)
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        # As in mdistiller: the last two stages share a resolution on CIFAR, not on Tiny ImageNet.
+        # as in mdistiller: the last two stages have the same resolution on CIFAR, but not on Tiny ImageNet
         pools_before_last = x.shape[2] == 64
         feats, preacts = [], []
         for block, pool in self.stages:
             preacts.append(block(x))
-            feats.append(F.relu(preacts[-1]))  # not in place: both sides stay in the dictionary
+            feats.append(F.relu(preacts[-1]))  # not in place: both sides of it stay in the dictionary
             x = feats[-1] if pool is self.pool3 and not pools_before_last else pool(feats[-1])
         pooled = x.flatten(1)
         features = {"feats": feats, "preact_feats": [feats[0], *preacts[1:]], "pooled_feat": pooled}

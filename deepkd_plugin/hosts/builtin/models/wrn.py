@@ -1,8 +1,7 @@
 """Wide residual networks for 32×32 images: Zagoruyko and Komodakis, 2016 (arXiv:1605.07146), depth 6n + 4.
 
-State-dict keys, initialisation and outputs follow mdistiller's networks of the same names, so that its
-teacher checkpoints load here. Pooling is global, so that larger images, such as Tiny ImageNet's 64×64, work
-too.
+State-dict keys, initialisation and outputs follow mdistiller's networks of the same names, so its teacher checkpoints
+load here. Pooling is global, so larger images, such as Tiny ImageNet's 64×64, work too.
 """
 
 from functools import partial
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 
 
 class PreActBlock(nn.Module):
-    """BatchNorm, ReLU, 3×3 convolution, twice, beside a shortcut.
+    """Twice BatchNorm, ReLU and a 3×3 convolution, beside a shortcut.
 
     forward: (B, C_in, H, W) -> (B, C_out, H / stride, W / stride); `normed` is bn1(x) if the caller has it.
     """
@@ -27,16 +26,16 @@ class PreActBlock(nn.Module):
         self.convShortcut = None if c_in == c_out else nn.Conv2d(c_in, c_out, 1, stride, bias=False)
 
     def forward(self, x: Tensor, normed: Tensor | None = None) -> Tensor:
-        # The caller's tensor is a feature that it keeps; only our own may be overwritten.
+        # the caller keeps its tensor as a feature; only our own may be overwritten
         act = F.relu(self.bn1(x), inplace=True) if normed is None else F.relu(normed)
         out = self.conv2(F.relu(self.bn2(self.conv1(act)), inplace=True))
-        # A widening shortcut starts after the first BatchNorm and ReLU, the identity before them.
+        # a shortcut that widens starts after the first BatchNorm and ReLU, the identity before them
         out += x if self.convShortcut is None else self.convShortcut(act)
         return out
 
 
 class Stage(nn.Module):
-    """Blocks of one width, the first of which strides; `normed` is handed to that first one."""
+    """Blocks of one width. The first one strides and takes `normed`."""
 
     def __init__(self, c_in: int, c_out: int, blocks: int, stride: int) -> None:
         super().__init__()
@@ -76,20 +75,20 @@ class WideResNet(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     def get_feat_modules(self) -> nn.ModuleList:
-        """The layers that make the features, without the last BatchNorm and the classifier."""
+        """Return the layers that make the features, without the last BatchNorm and the classifier."""
         return nn.ModuleList([self.conv1, self.block1, self.block2, self.block3])
 
     def get_bn_before_relu(self) -> list[nn.BatchNorm2d]:
-        """The BatchNorm after each stage, from which OFD takes its margins."""
+        """Return the BatchNorm after each stage, from which OFD takes its margins."""
         return [self.block2.layer[0].bn1, self.block3.layer[0].bn1, self.bn1]
 
     def get_stage_channels(self) -> list[int]:
-        """Channels of the entries of `feats`."""
+        """Return the channels of the entries of `feats`."""
         return self.stage_channels
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        # mdistiller runs the three BatchNorms again for preact_feats, and so updates their running statistics
-        # twice a step. Here each runs once: its output is the feature, and the network goes on with it.
+        # mdistiller runs the three BatchNorms again for preact_feats and so updates their running statistics twice a
+        # step; here each runs once, and its output is both the feature and what the network continues with
         norm1, norm2, norm3 = self.get_bn_before_relu()
         f0 = self.conv1(x)
         f1 = self.block1(f0)
