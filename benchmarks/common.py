@@ -126,20 +126,24 @@ def report(
 
     settings: how the run was set up, beside the title. parts: a second table.
     """
-    about = machine()
-    settings = dict(settings or {})
-    lines = [f"{title}. " + ", ".join(f"{key} {value}" for key, value in (settings | about).items()) + "."]
-    for table in filter(None, (rows, parts)):
-        columns = list(table[0])
-        lines += ["", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-        lines += ["| " + " | ".join(_cell(row[column]) for column in columns) + " |" for row in table]
-    text = "\n".join(lines) + "\n"
+    record = {"title": title, "machine": machine()} | ({"settings": dict(settings)} if settings else {})
+    record |= {"rows": rows} | ({"parts": parts} if parts else {})
+    text = markdown(record)
     print(text)
     if path:
         path.write_text(text)
-        held = {"title": title, "machine": about} | ({"settings": settings} if settings else {})
-        held |= {"rows": rows} | ({"parts": parts} if parts else {})
-        path.with_suffix(".json").write_text(json.dumps(held, indent=1) + "\n")
+        path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def markdown(record: Mapping[str, Any]) -> str:
+    """Write what report() leaves as JSON as Markdown."""
+    about = record.get("settings", {}) | record["machine"]
+    lines = [f"{record['title']}. " + ", ".join(f"{key} {value}" for key, value in about.items()) + "."]
+    for table in (record[name] for name in ("rows", "parts") if name in record):
+        columns = list(table[0])
+        lines += ["", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+        lines += ["| " + " | ".join(_cell(row[column]) for column in columns) + " |" for row in table]
+    return "\n".join(lines) + "\n"
 
 
 def _cell(value: Any) -> str:
