@@ -79,6 +79,7 @@ def train(checkout, config, flags=(), **options):
     return python("tools/train.py", "--cfg", file, *flags, cwd=checkout), folder
 
 
+@pytest.mark.slow
 def test_deepkd_trains_resumes_and_is_read_by_eval(checkout):
     config = "configs/cifar100/res32x4_res8x4/deepkd.yaml"
     done, folder = train(checkout, config)
@@ -117,7 +118,9 @@ def test_deepkd_trains_resumes_and_is_read_by_eval(checkout):
     assert "Top-1:" in read.stderr
 
 
-@pytest.mark.parametrize("method", ["dkd", "crld", "mlkd"])
+@pytest.mark.parametrize(
+    "method", ["dkd", *(pytest.param(name, marks=pytest.mark.slow) for name in ("crld", "mlkd"))]
+)
 def test_the_baselines_train(checkout, method):
     done, folder = train(checkout, f"configs/cifar100/res32x4_res8x4/{method}.yaml")
     assert done.returncode == 0, done.stderr
@@ -125,6 +128,7 @@ def test_the_baselines_train(checkout, method):
 
 
 @pytest.mark.parametrize(("method", "trainer"), [("REVIEWKD", "base"), ("KD", "base"), ("DKD", "dot")])
+@pytest.mark.slow
 def test_mdistillers_own_methods_train_and_resume(checkout, method, trainer):
     options = {"DISTILLER__TYPE": method, "SOLVER__TRAINER": trainer}
     done, folder = train(checkout, "configs/cifar100/kd.yaml", **options)
@@ -148,6 +152,7 @@ def one_line(done):
     return lines[0].removeprefix("deepkd: error: ")
 
 
+@pytest.mark.slow
 def test_a_teacher_file_that_would_run_code_does_not_run(checkout, tmp_path):
     class Payload:
         def __reduce__(self):
@@ -166,6 +171,7 @@ def test_a_teacher_file_that_would_run_code_does_not_run(checkout, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 def test_mistakes_in_mdistillers_launcher_are_one_line(checkout, tmp_path):
     config = "configs/cifar100/kd.yaml"
     fresh = tmp_path / "fresh.pth"
@@ -187,6 +193,7 @@ def test_mistakes_in_mdistillers_launcher_are_one_line(checkout, tmp_path):
         assert not folder.exists()
 
 
+@pytest.mark.slow
 def test_teacher_files_of_every_layout(checkout, tmp_path):
     """Bare or under "model", with DataParallel's prefix, with RepDistiller's numpy accuracy."""
     import numpy as np

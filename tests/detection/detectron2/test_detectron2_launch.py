@@ -268,6 +268,7 @@ ROOT = apply.shipped("configs").parent
 PYTHONPATH = [path for path in [os.environ.get("PYTHONPATH")] if path]
 
 
+@pytest.mark.slow
 def test_the_issue_s_command(checkout, tmp_path):
     """In a checkout after `deepkd apply`: one line without the merged weights, and two processes that train."""
     words = ("--config-file", "configs/DeepKD/DeepKD-R18-R101.yaml", "--num-gpus", "2", "MODEL.DEVICE", "cpu")

@@ -404,6 +404,7 @@ def test_average_precisions_of_any_evaluation(host):
 
 
 @pytest.mark.parametrize("name", ["DeepKD-R18-R101", "DeepKD-R50-R101", "DeepKD-MV2-R50"])
+@pytest.mark.slow
 def test_fifty_iterations_resumed_and_evaluated(make_trainer, tmp_path, monkeypatch, name):
     """Each pair's config at reduced size: thin networks for the first, real depths for the others."""
     from deepkd_plugin.detection.detectron2.trainer import StreamTrainer
