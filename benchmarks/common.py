@@ -25,7 +25,7 @@ Rows = list[dict[str, Any]]
 def medians_in_turn(
     steps: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 3, repeat: int = 1
 ) -> dict[str, float]:
-    """Median milliseconds of each step, timed A B C A B C … so that a drifting machine hits all alike.
+    """Return the median milliseconds of each step, timed A B C A B C … so that a drifting machine hits all alike.
 
     repeat: how many steps are taken between two readings of the clock, each of which waits for the device;
     training does not wait after each step.
@@ -44,7 +44,7 @@ def medians_in_turn(
 
 
 def peak_mebibytes(make: Callable[[], Callable[[], Any]], steps: int = 2) -> float:
-    """The most memory that a few steps hold beyond what stood before the first.
+    """Return the most memory that a few steps hold beyond what was there before the first.
 
     make builds everything and returns the step; it must be picklable. On CUDA it is the allocator's peak after
     one step, in which cuDNN may still try its algorithms. On the CPU it is the growth of the resident set, in a
@@ -83,23 +83,23 @@ def _resident_peak(make: Callable[[], Callable[[], Any]], steps: int, threads: i
 
 
 def _status(name: str) -> int:
-    """A size from /proc/self/status, in bytes."""
+    """Read a size from /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(name + ":")).split()[1])
 
 
 def machine() -> dict[str, Any]:
-    """Hardware and versions, for the record."""
-    at = device.pick()
+    """Describe hardware and versions, for the record."""
+    torch_device = device.pick()
     about = {
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "device": device.describe(at),
+        "device": device.describe(torch_device),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
     }
-    if at.type == "cuda":
+    if torch_device.type == "cuda":
         # convolutions in TF32 are PyTorch's default
         about |= {"threads": torch.get_num_threads()}
         about |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
@@ -108,7 +108,7 @@ def machine() -> dict[str, Any]:
 
 
 def conditions(channels_last: bool, amp: bool) -> dict[str, str]:
-    """What a run's images and networks are like, for the record."""
+    """Describe what a run's images and networks are like, for the record."""
     return {
         "memory format": "channels last" if channels_last else "contiguous",
         "precision": "bfloat16 autocast" if amp else "float32",

@@ -73,10 +73,10 @@ def test_the_steps_of_a_cifar_and_an_imagenet_pair(run, tmp_path):
     options = ("--pairs", "resnet8:resnet8", "ResNet18:ResNet18", "--no-memory")
     out = run("step", *SMALL, *options, "--write", tmp_path / "table.md")
     assert (tmp_path / "table.md").read_text() == out.removesuffix("\n")
-    held = json.loads((tmp_path / "table.json").read_text())
-    assert held["settings"] == {"memory format": "contiguous", "precision": "float32"}
-    assert {"processor", "cores", "device", "python", "torch", "commit"} <= held["machine"].keys()
-    rows = held["rows"]
+    record = json.loads((tmp_path / "table.json").read_text())
+    assert record["settings"] == {"memory format": "contiguous", "precision": "float32"}
+    assert {"processor", "cores", "device", "python", "torch", "commit"} <= record["machine"].keys()
+    rows = record["rows"]
     assert [row["pair"] for row in rows] == ["resnet8 → resnet8"] * 4 + ["ResNet18 → ResNet18"] * 4
     assert [(row["step"], row["gradients"]) for row in rows[:4]] == [
         ("KD", "1 pass"),
@@ -84,7 +84,7 @@ def test_the_steps_of_a_cifar_and_an_imagenet_pair(run, tmp_path):
         ("DeepKD, 2 coefficients", "2 passes"),
         ("DeepKD, 3 coefficients", "3 passes"),
     ]
-    for part, of_pair in zip(held["parts"], (rows[:4], rows[4:])):
+    for part, of_pair in zip(record["parts"], (rows[:4], rows[4:])):
         once = part["F_t ms"] + part["F_s ms"]
         for row, passes in zip(of_pair, (1, 2, 2, 3)):
             floor = once + passes * part["B ms"]
@@ -96,10 +96,10 @@ def test_the_steps_of_a_cifar_and_an_imagenet_pair(run, tmp_path):
 def test_a_step_in_other_modes(run, tmp_path):
     options = ("--batched", "--channels-last", "--amp", "--pairs", "resnet8:resnet8")
     run("step", *SMALL, *options, "--write", tmp_path / "table.md")
-    held = json.loads((tmp_path / "table.json").read_text())
-    assert held["settings"] == {"memory format": "channels last", "precision": "bfloat16 autocast"}
-    assert [row["gradients"] for row in held["rows"][4:]] == ["2 batched", "2 batched", "3 batched"]
-    assert all(row["peak MiB"] > 0 for row in held["rows"])
+    record = json.loads((tmp_path / "table.json").read_text())
+    assert record["settings"] == {"memory format": "channels last", "precision": "bfloat16 autocast"}
+    assert [row["gradients"] for row in record["rows"][4:]] == ["2 batched", "2 batched", "3 batched"]
+    assert all(row["peak MiB"] > 0 for row in record["rows"])
 
 
 @pytest.mark.parametrize("execution", ["graphs", pytest.param("compile", marks=pytest.mark.slow)])
@@ -129,7 +129,7 @@ def test_the_cost_of_sampling_gradients(run, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:size_average")
 def test_the_steps_of_others(run, tmp_path):
-    """Both packages in one process, where both are there."""
+    """Both packages in one process, if both are there."""
     roots = {variable: os.environ[variable] for variable in CHECKOUTS if os.environ.get(variable)}
     if not roots:
         pytest.skip(f"no checkout of mdistiller or of the authors' release: {', '.join(CHECKOUTS)} name none")
@@ -255,12 +255,12 @@ def fake(tmp_path):
 
 def test_packages_of_one_name_are_imported_alone(script, fake, monkeypatch, capfd):
     others = script("others")
-    held = object()
-    monkeypatch.setitem(sys.modules, "mdistiller.engine", held)
+    module = object()
+    monkeypatch.setitem(sys.modules, "mdistiller.engine", module)
     before, path = dict(sys.modules), list(sys.path)
-    found = [others.load(fake(name)) for name in ("a", "b")]
-    assert [theirs.kd.root for theirs in found] == ["a", "b"]
-    assert sys.modules["mdistiller.engine"] is held
+    loaded = [others.load(fake(name)) for name in ("a", "b")]
+    assert [theirs.kd.root for theirs in loaded] == ["a", "b"]
+    assert sys.modules["mdistiller.engine"] is module
     new = {name.split(".")[0] for name in sys.modules.keys() - before.keys()}
     assert not {"mdistiller", "turtle", "termios"} & new
     assert sys.path == path
@@ -309,7 +309,7 @@ def checkout(variable):
     ],
 )
 def test_their_steps_are_what_the_rows_say(variable, trainer, passes, twin, script, monkeypatch):
-    """As many backward passes; mdistiller's KD and DOT arrive where ours do."""
+    """As many backward passes; mdistiller's KD and DOT arrive at the weights of ours."""
     root = checkout(variable)
     step = script("step")
     of = step.Setting("resnet8:resnet8", 8, 32)
@@ -348,9 +348,9 @@ def test_learning_rates_are_tried(data_root, tmp_path):
     ]
     for r in runs:
         folder = tmp_path / f"runs/kd/seed0-{r['config_hash'][:8]}"
-        held = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        assert max(line["lr"] for line in held) == pytest.approx(r["lr"])
-        assert " ".join(f"{line['test_acc']:.2f}" for line in held) == r["curve"]
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert max(line["lr"] for line in lines) == pytest.approx(r["lr"])
+        assert " ".join(f"{line['test_acc']:.2f}" for line in lines) == r["curve"]
     last = [r["last"] for r in runs]
     cells = [f"**{value:.2f}**" if value == max(last) else f"{value:.2f}" for value in last]
     expected = f"| method | 0.05 | 0.1 |\n|---|---|---|\n| kd | {cells[0]} | {cells[1]} |\n"
@@ -398,18 +398,18 @@ def epochs_of(run, data_root, path, *options, **variables):
     """(loop, method, pipeline) -> row of epoch.py."""
     out = run("epoch", *EPOCHS, "--root", data_root, *options, "--write", path, **variables)
     assert path.read_text() == out.removesuffix("\n")
-    held = json.loads(path.with_suffix(".json").read_text())
-    assert held["title"].startswith("Training epochs of 200 images of glyphs100, batch 60, medians of 1 ")
-    for row in held["rows"]:
+    record = json.loads(path.with_suffix(".json").read_text())
+    assert record["title"].startswith("Training epochs of 200 images of glyphs100, batch 60, medians of 1 ")
+    for row in record["rows"]:
         assert 0 < row["s waiting"] < row["s an epoch"]
         assert row["images/s"] == pytest.approx(200 / row["s an epoch"])
-    return held, {(row["loop"], row["method"], row["pipeline"]): row for row in held["rows"]}
+    return record, {(row["loop"], row["method"], row["pipeline"]): row for row in record["rows"]}
 
 
 def test_epochs_of_both_pipelines(run, data_root, tmp_path):
     options = ("--channels-last", "--amp", "--gradients", "batched")
-    held, rows = epochs_of(run, data_root, tmp_path / "table.md", *options)
-    assert held["settings"] == {"memory format": "channels last", "precision": "bfloat16 autocast"}
+    record, rows = epochs_of(run, data_root, tmp_path / "table.md", *options)
+    assert record["settings"] == {"memory format": "channels last", "precision": "bfloat16 autocast"}
     ours = "deepkd_plugin"
     assert [*rows] == [(ours, m, p) for m in ("KD", "DeepKD") for p in ("workers", "device")]
     assert rows[ours, "KD", "workers"]["to reference"] == 1

@@ -360,17 +360,17 @@ def release():
     root = checkout("DEEPKD_RELEASE_ROOT", "the authors' release")
     files = {}
     for file in [*root.glob("configs/cifar100/ours/*/*.yaml"), *root.glob("configs/imagenet/*/*.yaml")]:
-        held = load(file)
-        teacher, student = held["DISTILLER"]["TEACHER"], held["DISTILLER"]["STUDENT"]
+        tree = load(file)
+        teacher, student = tree["DISTILLER"]["TEACHER"], tree["DISTILLER"]["STUDENT"]
         if "imagenet" in file.parts:
             method, pair = file.stem, f"{TEACHERS[teacher].replace('res', 'r')}_{STUDENTS[student]}"
             method = "deepkd" if method == "deepkd_kd" else method
         else:
             method, pair = TWINS[file.parent.name], f"{TEACHERS[teacher]}_{STUDENTS.get(student, student)}"
-        ours = CONFIGS / held.get("DATASET", {}).get("TYPE", "cifar100") / pair / f"{method}.yaml"
+        ours = CONFIGS / tree.get("DATASET", {}).get("TYPE", "cifar100") / pair / f"{method}.yaml"
         if method in METHODS:
             assert ours not in files
-            files[ours] = held
+            files[ours] = tree
     assert len(files) == 17 + 16 + 17 + 14 + 2 * 7  # the release has no crld.yaml for ImageNet
     return root, files
 

@@ -46,7 +46,7 @@ def python(*arguments, cwd, **change):
 
 @pytest.fixture(scope="module")
 def checkout(mdistiller_root, cifar_root, tmp_path_factory):
-    """A copy of mdistiller with the plugin applied and a small CIFAR-100 where mdistiller looks for it."""
+    """A copy of mdistiller with the plugin applied and a small CIFAR-100 in the folder that mdistiller reads."""
     if not (mdistiller_root / "tools" / "train.py").is_file():
         pytest.skip(f"{mdistiller_root} has no tools/: an installed package, not a checkout")
     root = tmp_path_factory.mktemp("checkout") / "mdistiller"
@@ -201,11 +201,11 @@ def test_teacher_files_of_every_layout(checkout, tmp_path):
     weights = checkpoint.load(ROOT / "deepkd_plugin/hosts/builtin/weights/glyphs100_resnet20.pt", "test")
     weights = weights.get("model", weights)
     wrapped = {f"module.{name}": value for name, value in weights.items()}
-    for number, held in enumerate(
+    for number, content in enumerate(
         [weights, wrapped, {"epoch": 240, "model": wrapped, "best_acc": np.float64(72.5)}]
     ):
         path = tmp_path / f"{number}.pth"
-        torch.save(held, path)
+        torch.save(content, path)
         done = python("tools/eval.py", "-m", "resnet20", "-c", path, cwd=checkout)
         assert done.returncode == 0, done.stderr
         assert "Top-1:95.000" in done.stderr
