@@ -25,8 +25,8 @@ def main(picture: str) -> None:
         draw = ImageDraw.Draw(tile)
         for box, label in zip(boxes * SCALE, labels):
             draw.rectangle(box.tolist(), outline=(255, 230, 0))
-            at = float(box[0]), min(float(box[3]), side - 17.0)
-            draw.text(at, CLASSES[label - 1], (255, 230, 0), font, stroke_width=1, stroke_fill=(0, 0, 0))
+            corner = float(box[0]), min(float(box[3]), side - 17.0)
+            draw.text(corner, CLASSES[label - 1], (255, 230, 0), font, stroke_width=1, stroke_fill=(0, 0, 0))
         sheet.paste(tile, (place % COLUMNS * side, place // COLUMNS * side))
     sheet.quantize(256).save(picture, optimize=True)
 

@@ -25,7 +25,7 @@ Rows = list[dict[str, Any]]
 def medians_in_turn(
     steps: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 3, repeat: int = 1
 ) -> dict[str, float]:
-    """Median milliseconds of each step, timed A B C A B C … so that a drifting machine hits all alike.
+    """Return the median milliseconds of each step, timed A B C A B C … so that a drifting machine hits all alike.
 
     repeat: how many steps are taken between two readings of the clock, each of which waits for the device;
     training does not wait after each step.
@@ -44,7 +44,7 @@ def medians_in_turn(
 
 
 def peak_mebibytes(make: Callable[[], Callable[[], Any]], steps: int = 2) -> float:
-    """The most memory that a few steps hold beyond what stood before the first.
+    """Return the most memory that a few steps hold beyond what was there before the first.
 
     make builds everything and returns the step; it must be picklable. On CUDA it is the allocator's peak after
     one step, in which cuDNN may still try its algorithms. On the CPU it is the growth of the resident set, in a
@@ -83,23 +83,23 @@ def _resident_peak(make: Callable[[], Callable[[], Any]], steps: int, threads: i
 
 
 def _status(name: str) -> int:
-    """A size from /proc/self/status, in bytes."""
+    """Read a size from /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(name + ":")).split()[1])
 
 
 def machine() -> dict[str, Any]:
-    """Hardware and versions, for the record."""
-    at = device.pick()
+    """Describe hardware and versions, for the record."""
+    torch_device = device.pick()
     about = {
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "device": device.describe(at),
+        "device": device.describe(torch_device),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
     }
-    if at.type == "cuda":
+    if torch_device.type == "cuda":
         # convolutions in TF32 are PyTorch's default
         about |= {"threads": torch.get_num_threads()}
         about |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
@@ -108,7 +108,7 @@ def machine() -> dict[str, Any]:
 
 
 def conditions(channels_last: bool, amp: bool) -> dict[str, str]:
-    """What a run's images and networks are like, for the record."""
+    """Describe what a run's images and networks are like, for the record."""
     return {
         "memory format": "channels last" if channels_last else "contiguous",
         "precision": "bfloat16 autocast" if amp else "float32",
@@ -126,20 +126,24 @@ def report(
 
     settings: how the run was set up, beside the title. parts: a second table.
     """
-    about = machine()
-    settings = dict(settings or {})
-    lines = [f"{title}. " + ", ".join(f"{key} {value}" for key, value in (settings | about).items()) + "."]
-    for table in filter(None, (rows, parts)):
-        columns = list(table[0])
-        lines += ["", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-        lines += ["| " + " | ".join(_cell(row[column]) for column in columns) + " |" for row in table]
-    text = "\n".join(lines) + "\n"
+    record = {"title": title, "machine": machine()} | ({"settings": dict(settings)} if settings else {})
+    record |= {"rows": rows} | ({"parts": parts} if parts else {})
+    text = markdown(record)
     print(text)
     if path:
         path.write_text(text)
-        held = {"title": title, "machine": about} | ({"settings": settings} if settings else {})
-        held |= {"rows": rows} | ({"parts": parts} if parts else {})
-        path.with_suffix(".json").write_text(json.dumps(held, indent=1) + "\n")
+        path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def markdown(record: Mapping[str, Any]) -> str:
+    """Write what report() leaves as JSON as Markdown."""
+    about = record.get("settings", {}) | record["machine"]
+    lines = [f"{record['title']}. " + ", ".join(f"{key} {value}" for key, value in about.items()) + "."]
+    for table in (record[name] for name in ("rows", "parts") if name in record):
+        columns = list(table[0])
+        lines += ["", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+        lines += ["| " + " | ".join(_cell(row[column]) for column in columns) + " |" for row in table]
+    return "\n".join(lines) + "\n"
 
 
 def _cell(value: Any) -> str:

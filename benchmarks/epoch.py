@@ -9,13 +9,13 @@ their epochs in turn, the first of which is not counted. The rows of a pair:
 
 - KD and DeepKD (two distinct coefficients) by our trainers, with DATASET.PIPELINE "workers" for each number of
   --workers, and "device";
-- where MDISTILLER_ROOT names a checkout of mdistiller, KD by its distiller, networks, trainer, transform and
+- if MDISTILLER_ROOT names a checkout of mdistiller, KD by its distiller, networks, trainer, transform and
   loader on the same images, for each number of workers. --channels-last, --amp, --execution and --gradients
   are ours alone.
 
 "waiting" are the seconds of an epoch in which the trainer waits for a batch; the device pipeline makes its batches
 in them, on a GPU only their launches. "to reference" is the ratio of images a second to those of the fastest KD of
-mdistiller's, or of the workers' where that is not at hand.
+mdistiller's, or of the workers' if that is not at hand.
 
 The defaults take about a minute on 2 cores.
 """
@@ -105,7 +105,7 @@ def config_of(args: argparse.Namespace, pipeline: str, workers: int) -> Any:
 
 
 def networks(zoo: dict[str, Any], pair: str) -> list[nn.Module]:
-    """Teacher and student, untrained."""
+    """Make teacher and student, untrained."""
     torch.manual_seed(0)
     teacher, student = (zoo[name][0](num_classes=100) for name in pair.split(":"))
     return [teacher.requires_grad_(False), student]
@@ -128,7 +128,7 @@ def our_epoch(cfg: Any, method: str, pair: str, loader: Any) -> Callable[[int], 
 
 
 def their_epoch(host: Any, pair: str, loader: Any, workers: int, folder: str) -> Callable[[int], Epoch]:
-    """mdistiller's KD on the images of one of our loaders; its files go to `folder`."""
+    """Make a row of mdistiller's KD on the images of one of our loaders; its files go to `folder`."""
     chosen = loader.dataset.dataset
     arrays, indices = chosen.dataset, chosen.indices
     transform = importlib.import_module("mdistiller.dataset.cifar100").get_cifar100_train_transform()
@@ -153,7 +153,7 @@ def their_epoch(host: Any, pair: str, loader: Any, workers: int, folder: str) ->
 
 
 def rows_of(args: argparse.Namespace, folder: str) -> tuple[list[Row], int]:
-    """Everything to be timed, and the number of images in an epoch."""
+    """List everything to be timed, and the number of images in an epoch."""
     pipelines = [("workers", workers) for workers in args.workers] + [("device", 0)]
     configs = {key: config_of(args, *key) for key in pipelines}
     loaders = {key: data.get_dataset(cfg)[0] for key, cfg in configs.items()}
@@ -179,7 +179,7 @@ def rows_of(args: argparse.Namespace, folder: str) -> tuple[list[Row], int]:
 
 
 def measure(rows: list[Row], images: int, epochs: int) -> Rows:
-    """The table: medians of the epochs, taken in turn after one that is not counted."""
+    """Make the table: medians of the epochs, taken in turn after one that is not counted."""
     taken: list[list[Epoch]] = [[] for _ in rows]
     for number in range(epochs + 1):
         for row, times in zip(rows, taken):
@@ -189,8 +189,8 @@ def measure(rows: list[Row], images: int, epochs: int) -> Rows:
     for row, times in zip(rows, taken):
         seconds = statistics.median(epoch.seconds for epoch in times[1:])
         waiting = statistics.median(epoch.waiting for epoch in times[1:])
-        found = {"images/s": images / seconds, "s an epoch": seconds, "s waiting": waiting}
-        table.append(row.about | {"steps": times[-1].steps} | found)
+        speeds = {"images/s": images / seconds, "s an epoch": seconds, "s waiting": waiting}
+        table.append(row.about | {"steps": times[-1].steps} | speeds)
     for row in table:
         same = [r for r in table if (r["pair"], r["method"], r["pipeline"]) == (row["pair"], "KD", "workers")]
         theirs = [r for r in same if r["loop"] == "mdistiller"]

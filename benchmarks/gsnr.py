@@ -26,7 +26,7 @@ METHOD = "DeepKD, 2 coefficients"
 
 
 def measure(of: Setting, coordinates: int, rounds: int) -> dict[str, object]:
-    """The row of a pair."""
+    """Time a pair and make its row."""
     plain, taken = our_step(of, METHOD), our_step(of, METHOD)
     step = taken.func
     params = step.distiller.student.named_parameters()

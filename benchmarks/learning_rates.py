@@ -2,7 +2,7 @@
 
     python benchmarks/learning_rates.py CONFIG … --rates 0.05 0.1 0.2 --table tuning.md --options DATASET.HOLDOUT 0.2
 
-Without DATASET.HOLDOUT the rates would be chosen on the test images. A call that was stopped goes on where it was.
+Without DATASET.HOLDOUT the rates would be chosen on the test images. A call that was stopped goes on from there.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--options", nargs="*", default=[], metavar="KEY VALUE", help="for every run")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
-    parser.add_argument("--output", type=Path, default=Path("output/learning_rates"), help="where runs lie")
+    parser.add_argument(
+        "--output", type=Path, default=Path("output/learning_rates"), help="folder of the runs"
+    )
     parser.add_argument("--table", type=Path, help="file to write, .md; a .json beside it holds every run")
     args = parser.parse_args()
     cells = {
@@ -60,29 +62,29 @@ def main() -> None:
 
 
 def planned(config: Path, rate: float, args: argparse.Namespace) -> tuple[Run, Any]:
-    """The run of a config with a rate, and its resolved config."""
+    """Plan the run of a config with a rate, and its resolved config."""
     options = [*args.options, "SOLVER.LR", f"{rate:g}"]
     cfg = KIND.read(config, options)
-    above, held = args.output.absolute(), KIND.hash(cfg, args.seed)
-    name = f"seed{args.seed}-{held[:8]}"
+    above, config_hash = args.output.absolute(), KIND.hash(cfg, args.seed)
+    name = f"seed{args.seed}-{config_hash[:8]}"
     given = (*options, *KIND.own_options(args.seed, above, config.stem, name))
     folder = above / config.stem / name
-    label, lines = f"rate {rate:g}", KIND.lines(cfg)  # the label stands where a table has its pair
-    return Run(label, config.stem, args.seed, config.absolute(), given, held, lines, folder), cfg
+    label, lines = f"rate {rate:g}", KIND.lines(cfg)  # in the place of a pair
+    return Run(label, config.stem, args.seed, config.absolute(), given, config_hash, lines, folder), cfg
 
 
 def record(method: str, rate: float, run: Run) -> dict[str, Any]:
-    held, key = read_run(run.folder), MEASURES[CLASSIFICATION].key
+    run_json, key = read_run(run.folder), MEASURES[CLASSIFICATION].key
     kept = {
-        name: held[name]
+        name: run_json[name]
         for name in ("seed", "commit", "code", "config_hash", "teacher", "teacher_acc", "processor")
     }
     curve = " ".join(f"{line[key]:.2f}" for line in read_metrics(run.folder))
-    return {"method": method, "lr": rate, **held["result"], **kept, "curve": curve}
+    return {"method": method, "lr": rate, **run_json["result"], **kept, "curve": curve}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The last epoch's top-1 by method and rate, the best of a method in bold."""
+    """Write the last epoch's top-1 by method and rate, the best of a method in bold."""
     rates = sorted({row["lr"] for row in rows})
     lines = [f"| method | {' | '.join(f'{rate:g}' for rate in rates)} |", "|---" * (len(rates) + 1) + "|"]
     for method in dict.fromkeys(row["method"] for row in rows):

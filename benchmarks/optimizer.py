@@ -33,12 +33,12 @@ MOMENTA = {
 def tensors(width: int) -> list[Tensor]:
     torch.manual_seed(0)
     shapes = [(width, width, 3, 3), (width,), (width,)] * 110
-    at = device.pick()
-    return [torch.randn(shape, device=at).requires_grad_() for shape in shapes]
+    torch_device = device.pick()
+    return [torch.randn(shape, device=torch_device).requires_grad_() for shape in shapes]
 
 
 def linear_losses(params: list[Tensor]) -> Callable[[], dict[str, Tensor]]:
-    """Losses of three streams whose gradients are fixed, so that backward is the same work for all."""
+    """Make losses of three streams whose gradients are fixed, so that backward is the same work for all."""
     gradients = [torch.randn_like(p) for p in params]
     return lambda: {s: sum((p * g).sum() for p, g in zip(params, gradients)) for s in ("tog", "tcg", "ncg")}
 
@@ -78,10 +78,13 @@ def whole_step(make: Callable[[], Parts]) -> Callable[[], None]:
 
 
 def state_mebibytes(optimizer: torch.optim.Optimizer) -> float:
-    """What the optimizer's state holds."""
-    held = [value for state in optimizer.state.values() for value in state.values()]
+    """Return the size of the optimizer's state."""
+    values = [value for state in optimizer.state.values() for value in state.values()]
     flat = [
-        t for value in held for t in (value if isinstance(value, list) else [value]) if isinstance(t, Tensor)
+        t
+        for value in values
+        for t in (value if isinstance(value, list) else [value])
+        if isinstance(t, Tensor)
     ]
     return sum(t.numel() * t.element_size() for t in flat) / 2**20
 

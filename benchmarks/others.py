@@ -1,7 +1,7 @@
 """Other people's training steps, for step.py: mdistiller's (MDISTILLER_ROOT) and the authors' release's.
 
 Both packages are called `mdistiller`, so each is imported from its checkout alone, under that name, and taken
-out of sys.modules again; what was found keeps working. Nothing is installed or copied, and neither's networks or
+out of sys.modules again; what was imported keeps working. Nothing is installed or copied, and neither's networks or
 data sets are imported: a step runs their distiller KD and their trainer on the networks it is given.
 """
 
@@ -45,7 +45,7 @@ class Theirs(NamedTuple):
 
 
 class Taken(Exception):  # noqa: N818 (no error: the step is over)
-    """Ends a trainer's iteration where it takes the time of its step."""
+    """Ends a trainer's iteration when it takes the time of its step."""
 
 
 class _Passing:
@@ -63,7 +63,7 @@ class _Ending:
 
 
 def find(variable: str) -> Path | None:
-    """The checkout that an environment variable names; UserError where it names something else."""
+    """Return the checkout that an environment variable names; UserError if it names something else."""
     named = os.environ.get(variable)
     if not named:
         return None
@@ -76,7 +76,7 @@ def find(variable: str) -> Path | None:
 
 @functools.cache
 def load(root: Path) -> Theirs:
-    """Import the package under `root` alone; UserError where it cannot be imported."""
+    """Import the package under `root` alone; UserError if it cannot be imported."""
     # standard output is for the table, and theirs print while they are imported
     with _alone(root), contextlib.redirect_stdout(sys.stderr):
         try:
@@ -99,7 +99,7 @@ def training_step(
     solver: dict[str, Any],
     amp: bool = False,
 ) -> Callable[[], None]:
-    """The step of the trainer `trainer` under `root` with its own KD, on networks and a batch of ours.
+    """Make the step of the trainer `trainer` under `root` with its own KD, on networks and a batch of ours.
 
     A call runs the trainer's own `train_iter` up to its clock for "training_time": unpacking the batch, the
     forward passes, losses, backward passes and the optimizer. What follows there, accuracies, meters and
@@ -136,7 +136,7 @@ def training_step(
 
 @contextlib.contextmanager
 def _alone(root: Path) -> Iterator[None]:
-    """sys.modules with `mdistiller` standing for the package under `root`; as it was, afterwards."""
+    """Let `mdistiller` stand for the package under `root` in sys.modules, which is as it was afterwards."""
     stand_ins = [*MISTAKEN, *(name for name in OPTIONAL if not _is_here(name))]
     before = {
         name: sys.modules.pop(name) for name in list(sys.modules) if _is_theirs(name) or name in stand_ins

@@ -4,14 +4,14 @@
     python benchmarks/step.py --pairs all --rounds 15
 
 A step is what changes the weights once: the teacher's and the student's forward pass, losses, backward passes,
-optimizer. Images are noise that lies on the device. The rows of a pair:
+optimizer. Images are noise, on the device already. The rows of a pair:
 
 - KD: its loss, one backward pass and torch.optim.SGD(foreach);
 - two streams (DOT's: task and distillation) and DeepKD with two and with three distinct coefficients, by our
   DecoupledMomentumSGD: one backward pass for each distinct coefficient, and with --batched all of them as one;
 - with --execution the same, and KD as one stream, in the other ways of SOLVER.EXECUTION: networks compiled, steps
-  replayed as CUDA graphs. The column names the way that was taken, eager where another could not be;
-- where MDISTILLER_ROOT names a checkout of mdistiller, its KD and its DOT; where DEEPKD_RELEASE_ROOT names one of
+  replayed as CUDA graphs. The column names the way that was taken, eager if another could not be;
+- if MDISTILLER_ROOT names a checkout of mdistiller, its KD and its DOT; if DEEPKD_RELEASE_ROOT names one of
   the authors' release, its DeepKD with its three backward passes. Distiller, trainer and optimizer are theirs, the
   networks ours, so that only the step differs. Their trainers' own `train_iter` runs up to its clock behind the
   optimizer; the accuracies and meters that follow it are left out, as ours are. --amp and --channels-last, which
@@ -66,7 +66,7 @@ class Setting:
     """What all steps of a pair have in common."""
 
     pair: str
-    """"teacher:student"; on ImageNet where both are among the host's ImageNet networks."""
+    """"teacher:student"; on ImageNet if both are among the host's ImageNet networks."""
     batch: int
     size: int
     """Height and width of an image."""
@@ -85,7 +85,7 @@ class Method(NamedTuple):
     momentum: dict[str, float]
     decay_stream: str
     assignment: dict[str, str]
-    """Loss -> stream, where the names differ."""
+    """Loss -> stream, if the names differ."""
 
     @property
     def sets(self) -> int:
@@ -116,7 +116,7 @@ def on_imagenet(pair: str) -> bool:
 
 
 def networks(of: Setting) -> list[nn.Module]:
-    """Teacher and student, untrained, on the device."""
+    """Make teacher and student, untrained, on the device."""
     torch.manual_seed(0)
     names = of.pair.split(":")
     if of.imagenet:
@@ -128,7 +128,7 @@ def networks(of: Setting) -> list[nn.Module]:
 
 
 def noise(of: Setting) -> dict[str, Tensor]:
-    """A batch: image (B, 3, H, W), target (B,)."""
+    """Make a batch: image (B, 3, H, W), target (B,)."""
     torch.manual_seed(1)
     image = torch.randn(of.batch, 3, of.size, of.size)
     target = torch.randint(0, 1000 if of.imagenet else 100, (of.batch,))
@@ -138,7 +138,7 @@ def noise(of: Setting) -> dict[str, Tensor]:
 
 
 def forward_pass(of: Setting, method: type[nn.Module]) -> tuple[nn.Module, Callable[[], dict[str, Tensor]]]:
-    """A distiller, and what gives its losses on the batch."""
+    """Make a distiller, and what gives its losses on the batch."""
     cfg = builtin.CFG.clone()
     add_deepkd_config(cfg)
     teacher, student = networks(of)
@@ -168,7 +168,7 @@ def kd_step(of: Setting) -> Callable[[], None]:
 def our_step(
     of: Setting, method: str, gradients: str = "sequential", execution: str = "eager"
 ) -> Callable[[], None]:
-    """gradients, execution: as SOLVER.GRADIENTS and SOLVER.EXECUTION have them."""
+    """Make a step of ours; gradients, execution: as SOLVER.GRADIENTS and SOLVER.EXECUTION have them."""
     distiller_type, momentum, decay_stream, assignment = METHODS[method]
     distiller, _ = forward_pass(of, distiller_type)
     params = distiller.get_learnable_parameters()
@@ -191,7 +191,7 @@ def their_step(of: Setting, root: Path, trainer: str) -> Callable[[], None]:
 
 
 def parts(of: Setting) -> dict[str, Callable[[], Any]]:
-    """The pieces of the floor: both forward passes, and the student's forward with its backward."""
+    """Make the pieces of the floor: both forward passes, and the student's forward with its backward."""
     teacher, student = networks(of)
     teacher.eval(), student.train()
     image = noise(of)["image"]
@@ -214,7 +214,7 @@ def parts(of: Setting) -> dict[str, Callable[[], Any]]:
 def rows_of(
     of: Setting, ways: list[str], executions: list[str], roots: Mapping[str, Path | None]
 ) -> list[Row]:
-    """Everything to be timed for a pair, KD first. ways: to the gradients."""
+    """List everything to be timed for a pair, KD first. ways: to the gradients."""
     make = functools.partial
     rows = [Row("KD", _passes(1), 1, make(kd_step, of))]
     for execution in executions:
@@ -234,7 +234,7 @@ def rows_of(
 
 
 def measure(of: Setting, rows: list[Row], rounds: int, repeat: int, memory: bool) -> tuple[Rows, Rows]:
-    """The tables of a pair: its steps, and the parts that its floor is made of."""
+    """Time a pair and make its tables: its steps, and the parts that its floor is made of."""
     peaks = [peak_mebibytes(row.make) if memory else None for row in rows]
     steps: dict[Any, Callable[[], Any]] = {i: row.make() for i, row in enumerate(rows)}
     times = medians_in_turn(steps | parts(of), rounds, repeat=repeat)
@@ -258,7 +258,7 @@ def measure(of: Setting, rows: list[Row], rounds: int, repeat: int, memory: bool
 
 
 def _execution(step: Any) -> str:
-    """The way that a step took in the end."""
+    """Return the way that a step took in the end."""
     taken = getattr(step, "func", None)
     return taken.name if isinstance(taken, Step) else "eager"
 
@@ -268,7 +268,7 @@ def _passes(number: int) -> str:
 
 
 def pair_argument(text: str) -> str:
-    """An argument of --pairs; argparse turns the error into one line."""
+    """Check an argument of --pairs; argparse turns the error into one line."""
     names = text.split(":")
     known = builtin.cifar_model_dict
     if text != "all" and not (
@@ -282,13 +282,13 @@ def pair_argument(text: str) -> str:
 
 
 def main() -> None:
-    at = device.pick()
+    torch_device = device.pick()
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--pairs",
         nargs="+",
         type=pair_argument,
-        default=["all"] if at.type == "cuda" else PAIRS[:2],
+        default=["all"] if torch_device.type == "cuda" else PAIRS[:2],
         metavar="TEACHER:STUDENT",
         help=f'networks, or "all" for {" ".join(PAIRS)} (the first two; GPU: all)',
     )
@@ -315,7 +315,7 @@ def main() -> None:
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
     parser.add_argument("--write", type=Path, help="Markdown file to write; a .json is written beside it")
     args = parser.parse_args()
-    for name, value in SIZES["quick" if args.quick else at.type].items():
+    for name, value in SIZES["quick" if args.quick else torch_device.type].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     ways = ["sequential"] + ["batched"] * args.batched
@@ -326,10 +326,10 @@ def main() -> None:
     for pair in PAIRS if "all" in args.pairs else args.pairs:
         sizes = (args.imagenet_batch, args.imagenet_size) if on_imagenet(pair) else (args.batch, 32)
         of = Setting(pair, *sizes, args.channels_last, args.amp)
-        found = measure(
+        tables_of_pair = measure(
             of, rows_of(of, ways, executions, roots), args.rounds, args.repeat, not args.no_memory
         )
-        for table, new in zip(tables, found):
+        for table, new in zip(tables, tables_of_pair):
             table.extend(new)
     of_steps = f" of {args.repeat} steps" if args.repeat > 1 else ""
     title = f"Training step, medians of {args.rounds} rounds{of_steps} in turn"

@@ -1,5 +1,6 @@
 """Fixtures that several test files use."""
 
+import os
 import pickle
 import signal
 import sys
@@ -15,6 +16,10 @@ from deepkd_plugin.hosts import registry
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # a shell script starts what it leaves in the background so, and tests send Ctrl-C to their own processes
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # for the processes that tests start; pytest-xdist fills the cores
 
 DATA = Path(__file__).parent / "data"
 MDISTILLER = mdistiller_host.locate()
@@ -35,8 +40,8 @@ def golden_optimizers():
 
 
 @pytest.fixture(autouse=True)
-def two_threads():
-    torch.set_num_threads(2)
+def one_thread():
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

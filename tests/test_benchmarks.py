@@ -18,101 +18,7 @@ from deepkd_plugin.errors import UserError
 ROOT = Path(__file__).parents[1]
 
 
-def run(script, *arguments, **variables):
-    """The output of a script under `variables` of the environment; None takes one away."""
-    command = [sys.executable, str(ROOT / "benchmarks" / script), *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
-    environment = {name: value for name, value in environment.items() if value is not None}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_the_optimizers_speed(tmp_path):
-    out = run("optimizer.py", "--rounds", 1, "--widths", 2, "--write", tmp_path / "table.md")
-    assert (tmp_path / "table.md").read_text() == out.removesuffix("\n")
-    rows = {row["step"]: row for row in json.loads((tmp_path / "table.json").read_text())["rows"]}
-    assert all(row["ms"] > 0 for row in rows.values())
-    assert rows["1 buffer"]["state MiB"] == rows["torch.optim.SGD"]["state MiB"]
-    assert rows["2 buffers"]["state MiB"] == pytest.approx(2 * rows["torch.optim.SGD"]["state MiB"])
-    assert rows["2 buffers"]["per buffer"] == rows["2 buffers"]["ratio to SGD"] / 2
-
-
-SMALL = ("--rounds", 1, "--batch", 2, "--imagenet-batch", 2, "--imagenet-size", 32)
 CHECKOUTS = {"MDISTILLER_ROOT": "mdistiller", "DEEPKD_RELEASE_ROOT": "the authors' release"}
-
-
-def test_the_steps_of_a_cifar_and_an_imagenet_pair(tmp_path):
-    options = ("--pairs", "resnet8:resnet8", "ResNet18:ResNet18", "--no-memory")
-    out = run("step.py", *SMALL, *options, "--write", tmp_path / "table.md", **dict.fromkeys(CHECKOUTS))
-    assert (tmp_path / "table.md").read_text() == out.removesuffix("\n")
-    held = json.loads((tmp_path / "table.json").read_text())
-    assert held["settings"] == {"memory format": "contiguous", "precision": "float32"}
-    assert {"processor", "cores", "device", "python", "torch", "commit"} <= held["machine"].keys()
-    rows = held["rows"]
-    assert [row["pair"] for row in rows] == ["resnet8 → resnet8"] * 4 + ["ResNet18 → ResNet18"] * 4
-    assert [(row["step"], row["gradients"]) for row in rows[:4]] == [
-        ("KD", "1 pass"),
-        ("two streams", "2 passes"),
-        ("DeepKD, 2 coefficients", "2 passes"),
-        ("DeepKD, 3 coefficients", "3 passes"),
-    ]
-    for part, of_pair in zip(held["parts"], (rows[:4], rows[4:])):
-        once = part["F_t ms"] + part["F_s ms"]
-        for row, passes in zip(of_pair, (1, 2, 2, 3)):
-            floor = once + passes * part["B ms"]
-            assert row["ratio to KD"] == row["ms"] / of_pair[0]["ms"]
-            assert row["ratio to floor"] == pytest.approx(row["ms"] / floor)
-            assert row["floor ratio"] == pytest.approx(floor / (once + part["B ms"]))
-
-
-def test_a_step_in_other_modes(tmp_path):
-    options = ("--batched", "--channels-last", "--amp", "--pairs", "resnet8:resnet8")
-    run("step.py", *SMALL, *options, "--write", tmp_path / "table.md", **dict.fromkeys(CHECKOUTS))
-    held = json.loads((tmp_path / "table.json").read_text())
-    assert held["settings"] == {"memory format": "channels last", "precision": "bfloat16 autocast"}
-    assert [row["gradients"] for row in held["rows"][4:]] == ["2 batched", "2 batched", "3 batched"]
-    assert all(row["peak MiB"] > 0 for row in held["rows"])
-
-
-def test_a_step_in_other_executions(tmp_path):
-    """The column names the way that was taken: on a CPU there are no CUDA graphs."""
-    options = ("--execution", "compile", "graphs", "--pairs", "resnet8:resnet8", "--no-memory")
-    out = run("step.py", *SMALL, *options, "--write", tmp_path / "table.md", **dict.fromkeys(CHECKOUTS))
-    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
-    assert [row["step"] for row in rows[4:8]] == ["KD, one stream", *(row["step"] for row in rows[1:4])]
-    assert {row["execution"] for row in rows[:4]} == {"eager"}
-    compiled = {row["execution"] for row in rows[4:8]}
-    assert compiled == ({"eager"} if "compile: falls back" in out else {"compile"})
-    graphed = {row["execution"] for row in rows[8:]}
-    assert graphed == ({"eager"} if "graphs: falls back" in out else {"graphs"})
-
-
-def test_the_cost_of_sampling_gradients(tmp_path):
-    options = ("--rounds", 2, "--batch", 2, "--pairs", "resnet8:resnet8", "--coordinates", 1000)
-    run("gsnr.py", *options, "--write", tmp_path / "table.md")
-    (row,) = json.loads((tmp_path / "table.json").read_text())["rows"]
-    assert (row["coordinates"], row["parameters"]) == (1000, 83892)
-    assert row["samples"] == 2 + 3  # every step of the row took one, those before the clock too
-    # three streams, mean and squares in float64, and the coordinates' numbers
-    assert row["memory MiB"] == pytest.approx((3 * 16 + 8) * 1000 / 2**20)
-    extra = row["with a sample ms"] - row["step ms"]
-    assert row["share at 200 %"] == pytest.approx(extra / (2 * row["step ms"]))
-
-
-def test_the_steps_of_others(tmp_path):
-    """Both packages in one process, where both are there."""
-    roots = {variable: os.environ.get(variable) for variable in CHECKOUTS}
-    if not any(roots.values()):
-        pytest.skip(f"no checkout of mdistiller or of the authors' release: {', '.join(roots)} name none")
-    expected = [("mdistiller's KD", "1 pass"), ("mdistiller's DOT", "2 passes")]
-    expected = expected * bool(roots["MDISTILLER_ROOT"])
-    expected += [("the release's DeepKD", "3 passes")] * bool(roots["DEEPKD_RELEASE_ROOT"])
-    options = ("--pairs", "resnet8:resnet8", "--channels-last", "--amp", "--no-memory")
-    out = run("step.py", *SMALL, *options, "--write", tmp_path / "table.md", **roots)
-    assert (tmp_path / "table.md").read_text() == out.removesuffix("\n")
-    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
-    assert [(row["step"], row["gradients"]) for row in rows[4:]] == expected
 
 
 @pytest.fixture
@@ -122,6 +28,119 @@ def script(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "cuda", torch.Tensor.cuda)
     monkeypatch.setattr(torch.nn.Module, "cuda", torch.nn.Module.cuda)
     return importlib.import_module
+
+
+@pytest.fixture
+def run(script, monkeypatch, capsys):
+    """run(name, *arguments, **checkouts) -> what a script prints, in this process; no other checkouts are named."""
+
+    def run(name, *arguments, **checkouts):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        for variable in CHECKOUTS:
+            monkeypatch.delenv(variable, raising=False)
+        for variable, root in checkouts.items():
+            monkeypatch.setenv(variable, root)
+        capsys.readouterr()
+        script(name).main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def start(name, *arguments, **variables):
+    """What a script prints as a process of its own."""
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_optimizers_speed(run, tmp_path):
+    out = run("optimizer", "--rounds", 1, "--widths", 2, "--write", tmp_path / "table.md")
+    assert (tmp_path / "table.md").read_text() == out.removesuffix("\n")
+    rows = {row["step"]: row for row in json.loads((tmp_path / "table.json").read_text())["rows"]}
+    assert all(row["ms"] > 0 for row in rows.values())
+    assert rows["1 buffer"]["state MiB"] == rows["torch.optim.SGD"]["state MiB"]
+    assert rows["2 buffers"]["state MiB"] == pytest.approx(2 * rows["torch.optim.SGD"]["state MiB"])
+    assert rows["2 buffers"]["per buffer"] == rows["2 buffers"]["ratio to SGD"] / 2
+
+
+SMALL = ("--rounds", 1, "--batch", 2, "--imagenet-batch", 2, "--imagenet-size", 32)
+
+
+def test_the_steps_of_a_cifar_and_an_imagenet_pair(run, tmp_path):
+    options = ("--pairs", "resnet8:resnet8", "ResNet18:ResNet18", "--no-memory")
+    out = run("step", *SMALL, *options, "--write", tmp_path / "table.md")
+    assert (tmp_path / "table.md").read_text() == out.removesuffix("\n")
+    record = json.loads((tmp_path / "table.json").read_text())
+    assert record["settings"] == {"memory format": "contiguous", "precision": "float32"}
+    assert {"processor", "cores", "device", "python", "torch", "commit"} <= record["machine"].keys()
+    rows = record["rows"]
+    assert [row["pair"] for row in rows] == ["resnet8 → resnet8"] * 4 + ["ResNet18 → ResNet18"] * 4
+    assert [(row["step"], row["gradients"]) for row in rows[:4]] == [
+        ("KD", "1 pass"),
+        ("two streams", "2 passes"),
+        ("DeepKD, 2 coefficients", "2 passes"),
+        ("DeepKD, 3 coefficients", "3 passes"),
+    ]
+    for part, of_pair in zip(record["parts"], (rows[:4], rows[4:])):
+        once = part["F_t ms"] + part["F_s ms"]
+        for row, passes in zip(of_pair, (1, 2, 2, 3)):
+            floor = once + passes * part["B ms"]
+            assert row["ratio to KD"] == row["ms"] / of_pair[0]["ms"]
+            assert row["ratio to floor"] == pytest.approx(row["ms"] / floor)
+            assert row["floor ratio"] == pytest.approx(floor / (once + part["B ms"]))
+
+
+def test_a_step_in_other_modes(run, tmp_path):
+    options = ("--batched", "--channels-last", "--amp", "--pairs", "resnet8:resnet8")
+    run("step", *SMALL, *options, "--write", tmp_path / "table.md")
+    record = json.loads((tmp_path / "table.json").read_text())
+    assert record["settings"] == {"memory format": "channels last", "precision": "bfloat16 autocast"}
+    assert [row["gradients"] for row in record["rows"][4:]] == ["2 batched", "2 batched", "3 batched"]
+    assert all(row["peak MiB"] > 0 for row in record["rows"])
+
+
+@pytest.mark.parametrize("execution", ["graphs", pytest.param("compile", marks=pytest.mark.slow)])
+def test_a_step_in_other_executions(run, execution, tmp_path):
+    """The column names the way that was taken: on a CPU there are no CUDA graphs."""
+    options = ("--execution", execution, "--pairs", "resnet8:resnet8", "--no-memory")
+    out = run("step", *SMALL, *options, "--write", tmp_path / "table.md")
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert [row["step"] for row in rows[4:]] == ["KD, one stream", *(row["step"] for row in rows[1:4])]
+    assert {row["execution"] for row in rows[:4]} == {"eager"}
+    taken = "eager" if f"{execution}: falls back" in out else execution
+    assert {row["execution"] for row in rows[4:]} == {taken}
+    assert taken == "eager" or execution == "compile" or torch.cuda.is_available()
+
+
+def test_the_cost_of_sampling_gradients(run, tmp_path):
+    options = ("--rounds", 2, "--batch", 2, "--pairs", "resnet8:resnet8", "--coordinates", 1000)
+    run("gsnr", *options, "--write", tmp_path / "table.md")
+    (row,) = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert (row["coordinates"], row["parameters"]) == (1000, 83892)
+    assert row["samples"] == 2 + 3  # every step of the row took one, those before the clock too
+    # three streams, mean and squares in float64, and the coordinates' numbers
+    assert row["memory MiB"] == pytest.approx((3 * 16 + 8) * 1000 / 2**20)
+    extra = row["with a sample ms"] - row["step ms"]
+    assert row["share at 200 %"] == pytest.approx(extra / (2 * row["step ms"]))
+
+
+@pytest.mark.filterwarnings("ignore:size_average")
+def test_the_steps_of_others(run, tmp_path):
+    """Both packages in one process, if both are there."""
+    roots = {variable: os.environ[variable] for variable in CHECKOUTS if os.environ.get(variable)}
+    if not roots:
+        pytest.skip(f"no checkout of mdistiller or of the authors' release: {', '.join(CHECKOUTS)} name none")
+    expected = [("mdistiller's KD", "1 pass"), ("mdistiller's DOT", "2 passes")]
+    expected = expected * ("MDISTILLER_ROOT" in roots)
+    expected += [("the release's DeepKD", "3 passes")] * ("DEEPKD_RELEASE_ROOT" in roots)
+    options = ("--pairs", "resnet8:resnet8", "--channels-last", "--amp", "--no-memory")
+    out = run("step", *SMALL, *options, "--write", tmp_path / "table.md", **roots)
+    assert (tmp_path / "table.md").read_text() == out.removesuffix("\n")
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert [(row["step"], row["gradients"]) for row in rows[4:]] == expected
 
 
 @pytest.mark.parametrize("given", [False, True])
@@ -168,12 +187,9 @@ def test_a_mode_reaches_autograd(mode, script, monkeypatch):
         ),
     ],
 )
-def test_what_a_step_cannot_be_timed_with(arguments, variables, message, script, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["step.py", *arguments])
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+def test_what_a_step_cannot_be_timed_with(arguments, variables, message, run):
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
-        script("step").main()
+        run("step", *arguments, **variables)
 
 
 FAKE = {
@@ -239,12 +255,12 @@ def fake(tmp_path):
 
 def test_packages_of_one_name_are_imported_alone(script, fake, monkeypatch, capfd):
     others = script("others")
-    held = object()
-    monkeypatch.setitem(sys.modules, "mdistiller.engine", held)
+    module = object()
+    monkeypatch.setitem(sys.modules, "mdistiller.engine", module)
     before, path = dict(sys.modules), list(sys.path)
-    found = [others.load(fake(name)) for name in ("a", "b")]
-    assert [theirs.kd.root for theirs in found] == ["a", "b"]
-    assert sys.modules["mdistiller.engine"] is held
+    loaded = [others.load(fake(name)) for name in ("a", "b")]
+    assert [theirs.kd.root for theirs in loaded] == ["a", "b"]
+    assert sys.modules["mdistiller.engine"] is module
     new = {name.split(".")[0] for name in sys.modules.keys() - before.keys()}
     assert not {"mdistiller", "turtle", "termios"} & new
     assert sys.path == path
@@ -293,9 +309,8 @@ def checkout(variable):
     ],
 )
 def test_their_steps_are_what_the_rows_say(variable, trainer, passes, twin, script, monkeypatch):
-    """As many backward passes; mdistiller's KD and DOT arrive where ours do."""
+    """As many backward passes; mdistiller's KD and DOT arrive at the weights of ours."""
     root = checkout(variable)
-    torch.set_num_threads(1)  # two threads wait for each other on a machine that is busy
     step = script("step")
     of = step.Setting("resnet8:resnet8", 8, 32)
     made, calls = [], []
@@ -319,12 +334,13 @@ def test_their_steps_are_what_the_rows_say(variable, trainer, passes, twin, scri
             torch.testing.assert_close(p - old, other - old, rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_learning_rates_are_tried(data_root, tmp_path):
     config = ROOT / "configs/glyphs100/res20_res8/kd.yaml"
     options = ["DATASET.ROOT", data_root, "DATASET.TRAIN_PER_CLASS", 1, "DATASET.HOLDOUT", 0.02]
     options += ["SOLVER.EPOCHS", 2]
     words = [config, "--rates", 0.05, 0.1, "--output", tmp_path / "runs", "--table", tmp_path / "table.md"]
-    out = run("learning_rates.py", *words, "--options", *options)
+    out = start("learning_rates", *words, "--options", *options)
     runs = json.loads((tmp_path / "table.json").read_text())
     assert [(r["method"], r["lr"], r["seed"], r["epochs"]) for r in runs] == [
         ("kd", 0.05, 0, 2),
@@ -332,25 +348,25 @@ def test_learning_rates_are_tried(data_root, tmp_path):
     ]
     for r in runs:
         folder = tmp_path / f"runs/kd/seed0-{r['config_hash'][:8]}"
-        held = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        assert max(line["lr"] for line in held) == pytest.approx(r["lr"])
-        assert " ".join(f"{line['test_acc']:.2f}" for line in held) == r["curve"]
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert max(line["lr"] for line in lines) == pytest.approx(r["lr"])
+        assert " ".join(f"{line['test_acc']:.2f}" for line in lines) == r["curve"]
     last = [r["last"] for r in runs]
     cells = [f"**{value:.2f}**" if value == max(last) else f"{value:.2f}" for value in last]
     expected = f"| method | 0.05 | 0.1 |\n|---|---|---|\n| kd | {cells[0]} | {cells[1]} |\n"
     assert (tmp_path / "table.md").read_text() == expected
     assert expected in out
     times = [p.stat().st_mtime for p in sorted((tmp_path / "runs").glob("*/*/latest"))]
-    assert "2 of 2 runs were finished before" in run("learning_rates.py", *words, "--options", *options)
+    assert "2 of 2 runs were finished before" in start("learning_rates", *words, "--options", *options)
     assert times == [p.stat().st_mtime for p in sorted((tmp_path / "runs").glob("*/*/latest"))]
 
 
-def test_curves_of_a_table(tmp_path, monkeypatch, script):
+def test_curves_of_a_table(tmp_path, monkeypatch, script, run):
     monkeypatch.syspath_prepend(ROOT / "tests" / "study" / "report")
     make_table = importlib.import_module("made_up").make_table
     cells = {("res32x4_res8x4", "kd"): [70.0, 71.0, 73.0], ("res32x4_res8x4", "deepkd"): [72.0, 74.0, None]}
     folder = make_table(tmp_path / "table", cells)
-    run("curves.py", folder, tmp_path / "curves.png")
+    run("curves", folder, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     curves = script("curves")
     (axes,) = curves.draw(folder).axes
@@ -369,7 +385,7 @@ def test_curves_of_a_table(tmp_path, monkeypatch, script):
 
 
 def test_the_contact_sheet(tmp_path):
-    run("contact_sheet.py", tmp_path / "sheet.png")
+    start("contact_sheet", tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size == (1280, 960)
 
@@ -377,22 +393,22 @@ def test_the_contact_sheet(tmp_path):
 EPOCHS = ("--images", 200, "--epochs", 1, "--batch", 60, "--workers", 0, "--pairs", "resnet8:resnet8")
 
 
-def epochs_of(data_root, path, *options, **variables):
+def epochs_of(run, data_root, path, *options, **variables):
     """(loop, method, pipeline) -> row of epoch.py."""
-    out = run("epoch.py", *EPOCHS, "--root", data_root, *options, "--write", path, **variables)
+    out = run("epoch", *EPOCHS, "--root", data_root, *options, "--write", path, **variables)
     assert path.read_text() == out.removesuffix("\n")
-    held = json.loads(path.with_suffix(".json").read_text())
-    assert held["title"].startswith("Training epochs of 200 images of glyphs100, batch 60, medians of 1 ")
-    for row in held["rows"]:
+    record = json.loads(path.with_suffix(".json").read_text())
+    assert record["title"].startswith("Training epochs of 200 images of glyphs100, batch 60, medians of 1 ")
+    for row in record["rows"]:
         assert 0 < row["s waiting"] < row["s an epoch"]
         assert row["images/s"] == pytest.approx(200 / row["s an epoch"])
-    return held, {(row["loop"], row["method"], row["pipeline"]): row for row in held["rows"]}
+    return record, {(row["loop"], row["method"], row["pipeline"]): row for row in record["rows"]}
 
 
-def test_epochs_of_both_pipelines(data_root, tmp_path):
+def test_epochs_of_both_pipelines(run, data_root, tmp_path):
     options = ("--channels-last", "--amp", "--gradients", "batched")
-    held, rows = epochs_of(data_root, tmp_path / "table.md", *options, MDISTILLER_ROOT=None)
-    assert held["settings"] == {"memory format": "channels last", "precision": "bfloat16 autocast"}
+    record, rows = epochs_of(run, data_root, tmp_path / "table.md", *options)
+    assert record["settings"] == {"memory format": "channels last", "precision": "bfloat16 autocast"}
     ours = "deepkd_plugin"
     assert [*rows] == [(ours, m, p) for m in ("KD", "DeepKD") for p in ("workers", "device")]
     assert rows[ours, "KD", "workers"]["to reference"] == 1
@@ -402,8 +418,9 @@ def test_epochs_of_both_pipelines(data_root, tmp_path):
         assert row["steps"] == "eager, batched gradients"
 
 
+@pytest.mark.slow
 def test_epochs_of_mdistillers_own_loop(data_root, tmp_path, mdistiller_root):
-    _, rows = epochs_of(data_root, tmp_path / "table.md", MDISTILLER_ROOT=str(mdistiller_root))
+    _, rows = epochs_of(start, data_root, tmp_path / "table.md", MDISTILLER_ROOT=str(mdistiller_root))
     assert len(rows) == 5
     assert rows["mdistiller", "KD", "workers"]["to reference"] == 1
 
@@ -434,7 +451,6 @@ def test_waiting_is_told_from_working(script):
         (("--epochs", "0"), "argument --epochs: '0'; it must be a whole number from 1 on"),
     ],
 )
-def test_mistaken_options_of_epoch(script, monkeypatch, option, expected):
-    monkeypatch.setattr(sys, "argv", ["epoch.py", *option])
+def test_mistaken_options_of_epoch(run, option, expected):
     with pytest.raises(UserError, match=re.escape(expected)):
-        script("epoch").main()
+        run("epoch", *option)

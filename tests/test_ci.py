@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
 import yaml
 
 from deepkd_plugin.commands.apply import KNOWN
@@ -25,13 +26,19 @@ def test_python_and_torch_versions_are_those_that_setup_names():
     assert len(matrix["torch"]) == 2
 
 
+@pytest.mark.parametrize("job", JOBS)
+def test_the_slow_tests_run_too(job):
+    (command,) = (command for command in commands(job) if command.startswith("pytest"))
+    assert shlex.split(command)[1:3] == ["-m", ""]
+
+
 def test_the_contract_job_pins_the_mdistiller_that_apply_knows():
     (checkout,) = (
         step["with"] for step in JOBS["mdistiller"]["steps"] if "repository" in step.get("with", {})
     )
     assert any(checkout["ref"].startswith(commit) for commit in KNOWN["tools/train.py"].values())
-    (tests,) = (
-        shlex.split(command)[1:] for command in commands("mdistiller") if command.startswith("pytest")
-    )
+    (command,) = (command for command in commands("mdistiller") if command.startswith("pytest"))
+    tests = [word for word in shlex.split(command) if word.startswith("tests/")]
+    assert tests
     assert all((ROOT / path).exists() for path in tests)
     assert f"-e ./{checkout['path']}" in " ".join(commands("mdistiller"))

@@ -56,21 +56,35 @@ def load(file):
     return yaml.safe_load(file.read_text(encoding="utf-8"))
 
 
-def keys(tree):
+def keys(tree, prefix=""):
     """Dotted path -> value of nested mappings."""
-    return dict(config._leaves(tree))
+    flat = {}
+    for name, value in tree.items():
+        flat |= keys(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 class Sure(nn.Module):
     """A teacher of random weights that is confident, so that CRLD's thresholds let its samples through."""
 
-    def __init__(self, made):
+    def __init__(self, network):
         super().__init__()
-        self.made = made
+        self.network = network
 
     def forward(self, image):
-        logits, features = self.made(image)
+        logits, features = self.network(image)
         return 100 * (logits - logits.mean(1, keepdim=True)) / logits.std(1, keepdim=True), features
+
+
+class Small(nn.Module):
+    """A network of one layer in the place of a config's."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.layer = nn.Linear(3, classes)
+
+    def forward(self, image):
+        return self.layer(image.mean((2, 3))), {}
 
 
 def batches(cfg):
@@ -95,17 +109,10 @@ def test_the_files_that_there_are():
     assert len(FILES) == 17 * 8 + 3 * 8 + 2 * 8
 
 
-@pytest.mark.filterwarnings("ignore:MobileNetV2 on ImageNet:UserWarning")
-@pytest.mark.parametrize("file", FILES, ids=label)
-def test_a_file_is_read_and_trains_a_step(file, tmp_path):
+def trains_a_step(file, student, teacher):
+    """Train one step by a file's trainer and look at what it says of it."""
     cfg = read(file)
-    classes = DATASETS[cfg.DATASET.TYPE][2]
-    config.check_mask(cfg, {}, classes)
-    torch.manual_seed(0)
-    student, teacher = (
-        network(registry.BUILTIN, cfg.DATASET.TYPE, name, classes)
-        for name in (cfg.DISTILLER.STUDENT, cfg.DISTILLER.TEACHER)
-    )
+    config.check_mask(cfg, {}, DATASETS[cfg.DATASET.TYPE][2])
     distiller = registry.BUILTIN.distillers[cfg.DISTILLER.TYPE](
         student, Sure(teacher).requires_grad_(False), cfg
     )
@@ -125,8 +132,40 @@ def test_a_file_is_read_and_trains_a_step(file, tmp_path):
     assert set(entry["loss"]) == ({"tog", "tcg", "ncg"} if method in TWINS.values() else {"tog"})
     assert math.isfinite(entry["train_loss"])
     assert ("top_k" in entry) == (method in TWINS.values())
-    moved = [not torch.equal(p, q) for p, q in zip(student.parameters(), before)]
-    assert all(moved)
+    assert not any(torch.equal(p, old) for p, old in zip(student.parameters(), before))
+
+
+@pytest.mark.parametrize("file", FILES, ids=label)
+def test_a_file_is_read_and_trains_a_step(file):
+    torch.manual_seed(0)
+    classes = DATASETS[file.parts[-3]][2]
+    trains_a_step(file, Small(classes), Small(classes))
+
+
+def networks(cfg):
+    """The student and the teacher that a config names."""
+    dataset, classes = cfg.DATASET.TYPE, DATASETS[cfg.DATASET.TYPE][2]
+    names = (cfg.DISTILLER.STUDENT, cfg.DISTILLER.TEACHER)
+    return [network(registry.BUILTIN, dataset, name, classes) for name in names]
+
+
+@pytest.mark.filterwarnings("ignore:MobileNetV2 on ImageNet:UserWarning")
+@pytest.mark.parametrize("folder", PAIRS, ids=label)
+def test_the_networks_of_a_pair_are_there(folder):
+    """All of its files name the same two; see test_what_every_file_of_a_pair_says."""
+    cfg = read(folder / "kd.yaml")
+    with torch.device("meta"):
+        for made in networks(cfg):
+            *_, bias = made.parameters()
+            assert bias.shape == (DATASETS[cfg.DATASET.TYPE][2],)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:MobileNetV2 on ImageNet:UserWarning")
+@pytest.mark.parametrize("folder", PAIRS, ids=label)
+def test_a_pair_trains_a_step(folder):
+    torch.manual_seed(0)
+    trains_a_step(folder / "deepkd.yaml", *networks(read(folder / "deepkd.yaml")))
 
 
 @pytest.mark.parametrize("folder", PAIRS, ids=label)
@@ -321,17 +360,17 @@ def release():
     root = checkout("DEEPKD_RELEASE_ROOT", "the authors' release")
     files = {}
     for file in [*root.glob("configs/cifar100/ours/*/*.yaml"), *root.glob("configs/imagenet/*/*.yaml")]:
-        held = load(file)
-        teacher, student = held["DISTILLER"]["TEACHER"], held["DISTILLER"]["STUDENT"]
+        tree = load(file)
+        teacher, student = tree["DISTILLER"]["TEACHER"], tree["DISTILLER"]["STUDENT"]
         if "imagenet" in file.parts:
             method, pair = file.stem, f"{TEACHERS[teacher].replace('res', 'r')}_{STUDENTS[student]}"
             method = "deepkd" if method == "deepkd_kd" else method
         else:
             method, pair = TWINS[file.parent.name], f"{TEACHERS[teacher]}_{STUDENTS.get(student, student)}"
-        ours = CONFIGS / held.get("DATASET", {}).get("TYPE", "cifar100") / pair / f"{method}.yaml"
+        ours = CONFIGS / tree.get("DATASET", {}).get("TYPE", "cifar100") / pair / f"{method}.yaml"
         if method in METHODS:
             assert ours not in files
-            files[ours] = held
+            files[ours] = tree
     assert len(files) == 17 + 16 + 17 + 14 + 2 * 7  # the release has no crld.yaml for ImageNet
     return root, files
 

@@ -29,15 +29,15 @@ def batch(step):
 
 def losses(net, x, scale):
     out = net["all"](x)
-    found = {
+    by_stream = {
         "tog": out.square().sum() / scale,
         "tcg": out.sin().sum() / scale,
         "ncg": out[:, 0].sum() / scale,
     }
     chosen = x[x[:, 0] > 0]
     if len(chosen):
-        found["ncg"] = found["ncg"] + net["some"](chosen).square().sum() / scale
-    return found
+        by_stream["ncg"] = by_stream["ncg"] + net["some"](chosen).square().sum() / scale
+    return by_stream
 
 
 def train(momenta, mine=slice(None), scale=8, processes=1):

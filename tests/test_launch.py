@@ -253,6 +253,7 @@ def test_an_interruption_before_training_is_one_line(train, monkeypatch, error, 
     assert not train.folder.exists()
 
 
+@pytest.mark.slow
 def test_augmented_images_from_workers_resume_bitwise(train, monkeypatch):
     """The real pipeline: drawn in two worker processes, interrupted inside an epoch."""
     options = ("DATASET.NUM_WORKERS", "2", "SOLVER.EPOCHS", "3")
@@ -311,7 +312,9 @@ def start(data_root, output, *flags):
     )
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_an_interrupted_run_keeps_its_last_checkpoint_and_says_how_to_go_on(
     data_root, tmp_path, number, code
 ):

@@ -46,7 +46,7 @@ def python(*arguments, cwd, **change):
 
 @pytest.fixture(scope="module")
 def checkout(mdistiller_root, cifar_root, tmp_path_factory):
-    """A copy of mdistiller with the plugin applied and a small CIFAR-100 where mdistiller looks for it."""
+    """A copy of mdistiller with the plugin applied and a small CIFAR-100 in the folder that mdistiller reads."""
     if not (mdistiller_root / "tools" / "train.py").is_file():
         pytest.skip(f"{mdistiller_root} has no tools/: an installed package, not a checkout")
     root = tmp_path_factory.mktemp("checkout") / "mdistiller"
@@ -79,6 +79,7 @@ def train(checkout, config, flags=(), **options):
     return python("tools/train.py", "--cfg", file, *flags, cwd=checkout), folder
 
 
+@pytest.mark.slow
 def test_deepkd_trains_resumes_and_is_read_by_eval(checkout):
     config = "configs/cifar100/res32x4_res8x4/deepkd.yaml"
     done, folder = train(checkout, config)
@@ -117,7 +118,9 @@ def test_deepkd_trains_resumes_and_is_read_by_eval(checkout):
     assert "Top-1:" in read.stderr
 
 
-@pytest.mark.parametrize("method", ["dkd", "crld", "mlkd"])
+@pytest.mark.parametrize(
+    "method", ["dkd", *(pytest.param(name, marks=pytest.mark.slow) for name in ("crld", "mlkd"))]
+)
 def test_the_baselines_train(checkout, method):
     done, folder = train(checkout, f"configs/cifar100/res32x4_res8x4/{method}.yaml")
     assert done.returncode == 0, done.stderr
@@ -125,6 +128,7 @@ def test_the_baselines_train(checkout, method):
 
 
 @pytest.mark.parametrize(("method", "trainer"), [("REVIEWKD", "base"), ("KD", "base"), ("DKD", "dot")])
+@pytest.mark.slow
 def test_mdistillers_own_methods_train_and_resume(checkout, method, trainer):
     options = {"DISTILLER__TYPE": method, "SOLVER__TRAINER": trainer}
     done, folder = train(checkout, "configs/cifar100/kd.yaml", **options)
@@ -148,6 +152,7 @@ def one_line(done):
     return lines[0].removeprefix("deepkd: error: ")
 
 
+@pytest.mark.slow
 def test_a_teacher_file_that_would_run_code_does_not_run(checkout, tmp_path):
     class Payload:
         def __reduce__(self):
@@ -166,6 +171,7 @@ def test_a_teacher_file_that_would_run_code_does_not_run(checkout, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 def test_mistakes_in_mdistillers_launcher_are_one_line(checkout, tmp_path):
     config = "configs/cifar100/kd.yaml"
     fresh = tmp_path / "fresh.pth"
@@ -187,6 +193,7 @@ def test_mistakes_in_mdistillers_launcher_are_one_line(checkout, tmp_path):
         assert not folder.exists()
 
 
+@pytest.mark.slow
 def test_teacher_files_of_every_layout(checkout, tmp_path):
     """Bare or under "model", with DataParallel's prefix, with RepDistiller's numpy accuracy."""
     import numpy as np
@@ -194,11 +201,11 @@ def test_teacher_files_of_every_layout(checkout, tmp_path):
     weights = checkpoint.load(ROOT / "deepkd_plugin/hosts/builtin/weights/glyphs100_resnet20.pt", "test")
     weights = weights.get("model", weights)
     wrapped = {f"module.{name}": value for name, value in weights.items()}
-    for number, held in enumerate(
+    for number, content in enumerate(
         [weights, wrapped, {"epoch": 240, "model": wrapped, "best_acc": np.float64(72.5)}]
     ):
         path = tmp_path / f"{number}.pth"
-        torch.save(held, path)
+        torch.save(content, path)
         done = python("tools/eval.py", "-m", "resnet20", "-c", path, cwd=checkout)
         assert done.returncode == 0, done.stderr
         assert "Top-1:95.000" in done.stderr

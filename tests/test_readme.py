@@ -30,10 +30,10 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks(language):
-    found = []
+    texts = []
     for page in PAGES:
-        found += re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-    return found
+        texts += re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    return texts
 
 
 LINES = [line.strip() for block in blocks("bash") for line in block.replace("\\\n", "").splitlines()]
@@ -54,8 +54,8 @@ def test_commands(command, train, data_root, cifar_root, capsys, monkeypatch, re
         code, _, err = train(str(ROOT / words[3]), *options)
         assert code == 0, err
     elif words[:2] == ["deepkd", "reproduce"]:
-        # what it would start; tests/reproduce starts it
-        monkeypatch.setattr(timing, "measure", lambda *_: timing.Parts(0.0, 0.0, 0.0))
+        # what it would start; tests/study/reproduce starts it
+        monkeypatch.setattr(timing.Timer, "seconds", lambda timer: [0.0] * len(timer.cfgs))
         words = [word for word in words[1:] if word != "--dry-run"]
         if "--reuse" in words:
             (tmp_path / "other").mkdir()
@@ -112,7 +112,7 @@ def test_commands(command, train, data_root, cifar_root, capsys, monkeypatch, re
         ap = float(re.search(r"AP ([\d.]+) %", capsys.readouterr().out).group(1))
         assert ap > 75  # of all 500 canvases: 84.51
     elif words[:2] == ["python", "detection/train_net.py"]:
-        # in mdistiller's checkout, where `deepkd apply` puts the file; tests/detection/detectron2 runs such
+        # of mdistiller's checkout, into which `deepkd apply` puts the file; tests/detection/detectron2 runs such
         assert words[2] == "--config-file"
         assert (ROOT / "configs/detectron2" / Path(words[3]).name).is_file()
     elif words[:2] == ["deepkd", "merge-detector-weights"]:

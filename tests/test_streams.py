@@ -72,11 +72,11 @@ def test_gradients_never_share_memory(batched):
     """autograd gives one tensor for w1 + w2 and an expanded one for a sum; adding to them must be safe."""
     w1, w2, w3 = (torch.ones(3, requires_grad=True) for _ in range(3))
     losses = {"a": ((w1 + w2) ** 2).sum() + w3.sum(), "b": 2.0 * w3.sum() + w1.sum()}
-    found, other = backward_by_set(losses, (("a",), ("b",)), (w1, w2, w3), batched=batched)
-    found[0].add_(1.0)
-    found[2][0] = 5.0
-    assert found[1].tolist() == [4.0, 4.0, 4.0]
-    assert found[2].tolist() == [5.0, 1.0, 1.0]
+    one, other = backward_by_set(losses, (("a",), ("b",)), (w1, w2, w3), batched=batched)
+    one[0].add_(1.0)
+    one[2][0] = 5.0
+    assert one[1].tolist() == [4.0, 4.0, 4.0]
+    assert one[2].tolist() == [5.0, 1.0, 1.0]
     assert other[0].tolist() == [1.0, 1.0, 1.0]
     assert other[2].tolist() == [2.0, 2.0, 2.0]
 

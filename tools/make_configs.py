@@ -4,7 +4,7 @@ python tools/make_configs.py           writes what differs
 python tools/make_configs.py --check   writes nothing, names what differs and exits 1 if anything does
 
 recipes.csv holds the numbers of the authors' release (commit afb5964), one row for each of its files, its own
-defaults filled in. The tables below hold the rest: which pairs there are, where the release's files are wrong,
+defaults filled in. The tables below hold the rest: which pairs there are, what is wrong in the release's files,
 whose recipe a pair takes that has none, and how the baselines were published.
 """
 
@@ -283,7 +283,7 @@ MLKD_EPOCHS = {
 
 
 def published(pair: Pair, base: str) -> Published | None:
-    """The protocol of a baseline where it was published for this pair; None where that is not known to us."""
+    """Return the protocol that a baseline was published with for this pair; None if we know of none."""
     slow = pair.student in SLOW_STUDENTS
     if pair.dataset == "imagenet" and base != "CRLD":
         lr = 0.1 if (base, pair.folder) == ("MLKD", "r34_r18") else 0.2
@@ -300,7 +300,7 @@ def published(pair: Pair, base: str) -> Published | None:
 
 
 def read_recipes(file: Path) -> dict[tuple[str, str, str, str], Recipe]:
-    """(data set, base, teacher, student) -> recipe, from recipes.csv, with CORRECTIONS."""
+    """Read (data set, base, teacher, student) -> recipe from recipes.csv, with CORRECTIONS."""
     recipes: dict[tuple[str, str, str, str], Recipe] = {}
     with file.open(encoding="utf-8", newline="") as rows:
         for row in csv.DictReader(rows):
@@ -349,7 +349,7 @@ class Configs:
         self.recipes = recipes
 
     def recipe(self, pair: Pair, base: str) -> Recipe:
-        """The pair's own recipe, or its sibling's."""
+        """Return the pair's own recipe, or its sibling's."""
         if pair.dataset == "tiny_imagenet":
             sibling = find_pair("cifar100", TINY_SIBLINGS[pair.folder])
             return replace(self.recipe(sibling, base), **TINY_PROTOCOL)
@@ -358,7 +358,7 @@ class Configs:
         return self.recipes[pair.dataset, base, teacher, ALIAS.get(student, student)]
 
     def files(self) -> dict[str, str]:
-        """Path below configs/ -> content."""
+        """Return path below configs/ -> content."""
         return {f"{p.dataset}/{p.folder}/{m}.yaml": self.file(p, m) for p in PAIRS for m in METHODS}
 
     def file(self, pair: Pair, method: str) -> str:
@@ -383,7 +383,7 @@ class Configs:
         return "\n".join([*self.header(pair, method), *render(tree), ""])
 
     def header(self, pair: Pair, method: str) -> list[str]:
-        """The comment lines at the top of a file."""
+        """Write the comment lines at the top of a file."""
         base, ours = base_of(method), is_deepkd(method)
         what = f"{base} + DeepKD with the dynamic top-K mask" if ours else TITLES[base]
         lines = [f"{what}, {pair.teacher} to {pair.student}. Made by tools/make_configs.py."]
@@ -416,7 +416,7 @@ class Configs:
         return [f"# {line}" for line in lines]
 
     def otherwise(self, pair: Pair, base: str) -> str | None:
-        """What the protocol of a published baseline had otherwise, and whose that is."""
+        """Say what the protocol of a published baseline had otherwise, and whose that is."""
         theirs = published(pair, base)
         if theirs is None:
             return None
@@ -431,7 +431,7 @@ class Configs:
         return f"{', '.join(had)} ({theirs.source})" if had else None
 
     def tables(self) -> dict[str, str]:
-        """The generated tables of docs/configs.md, by name."""
+        """Write the generated tables of docs/configs.md, by name."""
         return {
             "faults": table(
                 ("Ours", "The release's file", "Here"),
@@ -478,7 +478,7 @@ class Commented(NamedTuple):
 
 
 def solver(recipe: Recipe, deepkd: bool) -> dict[str, Any]:
-    """The node SOLVER: the same for a baseline and its DeepKD but for DECOUPLED."""
+    """Make the node SOLVER: the same for a baseline and its DeepKD but for DECOUPLED."""
     schedule: dict[str, Any] = {"LR_SCHEDULE": "step", "LR_DECAY_STAGES": list(recipe.steps)}
     if not recipe.steps:
         schedule = {"LR_SCHEDULE": "cosine", "WARMUP_EPOCHS": 20, "MIN_LR": 5e-5}
@@ -498,7 +498,7 @@ def solver(recipe: Recipe, deepkd: bool) -> dict[str, Any]:
 
 
 def baseline_nodes(recipe: Recipe, pair: Pair, base: str) -> dict[str, Any]:
-    """The node of a baseline's losses."""
+    """Make the node of a baseline's losses."""
     if base == "KD":
         weights = (0.5, 0.5) if pair.dataset == "imagenet" else (0.1, 0.9)
         loss = dict(zip(("CE_WEIGHT", "KD_WEIGHT"), weights))
@@ -514,7 +514,7 @@ def baseline_nodes(recipe: Recipe, pair: Pair, base: str) -> dict[str, Any]:
 
 
 def deepkd_nodes(recipe: Recipe, base: str) -> dict[str, Any]:
-    """The node DeepKD, and what it reads of its base's node."""
+    """Make the node DeepKD, and what it reads of its base's node."""
     node = {
         "BASE": base,
         "CE_WEIGHT": recipe.ce,
@@ -534,7 +534,7 @@ def deepkd_nodes(recipe: Recipe, base: str) -> dict[str, Any]:
 
 
 def mlkd_node(recipe: Recipe) -> dict[str, Any]:
-    """What MLKD and DeepKD over it both read: the base temperature beside the four fixed ones."""
+    """Make what MLKD and DeepKD over it both read: the base temperature beside the four fixed ones."""
     return {
         "KD_WEIGHT": recipe.kd,
         "TEMPERATURES": sorted([recipe.temperature, 2.0, 3.0, 5.0, 6.0]),
@@ -543,27 +543,27 @@ def mlkd_node(recipe: Recipe) -> dict[str, Any]:
 
 
 def find_pair(dataset: str, folder: str) -> Pair:
-    """The pair of a folder."""
+    """Return the pair of a folder."""
     return next(pair for pair in PAIRS if (pair.dataset, pair.folder) == (dataset, folder))
 
 
 def is_deepkd(method: str) -> bool:
-    """Whether a method is DeepKD over a base, and no baseline."""
+    """Say whether a method is DeepKD over a base, and no baseline."""
     return method.startswith("deepkd")
 
 
 def base_of(method: str) -> str:
-    """The base that a method is, or that it is DeepKD over."""
+    """Return the base that a method is, or that it is DeepKD over."""
     return "KD" if method == "deepkd" else method.removeprefix("deepkd_").upper()
 
 
 def twin_of(base: str) -> str:
-    """The DeepKD method over a base."""
+    """Return the DeepKD method over a base."""
     return "deepkd" if base == "KD" else f"deepkd_{base.lower()}"
 
 
 def render(tree: dict[str, Any], indent: str = "") -> Iterable[str]:
-    """YAML lines of nested mappings with plain values."""
+    """Write the YAML lines of nested mappings with plain values."""
     for name, value in tree.items():
         comment = ""
         if isinstance(value, Commented):
@@ -587,19 +587,19 @@ def _scalar(value: Any) -> str:
 
 
 def _cell(dataset: str, folders: Sequence[str], methods: Sequence[str]) -> str:
-    """The files `dataset/{folders}/{methods}.yaml` in a table."""
+    """Write the files `dataset/{folders}/{methods}.yaml` in a table."""
     braces = ["{" + ", ".join(names) + "}" if len(names) > 1 else names[0] for names in (folders, methods)]
     return f"`{dataset}/{braces[0]}/{braces[1]}`"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Write a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def fill(page: str, tables: dict[str, str]) -> str:
-    """The page with each table between its marks `<!-- table: NAME -->` and `<!-- end -->`."""
+    """Put each table of the page between its marks `<!-- table: NAME -->` and `<!-- end -->`."""
     for name, text in tables.items():
         before, mark, rest = page.partition(f"<!-- table: {name} -->\n")
         _, end, after = rest.partition("<!-- end -->")

@@ -280,6 +280,7 @@ def test_an_unknown_data_set_lists_what_there_is(data_cfg):
 @pytest.mark.skipif(
     not os.environ.get("CIFAR100_ROOT"), reason="CIFAR100_ROOT does not name a folder with CIFAR-100"
 )
+@pytest.mark.slow
 def test_real_cifar100():
     """The official numbering and pixels: class sizes, per-channel statistics, and what mdistiller normalises by."""
     images, labels = cifar100.read_cifar100(Path(os.environ["CIFAR100_ROOT"]), "train")

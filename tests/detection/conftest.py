@@ -62,7 +62,7 @@ def squares(count, seed):
             labels.append(label)
         images.append((image, 0))
     flat = np.array(boxes, np.float32)
-    held = Boxes(
+    annotations = Boxes(
         flat,
         np.array(labels),
         np.zeros(count - 1, bool),
@@ -70,7 +70,7 @@ def squares(count, seed):
         np.array([*range(count), count - 1]),
     )
     return AnnotatedImages(
-        images, np.arange(count), np.full((count, 2), SIDE), held, CLASSES, train_on_empty=True
+        images, np.arange(count), np.full((count, 2), SIDE), annotations, CLASSES, train_on_empty=True
     )
 
 
@@ -144,6 +144,6 @@ def detect(tmp_path, config_file, capsys):
 @pytest.fixture
 def batch():
     """(images, targets) of two training images of `tiny`, the second without a box."""
-    held = squares(3, 2).training(np.array([0, 2]), 0.0)
-    images, targets = zip(*(held[i] for i in range(2)))
+    samples = squares(3, 2).training(np.array([0, 2]), 0.0)
+    images, targets = zip(*(samples[i] for i in range(2)))
     return list(images), list(targets)

@@ -19,8 +19,8 @@ def pycocotools():
 
 
 def truth(boxes, labels, crowd=None):
-    held = {"boxes": torch.tensor(boxes).reshape(-1, 4), "labels": torch.tensor(labels, dtype=torch.int64)}
-    return held if crowd is None else held | {"iscrowd": torch.tensor(crowd)}
+    target = {"boxes": torch.tensor(boxes).reshape(-1, 4), "labels": torch.tensor(labels, dtype=torch.int64)}
+    return target if crowd is None else target | {"iscrowd": torch.tensor(crowd)}
 
 
 def found(boxes, labels, scores=None):

@@ -70,8 +70,8 @@ def test_the_student_alone_and_in_evaluation_is_torchvisions(make, batch):
     assert losses.keys() == TASK
     assert all(torch.equal(losses[name], loss) for name, loss in step.losses.items())
     with torch.no_grad():
-        (found, _), (expected, _) = distiller.eval()(batch[0]), distiller.student(batch[0])
-    assert torch.equal(found["boxes"], expected["boxes"])
+        (boxes, _), (expected, _) = distiller.eval()(batch[0]), distiller.student(batch[0])
+    assert torch.equal(boxes["boxes"], expected["boxes"])
 
 
 def test_only_what_is_trained_is_learnable(make):

@@ -70,10 +70,10 @@ def test_outputs_and_losses_are_torchvisions(name, node, batch):
             assert all(torch.equal(one[part], other[part]) for part in ("boxes", "scores", "labels"))
 
 
-@pytest.mark.parametrize("name", set(NETWORKS) - set(THEIRS))
+@pytest.mark.parametrize("name", sorted(set(NETWORKS) - set(THEIRS)))
 def test_small_networks_find_boxes_inside_images_of_any_size(name, node):
-    found = network(name, 5, node).eval()([torch.rand(3, 40, 60), torch.rand(3, 33, 31)])
-    for one, (height, width) in zip(found, ((40, 60), (33, 31))):
+    outputs = network(name, 5, node).eval()([torch.rand(3, 40, 60), torch.rand(3, 33, 31)])
+    for one, (height, width) in zip(outputs, ((40, 60), (33, 31))):
         assert len(one["boxes"]) > 0
         assert one["boxes"].min() >= 0
         assert (one["boxes"][:, 2] <= width).all()
@@ -97,16 +97,16 @@ def test_boxes_are_float32_under_autocast(detector):
     made = detector(0, "DETECTION.MAX_SIZE", "1200")
     images = [torch.rand(3, 48, 1200)]
     targets = [{"boxes": torch.tensor([[1000.3, 3.3, 1020.7, 30.1]]), "labels": torch.tensor([1])}]
-    anchors, found = [], {}
+    anchors, passes = [], {}
     made.rpn.anchor_generator.register_forward_hook(lambda module, inputs, output: anchors.append(output[0]))
     for amp in (False, True):
         torch.manual_seed(0)
         with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-            found[amp] = training_pass(made.train(), images, targets)
+            passes[amp] = training_pass(made.train(), images, targets)
     assert torch.equal(*anchors)
-    step = found[True]
+    step = passes[True]
     assert step.proposals[0].dtype == step.logits.dtype == torch.float32
-    for name, loss in found[False].losses.items():
+    for name, loss in passes[False].losses.items():
         assert step.losses[name].item() == pytest.approx(loss.item(), rel=0.03), name
     with torch.autocast("cpu", torch.bfloat16):
         linear = made.roi_heads.box_head.fc6(torch.rand(1, 1600))
@@ -130,9 +130,9 @@ def saved(tmp_path, node):
 
 
 def test_weights_of_a_file(saved, node):
-    file, held = saved()
+    file, saved_network = saved()
     made = trained_network(SMALL, 5, node, str(file), KEY)
-    assert all(torch.equal(made.state_dict()[n], t) for n, t in held.state_dict().items())
+    assert all(torch.equal(made.state_dict()[n], t) for n, t in saved_network.state_dict().items())
     assert not any(p.requires_grad for p in made.parameters())
     assert count_classes(made) == 5
     assert any(isinstance(m, nn.BatchNorm2d) for m in made.modules())
@@ -153,12 +153,12 @@ def test_frozen_norms_of_a_file_and_their_epsilon(saved, node, file, eps):
 def test_torchvisions_coco_files_keep_the_columns_of_the_80_classes(saved, node):
     categories = detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
     assert [categories[i] for i in COCO_IDS] == [c for c in categories[1:] if c != "N/A"]
-    file, held = saved(classes=90)
+    file, saved_network = saved(classes=90)
     made = trained_network(SMALL, 80, node, str(file), KEY)
     assert count_classes(made) == 80
     columns = [0, *COCO_IDS]
     x = torch.rand(3, 128)
-    (scores, boxes), (all_scores, all_boxes) = (m.roi_heads.box_predictor(x) for m in (made, held))
+    (scores, boxes), (all_scores, all_boxes) = (m.roi_heads.box_predictor(x) for m in (made, saved_network))
     torch.testing.assert_close(scores, all_scores[:, columns])
     torch.testing.assert_close(boxes.view(3, 81, 4), all_boxes.view(3, 91, 4)[:, columns])
     assert not any(p.requires_grad for p in made.parameters())
@@ -180,7 +180,7 @@ def test_no_file(node, weights, message):
 
 
 def test_files_that_do_not_fit(saved, node, tmp_path):
-    file, held = saved(classes=6)
+    file, saved_network = saved(classes=6)
     with pytest.raises(UserError, match=rf"{KEY} holds a {SMALL} of 6 classes; this run has 5"):
         trained_network(SMALL, 5, node, str(file), KEY)
     with pytest.raises(UserError, match="fasterrcnn_resnet8_fpn of 90 classes; this run has 5"):
@@ -188,7 +188,7 @@ def test_files_that_do_not_fit(saved, node, tmp_path):
     file, _ = saved("fasterrcnn_resnet20_fpn")
     with pytest.raises(UserError, match=rf"{KEY} holds another network than {SMALL}: .* are unknown to it"):
         trained_network(SMALL, 5, node, str(file), KEY)
-    state = held.state_dict()
+    state = saved_network.state_dict()
     for number, scores in enumerate((torch.zeros(9), torch.zeros(0, 128), torch.zeros(1, 128))):
         file = tmp_path / f"{number}.pth"
         torch.save(state | {"roi_heads.box_predictor.cls_score.weight": scores}, file)
@@ -226,11 +226,11 @@ def test_a_student_that_starts_from_imagenet_weights(
     name, classifier, prefix, fixed, trained, node, tmp_path
 ):
     torch.manual_seed(0)
-    held = classifier(weights=None).state_dict()
-    torch.save(held, tmp_path / "backbone.pth")
+    state = classifier(weights=None).state_dict()
+    torch.save(state, tmp_path / "backbone.pth")
     student = network(name, 5, node, str(tmp_path / "backbone.pth"))
     body = student.backbone.body
-    assert all(torch.equal(tensor, held[prefix + n]) for n, tensor in body.state_dict().items())
+    assert all(torch.equal(tensor, state[prefix + n]) for n, tensor in body.state_dict().items())
     assert not any(isinstance(m, nn.BatchNorm2d) for m in student.modules())
     by_stage = {}
     for n, p in body.named_parameters():
@@ -245,8 +245,8 @@ def test_a_small_student_starts_from_a_classifier_of_ours(node, tmp_path):
     classifier = cifar_model_dict["resnet8"][0](num_classes=100)
     torch.save({"model": classifier.state_dict()}, tmp_path / "student_best")
     student = network(SMALL, 5, node, str(tmp_path / "student_best"))
-    body, held = student.backbone.body.state_dict(), classifier.state_dict()
-    assert all(torch.equal(tensor, held[name]) for name, tensor in body.items())
+    body, state = student.backbone.body.state_dict(), classifier.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in body.items())
     assert "fc.weight" not in body
 
 

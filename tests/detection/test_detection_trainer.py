@@ -106,8 +106,8 @@ def norm(trainer):
 
 def by_stream(trainer):
     learnable = trainer.module.get_learnable_parameters()
-    held = trainer.optimizer._gradients
-    return [[mine[p].clone() if p in mine else torch.zeros(()) for p in learnable] for mine in held if mine]
+    by_set = trainer.optimizer._gradients
+    return [[mine[p].clone() if p in mine else torch.zeros(()) for p in learnable] for mine in by_set if mine]
 
 
 @pytest.mark.parametrize("method", ["NONE", "KD", "DKD", "DeepKD"])
@@ -199,12 +199,14 @@ def test_a_teachers_own_numbers(detector, detection_config, any_teacher, monkeyp
     *_, loader = get_detection_sets(cfg)[:2]
     distiller = DISTILLERS["KD"](detector(0), detector(1), cfg)
     numbers = {"AP": 41.0, "AP50": 62.0, "AP75": 43.0}
-    monkeypatch.setattr(module, "average_precision", lambda found, truths, classes: numbers)
+    monkeypatch.setattr(module, "average_precision", lambda detections, truths, classes: numbers)
     assert measure_teacher(distiller, loader, cfg, "file.yaml") == 41
     assert capsys.readouterr().out == "teacher   fasterrcnn_resnet8_fpn AP 41.00 % on the test set\n"
     assert measure_teacher(DISTILLERS["NONE"](detector(0), cfg), loader, cfg, "file.yaml") is None
     monkeypatch.undo()
-    monkeypatch.setattr(module, "average_precision", lambda found, truths, classes: numbers | {"AP": 0.99})
+    monkeypatch.setattr(
+        module, "average_precision", lambda detections, truths, classes: numbers | {"AP": 0.99}
+    )
     with pytest.raises(UserError) as error:
         measure_teacher(distiller, loader, cfg, "file.yaml")
     assert str(error.value) == (
@@ -330,12 +332,12 @@ def test_a_run_that_diverges_is_one_line(detect, any_teacher):
 
 def test_one_seed_gives_one_student_whatever_the_method(detect, any_teacher):
     """With a rate of nearly 0 the students stay what the seed made them."""
-    found = []
+    ends = []
     for method in ("NONE", "KD"):
         assert detect(method, "SOLVER.LR", "1e-30", "SOLVER.EPOCHS", "1", name=method)[0] == 0
         weights = {n: t for n, t in student(detect.folder).items() if "running" not in n and "num_" not in n}
-        found.append(weights)
-    assert same(*found)
+        ends.append(weights)
+    assert same(*ends)
 
 
 def test_a_training_step_uses_the_configs_images(make):

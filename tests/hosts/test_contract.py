@@ -263,8 +263,8 @@ def test_a_fourth_stream_for_features(host, cfg):
 @pytest.mark.parametrize("config", ["kd", "deepkd"])
 def test_our_launcher_gives_one_run_on_either_host(train, mdistiller, monkeypatch, config):
     students = []
-    for name, found in (("builtin", registry.BUILTIN), ("mdistiller", mdistiller)):
-        monkeypatch.setattr(launch, "find_host", lambda found=found: found)
+    for name, host in (("builtin", registry.BUILTIN), ("mdistiller", mdistiller)):
+        monkeypatch.setattr(launch, "find_host", lambda host=host: host)
         code, _, err = train(config, "EXPERIMENT.NAME", name)
         assert code == 0, err
         folder = train.folder.parent / name
@@ -471,16 +471,16 @@ def test_our_launcher_keeps_its_own_places_on_either_host(host, tmp_path):
 def test_load_checkpoint_refuses_what_it_cannot_give(tmp_path):
     with pytest.raises(UserError, match="mdistiller has no weights of this network"):
         mdistiller_host.load_checkpoint(None)
-    for held in ([1], {"epoch": 1}, {"model": {}}):
-        torch.save(held, tmp_path / "x")
+    for content in ([1], {"epoch": 1}, {"model": {}}):
+        torch.save(content, tmp_path / "x")
         with pytest.raises(UserError, match="holds no network's weights"):
             mdistiller_host.load_checkpoint(str(tmp_path / "x"))
     torch.save({"model": {"module.student.w": torch.ones(1)}, "config": {}}, tmp_path / "x")
     with pytest.raises(UserError, match="DecoupledMomentumSGD wrote it"):
         mdistiller_host.load_checkpoint(str(tmp_path / "x"))
-    held = {"model": {"module.student.w": torch.ones(1)}, "epoch": 3}
-    torch.save(held, tmp_path / "x")
-    assert mdistiller_host.load_checkpoint(str(tmp_path / "x")) == held
+    content = {"model": {"module.student.w": torch.ones(1)}, "epoch": 3}
+    torch.save(content, tmp_path / "x")
+    assert mdistiller_host.load_checkpoint(str(tmp_path / "x")) == content
     for wrapped in (
         {"state_dict": {"w": torch.ones(1)}},
         {"model": {"state_dict": {"module.w": torch.ones(1)}}},

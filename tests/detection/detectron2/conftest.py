@@ -88,8 +88,8 @@ def deepkd_tiny(tmp_path_factory, host):
         Image.fromarray(pixels).save(folder / f"{number}.png")
         images.append({"id": number, "file_name": f"{number}.png", "width": 64, "height": 64})
     categories = [{"id": i + 1, "name": f"thing {i}"} for i in range(3)]
-    held = {"info": {}, "images": images, "annotations": boxes, "categories": categories}
-    (folder / "tiny.json").write_text(json.dumps(held))
+    document = {"info": {}, "images": images, "annotations": boxes, "categories": categories}
+    (folder / "tiny.json").write_text(json.dumps(document))
     register_coco_instances("deepkd_tiny", {}, str(folder / "tiny.json"), str(folder))
     return folder
 

@@ -75,13 +75,15 @@ def test_train_resume_and_test(train_net, tmp_path, monkeypatch):
         "DeepKD-R18-R101", "MODEL.WEIGHTS", str(folder / "model_final.pth"), flags=["--eval-only"]
     )
     assert code == 0
-    found, before = (
+    again, before = (
         path / "coco_instances_results.json" for path in (folder / "inference", tmp_path / "before")
     )
-    assert json.loads(found.read_text()) == json.loads(before.read_text())
-    held = torch.load(folder / "model_final.pth", weights_only=True)["model"]
-    lost = [name for name in held if name.startswith("roi_heads.")]
-    torch.save({"model": {name: held[name] for name in held if name not in lost}}, tmp_path / "part.pth")
+    assert json.loads(again.read_text()) == json.loads(before.read_text())
+    weights = torch.load(folder / "model_final.pth", weights_only=True)["model"]
+    lost = [name for name in weights if name.startswith("roi_heads.")]
+    torch.save(
+        {"model": {name: weights[name] for name in weights if name not in lost}}, tmp_path / "part.pth"
+    )
     code, err = train_net(
         "DeepKD-R18-R101", "MODEL.WEIGHTS", str(tmp_path / "part.pth"), flags=["--eval-only"]
     )
@@ -252,8 +254,8 @@ def checkout(tmp_path_factory, mdistiller_root, host):
         (coco / split).mkdir()
         for image in images:
             Image.new("RGB", (64, 64), (200, 30, 30)).save(coco / split / image["file_name"])
-        held = {"info": {}, "images": images, "annotations": boxes, "categories": things}
-        (coco / f"annotations/instances_{split}.json").write_text(json.dumps(held))
+        document = {"info": {}, "images": images, "annotations": boxes, "categories": things}
+        (coco / f"annotations/instances_{split}.json").write_text(json.dumps(document))
     return root
 
 
@@ -268,6 +270,7 @@ ROOT = apply.shipped("configs").parent
 PYTHONPATH = [path for path in [os.environ.get("PYTHONPATH")] if path]
 
 
+@pytest.mark.slow
 def test_the_issue_s_command(checkout, tmp_path):
     """In a checkout after `deepkd apply`: one line without the merged weights, and two processes that train."""
     words = ("--config-file", "configs/DeepKD/DeepKD-R18-R101.yaml", "--num-gpus", "2", "MODEL.DEVICE", "cpu")

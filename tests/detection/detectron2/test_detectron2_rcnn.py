@@ -59,8 +59,8 @@ def test_dkd_is_mdistiller_s_own_and_deepkd_its_parts(build, weights):
     own = build("DKD-R18-R101", "MODEL.META_ARCHITECTURE", "RCNNKD", *weights)
     ours = build("DKD-R18-R101", *weights)
     expected = step(own, build.images)
-    found = step(ours, build.images)
-    assert {name: loss.item() for name, loss in found.items()} == {
+    losses = step(ours, build.images)
+    assert {name: loss.item() for name, loss in losses.items()} == {
         name: loss.item() for name, loss in expected.items()
     }
     assert expected["loss_dkd"] > 0.01
@@ -114,9 +114,9 @@ def test_the_teacher_stays_as_it_is(build):
     assert not any(part.training for part in model.teacher.modules())
     assert model.roi_heads.training
     before = {name: tensor.clone() for name, tensor in model.teacher.state_dict().items()}
-    found = gradients(model, step(model, build.images))
-    assert found
-    assert not any(name.startswith("teacher.") for name in found)
+    reached = gradients(model, step(model, build.images))
+    assert reached
+    assert not any(name.startswith("teacher.") for name in reached)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.teacher.state_dict().items())
     model.train(False)
     assert "instances" in model(build.images[:1])[0]

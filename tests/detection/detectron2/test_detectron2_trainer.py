@@ -63,15 +63,15 @@ def train_toy(momenta, data, **options):
 def test_a_scaler_changes_nothing_but_skips_what_overflows(host, momenta):
     expected, _ = train_toy(momenta, batches())
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
-    found, _ = train_toy(momenta, batches(), scaler=scaler)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+    weights, _ = train_toy(momenta, batches(), scaler=scaler)
+    assert all(torch.equal(a, b) for a, b in zip(weights, expected))
     assert scaler.get_scale() == 2.0**12
     # a batch with an infinite gradient between the others leaves no trace but the scale
     bad = torch.full((8, 3), 1e15)
     data = batches()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60, growth_interval=100)
-    found, _ = train_toy(momenta, [*data[:2], bad, *data[2:]], scaler=scaler)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+    weights, _ = train_toy(momenta, [*data[:2], bad, *data[2:]], scaler=scaler)
+    assert all(torch.equal(a, b) for a, b in zip(weights, expected))
     assert scaler.get_scale() == 2.0**59
 
 
@@ -94,11 +94,11 @@ def share(rank):
     from detectron2.utils import comm
 
     comm.create_local_process_group(2)
-    found = {}
+    trained = {}
     for momenta in MOMENTA:
         weights, trainer = train_toy(momenta, batches(slice(4 * rank, 4 * rank + 4)))
-        found[momenta] = [weights, trainer.means()]
-    return found
+        trained[momenta] = [weights, trainer.means()]
+    return trained
 
 
 def test_two_processes_are_one_with_the_whole_batch(host, tmp_path, mdistiller_root, monkeypatch):
@@ -107,8 +107,8 @@ def test_two_processes_are_one_with_the_whole_batch(host, tmp_path, mdistiller_r
     for momenta in MOMENTA:
         expected, trainer = train_toy(momenta, batches())
         means = trainer.means()
-        for found in each:
-            weights, losses = found[momenta]
+        for trained in each:
+            weights, losses = trained[momenta]
             torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-6)
             assert losses == pytest.approx(means, rel=1e-5)
 
@@ -120,8 +120,8 @@ def test_losses_go_to_their_streams(host):
         name: torch.tensor(float(i))
         for i, name in enumerate(("loss_cls", "loss_mask", "loss_tcg", "loss_ncg"))
     }
-    found = losses_by_stream(losses, ("tog", "tcg", "ncg"))
-    assert {name: loss.item() for name, loss in found.items()} == {"tog": 1.0, "tcg": 2.0, "ncg": 3.0}
+    by_stream = losses_by_stream(losses, ("tog", "tcg", "ncg"))
+    assert {name: loss.item() for name, loss in by_stream.items()} == {"tog": 1.0, "tcg": 2.0, "ncg": 3.0}
     assert losses_by_stream({"loss_dkd": losses["loss_ncg"]}, ("tog",))["tog"].item() == 3.0
 
 
@@ -325,8 +325,8 @@ def test_images_come_as_detectron2_s_loader_would_give_them(host, small, deepkd_
     # wide images are apart from the others, and two processes share the order
     wide = [i % 3 == 0 for i in range(10)]
     first = [list(islice(Batches(wide, 2, 0, rank, 2), 20)) for rank in range(2)]
-    assert all(wide[i] == wide[j] for held in first for (_, i), (_, j) in held)
-    drawn = sorted(number for held in first for batch in held for number, _ in batch)
+    assert all(wide[i] == wide[j] for mine in first for (_, i), (_, j) in mine)
+    drawn = sorted(number for mine in first for batch in mine for number, _ in batch)
     assert len(set(drawn)) == 80
     assert {number % 2 for batch in first[1] for number, _ in batch} == {1}
 
@@ -404,6 +404,7 @@ def test_average_precisions_of_any_evaluation(host):
 
 
 @pytest.mark.parametrize("name", ["DeepKD-R18-R101", "DeepKD-R50-R101", "DeepKD-MV2-R50"])
+@pytest.mark.slow
 def test_fifty_iterations_resumed_and_evaluated(make_trainer, tmp_path, monkeypatch, name):
     """Each pair's config at reduced size: thin networks for the first, real depths for the others."""
     from deepkd_plugin.detection.detectron2.trainer import StreamTrainer
@@ -427,9 +428,9 @@ def test_fifty_iterations_resumed_and_evaluated(make_trainer, tmp_path, monkeypa
     assert trainer.start_iter == 25
     before = {n: p.clone() for n, p in trainer.model.named_parameters()}
     trainer.train()
-    found = lines(tmp_path / "run")
-    assert [line["iteration"] for line in found] == [25, 50]
-    for line in found:
+    records = lines(tmp_path / "run")
+    assert [line["iteration"] for line in records] == [25, 50]
+    for line in records:
         assert all(math.isfinite(loss) for loss in line["loss"].values())
         assert 0 <= line["test_ap"] <= line["test_ap50"] <= 100
     moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}

@@ -19,7 +19,7 @@ MEAN = "PIXEL_MEAN '[123.675, 116.28, 103.53]'"
 @pytest.fixture(scope="module")
 def backbones():
     """Each student with random weights and BatchNorm statistics, in eval mode."""
-    held = {}
+    networks = {}
     for seed, name in enumerate(merge.BACKBONES):
         torch.manual_seed(seed)
         network = torchvision.models.get_model(name).eval()
@@ -29,8 +29,8 @@ def backbones():
                 module.running_var.uniform_(0.5, 1.5)
                 nn.init.uniform_(module.weight, 0.5, 1.5)
                 nn.init.normal_(module.bias, 0, 0.1)
-        held[name] = network
-    return held
+        networks[name] = network
+    return networks
 
 
 def detector(classes=3, blocks=23, width=256):
@@ -59,22 +59,22 @@ def caffe2(network):
                 layers.append((name, name, getattr(block, f"conv{place}"), getattr(block, f"bn{place}")))
             if block.downsample is not None:
                 layers.append((f"{at}1", f"{at}1", *block.downsample))
-    held = {"conv1_b": torch.zeros(64), "fc1000_w": network.fc.weight, "fc1000_b": network.fc.bias}
+    blobs = {"conv1_b": torch.zeros(64), "fc1000_w": network.fc.weight, "fc1000_b": network.fc.bias}
     for name, norm_name, conv, norm in layers:
         scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-        held[f"{name}_w"] = conv.weight
-        held[f"{norm_name}_bn_s"] = scale
-        held[f"{norm_name}_bn_b"] = norm.bias - norm.running_mean * scale
-    return {name: value.detach().numpy() for name, value in held.items()}
+        blobs[f"{name}_w"] = conv.weight
+        blobs[f"{norm_name}_bn_s"] = scale
+        blobs[f"{norm_name}_bn_b"] = norm.bias - norm.running_mean * scale
+    return {name: value.detach().numpy() for name, value in blobs.items()}
 
 
-def as_pickle(path, held, protocol=4):
-    path.write_bytes(pickle.dumps(held, protocol))
+def as_pickle(path, content, protocol=4):
+    path.write_bytes(pickle.dumps(content, protocol))
     return path
 
 
-def as_torch(path, held):
-    torch.save(held, path)
+def as_torch(path, content):
+    torch.save(content, path)
     return path
 
 
@@ -83,8 +83,10 @@ def arrays(tensors):
 
 
 def test_the_merged_file_has_both_under_the_names_of_rcnnkd(tmp_path, capsys, backbones):
-    held, network = detector(), backbones["resnet18"]
-    teacher = as_pickle(tmp_path / "t.pkl", {"model": arrays(held), "__author__": "Detectron2 Model Zoo"}, 2)
+    tensors, network = detector(), backbones["resnet18"]
+    teacher = as_pickle(
+        tmp_path / "t.pkl", {"model": arrays(tensors), "__author__": "Detectron2 Model Zoo"}, 2
+    )
     student, out = (
         as_torch(tmp_path / "s.pth", network.state_dict()),
         tmp_path / "pretrained" / "r18-r101.pth",
@@ -94,10 +96,10 @@ def test_the_merged_file_has_both_under_the_names_of_rcnnkd(tmp_path, capsys, ba
     file = torch.load(out, weights_only=True)
     assert list(file) == ["model"]
     merged = file["model"]
-    taken = {name for name in held if name != "pixel_mean" and "cell_anchors" not in name}
+    taken = {name for name in tensors if name != "pixel_mean" and "cell_anchors" not in name}
     assert {name for name in merged if name.startswith("teacher.")} == {f"teacher.{name}" for name in taken}
     for name in taken:
-        assert torch.equal(merged[f"teacher.{name}"], held[name])
+        assert torch.equal(merged[f"teacher.{name}"], tensors[name])
     named = {
         "stem.conv1.weight": network.conv1.weight,
         "stem.conv1.norm.running_var": network.bn1.running_var,
@@ -223,17 +225,17 @@ def refused(match, read, *arguments):
 
 
 def test_teachers_that_are_something_else(tmp_path):
-    file, held = tmp_path / "t.pth", detector()
+    file, tensors = tmp_path / "t.pth", detector()
     refused(r"t\.pth: no such file; TEACHER must name a checkpoint", merge.read_teacher, file)
     refused(r"t\.pkl: no such file; TEACHER must name a pickle", merge.read_teacher, tmp_path / "t.pkl")
     for part in ("roi_heads.", "proposal_generator.", "backbone.fpn_", "backbone.bottom_up."):
-        as_torch(file, {name: value for name, value in held.items() if not name.startswith(part)})
+        as_torch(file, {name: value for name, value in tensors.items() if not name.startswith(part)})
         refused(rf"FPN of detectron2; no tensor of it is named {part}…", merge.read_teacher, file)
     for scores in ({}, {merge.CLASSIFIER: torch.zeros(4)}):
-        others = {name: value for name, value in held.items() if name != merge.CLASSIFIER}
+        others = {name: value for name, value in tensors.items() if name != merge.CLASSIFIER}
         as_torch(file, others | scores)
         refused(r"one box head with a classifier roi_heads\.box_pred", merge.read_teacher, file)
-    as_torch(file, held)
+    as_torch(file, tensors)
     assert merge.read_teacher(file, 3).classes == 3
     refused(r"t\.pth: TEACHER has 3 classes; --classes says 80", merge.read_teacher, file, 80)
     for content in ([1, 2], {"model": {"a": 1}}, {}):
@@ -252,17 +254,17 @@ class Payload:
 
 @pytest.mark.parametrize("read", [merge.read_teacher, merge.read_student])
 def test_code_in_a_file_is_not_run(tmp_path, read):
-    held = {"model": detector() | {"x": Payload(tmp_path / "ran")}}
-    refused("refers to posix.mkdir", read, as_pickle(tmp_path / "t.pkl", {"model": held["model"]["x"]}))
-    refused("refers to posix.mkdir", read, as_torch(tmp_path / "t.pth", held))
+    content = {"model": detector() | {"x": Payload(tmp_path / "ran")}}
+    refused("refers to posix.mkdir", read, as_pickle(tmp_path / "t.pkl", {"model": content["model"]["x"]}))
+    refused("refers to posix.mkdir", read, as_torch(tmp_path / "t.pth", content))
     assert not (tmp_path / "ran").exists()
 
 
 def test_students_that_are_something_else(tmp_path, backbones):
     file = tmp_path / "s.pth"
 
-    def read(held):
-        return merge.read_student, as_torch(file, held)
+    def read(content):
+        return merge.read_student, as_torch(file, content)
 
     refused(r"s\.pth: no such file; STUDENT must name", merge.read_student, file)
     whole = backbones["resnet18"].state_dict()
@@ -277,8 +279,8 @@ def test_students_that_are_something_else(tmp_path, backbones):
     with torch.device("meta"):
         others = [torchvision.models.resnet34(), torchvision.models.mobilenet_v2(width_mult=0.25)]
     for network in others:
-        held = {name: torch.zeros(value.shape) for name, value in network.state_dict().items()}
-        refused("STUDENT must be a resnet18, resnet50 or mobilenet_v2; ", *read(held))
+        tensors = {name: torch.zeros(value.shape) for name, value in network.state_dict().items()}
+        refused("STUDENT must be a resnet18, resnet50 or mobilenet_v2; ", *read(tensors))
 
 
 def test_out_that_cannot_be_written(tmp_path, backbones):
@@ -346,12 +348,12 @@ def test_detectron2_loads_the_file_into_mdistiller_s_modules(
     network = backbones[name]
     # torchvision's ResNet-50, whose strides are elsewhere than MSRA's, is what the outputs are compared with
     built = rcnnkd(pair, *(["MODEL.RESNETS.STRIDE_IN_1X1", False] if name == "resnet50" else []))
-    held = {key: torch.rand_like(value) for key, value in built.teacher.state_dict().items()}
+    tensors = {key: torch.rand_like(value) for key, value in built.teacher.state_dict().items()}
     besides = {
         "pixel_mean": torch.zeros(3, 1, 1),
         "proposal_generator.anchor_generator.cell_anchors.0": torch.ones(3),
     }
-    teacher = as_pickle(tmp_path / "t.pkl", {"model": arrays(held | besides), "__author__": "zoo"})
+    teacher = as_pickle(tmp_path / "t.pkl", {"model": arrays(tensors | besides), "__author__": "zoo"})
     if form == "MSRA":
         student = as_pickle(tmp_path / "s.pkl", caffe2(network))
     else:
@@ -359,11 +361,11 @@ def test_detectron2_loads_the_file_into_mdistiller_s_modules(
     said = merge.merge(teacher, student, tmp_path / "o.pth", classes=80)
     assert f" as {form} names them" in said
 
-    checkpointer, found = DetectionCheckpointer(built), []
-    checkpointer._log_incompatible_keys = found.append
+    checkpointer, incompatible = DetectionCheckpointer(built), []
+    checkpointer._log_incompatible_keys = incompatible.append
     with caplog.at_level(logging.ERROR):
         checkpointer.load(str(tmp_path / "o.pth"))
-    (keys,) = found
+    (keys,) = incompatible
     assert (keys.unexpected_keys, keys.incorrect_shapes) == ([], [])
     # what is not in the file is the student's, from its FPN on
     assert {key.split("_")[0].split(".")[0] for key in keys.missing_keys} == {"backbone", "proposal", "roi"}
@@ -371,7 +373,7 @@ def test_detectron2_loads_the_file_into_mdistiller_s_modules(
         key.startswith(("backbone.fpn_", "proposal_generator.", "roi_heads.")) for key in keys.missing_keys
     )
     loaded = built.teacher.state_dict()
-    assert all(torch.equal(loaded[key], value) for key, value in held.items())
+    assert all(torch.equal(loaded[key], value) for key, value in tensors.items())
 
     image = torch.randn(1, 3, 64, 64)
     with torch.no_grad():

@@ -508,6 +508,7 @@ def numbers(run):
     importlib.util.find_spec("mdistiller") is not None,
     reason="processes of their own would train on the installed mdistiller as host",
 )
+@pytest.mark.slow
 def test_real_runs_killed_at_random_moments_end_with_the_same_weights(tmp_path, data_root, monkeypatch):
     monkeypatch.delenv("MDISTILLER_ROOT", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -57,6 +57,7 @@ def test_runs_on_the_local_executor(fake_run, tmp_path):
 
 
 @needs_submitit
+@pytest.mark.slow
 def test_a_job_that_is_lost_is_a_failure(fake_run, tmp_path):
     run = fake_run()
     killer = (sys.executable, "-c", "import os; os.kill(os.getppid(), 9)")
@@ -67,6 +68,7 @@ def test_a_job_that_is_lost_is_a_failure(fake_run, tmp_path):
 
 @needs_submitit
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds the job's process in /proc")
+@pytest.mark.slow
 def test_a_job_whose_time_is_up_is_queued_again_and_goes_on(fake_run, tmp_path):
     import submitit
 
