@@ -2,8 +2,10 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from deepkd_plugin import config, data
@@ -260,9 +262,15 @@ def test_a_teacher_that_the_zoo_has_no_file_of(out, tmp_path, monkeypatch):
 
 def test_a_look_neither_draws_nor_fetches(out, tmp_path, monkeypatch):
     asked = []
-    drawn = [], []
-    monkeypatch.setattr(data.glyphs, "load_glyphs100", lambda root, split: asked.append(split) or drawn)
-    monkeypatch.setattr(data.cifar100, "_fetch", lambda root: asked.append("fetched"))
+
+    def read(root, split):
+        asked.append(split)
+        return np.zeros((1, 32, 32, 3), np.uint8), [0]
+
+    glyphs, cifar100 = data.DATASETS["glyphs100"], data.DATASETS["cifar100"]
+    monkeypatch.setitem(data.DATASETS, "glyphs100", replace(glyphs, read=read))
+    fetching = replace(cifar100, fetch=lambda root: asked.append("fetched"))
+    monkeypatch.setitem(data.DATASETS, "cifar100", fetching)
     made = make(out, options=["DATASET.ROOT", str(tmp_path)])
     assert problems(made, made.runs, prepare=False) == []
     assert asked == []

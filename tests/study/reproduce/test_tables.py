@@ -7,7 +7,7 @@ import pytest
 
 from deepkd_plugin import config
 from deepkd_plugin.config.shipped import shipped
-from deepkd_plugin.data.sizes import steps
+from deepkd_plugin.data import source
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.study.reproduce import tables
 from deepkd_plugin.study.reproduce.plan import make_plan
@@ -216,7 +216,7 @@ def test_a_measured_allocation_takes_bounds_that_are_momenta_both_ways():
 def test_a_run_has_ten_windows_where_it_has_the_steps(epochs, per_class):
     options = ["SOLVER.EPOCHS", str(epochs), "DATASET.TRAIN_PER_CLASS", str(per_class)]
     cfg = configs(tables.find("ablation-momentum"), options)["gsnr"]
-    iterations = steps(cfg) * epochs
+    iterations = source(cfg.DATASET.TYPE).steps(cfg) * epochs
     windows = iterations // (cfg.GSNR.EVERY * cfg.GSNR.WINDOW)
     assert windows >= min(10, iterations // 2)
     assert cfg.GSNR.WINDOW == 10 or iterations < 100
