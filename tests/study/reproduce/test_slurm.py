@@ -164,7 +164,7 @@ def test_a_run_of_other_code_is_refused_or_made_anew(fake_run, tmp_path, cluster
     failure = Job(record.code_hash(), False, fake_run.worker)(run)
     assert failure.code == 2
     assert "was made by other code" in failure.lines[0]
-    assert submit([run], tmp_path, {}, overwrite=True) == ["123_0"]
+    assert submit([run], tmp_path, {}, overwrite=True) == ["123"]
     assert Job(record.code_hash(), True, fake_run.worker)(run) is None
     assert state(run) == "finished"
 
