@@ -39,30 +39,17 @@ def read_words(words: Sequence[str], tool: str, description: str, example: str) 
     parser.add_argument("--cfg", required=True, metavar="FILE", help=f"for example {example}")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
-    how.add_argument("--overwrite", action="store_true", help="start again if there is a run already")
-    parser.epilog = "Any number of KEY VALUE pairs sets config keys, after the file's."
-    flags, options = split_words(words)
-    args = parser.parse_args(flags)
-    command = shlex.join(["python", tool, "--cfg", args.cfg, *options])
+    how.add_argument("--overwrite", action="store_true", help="start again over a run that is there")
+    parser.add_pairs()
+    args = parser.parse(words)
+    command = shlex.join(["python", tool, "--cfg", args.cfg, *args.options])
     return {
         "file": args.cfg,
-        "options": options,
+        "options": args.options,
         "resume": args.resume,
         "overwrite": args.overwrite,
         "command": command,
     }
-
-
-def split_words(words: Sequence[str], with_value: Sequence[str] = ("--cfg",)) -> tuple[list[str], list[str]]:
-    """Split a command line into its flags, with the word after each of `with_value`, and its KEY VALUE pairs.
-
-    argparse takes a value such as -7.5e-2 for an option, so the pairs are kept from it.
-    """
-    flags, options = [], []
-    for i, word in enumerate(words):
-        named = word.startswith("--") or word == "-h" or (i > 0 and words[i - 1] in with_value)
-        (flags if named else options).append(word)
-    return flags, options
 
 
 def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, command: str) -> Path:

@@ -20,6 +20,7 @@ from typing import IO
 from ..config.shipped import shipped
 from ..errors import UserError
 from ..run import checkpoint
+from ..terminal import Parser
 
 # sha256 of mdistiller's own files, with \n line endings, and the commit that each came with
 KNOWN = {
@@ -106,6 +107,29 @@ class Change:
     path: Path
     before: bytes | None
     after: bytes | None
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    parser = Parser(
+        "deepkd apply",
+        description="Put the plugin into a checkout of mdistiller: two lines on top of tools/train.py and of "
+        "tools/eval.py, and the plugin's configs beside mdistiller's own. All or nothing.",
+    )
+    parser.add_argument("path", metavar="PATH", type=Path, help="the checkout's root folder")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
+        "--check", action="store_true", help="change nothing; exit 0: in place, 1: not yet, 2: cannot be"
+    )
+    how.add_argument("--revert", action="store_true", help="take out what apply put in")
+    args = parser.parse(words)
+    if args.check:
+        return check(args.path)
+    if args.revert:
+        revert(args.path)
+    else:
+        apply(args.path)
+    return 0
 
 
 def apply(root: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from os.path import normpath
 from pathlib import Path
@@ -20,6 +20,7 @@ from ..hosts.host import Host
 from ..hosts.networks import weights_file
 from ..hosts.registry import TRAINERS, added_distillers, find_host, register
 from ..run.record import commit
+from ..terminal import Parser
 
 VERSIONS = ("deepkd_plugin", "torch", "torchvision", "numpy", "yacs", "tensorboardX")
 OPTIONAL = {
@@ -30,8 +31,17 @@ OPTIONAL = {
 }
 
 
+def main(words: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    parser = Parser("deepkd doctor", description="Look for what would keep a run from working.")
+    parser.add_argument(
+        "path", metavar="PATH", type=Path, nargs="?", help="a checkout of mdistiller to look into"
+    )
+    return doctor(parser.parse(words).path)
+
+
 def doctor(root: Path | None = None) -> int:
-    """Print what is here, one line each; returns 0, or 2 where the plugin could not work, with the line that mends it.
+    """Print what is here, one line each; returns 0, or 2 if the plugin could not work, with the line that mends it.
 
     root: a checkout of mdistiller to look into, instead of the host that a run here would find.
 
@@ -62,9 +72,8 @@ def _machine() -> Iterator[tuple[str, str]]:
     yield "python", f"{platform.python_version()} on {platform.system()}, {sys.executable}"
     for name in VERSIONS:
         yield name, _version(name) + (f", commit {commit()}" if name == "deepkd_plugin" else "")
-    at = device.pick()
     count = device.count()
-    yield "device", device.describe(at)
+    yield "device", device.describe(device.pick())
     yield "CUDA", f"{count} device{'' if count == 1 else 's'}" if count else "none"
     for name, purpose in OPTIONAL.items():
         there = importlib.util.find_spec(name) is not None
@@ -77,9 +86,9 @@ def _describe(host: Host) -> str:
     return f"mdistiller in {host.root}, commit {commit(host.root / 'mdistiller' / 'engine', 'cfg.py')}"
 
 
-def _registry(held: dict[str, object], ours: dict[str, object]) -> str:
-    """The host's names, ours behind a plus sign."""
-    return " ".join(f"+{name}" if name in ours else name for name in held)
+def _registry(names: dict[str, object], ours: dict[str, object]) -> str:
+    """List the host's names, ours behind a plus sign."""
+    return " ".join(f"+{name}" if name in ours else name for name in names)
 
 
 def _teachers(host: Host) -> Iterator[tuple[str, str]]:
@@ -110,13 +119,15 @@ def _data_sets(cfg: CfgNode) -> Iterator[tuple[str, str]]:
         node.TYPE = name
         try:
             # drawing it would write its cache
-            held = None if source.drawn else source.load(node, "test")
-            found = (
-                "built in, drawn when first used" if held is None else f"in place, {len(held)} test images"
+            images = None if source.drawn else source.load(node, "test")
+            text = (
+                "built in, drawn when first used"
+                if images is None
+                else f"in place, {len(images)} test images"
             )
         except UserError as error:
-            found = f"missing: {error}"
-        yield f"{name} images", found
+            text = f"missing: {error}"
+        yield f"{name} images", text
 
 
 def _version(name: str) -> str:

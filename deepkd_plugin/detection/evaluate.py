@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from .. import device
 from ..config.tree import wrong
-from ..launch import split_words
 from ..terminal import Parser, guarded
 from .average_precision import import_pycocotools
 from .data import get_detection_sets
@@ -28,10 +27,9 @@ def _main(words: list[str]) -> None:
     parser.add_argument(
         "--model", metavar="NAME", help="the network; by default the config's DISTILLER.STUDENT"
     )
-    parser.epilog = "Any number of KEY VALUE pairs sets config keys, after the file's."
-    flags, options = split_words(words, ("--cfg", "--ckpt", "--model"))
-    args = parser.parse_args(flags)
-    cfg, _ = read_config(args.cfg, options)
+    parser.add_pairs()
+    args = parser.parse(words)
+    cfg, _ = read_config(args.cfg, args.options)
     name = args.model or cfg.DISTILLER.STUDENT
     if name not in NETWORKS:
         raise wrong({"--model": "command line"}, "--model", name, f"one of {', '.join(NETWORKS)}")

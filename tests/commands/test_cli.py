@@ -68,7 +68,7 @@ def test_a_mistake_in_the_command_line_is_one_line(capsys, words, complaint):
 
 @pytest.fixture
 def doctor(monkeypatch):
-    """A module in doctor.py's place, its doctor() to be set."""
+    """A module in doctor.py's place, its main() to be set."""
     module = types.ModuleType("deepkd_plugin.commands.doctor")
     monkeypatch.setitem(sys.modules, "deepkd_plugin.commands.doctor", module)
     return module
@@ -76,7 +76,7 @@ def doctor(monkeypatch):
 
 @pytest.mark.parametrize("code", [0, 1])
 def test_a_command_s_exit_code_is_deepkd_s(doctor, monkeypatch, code):
-    doctor.doctor = lambda path: code
+    doctor.main = lambda words: code
     assert cli.main(["doctor"]) == code
     monkeypatch.setattr(sys, "argv", ["deepkd", "doctor"])
     with pytest.raises(SystemExit) as ended:
@@ -85,16 +85,16 @@ def test_a_command_s_exit_code_is_deepkd_s(doctor, monkeypatch, code):
 
 
 def test_mistakes_and_interruptions_have_codes_of_their_own(doctor, capsys):
-    def mistaken(path):
+    def mistaken(words):
         raise UserError("run.yaml: KEY is 3; it must be 4")
 
-    def interrupted(path):
+    def interrupted(words):
         raise KeyboardInterrupt
 
-    doctor.doctor = mistaken
+    doctor.main = mistaken
     assert cli.main(["doctor"]) == 2
     assert capsys.readouterr().err == "deepkd: error: run.yaml: KEY is 3; it must be 4\n"
-    doctor.doctor = interrupted
+    doctor.main = interrupted
     assert cli.main(["doctor"]) == 130
 
 
@@ -103,6 +103,14 @@ def test_python_m_is_the_same_command(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith(f"deepkd: error: {tmp_path}: has no tools/train.py; ")
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help(capsys, name):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([name, "--help"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: deepkd {name} ")
 
 
 def test_help_names_every_command(capsys):
@@ -217,10 +225,10 @@ def test_gsnr_s_mistakes_in_training_are_those_of_the_launcher(tmp_path, capsys)
         ("--methods delta0.05 --jobs 2 ablation-delta", {"table": "ablation-delta", "jobs": 2}),
         ("glyphs100 SOLVER.LR", {"options": ["SOLVER.LR"]}),
         (
-            "cifar100 --launcher slurm --slurm timeout_min=60 a=b.c --dry-run --overwrite DATASET.ROOT --x",
+            "cifar100 --launcher slurm --slurm timeout_min=60 a=b.c --dry-run --overwrite DATASET.ROOT x",
             {
                 **{"launcher": "slurm", "slurm": ["timeout_min=60", "a=b.c"], "dry_run": True},
-                **{"overwrite": True, "options": ["DATASET.ROOT", "--x"]},
+                **{"overwrite": True, "options": ["DATASET.ROOT", "x"]},
             },
         ),
         ("ablation-mask --base dkd --dataset cifar100", {"base": "dkd", "dataset": "cifar100", "slurm": ()}),

@@ -31,7 +31,7 @@ def for_stream(stream: IO[str] | None = None) -> Display:
     """Choose live lines if the stream (stdout) is a terminal that can move its cursor, plain lines elsewhere."""
     stream = stream or sys.stdout
     if stream.isatty() and os.environ.get("TERM", "dumb") != "dumb":
-        return LiveDisplay(Console(file=stream, force_terminal=True, highlight=False))
+        return LiveDisplay(Console(file=stream, force_terminal=True))
     return PlainDisplay(stream)
 
 
@@ -128,7 +128,7 @@ class LiveDisplay(PlainDisplay):
             self.left.pop(run, None)
 
     def say(self, line: str) -> None:
-        self.console.print(line, markup=False, soft_wrap=True)
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
         self.live.refresh()
 
     def close(self) -> None:

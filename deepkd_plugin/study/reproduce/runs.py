@@ -164,7 +164,7 @@ def execute(
 class _Crew:
     """Threads that take one run after another, each with its share of the machine, and train it in a process.
 
-    A process is waited for by the thread that started it: the kernel ends it when that thread is gone (worker.end_with).
+    A process is waited for by the thread that started it: if that is gone the kernel ends it (worker.end_with).
     """
 
     def __init__(
@@ -243,9 +243,9 @@ class _Crew:
             self.display.failed(run, ": ".join((tries, *lines[-1:])), again)
 
     def start(self, run: Run, attempt: int, slot: int) -> tuple[subprocess.Popen[bytes], int] | None:
-        """Start a run's process; returns it and where its part of the log begins, or None if the run is finished by now.
+        """Start a run's process; returns it and where its part of the log begins.
 
-        Raises UserError if it must not start.
+        Returns None if the run is finished by now. Raises UserError if it must not start.
         """
         _make(run.folder)
         lock = _lock(run.folder, time.monotonic() + (PATIENCE if attempt > 1 else 0.0))

@@ -27,7 +27,7 @@ class Job:
 
     code: str
     overwrite: bool
-    worker: tuple[str, ...]
+    worker: tuple[str, ...] = WORKER
 
     def __call__(self, run: Run) -> Failure | None:
         """Train a run as runs.execute does; returns None if all is well, or if another process is training it."""
@@ -57,12 +57,11 @@ def submit(
     parameters: Mapping[str, Any],
     *,
     overwrite: bool = False,
-    worker: Sequence[str] = WORKER,
 ) -> list[str]:
     """Submit the runs that are not finished as one array job, with its logs in folder/slurm; returns the jobs' numbers.
 
     parameters: submitit's, such as timeout_min, gpus_per_node, cpus_per_task, slurm_partition or
-    slurm_array_parallelism; they are for one run. worker: as for runs.execute.
+    slurm_array_parallelism; they are for one run.
 
     A second call while jobs wait or run submits again what is not finished; whichever job comes second finds the
     result or the other's lock, and ends without touching the run.
@@ -81,7 +80,7 @@ def submit(
     try:
         executor = submitit.AutoExecutor(folder / "slurm", "slurm", slurm_max_num_timeout=TIMEOUTS)
         executor.update_parameters(**{**DEFAULTS, **parameters})
-        jobs = executor.map_array(Job(code, overwrite, tuple(worker)), todo)
+        jobs = executor.map_array(Job(code, overwrite), todo)
     # submitit's for a machine without Slurm, for what Slurm refuses, and for a parameter's name, value and type
     except (RuntimeError, NameError, ValueError, AssertionError) as error:
         reason = " ".join(str(error).split())

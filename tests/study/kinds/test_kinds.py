@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from deepkd_plugin import config
 from deepkd_plugin.config.shipped import shipped
@@ -21,12 +22,11 @@ from deepkd_plugin.study.kinds import KINDS, detector_timing
 from deepkd_plugin.study.kinds import detectron2 as module
 from deepkd_plugin.study.kinds.timing import Parts
 from deepkd_plugin.study.measures import MEASURES
-from deepkd_plugin.study.report import collect
 from deepkd_plugin.study.reproduce import tables
-from deepkd_plugin.study.reproduce.display import PlainDisplay
-from deepkd_plugin.study.reproduce.plan import make_plan, problems, with_teachers, write
+from deepkd_plugin.study.reproduce.display import LiveDisplay
+from deepkd_plugin.study.reproduce.plan import make_plan, problems, with_teachers
 from deepkd_plugin.study.reproduce.runs import execute, state
-from deepkd_plugin.study.table import Run
+from deepkd_plugin.study.table import Run, Table
 
 DETECTION, DETECTRON2 = KINDS["detection"], KINDS["detectron2"]
 CANVAS = tables.find("glyph_canvas")
@@ -65,7 +65,8 @@ def test_every_kind_has_its_measures():
 def test_a_folder_of_detection_is_a_table():
     assert CANVAS.kind is DETECTION
     assert (CANVAS.pairs, CANVAS.place) == (("res20_res8",), "configs/detection/glyph_canvas")
-    rows = {method.name: method.base for method in CANVAS.methods}
+    made = make_plan(CANVAS, CANVAS.pairs, [row.name for row in CANVAS.methods], 1, [], Path("nowhere"))
+    rows = {method.name: method.base for method in made.document.methods}
     assert rows == {"vanilla": None, "kd": None, "dkd": None, "deepkd": "kd", "deepkd_dkd": "dkd"}
     assert list(rows) == ["vanilla", "kd", "dkd", "deepkd", "deepkd_dkd"]
     coco = tables.find("coco_torchvision")
@@ -85,12 +86,12 @@ def test_a_run_is_what_the_launcher_makes_of_its_config_and_options(tmp_path):
 
 
 def test_table_json_names_the_kind_and_the_report_reads_it(tmp_path):
-    write(plan(tmp_path / "out", ("vanilla", "dkd", "deepkd_dkd")))
-    held = collect.read_plan(tmp_path / "out")
-    assert (held["name"], held["kind"], held["metric"]) == ("glyph_canvas", "detection", "AP (%)")
-    (pair,) = held["pairs"]
+    plan(tmp_path / "out", ("vanilla", "dkd", "deepkd_dkd")).document.write()
+    table = Table.read(tmp_path / "out")
+    assert (table.name, table.kind, table.metric) == ("glyph_canvas", "detection", "AP (%)")
+    (pair,) = table.pairs
     assert pair.label == "fasterrcnn_resnet20_fpn → fasterrcnn_resnet8_fpn"
-    labels = [(m.name, m.label, m.base) for m in held["methods"]]
+    labels = [(m.name, m.label, m.base) for m in table.methods]
     assert labels == [
         ("vanilla", "student alone", None),
         ("dkd", "DKD", None),
@@ -101,7 +102,7 @@ def test_table_json_names_the_kind_and_the_report_reads_it(tmp_path):
 
 
 def test_a_table_of_the_first_kind_is_written_as_before(tmp_path):
-    write(plan(tmp_path / "out", table=tables.find("glyphs100")))
+    plan(tmp_path / "out", table=tables.find("glyphs100")).document.write()
     assert "kind" not in json.loads((tmp_path / "out" / "table.json").read_text())
 
 
@@ -249,14 +250,13 @@ def test_a_kind_s_own_checkpoint_says_that_a_run_can_go_on(tmp_path, fake_states
 def test_what_is_shown_of_a_run_is_its_ap(tmp_path, fake_states, capsys):
     run = fake(tmp_path, "detection", fake_states)
     run.folder.mkdir(parents=True)
-    told = PlainDisplay(sys.stdout)
-    told.begin([run], 0)
-    told.started(run, resumed=False)
+    live = LiveDisplay(Console(width=80))
+    live.begin([run], 0)
+    live.started(run, resumed=False)
     lines = [{"epoch": e, "test_ap": ap, "test_acc": 99.0} for e, ap in ((1, 40.0), (2, 35.0))]
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    progress = told.running[run]
-    progress.read()
-    assert (progress.last, progress.best) == (35.0, 40.0)
+    Console(width=80).print(live.view())
+    assert " 2/4  35.00  40.00 " in capsys.readouterr().out
 
 
 # mdistiller's detectors
@@ -348,10 +348,10 @@ def test_coco_has_the_paper_s_pairs_and_its_rows_with_their_bases(checkout, tmp_
     assert len(review) == 3
     assert len(set(review)) == 1
     assert {cfg.SOLVER.IMS_PER_BATCH for cfg in made.cfgs.values()} == {16}
-    write(made)
-    held = collect.read_plan(tmp_path / "out")
-    assert held["kind"] == "detectron2"
-    assert held["pairs"][0].label == "ResNet101 → ResNet18"
+    made.document.write()
+    written = Table.read(tmp_path / "out")
+    assert written.kind == "detectron2"
+    assert written.pairs[0].label == "ResNet101 → ResNet18"
     entry = json.loads((tmp_path / "out/table.json").read_text())["runs"][0]
     assert entry["config"] == "detection/configs/DeepKD/KD-R18-R101.yaml"
     assert entry["options"] == ["SOLVER.IMS_PER_BATCH", "16"]

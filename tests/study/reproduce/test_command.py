@@ -1,6 +1,7 @@
 """`deepkd reproduce`: what it shows, what it starts, how it ends. Nothing is trained here."""
 
 import json
+import shutil
 import signal
 import sys
 import types
@@ -9,10 +10,10 @@ import pytest
 
 from deepkd_plugin import device
 from deepkd_plugin.commands import cli
+from deepkd_plugin.config.shipped import shipped
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.run import record
-from deepkd_plugin.study.kinds import timing
-from deepkd_plugin.study.kinds.timing import Parts
+from deepkd_plugin.study.kinds.classification import Classification
 from deepkd_plugin.study.reproduce import command, display, runs, slurm
 from deepkd_plugin.study.reproduce.runs import Failure
 
@@ -52,8 +53,7 @@ def calls(monkeypatch, tmp_path, data_root):
     module = types.ModuleType("deepkd_plugin.study.report")
     module.report = made.report
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(timing, "measure", lambda host, cfg, threads: Parts(0.0, 0.005, 0.005))
-    monkeypatch.setattr(timing, "loading_seconds", lambda cfg: 0.0)
+    monkeypatch.setattr(Classification, "seconds", lambda kind, cfgs, threads: [100.0 for _ in cfgs])
     monkeypatch.setattr(device, "count", lambda: 0)
     return made
 
@@ -183,7 +183,7 @@ def test_a_finished_table_needs_neither_data_nor_an_estimate(reproduce, calls, c
     reproduce(*GLYPHS)
     for run in calls.executed[0][0]:
         finish(run)
-    monkeypatch.setattr(timing, "measure", None)
+    monkeypatch.setattr(Classification, "seconds", None)
     code, out, err = reproduce(*GLYPHS)
     assert (code, err) == (0, "")
     assert entry(out, "runs") == "4 finished"
@@ -257,6 +257,24 @@ def test_a_gain_without_its_base_is_warned_of(reproduce, calls):
     assert "warning" not in out
     _, out, _ = reproduce(*words, "deepkd")
     assert "warning" not in out  # the call before has it
+
+
+def test_deepkd_over_a_method_without_a_row_is_warned_of(reproduce, calls, tmp_path):
+    """A folder of a user's own, with DeepKD over DKD, which no file of it trains by itself."""
+    folder = tmp_path / "mine"
+    (folder / "a_b").mkdir(parents=True)
+    for name in ("kd", "deepkd_dkd"):
+        shutil.copy(shipped("configs") / "glyphs100" / "res20_res8" / f"{name}.yaml", folder / "a_b")
+    code, out, err = reproduce("reproduce", str(folder), "--seeds", "1")
+    assert (code, err) == (0, "")
+    assert entry(out, "table").startswith("mine, top-1 (%): 1 pair × 2 methods × 1 seed = 2 runs")
+    assert entry(out, "warning") == (
+        "DKD, the base of deepkd_dkd, has no row of its own in the table: there will be no gain over it"
+    )
+    assert entry(out, "folder") == "output/mine"
+    table = json.loads((tmp_path / "output" / "mine" / "table.json").read_text())
+    assert {row["name"]: row["base"] for row in table["methods"]} == {"kd": None, "deepkd_dkd": None}
+    assert table["runs"][0]["config"] == f"{folder}/a_b/kd.yaml"
 
 
 def test_a_gsnr_window_that_never_fills_is_refused(reproduce, calls):

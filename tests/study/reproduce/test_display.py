@@ -1,83 +1,22 @@
-"""What a table's runs look like while they are made, on a screen of 80 columns and in a log."""
+"""What a table's runs look like while they are made, in a terminal and in a log."""
 
 import io
 import json
 import os
-import re
+import time
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
-from deepkd_plugin.study.reproduce import display as module
 from deepkd_plugin.study.reproduce.display import Display, LiveDisplay, PlainDisplay, for_stream
 
 
-class Screen:
-    """A terminal: what is on it after text with the few control sequences that a display may use."""
-
-    def __init__(self, columns=80, rows=24):
-        self.columns, self.rows = columns, rows
-        self.lines, self.row, self.column = [""], 0, 0
-
-    def feed(self, text):
-        for part in re.findall(r"\x1b\[\d*[A-Za-z]|[^\x1b]", text):
-            if part == "\r":
-                self.column = 0
-            elif part == "\n":
-                self._down()
-            elif part == "\x1b[J":
-                assert self.column == 0
-                self.lines = [*self.lines[: self.row], ""]
-            elif part.endswith("A"):
-                self.row -= int(part[2:-1])
-                assert self.row >= 0
-                assert len(self.lines) - self.row <= self.rows
-            else:
-                assert part[0] != "\x1b", repr(part)
-                if self.column == self.columns:
-                    self._down()
-                line = self.lines[self.row]
-                self.lines[self.row] = line[: self.column] + part + line[self.column + 1 :]
-                self.column += 1
-
-    def _down(self):
-        self.row, self.column = self.row + 1, 0
-        self.lines += [""] * (self.row == len(self.lines))
-
-    def narrow(self, columns):
-        """Wrap what is too long, as terminals do when their window is made narrower."""
-        kept = []
-        for line in self.lines:
-            kept += [line[i : i + columns] for i in range(0, max(len(line), 1), columns)]
-        self.lines, self.columns = kept, columns
-        self.row, self.column = len(kept) - 1, len(kept[-1])
-
-
-class Stream(io.StringIO):
-    """A terminal as a stream."""
-
+class Terminal(io.StringIO):
     encoding = "utf-8"
-
-    def __init__(self, screen):
-        super().__init__()
-        self.screen = screen
-
-    def write(self, text):
-        self.screen.feed(text)
-
-    def fileno(self):
-        return 99
 
     def isatty(self):
         return True
-
-
-@pytest.fixture
-def screen(monkeypatch):
-    made = Screen()
-    size = lambda fd: os.terminal_size((made.columns, made.rows))  # noqa: E731
-    monkeypatch.setattr(module.os, "get_terminal_size", size)
-    return made
 
 
 @pytest.fixture
@@ -87,12 +26,28 @@ def clock(monkeypatch):
     class Clock:
         now = 1000.0
 
-        def monotonic(self):
-            return self.now
+    monkeypatch.setattr(time, "monotonic", lambda: Clock.now)
+    return Clock
 
-    made = Clock()
-    monkeypatch.setattr(module, "time", made)
-    return made
+
+@pytest.fixture
+def live(clock):
+    """A display on a terminal of 80 columns; live.lines() is what it shows of its runs."""
+    terminal = Terminal()
+    console = Console(
+        file=terminal, force_terminal=True, width=80, height=24, get_time=lambda: clock.now, _environ={}
+    )
+    made = LiveDisplay(console)
+
+    def lines(width=80, height=24):
+        console.size = (width, height)
+        page = Console(file=io.StringIO(), width=width, height=height)
+        page.print(made.view(), end="")
+        return [line.rstrip() for line in page.file.getvalue().splitlines()]
+
+    made.lines, made.terminal = lines, terminal
+    yield made
+    made.close()
 
 
 def train(run, *accuracies, **entries):
@@ -108,30 +63,22 @@ def train(run, *accuracies, **entries):
 
 
 def finish(run, minutes):
-    train(run, 50.0, 60.0, 62.5, 61.25)
-    result = {"best": 62.5, "last": 61.25}
-    (run.folder / "run.json").write_text(json.dumps({"result": result, "minutes": minutes}))
+    train(run, 50.0, 60.0, 62.5, 61.25, result={"best": 62.5, "last": 61.25}, minutes=minutes)
 
 
-def show(live, clock, seconds=1.0):
-    clock.now += seconds
-    live.refresh()
-    return [line.rstrip() for line in live.stream.screen.lines]
-
-
-def test_a_terminal_gets_live_lines_and_a_log_plain_ones(screen, monkeypatch):
+def test_a_terminal_gets_live_lines_and_a_log_plain_ones(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
-    assert type(for_stream(Stream(screen))) is LiveDisplay
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert type(for_stream(Terminal())) is LiveDisplay
     assert type(for_stream(io.StringIO())) is PlainDisplay
     monkeypatch.setenv("TERM", "dumb")
-    assert type(for_stream(Stream(screen))) is PlainDisplay
+    assert type(for_stream(Terminal())) is PlainDisplay
 
 
 def test_nothing_is_shown_without_a_display(fake_run, capsys):
     nothing = Display()
     nothing.begin([fake_run()], 0)
     nothing.started(fake_run(), False)
-    nothing.refresh()
     nothing.failed(fake_run(), "exit code 1", False)
     nothing.finished(fake_run())
     nothing.close()
@@ -144,7 +91,6 @@ def test_plain_lines(fake_run):
     plain.begin(runs, 3)
     plain.started(runs[0], resumed=False)
     plain.started(runs[1], resumed=True)
-    plain.refresh()
     finish(runs[1], 130.0)
     plain.finished(runs[1])
     plain.failed(runs[0], "exit code 1, try 1 of 3: the reason", again=True)
@@ -158,126 +104,107 @@ def test_plain_lines(fake_run):
     ]
 
 
-def test_live_lines(fake_run, screen, clock):
+def test_live_lines(fake_run, live, clock):
     runs = [fake_run(seed) for seed in range(3)]
-    live = LiveDisplay(Stream(screen))
     live.begin(runs, 1)
     live.started(runs[0], resumed=False)
-    train(runs[1], 40.0, minutes=2.0)
+    train(runs[1], 40.0)
     live.started(runs[1], resumed=True)
-    assert show(live, clock, 60) == [
-        "1 of 4 runs were finished before",
-        "run                 epoch    test    best     time     left",
-        "pair kd seed 0        0/4       -       -    1 min        -",
-        "pair kd seed 1        1/4   40.00   40.00    3 min        -",
-        "━━━━━━━─────────────────  1 of 4 runs   1 min",
+    clock.now += 60
+    assert live.lines() == [
+        "run                 epoch   test   best    time    left",
+        "pair kd   seed 0      0/4      -      -   1 min       -",
+        "pair kd   seed 1      1/4  40.00  40.00   1 min       -",
+        "━━━━━━━╸                  1 of 4 runs   1 min",  # colours draw the rest of the bar
     ]
     train(runs[0], 50.0)
     train(runs[1], 40.0, 30.0)
-    show(live, clock, 60)
-    # a half minute after its first epoch, which took 2 minutes, run 0 has 5.5 left; 9 epochs of all are ahead, of
-    # which 2.5 minutes made 2
-    assert show(live, clock, 30) == [
-        "1 of 4 runs were finished before",
-        "run                 epoch    test    best     time     left",
-        "pair kd seed 0        1/4   50.00   50.00    2 min    6 min",
-        "pair kd seed 1        2/4   30.00   40.00    4 min    4 min",
-        "━━━━━━━━━━──────────────  1 of 4 runs   2 min   11 min left",
+    clock.now += 60
+    # each makes an epoch in two minutes; together they make one a minute, and 9 are left
+    assert live.lines() == [
+        "run                 epoch   test   best    time    left",
+        "pair kd   seed 0      1/4  50.00  50.00   2 min   6 min",
+        "pair kd   seed 1      2/4  30.00  40.00   2 min   4 min",
+        "━━━━━━━━━━╸               1 of 4 runs   2 min   9 min left",
     ]
-    live.failed(runs[1], "exit code 1, try 3 of 3: the reason", again=False)
+    live.failed(runs[1], "exit code 1, try 3 of 3: [the] reason", again=False)
     finish(runs[0], 8.0)
+    clock.now += 60
     live.finished(runs[0])
-    assert show(live, clock) == [
-        "1 of 4 runs were finished before",
-        "failed    pair kd seed 1: exit code 1, try 3 of 3: the reason",
-        "finished  pair kd seed 0: best 62.50, last 61.25, 8 min",
-        "━━━━━━━━━━━━────────────  2 of 4 runs   1 failed   3 min   2 min left",
-    ]
+    # 4 of run 0 and 1 of run 1 in three minutes, and run 2 is left
+    assert live.lines() == ["━━━━━━━━━━━━              2 of 4 runs   1 failed   3 min   2 min left"]
     live.close()
-    assert [line.rstrip() for line in screen.lines[-2:]] == [
-        "━━━━━━━━━━━━────────────  2 of 4 runs   1 failed   3 min   2 min left",
-        "",
-    ]
-    assert (screen.row, screen.column) == (4, 0)
+    written = live.terminal.getvalue()
+    for line in (
+        "1 of 4 runs were finished before\n",
+        "failed    pair kd seed 1: exit code 1, try 3 of 3: [the] reason\n",
+        "finished  pair kd seed 0: best 62.50, last 61.25, 8 min, 2 of 4 runs\n",
+    ):
+        assert line in written
+    assert "\x1b[2K" in written  # it is redrawn in place
+    assert written.endswith("2 min left\n\x1b[?25h")  # the bar stays, and the cursor is there again
 
 
-@pytest.mark.parametrize("columns", [20, 50, 80, 200])
-def test_live_lines_fit_the_window(fake_run, screen, clock, columns):
-    screen.columns = columns
-    runs = [fake_run(seed) for seed in range(3)]
-    live = LiveDisplay(Stream(screen))
+def test_a_run_that_is_tried_again_goes_on_with_its_epochs(fake_run, live, clock):
+    live.begin([fake_run()], 0)
+    live.started(fake_run(), resumed=False)
+    clock.now += 60
+    train(fake_run(), 10.0, 20.0)
+    live.failed(fake_run(), "exit code 1", again=True)
+    assert live.lines() == ["                          0 of 1 runs   1 min   1 min left"]
+    live.started(fake_run(), resumed=True)
+    assert "  2/4  " in live.lines()[1]
+    assert live.lines()[-1].endswith("1 min   1 min left")
+
+
+@pytest.mark.parametrize("width", [50, 60, 80, 200])
+def test_live_lines_fit_the_window(fake_run, live, width):
+    runs = [replace(fake_run(seed), pair="res32x4_wrn_40_2", method="deepkd_crld") for seed in range(3)]
     live.begin(runs, 0)
     for run in runs:
         live.started(run, resumed=False)
         train(run, 10.0)
-    for _ in range(3):
-        lines = show(live, clock)
-        assert len(lines) == 5
-        assert max(map(len, lines)) < columns
-    assert lines[1].startswith("pair kd seed 0")
+    lines = live.lines(width)
+    assert len(lines) == 5
+    assert max(map(len, lines)) < width
+    assert ["seed 0" in lines[1], "seed 2" in lines[3]] == [True, True]  # what tells runs apart
 
 
-def test_a_window_that_becomes_narrower_keeps_nothing_of_before(fake_run, screen, clock):
-    live = LiveDisplay(Stream(screen))
-    live.begin([fake_run()], 0)
-    live.started(fake_run(), resumed=False)
-    show(live, clock)
-    screen.narrow(40)
-    assert len(show(live, clock)) == 3
-
-
-def test_more_runs_than_rows(fake_run, screen, clock):
-    screen.rows = 5
+def test_more_runs_than_rows(fake_run, live):
     runs = [fake_run(seed) for seed in range(6)]
-    live = LiveDisplay(Stream(screen))
     live.begin(runs, 0)
     for run in runs:
         live.started(run, resumed=False)
-    lines = show(live, clock)
+    lines = live.lines(height=6)
     assert len(lines) == 4
     assert "4 more running" in lines[-1]
 
 
-def test_a_long_name_keeps_its_seed(fake_run, screen, clock):
-    run = replace(fake_run(12), pair="res32x4_wrn_40_2", method="deepkd_crld_and_more")
-    live = LiveDisplay(Stream(screen))
-    live.begin([run], 0)
-    live.started(run, resumed=False)
-    assert show(live, clock)[1].startswith("res32x4_wrn_40_2 deepkd_c… seed 12  ")
-
-
-def test_the_record_of_a_run_that_is_replaced_does_not_count(fake_run, screen, clock):
+def test_the_record_of_a_run_that_is_replaced_does_not_count(fake_run, live):
     run = fake_run()
     train(run, 80.0, 90.0)
-    live = LiveDisplay(Stream(screen))
     live.begin([run], 0)
     live.started(run, resumed=False)
-    assert "0/4       -       -" in show(live, clock)[1]
+    assert "0/4      -      -" in live.lines()[1]
     train(run, 10.0)
-    assert "1/4   10.00   10.00" in show(live, clock)[1]
+    assert "1/4  10.00  10.00" in live.lines()[1]
 
 
-def test_a_stream_without_such_characters(fake_run, screen, clock):
-    stream = Stream(screen)
-    stream.encoding = "ascii"
-    live = LiveDisplay(stream)
-    live.begin([fake_run()], 1)
-    (line,) = show(live, clock)[1:]
-    assert line.startswith("============------------  1 of 2 runs")
+def test_a_record_that_is_being_written_is_read_later(fake_run, live):
+    live.begin([fake_run()], 0)
+    live.started(fake_run(), resumed=False)
+    train(fake_run(), 10.0)
+    (fake_run().folder / "metrics.jsonl").write_text('{"epoch": 1, "test')
+    assert " 0/4 " in live.lines()[1]
 
 
-def test_a_window_of_unknown_size(fake_run, clock, monkeypatch):
-    screen = Screen()
-    for size in (lambda fd: os.terminal_size((0, 0)), lambda fd: os.close(-1)):
-        monkeypatch.setattr(module.os, "get_terminal_size", size)
-        live = LiveDisplay(Stream(screen))
-        live.begin([fake_run()], 0)
-        assert "0 of 1 runs" in show(live, clock)[-1]
-
-
-@pytest.mark.parametrize(
-    ("minutes", "text"),
-    [(None, "-"), (0.5, "30 s"), (2.4, "2 min"), (99.4, "99 min"), (150, "2.5 h"), (9000, "6.2 d")],
-)
-def test_durations(minutes, text):
-    assert module._duration(minutes) == text
+def test_a_terminal_without_such_characters(fake_run, clock):
+    terminal = Terminal()
+    terminal.encoding = "ascii"
+    console = Console(file=terminal, force_terminal=True, width=30, height=24, _environ={})
+    live = LiveDisplay(console)
+    run = replace(fake_run(), method="deepkd_crld_and_more")
+    live.begin([run], 1)
+    live.started(run, resumed=False)
+    live.close()
+    assert terminal.getvalue().isascii()

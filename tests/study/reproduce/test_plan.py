@@ -2,8 +2,10 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from deepkd_plugin import config, data
@@ -12,9 +14,9 @@ from deepkd_plugin.errors import UserError
 from deepkd_plugin.hosts import registry
 from deepkd_plugin.launch import experiment_name, read_config
 from deepkd_plugin.run import record
-from deepkd_plugin.study.report import collect
 from deepkd_plugin.study.reproduce import tables
-from deepkd_plugin.study.reproduce.plan import make_plan, problems, write
+from deepkd_plugin.study.reproduce.plan import make_plan, problems
+from deepkd_plugin.study.table import Table
 
 GLYPHS = tables.find("glyphs100")
 PAIR = GLYPHS.pairs
@@ -42,7 +44,7 @@ def keys(runs):
 
 def planned(out):
     """The runs of table.json as the report reads them: (method, seed) -> hash."""
-    return {(run.method, run.seed): run.hash for run in collect.read_plan(out)["runs"]}
+    return {(run.method, run.seed): run.hash for run in Table.read(out).runs}
 
 
 def test_a_run_is_what_the_launcher_makes_of_its_config_and_options(out):
@@ -74,15 +76,15 @@ def test_the_hash_is_of_what_is_computed_alone(out):
 
 def test_table_json_is_what_the_report_reads(out):
     made = make(out, ("vanilla", "kd", "deepkd"), options=["DATASET.ROOT", "x"])
-    write(made)
-    held = collect.read_plan(out)
-    assert (held["name"], held["dataset"], held["metric"]) == ("glyphs100", "glyphs100", "top-1 (%)")
-    assert held["seeds"] == (0, 1)
-    assert [(p.name, p.teacher, p.student) for p in held["pairs"]] == [("res20_res8", "resnet20", "resnet8")]
-    rows = [(m.name, m.label, m.base) for m in held["methods"]]
+    made.document.write()
+    table = Table.read(out)
+    assert (table.name, table.dataset, table.metric) == ("glyphs100", "glyphs100", "top-1 (%)")
+    assert (table.seeds, table.options) == ((0, 1), {"DATASET.ROOT": "x"})
+    assert [(p.name, p.teacher, p.student) for p in table.pairs] == [("res20_res8", "resnet20", "resnet8")]
+    rows = [(m.name, m.label, m.base) for m in table.methods]
     assert rows[0] == ("vanilla", "student alone", None)
     assert rows[1:] == [("kd", "KD", None), ("deepkd", "KD + DeepKD + DTM", "kd")]
-    assert [(r.method, r.seed, r.hash, r.epochs, r.folder) for r in held["runs"]] == [
+    assert [(r.method, r.seed, r.hash, r.epochs, r.folder) for r in table.runs] == [
         (r.method, r.seed, r.hash, r.epochs, r.folder) for r in made.runs
     ]
     entry = json.loads((out / "table.json").read_text())["runs"][0]
@@ -93,52 +95,53 @@ def test_table_json_is_what_the_report_reads(out):
 
 
 def test_another_call_extends_the_table_and_runs_only_its_own(out):
-    write(make(out, ("deepkd",), seeds=1))
+    make(out, ("deepkd",), seeds=1).document.write()
     made = make(out, ("kd",), seeds=3)
     assert keys(made.runs) == [("kd", 0), ("kd", 1), ("kd", 2)]
     assert made.replaced == 0
-    write(made)
+    made.document.write()
     assert list(planned(out)) == [("kd", 0), ("kd", 1), ("kd", 2), ("deepkd", 0)]
-    assert collect.read_plan(out)["seeds"] == (0, 1, 2)
-    write(make(out, ("kd",), seeds=1))
+    assert Table.read(out).seeds == (0, 1, 2)
+    make(out, ("kd",), seeds=1).document.write()
     assert len(planned(out)) == 4
 
 
 def test_runs_whose_config_changed_are_replaced_for_as_long_as_it_is_another(out):
-    write(make(out))
+    make(out).document.write()
     before = planned(out)
     made = make(out, ("kd",), seeds=1, options=["SOLVER.EPOCHS", "2"])
     assert keys(made.runs) == [("kd", 0)]
     assert made.replaced == 4  # one protocol for the whole table
-    write(made)
+    made.document.write()
     now = planned(out)
     assert now.keys() == before.keys()
     assert not set(now.values()) & set(before.values())
-    assert {run.epochs for run in collect.read_plan(out)["runs"]} == {2}
+    assert {run.epochs for run in Table.read(out).runs} == {2}
     assert make(out, ("kd",), seeds=1, options=["SOLVER.EPOCHS", "2"]).replaced == 0
-    write(make(out, ("kd",), seeds=1))
+    make(out, ("kd",), seeds=1).document.write()
     assert planned(out) == before
 
 
 def test_a_pair_that_is_no_longer_shipped_leaves_the_table(out):
-    write(make(out))
+    make(out).document.write()
     held = json.loads((out / "table.json").read_text())
     held["runs"].append(held["runs"][0] | {"pair": "gone"})
+    held["pairs"].append(held["pairs"][0] | {"name": "gone"})
     (out / "table.json").write_text(json.dumps(held))
     made = make(out)
     assert made.replaced == 1
-    write(made)
-    assert {run.pair for run in collect.read_plan(out)["runs"]} == {"res20_res8"}
+    made.document.write()
+    assert {run.pair for run in Table.read(out).runs} == {"res20_res8"}
 
 
 def test_another_table_s_folder_is_refused(out):
-    write(make(out))
+    make(out).document.write()
     cpu = tables.find("cifar100_cpu")
     line = complaint(make, out, table=cpu, pairs=cpu.pairs)
     assert line == f"{out}: --out holds the table glyphs100; give another for cifar100_cpu"
     over_kd, over_dkd = (tables.find("ablation-delta", base) for base in ("kd", "dkd"))
     there = out.with_name("delta")
-    write(make(there, ["delta0"], table=over_kd))
+    make(there, ["delta0"], table=over_kd).document.write()
     line = complaint(make, there, ["delta0"], table=over_dkd)
     assert line == (
         f"{there}: --out holds the table ablation-delta over kd on glyphs100; give another for ablation-delta over "
@@ -152,16 +155,19 @@ def test_a_damaged_plan_is_told(out, content):
     (out / "table.json").write_text(content)
     line = complaint(make, out)
     path = out / "table.json"
-    assert line.startswith(f"{path}: must be the plan that deepkd reproduce wrote there, and is damaged")
+    assert line.startswith(f"{path}: must be the plan of a table (")
+    assert line.endswith("); give another --out, or delete it: the runs beside it are found again")
 
 
 def test_a_folder_that_cannot_be_is_told(out, monkeypatch):
     out.write_text("a file")
-    assert complaint(make, out) == f"{out}: --out must be a folder (Not a directory)"
+    assert complaint(make, out) == f"{out}: --out must be a folder"
     out.unlink()
     made = make(out)
     out.write_text("a file")
-    assert complaint(write, made) == f"{out}: --out must be a folder that can be written (File exists)"
+    assert (
+        complaint(made.document.write) == f"{out}: --out must be a folder that can be written (File exists)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -197,7 +203,7 @@ def test_a_row_that_the_config_check_refuses_is_named(out):
 
 
 def test_methods_that_the_chosen_pairs_do_not_have(out, monkeypatch):
-    monkeypatch.setattr(tables.Table, "file", lambda table, pair, method: None)
+    monkeypatch.setattr(tables.Outline, "file", lambda table, pair, method: None)
     line = complaint(make, out)
     assert line == ("command line: --methods is kd deepkd; configs/glyphs100 has none of them for res20_res8")
 
@@ -256,9 +262,15 @@ def test_a_teacher_that_the_zoo_has_no_file_of(out, tmp_path, monkeypatch):
 
 def test_a_look_neither_draws_nor_fetches(out, tmp_path, monkeypatch):
     asked = []
-    drawn = [], []
-    monkeypatch.setattr(data.glyphs, "load_glyphs100", lambda root, split: asked.append(split) or drawn)
-    monkeypatch.setattr(data.cifar100, "_fetch", lambda root: asked.append("fetched"))
+
+    def read(root, split):
+        asked.append(split)
+        return np.zeros((1, 32, 32, 3), np.uint8), [0]
+
+    glyphs, cifar100 = data.DATASETS["glyphs100"], data.DATASETS["cifar100"]
+    monkeypatch.setitem(data.DATASETS, "glyphs100", replace(glyphs, read=read))
+    fetching = replace(cifar100, fetch=lambda root: asked.append("fetched"))
+    monkeypatch.setitem(data.DATASETS, "cifar100", fetching)
     made = make(out, options=["DATASET.ROOT", str(tmp_path)])
     assert problems(made, made.runs, prepare=False) == []
     assert asked == []

@@ -9,7 +9,7 @@ import pytest
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.run import record
 from deepkd_plugin.study.reproduce import reuse, tables
-from deepkd_plugin.study.reproduce.plan import make_plan, write
+from deepkd_plugin.study.reproduce.plan import make_plan
 from deepkd_plugin.study.reproduce.runs import execute, locked, state
 
 CODE = record.code_hash()
@@ -18,7 +18,7 @@ CODE = record.code_hash()
 def plan(table, out, methods, seeds=1, **of):
     found = tables.find(table, **of)
     made = make_plan(found, found.pairs, methods, seeds, [], out)
-    write(made)
+    made.document.write()
     return made.runs
 
 
@@ -143,7 +143,7 @@ def test_a_copy_that_is_cut_short_is_no_run(tmp_path, glyphs, monkeypatch, cut):
     broken = {
         "clearing": (shutil, "rmtree"),
         "copying": (shutil, "copytree"),
-        "recording": (reuse, "write_whole"),
+        "recording": (record, "write_run"),
     }
     with monkeypatch.context() as patch:
         patch.setattr(*broken[cut], full)

@@ -1,19 +1,21 @@
 """Runs as processes: what is left on disk, who is at work, what failed, and killing the command at any moment."""
 
 import contextlib
+import fcntl
 import importlib.util
 import json
 import os
 import random
 import select
 import signal
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from deepkd_plugin import launch
+from deepkd_plugin import device, launch
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.hosts.registry import find_host
 from deepkd_plugin.run import checkpoint, record
@@ -194,25 +196,15 @@ def test_a_record_of_another_form_is_no_run(fake_run):
     assert state(run) == "new"
 
 
-def test_files_changed_after_the_start_are_told_of(fake_run, monkeypatch):
+def test_files_changed_after_the_start_are_told_of(fake_run):
     """A process that loaded other code than the command did leaves a run that does not count, and the reason."""
-    run = fake_run()
-    done = state_until_the_end(run)
-    told = Told()
-    monkeypatch.setattr(module, "state", done)
-    (failure,) = execute([run], 1, display=told, attempts=1, worker=fake_run.worker)
-    assert failure.lines == ("made by other code",)
-
-
-def state_until_the_end(run):
-    """`state` as it is until the run ends, and then that of a run of other code."""
-
-    def held(asked, *rest):
-        if (run.folder / "run.json").exists():
-            raise module.OtherCodeError("made by other code")
-        return "new"
-
-    return held
+    other = "import os, sys; words = sys.argv[1:]; words[words.index('--cfg') - 3] = 'other'; os.execv(words[0], words)"
+    worker = (sys.executable, "-c", other, *fake_run.worker)
+    (failure,) = execute([fake_run()], 1, attempts=1, worker=worker)
+    assert failure.code == 0
+    assert failure.lines[0].startswith(
+        f"{fake_run().folder}: the run there was made by other code (other; now "
+    )
 
 
 def test_a_process_that_ends_well_without_a_result_has_failed(fake_run):
@@ -260,7 +252,7 @@ def test_threads_are_shared_out(fake_run, monkeypatch):
     ],
 )
 def test_gpus_are_shared_out(fake_run, monkeypatch, count, named, jobs, expected):
-    monkeypatch.setattr(module.device, "count", lambda: count)
+    monkeypatch.setattr(device, "count", lambda: count)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if named is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
@@ -270,7 +262,7 @@ def test_gpus_are_shared_out(fake_run, monkeypatch, count, named, jobs, expected
 
 
 def test_a_gpu_goes_to_the_next_run_when_it_is_free(fake_run, monkeypatch):
-    monkeypatch.setattr(module.device, "count", lambda: 2)
+    monkeypatch.setattr(device, "count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     runs = [fake_run(0, SECONDS="0.5"), fake_run(1), fake_run(2)]
     execute(runs, 2, worker=fake_run.worker)
@@ -360,14 +352,14 @@ def wait_for(condition, seconds=20.0):
 
 
 def is_free(run):
-    with contextlib.suppress(HeldError):
-        os.close(module._lock(run.folder))
+    with contextlib.suppress(HeldError), locked(run.folder):
         return True
     return False
 
 
 def test_a_lock_is_not_inherited_by_a_process_that_outlives_its_holder(tmp_path):
-    lock = module._lock(tmp_path)
+    lock = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(lock, fcntl.LOCK_EX)
     read_end, write_end = os.pipe()
 
     def holder():
@@ -431,6 +423,20 @@ def test_a_process_that_does_not_end_is_killed(fake_run, monkeypatch):
     wait_for(lambda: (run.folder / "env.json").exists())
     os.kill(pid, signal.SIGTERM)
     assert ended(pid) == 143
+    assert is_free(run)
+
+
+def test_a_second_ctrl_c_does_not_wait(fake_run):
+    run = fake_run(SECONDS="60", DEAF="")
+    pid = command([run], 1, worker=fake_run.worker)
+    wait_for(lambda: (run.folder / "env.json").exists())
+    started = time.monotonic()
+    os.kill(pid, signal.SIGINT)
+    time.sleep(0.5)
+    assert os.waitpid(pid, os.WNOHANG) == (0, 0)  # it gives the process its time
+    os.kill(pid, signal.SIGINT)
+    assert ended(pid) == 130
+    assert time.monotonic() - started < module.GRACE / 2
     assert is_free(run)
 
 

@@ -32,38 +32,27 @@ def test_without_submitit(fake_run, tmp_path, monkeypatch):
         submit([fake_run()], tmp_path, {})
 
 
+def results(runs, folder, worker):
+    """What the jobs of these runs return, as submitit runs them here."""
+    import submitit
+
+    executor = submitit.AutoExecutor(folder / "slurm", "local")
+    return [job.result() for job in executor.map_array(Job(record.code_hash(), False, worker), runs)]
+
+
 @needs_submitit
-def test_runs_on_the_local_executor(fake_run, tmp_path):
-    runs = [fake_run(0), fake_run(1), fake_run(2, FAIL="2:1")]
-    assert execute(runs[:1], 1, worker=fake_run.worker) == []
-    before = (runs[0].folder / "run.json").stat().st_mtime_ns
-    (failure,) = submit(runs, tmp_path, {}, cluster="local", wait=True, worker=fake_run.worker)
-    assert (failure.run, failure.code, failure.attempts) == (runs[2], 2, 1)
+def test_jobs_train_their_runs(fake_run, tmp_path):
+    runs = [fake_run(0), fake_run(1, FAIL="2:1")]
+    well, failure = results(runs, tmp_path, fake_run.worker)
+    assert well is None
+    assert (failure.run, failure.code, failure.attempts) == (runs[1], 2, 1)
     assert failure.lines == ("from epoch 0", "the reason")
-    assert [state(run) for run in runs] == ["finished", "finished", "resumable"]
-    assert (runs[0].folder / "run.json").stat().st_mtime_ns == before
+    assert [state(run) for run in runs] == ["finished", "resumable"]
     logs = [path.read_text() for path in (tmp_path / "slurm").glob("*.out")]
-    assert len(logs) == 2  # the finished run has no job
-    assert sum("finished  pair kd seed 1: best " in text for text in logs) == 1
+    assert sum("finished  pair kd seed 0: best " in text for text in logs) == 1
     # the rest is one call more
-    (number,) = submit(runs, tmp_path, {}, cluster="local", worker=fake_run.worker)
-    assert number.isdigit()
-    deadline = time.monotonic() + 60
-    while state(runs[2]) != "finished":
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    assert submit(runs, tmp_path, {}, cluster="local", wait=True, worker=fake_run.worker) == []
-    assert submit(runs, tmp_path, {}, cluster="local", worker=fake_run.worker) == []
-
-
-@needs_submitit
-@pytest.mark.slow
-def test_a_job_that_is_lost_is_a_failure(fake_run, tmp_path):
-    run = fake_run()
-    killer = (sys.executable, "-c", "import os; os.kill(os.getppid(), 9)")
-    (failure,) = submit([run], tmp_path, {}, cluster="local", wait=True, worker=killer)
-    assert (failure.run, failure.code) == (run, 1)
-    assert any("has not produced any output" in line for line in failure.lines), failure.lines
+    assert results(runs[1:], tmp_path, fake_run.worker) == [None]
+    assert state(runs[1]) == "finished"
 
 
 @needs_submitit
@@ -122,6 +111,17 @@ def test_what_slurm_is_given(fake_run, tmp_path, cluster):
 
 
 @needs_submitit
+def test_what_is_finished_is_not_submitted(fake_run, tmp_path, cluster):
+    runs = [fake_run(seed) for seed in range(3)]
+    assert execute(runs[:1], 1, worker=fake_run.worker) == []
+    assert submit(runs, tmp_path, {}) == ["123_0", "123_1"]
+    assert execute(runs, 2, worker=fake_run.worker) == []
+    (cluster / "submitted").unlink()
+    assert submit(runs, tmp_path, {}) == []
+    assert not (cluster / "submitted").exists()
+
+
+@needs_submitit
 @pytest.mark.parametrize(
     ("parameters", "expected"),
     [
@@ -155,19 +155,18 @@ def test_jobs_do_not_mix_code(fake_run, tmp_path):
 
 
 @needs_submitit
-def test_a_run_of_other_code_is_refused_or_made_anew(fake_run, tmp_path):
+def test_a_run_of_other_code_is_refused_or_made_anew(fake_run, tmp_path, cluster):
     run = fake_run()
     execute([run], 1, worker=fake_run.worker)
-    held = json.loads((run.folder / "run.json").read_text())
-    (run.folder / "run.json").write_text(json.dumps(held | {"code": "before"}))
+    before = json.loads((run.folder / "run.json").read_text())
+    (run.folder / "run.json").write_text(json.dumps(before | {"code": "before"}))
     with pytest.raises(OtherCodeError, match="was made by other code"):
-        submit([run], tmp_path, {}, cluster="local", worker=fake_run.worker)
+        submit([run], tmp_path, {})
     failure = Job(record.code_hash(), False, fake_run.worker)(run)
     assert failure.code == 2
     assert "was made by other code" in failure.lines[0]
-    assert (
-        submit([run], tmp_path, {}, cluster="local", wait=True, overwrite=True, worker=fake_run.worker) == []
-    )
+    assert submit([run], tmp_path, {}, overwrite=True) == ["123"]
+    assert Job(record.code_hash(), True, fake_run.worker)(run) is None
     assert state(run) == "finished"
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from deepkd_plugin import config
-from deepkd_plugin.data.sizes import steps
+from deepkd_plugin.config.shipped import shipped
+from deepkd_plugin.data import source
 from deepkd_plugin.errors import UserError
-from deepkd_plugin.study import kinds
 from deepkd_plugin.study.reproduce import tables
 from deepkd_plugin.study.reproduce.plan import make_plan
 from deepkd_plugin.topk import mask_size
@@ -35,18 +35,28 @@ def complaint(call, *arguments):
     return str(error.value)
 
 
+CONFIGS = shipped("configs") / "glyphs100" / "res20_res8"
+
+
 @pytest.fixture
-def folders(tmp_path, monkeypatch):
-    """Two pairs of a data set of our own, of which the second has one method less."""
-    source = kinds.shipped("configs") / "glyphs100" / "res20_res8"
+def folder(tmp_path):
+    """A user's folder of two pairs, of which the second has fewer methods."""
+    ours = tmp_path / "ours"
     for pair, methods in {"a_b": "kd deepkd vanilla teacher mine", "c_d": "kd vanilla"}.items():
-        (tmp_path / "ours" / pair).mkdir(parents=True)
+        (ours / pair).mkdir(parents=True)
         for method in methods.split():
-            file = source / f"{'kd' if method == 'mine' else method}.yaml"
-            shutil.copy(file, tmp_path / "ours" / pair / f"{method}.yaml")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "ours" / "notes").mkdir()
-    monkeypatch.setattr(kinds, "shipped", lambda name: tmp_path)
+            shutil.copy(
+                CONFIGS / f"{'kd' if method == 'mine' else method}.yaml", ours / pair / f"{method}.yaml"
+            )
+    (ours / "notes").mkdir()
+    return ours
+
+
+def bases(folder, *methods):
+    """The planned rows' bases."""
+    table = tables.find(str(folder))
+    plan = make_plan(table, table.pairs, methods or names(table), 1, [], Path("nowhere"))
+    return {method.name: method.base for method in plan.document.methods}
 
 
 def test_the_tables_are_the_folders_of_configs_and_the_ablations():
@@ -71,21 +81,57 @@ def test_a_table_has_every_pair_and_method_of_its_folder(name, pairs, methods):
     assert table.title == name
 
 
-def test_rows_and_pairs_are_read_from_the_folder(folders):
-    assert tables.names()[0] == "ours"
-    table = tables.find("ours")
+def test_a_folder_of_configs_is_a_table(folder, tmp_path, monkeypatch):
+    table = tables.find(str(folder))
+    assert (table.name, table.dataset, table.title, table.place) == ("ours", "ours", "ours", str(folder))
     assert table.pairs == ("a_b", "c_d")
     # ours in order, then others; teachers are no row
     assert names(table) == ["vanilla", "kd", "deepkd", "mine"]
     there = {pair: [m.name for m in table.methods if table.file(pair, m)] for pair in table.pairs}
     assert there == {"a_b": names(table), "c_d": ["vanilla", "kd"]}
+    monkeypatch.chdir(tmp_path)
+    for word in ("ours", "./ours", "ours/"):  # a plain word is a folder if no table is called so
+        assert tables.find(word) == table
+    (tmp_path / "glyphs100").mkdir()
+    assert tables.find("glyphs100").pairs == ("res20_res8",)
+    plan = make_plan(table, ("a_b",), ("kd",), 1, [], tmp_path / "out")
+    assert plan.runs[0].config == folder / "a_b" / "kd.yaml"
+    assert plan.document.runs[0].config == folder / "a_b" / "kd.yaml"
+    ablation = tables.find("ablation-delta", dataset="ours")
+    assert (ablation.title, ablation.pairs) == ("ablation-delta over kd on ours", ("a_b",))
 
 
-def test_a_gain_is_over_the_method_that_deepkd_takes_apart():
-    bases = {method.name: method.base for method in tables.find("glyphs100").methods}
+def test_a_gain_is_over_the_method_that_deepkd_takes_apart(tmp_path):
     over = {"deepkd": "kd", "deepkd_dkd": "dkd", "deepkd_mlkd": "mlkd", "deepkd_crld": "crld"}
-    assert bases == dict.fromkeys(["vanilla", "kd", "dkd", "mlkd", "crld"]) | over
-    assert tables.find("cifar100_cpu").methods[-1].base == "kd"
+    assert bases("glyphs100") == dict.fromkeys(["vanilla", "kd", "dkd", "mlkd", "crld"]) | over
+    assert bases("cifar100_cpu")["deepkd_release"] == "kd"
+
+
+def test_a_base_is_what_the_configs_say_whatever_files_are_called(folder):
+    shutil.copy(CONFIGS / "deepkd_dkd.yaml", folder / "a_b" / "deepkd_mine.yaml")
+    assert bases(folder, "deepkd", "deepkd_mine") == {"deepkd": "kd", "deepkd_mine": None}
+    shutil.copy(CONFIGS / "dkd.yaml", folder / "a_b" / "another.yaml")
+    assert bases(folder, "deepkd", "deepkd_mine") == {"deepkd": "kd", "deepkd_mine": "another"}
+    # of several rows the one of the method's name counts, else the first
+    (folder / "a_b" / "kd.yaml").unlink()
+    (folder / "c_d" / "kd.yaml").unlink()
+    assert bases(folder, "deepkd") == {"deepkd": "mine"}
+
+
+def test_a_row_is_over_one_method_for_all_pairs(folder):
+    shutil.copy(CONFIGS / "deepkd_dkd.yaml", folder / "c_d" / "deepkd.yaml")
+    assert complaint(bases, folder) == (
+        f"{folder}: deepkd puts DeepKD over DKD and KD; a row must be over one method for all pairs"
+    )
+
+
+def test_an_ablation_is_of_the_base_that_was_asked_for(folder):
+    shutil.copy(CONFIGS / "deepkd.yaml", folder / "a_b" / "deepkd_dkd.yaml")
+    table = tables.find("ablation-delta", "dkd", str(folder))
+    line = complaint(make_plan, table, table.pairs, names(table), 1, [], Path("nowhere"))
+    assert line == (
+        f"{folder / 'a_b' / 'deepkd_dkd.yaml'}: DeepKD.BASE is 'KD'; for --base dkd it must be that"
+    )
 
 
 def test_labels_say_what_the_configs_are():
@@ -95,7 +141,9 @@ def test_labels_say_what_the_configs_are():
         return {method.name: tables.label(method, held[method.name]) for method in table.methods}
 
     plain = {name: name.upper() for name in ("kd", "dkd", "mlkd", "crld")}
-    deep = {"deepkd": "KD + DeepKD"} | {f"deepkd_{b}": f"{b.upper()} + DeepKD" for b in tables.BASES[1:]}
+    deep = {"deepkd": "KD + DeepKD"} | {
+        f"deepkd_{b}": f"{b.upper()} + DeepKD" for b in ("dkd", "mlkd", "crld")
+    }
     masked = {name: f"{text} + DTM" for name, text in deep.items()}
     assert labels("glyphs100") == {"vanilla": "student alone"} | plain | masked
     assert labels("glyphs100", "DeepKD.MASK.TYPE", "none") == {"vanilla": "student alone"} | plain | deep
@@ -110,7 +158,9 @@ def test_labels_say_what_the_configs_are():
         (("cifar100", "dkd"), "--base is of the ablations (ablation-momentum, "),
         (("glyphs100", None, "cifar100"), "--dataset is of the ablations (ablation-momentum, "),
         (("ablation-mask", "fitnet"), "--base is 'fitnet'; it must be one of kd, dkd, mlkd, crld"),
-        (("ablation-mask", None, "x"), f"--dataset is 'x'; it must be one of {', '.join(DATASETS)}"),
+        (("ablation-mask", None, "x"), f"--dataset is 'x'; it must be one of {', '.join(DATASETS)}, or a "),
+        (("a/b",), "TABLE is 'a/b'; it must be one of cifar100, "),
+        (("/",), "TABLE is '/'; it must hold configs PAIR/METHOD.yaml, and has none"),
         (
             ("ablation-mask", "crld", "cifar100_cpu"),
             "--base is 'crld'; configs/cifar100_cpu must have a deepkd_crld.yaml for it, and has none",
@@ -129,7 +179,7 @@ def test_a_choice_keeps_the_table_s_order_and_names_what_there_is():
     assert complaint(tables.choose, ["a", "d"], there, "--pairs") == line
 
 
-@pytest.mark.parametrize("base", tables.BASES)
+@pytest.mark.parametrize("base", ["kd", "dkd", "mlkd", "crld"])
 @pytest.mark.parametrize("name", tables.ABLATIONS)
 def test_every_row_of_an_ablation_passes_the_config_check(name, base):
     for dataset in ("glyphs100", "cifar100"):
@@ -166,7 +216,7 @@ def test_a_measured_allocation_takes_bounds_that_are_momenta_both_ways():
 def test_a_run_has_ten_windows_where_it_has_the_steps(epochs, per_class):
     options = ["SOLVER.EPOCHS", str(epochs), "DATASET.TRAIN_PER_CLASS", str(per_class)]
     cfg = configs(tables.find("ablation-momentum"), options)["gsnr"]
-    iterations = steps(cfg) * epochs
+    iterations = source(cfg.DATASET.TYPE).steps(cfg) * epochs
     windows = iterations // (cfg.GSNR.EVERY * cfg.GSNR.WINDOW)
     assert windows >= min(10, iterations // 2)
     assert cfg.GSNR.WINDOW == 10 or iterations < 100

@@ -1,0 +1,78 @@
+"""`deepkd reproduce`: a table from its configs to its report."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..terminal import Parser, UpToKey, count
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    parser = Parser(
+        "deepkd reproduce",
+        description="Plan the runs of a table (pair x method x seed), show the plan and an estimate of its time, "
+        "run what is not finished yet, and report. The same command goes on after an interruption. Tables: the "
+        "folders of configs/ and of configs/detection/, coco (mdistiller's detectors, on detectron2), "
+        "ablation-momentum, ablation-mask, ablation-delta and ablation-phases, and your own: a folder of configs "
+        "PAIR/METHOD.yaml.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("table", metavar="TABLE", help="cifar100, imagenet, glyphs100, glyph_canvas, coco, ..., or a folder")
+    add(
+        "--pairs",
+        metavar="PAIR",
+        nargs="+",
+        action=UpToKey,
+        help="some of the table's pairs (default: all)",
+    )
+    add(
+        "--methods",
+        metavar="METHOD",
+        nargs="+",
+        action=UpToKey,
+        help="some of the table's rows (default: all)",
+    )
+    add("--base", metavar="METHOD", help="of an ablation: the row that DeepKD is put over (default: kd)")
+    add("--dataset", metavar="NAME", help="of an ablation: glyphs100 (default), cifar100, ..., or a folder")
+    add("--seeds", metavar="N", type=count, default=5, help="seeds 0 to N - 1 (default: 5)")
+    add("--jobs", metavar="N", type=count, help="runs side by side (default: one for each GPU, or 1)")
+    add("--out", metavar="DIR", type=Path, help="default: output/TABLE")
+    add("--dry-run", action="store_true", help="show the plan, start and write nothing")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="make runs anew that other code made or another teacher taught, and let those go that had other "
+        "options, instead of refusing",
+    )
+    add(
+        "--reuse",
+        metavar="DIR",
+        type=Path,
+        action="append",
+        default=[],
+        help="another table's folder, whose finished runs of the same config, code and teacher are copied; may be "
+        "given several times",
+    )
+    add(
+        "--launcher",
+        choices=("local", "slurm"),
+        default="local",
+        help="processes here (default), or one array job of a Slurm cluster",
+    )
+    add(
+        "--slurm",
+        metavar="KEY=VALUE",
+        nargs="+",
+        action=UpToKey,
+        default=(),
+        help="submitit's parameters, for one run",
+    )
+    parser.add_pairs()
+    args = parser.parse(words)
+    from ..study.reproduce.command import Request, reproduce
+
+    return reproduce(Request(**vars(args), command=shlex.join(["deepkd", "reproduce", *words])))
