@@ -11,7 +11,8 @@ from deepkd_plugin import device
 from deepkd_plugin.commands import cli
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.run import record
-from deepkd_plugin.study.kinds.classification import Classification
+from deepkd_plugin.study.kinds import timing
+from deepkd_plugin.study.kinds.timing import Parts
 from deepkd_plugin.study.reproduce import command, display, runs, slurm
 from deepkd_plugin.study.reproduce.runs import Failure
 
@@ -51,7 +52,8 @@ def calls(monkeypatch, tmp_path, data_root):
     module = types.ModuleType("deepkd_plugin.study.report")
     module.report = made.report
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(Classification, "seconds", lambda kind, cfgs, threads: [16.0] * len(cfgs))
+    monkeypatch.setattr(timing, "measure", lambda host, cfg, threads: Parts(0.0, 0.005, 0.005))
+    monkeypatch.setattr(timing, "loading_seconds", lambda cfg: 0.0)
     monkeypatch.setattr(device, "count", lambda: 0)
     return made
 
@@ -181,7 +183,7 @@ def test_a_finished_table_needs_neither_data_nor_an_estimate(reproduce, calls, c
     reproduce(*GLYPHS)
     for run in calls.executed[0][0]:
         finish(run)
-    monkeypatch.setattr(Classification, "seconds", None)
+    monkeypatch.setattr(timing, "measure", None)
     code, out, err = reproduce(*GLYPHS)
     assert (code, err) == (0, "")
     assert entry(out, "runs") == "4 finished"

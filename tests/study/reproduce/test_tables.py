@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from deepkd_plugin import config
-from deepkd_plugin.data import source
+from deepkd_plugin.data.sizes import steps
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.study import kinds
 from deepkd_plugin.study.reproduce import tables
@@ -166,7 +166,7 @@ def test_a_measured_allocation_takes_bounds_that_are_momenta_both_ways():
 def test_a_run_has_ten_windows_where_it_has_the_steps(epochs, per_class):
     options = ["SOLVER.EPOCHS", str(epochs), "DATASET.TRAIN_PER_CLASS", str(per_class)]
     cfg = configs(tables.find("ablation-momentum"), options)["gsnr"]
-    iterations = source(cfg.DATASET.TYPE).steps(cfg) * epochs
+    iterations = steps(cfg) * epochs
     windows = iterations // (cfg.GSNR.EVERY * cfg.GSNR.WINDOW)
     assert windows >= min(10, iterations // 2)
     assert cfg.GSNR.WINDOW == 10 or iterations < 100
