@@ -14,7 +14,7 @@ from deepkd_plugin.detection import evaluate as detection_evaluate
 from deepkd_plugin.detection import launch as detection_launch
 from deepkd_plugin.detection.data import canvas
 from deepkd_plugin.hosts.builtin.models import cifar_model_dict
-from deepkd_plugin.study.kinds import timing
+from deepkd_plugin.study.kinds.classification import Classification
 
 ROOT = Path(__file__).parents[1]
 EMPTY_TABLE = {
@@ -55,7 +55,7 @@ def test_commands(command, train, data_root, cifar_root, capsys, monkeypatch, re
         assert code == 0, err
     elif words[:2] == ["deepkd", "reproduce"]:
         # what it would start; tests/study/reproduce starts it
-        monkeypatch.setattr(timing.Timer, "seconds", lambda timer: [0.0] * len(timer.cfgs))
+        monkeypatch.setattr(Classification, "seconds", lambda kind, cfgs, threads: [0.0] * len(cfgs))
         words = [word for word in words[1:] if word != "--dry-run"]
         if "--reuse" in words:
             (tmp_path / "other").mkdir()

@@ -72,7 +72,7 @@ def _from_pickle(path: Path) -> tuple[np.ndarray, np.ndarray]:
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise UserError(
             f"{path}: DATASET.ROOT must hold CIFAR-100 in torchvision's layout, and this file is not it "
-            f"({type(error).__name__}: {error})"
+            f"({type(error).__name__}: {' '.join(str(error).split())})"
         ) from None
     return np.ascontiguousarray(images), labels
 

@@ -80,12 +80,14 @@ STROKE_WIDTH = (1.0, 2.5)  # pixels
 
 
 @functools.cache
-def _atlas() -> tuple[list[list[Image.Image]], np.ndarray]:
-    """Every character in every font, centred and of one size.
+def glyph_masks(
+    characters: str, fonts: tuple[str, ...] = FONTS
+) -> tuple[list[list[Image.Image]], np.ndarray]:
+    """Draw characters in some of FONTS, centred and of one size.
 
     Returns:
-        masks[class][font], "L" images of ATLAS_SIDE x ATLAS_SIDE, and the glyphs' (width, height) in pixels
-        of that image, float64 (100, fonts, 2).
+        masks[character][font], "L" images of ATLAS_SIDE x ATLAS_SIDE with the glyph in the middle, and the glyphs'
+        (width, height) in pixels of that image, float64 (characters, fonts, 2).
     """
     # Not imported at the top: reading the cache needs no fonts, and matplotlib takes longer to import than
     # the cache to read.
@@ -93,14 +95,13 @@ def _atlas() -> tuple[list[list[Image.Image]], np.ndarray]:
 
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     # The basic layout engine is in every build of Pillow; Raqm is not, and could place glyphs differently.
-    fonts = [
-        ImageFont.truetype(folder / f"{name}.ttf", 96, layout_engine=ImageFont.Layout.BASIC) for name in FONTS
-    ]
+    layout = ImageFont.Layout.BASIC
+    loaded = [ImageFont.truetype(folder / f"{name}.ttf", 96, layout_engine=layout) for name in fonts]
     masks: list[list[Image.Image]] = []
-    sides = np.empty((len(CHARACTERS), len(FONTS), 2))
-    for i, char in enumerate(CHARACTERS):
+    sides = np.empty((len(characters), len(fonts), 2))
+    for i, char in enumerate(characters):
         masks.append([])
-        for j, font in enumerate(fonts):
+        for j, font in enumerate(loaded):
             canvas = Image.new("L", (256, 256))
             ImageDraw.Draw(canvas).text((64, 64), char, fill=255, font=font)
             glyph = canvas.crop(canvas.getbbox())
@@ -116,20 +117,8 @@ def _atlas() -> tuple[list[list[Image.Image]], np.ndarray]:
     return masks, sides
 
 
-def glyph_masks(characters: str) -> tuple[list[list[Image.Image]], np.ndarray]:
-    """Some of CHARACTERS in every font, as drawn for this set.
-
-    Returns:
-        masks[character][font], "L" images of ATLAS_SIDE x ATLAS_SIDE with the glyph in the middle, and the glyphs'
-        (width, height) in pixels of that image, float64 (characters, fonts, 2).
-    """
-    masks, sides = _atlas()
-    places = [CHARACTERS.index(character) for character in characters]
-    return [masks[place] for place in places], sides[places]
-
-
 def _placements(rng: np.random.Generator, glyph_sides: np.ndarray) -> np.ndarray:
-    """Random size, aspect, rotation, shear and position, the glyph kept inside the image.
+    """Draw size, aspect, rotation, shear and position, the glyph kept inside the image.
 
     Args:
         rng: source of randomness.
@@ -160,7 +149,7 @@ def _placements(rng: np.random.Generator, glyph_sides: np.ndarray) -> np.ndarray
 
 
 def _stroke(points: np.ndarray, width: float) -> Image.Image:
-    """One straight stroke between two points (in pixels, flat x y x y), as a supersampled mask."""
+    """Draw one straight stroke between two points (in pixels, flat x y x y), as a supersampled mask."""
     mask = Image.new("L", (SIZE * SUPERSAMPLING,) * 2)
     ImageDraw.Draw(mask).line(list(points * SUPERSAMPLING), fill=255, width=round(width * SUPERSAMPLING))
     return mask
@@ -169,7 +158,7 @@ def _stroke(points: np.ndarray, width: float) -> Image.Image:
 def colours(
     rng: np.random.Generator, base: np.ndarray, contrasts: tuple[float, float] = CONTRAST
 ) -> np.ndarray:
-    """Colours (N, 3), each lighter or darker than its `base` (N, 3) by a random contrast; 1 is black on white."""
+    """Draw colours (N, 3), each lighter or darker than its `base` (N, 3) by a contrast; 1 is black on white."""
     n = len(base)
     contrast = rng.uniform(*contrasts, n) * rng.choice([-1.0, 1.0], n)
     # The sign is turned where there is no room for it, else the contrast would be cut off at black or white.
@@ -209,7 +198,7 @@ def render_glyphs(split: str, per_class: int | None = None, seed: int = 0) -> tu
     if per_class < 1:
         raise ValueError(f"per_class must be at least 1, not {per_class}")
     rng = np.random.default_rng(np.random.SeedSequence([seed, list(PER_CLASS).index(split)]))
-    masks, sides = _atlas()
+    masks, sides = glyph_masks(CHARACTERS)
     # In blocks, each of one image per class: whole splits of float images would take hundreds of MB.
     blocks = [_render_block(rng, masks, sides) for _ in range(per_class)]
     return np.concatenate(blocks), np.tile(np.arange(len(CHARACTERS), dtype=np.int64), per_class)

@@ -22,8 +22,8 @@ from .views import StrongAugment, TwoViews
 Distortion = Callable[[Image.Image], Image.Image]
 Transform = Callable[[Image.Image], Any]
 
-ZOOS = ("cifar", "tiny_imagenet", "imagenet")
-"""A host's dictionaries of networks."""
+ZOOS = {"cifar": None, "tiny_imagenet": None, "imagenet": 1000}
+"""A host's dictionaries of networks, and how many classes these have; None: as many as a data set."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ DATASETS: Sources[Source] = Sources()
 
 
 def register_dataset(name: str, source: Source) -> None:
-    """Make a data set known as DATASET.TYPE; UserError if the name is taken or `source.zoo` is not one of ZOOS.
+    """Make a data set known as DATASET.TYPE; UserError if the name is taken or there are no networks for it.
 
     In a module of your own (DEEPKD_EXTENSIONS)::
 
@@ -196,6 +196,11 @@ def register_dataset(name: str, source: Source) -> None:
     if source.zoo not in ZOOS:
         raise UserError(
             f"the data set {name!r} has the zoo {source.zoo!r}; it must be one of {', '.join(ZOOS)}"
+        )
+    if ZOOS[source.zoo] not in (None, source.num_classes):
+        raise UserError(
+            f"the data set {name!r} has {source.num_classes} classes; with the zoo {source.zoo!r} it must have "
+            f"{ZOOS[source.zoo]}, as its networks do"
         )
     DATASETS.register(name, source)
 

@@ -139,6 +139,9 @@ def test_names_are_unique_and_known(dots):
     assert complaint(source, "mnist") == f"DATASET.TYPE is 'mnist'; it must be one of {known}"
     line = complaint(register_dataset, "more", Source(read, **FACTS, zoo="zoo"))
     assert line == "the data set 'more' has the zoo 'zoo'; it must be one of cifar, tiny_imagenet, imagenet"
+    line = complaint(register_dataset, "more", Source(read, **FACTS, zoo="imagenet"))
+    assert line.startswith("the data set 'more' has 7 classes; with the zoo 'imagenet' it must have 1000")
+    assert "more" not in DATASETS
 
 
 def test_sets_say_which_networks_fit_and_whether_they_are_drawn():

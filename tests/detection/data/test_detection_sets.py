@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from deepkd_plugin.detection.data import canvas, get_detection_sets
+from deepkd_plugin.detection.data import DETECTION_SETS, canvas, get_detection_sets
 from deepkd_plugin.detection.data.samples import Boxes, mirror
 from deepkd_plugin.errors import UserError
 
@@ -146,3 +146,24 @@ def test_boxes_to_train_on_keep_their_images():
     assert kept.labels.tolist() == [1, 4]
     assert kept.offsets.tolist() == [0, 1, 1, 1, 2]
     assert kept.counts().tolist() == [1, 0, 0, 1]
+
+
+def test_noise_has_the_form_of_the_loader_s_batches(root, detection_cfg):
+    batch = next(iter(get_detection_sets(detection_cfg("glyph_canvas", root))[0]))
+    noise = DETECTION_SETS["glyph_canvas"].noise(4)
+    for images, targets in (batch, noise):
+        assert [(image.shape, image.dtype) for image in images] == [((3, 96, 96), torch.float32)] * 4
+        assert len(targets) == 4
+        for target in targets:
+            assert {"boxes", "labels"} <= target.keys()
+            assert target["boxes"].shape == (len(target["labels"]), 4)
+            assert (target["boxes"].dtype, target["labels"].dtype) == (torch.float32, torch.int64)
+    assert DETECTION_SETS["coco"].noise(1)[0][0].shape == (3, 480, 640)
+
+
+def test_sets_say_what_is_particular_to_them():
+    """A mirrored glyph is another, canvases are drawn, and students of COCO start from ImageNet weights."""
+    assert {name: (one.no_mirror, one.drawn, one.pretrained) for name, one in DETECTION_SETS.items()} == {
+        "glyph_canvas": ("a mirrored b is a d", True, False),
+        "coco": ("", False, True),
+    }
