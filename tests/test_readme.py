@@ -142,8 +142,9 @@ def test_the_two_marked_commands_are_there():
         assert block.strip().endswith(ending)
 
 
-@pytest.mark.parametrize("code", blocks("python"))
+@pytest.mark.parametrize("code", [block for block in blocks("python") if not block.startswith("# ")])
 def test_code(code):
+    """A block that begins with a file's name is one of docs/extending.md; tests/test_errands.py runs those."""
     torch.manual_seed(0)
     nets = [cifar_model_dict[name][0](num_classes=100) for name in ("resnet8", "resnet20")]
     student, teacher = (torch.nn.Sequential(net, First()) for net in nets)
