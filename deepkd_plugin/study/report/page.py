@@ -35,7 +35,7 @@ _TEMPLATES.globals |= {
 
 def page(table: Table, cells: Sequence[Cell]) -> str:
     """Write the whole page of a table."""
-    pairs = [(pair, held) for pair in table.pairs if (held := [cell for cell in cells if cell.pair is pair])]
+    pairs = [(pair, some) for pair in table.pairs if (some := [cell for cell in cells if cell.pair is pair])]
     compared = _compared(cells)
     return _TEMPLATES.get_template("page.html").render(
         table=table,
@@ -45,8 +45,8 @@ def page(table: Table, cells: Sequence[Cell]) -> str:
         gains=dot_plot(compared, "last", f"Gain over the base, {number_name('last', table.measures)}"),
         published=published_without_pair(table),
         pairs=[
-            (f"pair-{i}", pair, held, curves(_panels(held), f"{table.metric}, {pair.label}", f"pair-{i}"))
-            for i, (pair, held) in enumerate(pairs, 1)
+            (f"pair-{i}", pair, some, curves(_panels(some), f"{table.metric}, {pair.label}", f"pair-{i}"))
+            for i, (pair, some) in enumerate(pairs, 1)
         ],
         has_published_gain=any(cell.published_gain is not None for cell in cells),
         left_out=left_out(table),

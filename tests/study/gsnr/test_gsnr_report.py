@@ -25,8 +25,8 @@ def window(k, tog=0.2, tcg=0.15, ncg=0.3, **changes):
         stream: {"mean": ratio and 2 * ratio, "ratio": ratio, "norm": 1.5, "zero_variance": 12, "missing": 3}
         for stream, ratio in (("tog", tog), ("tcg", tcg), ("ncg", ncg))
     }
-    held = {"iteration": 2000 * k, "epoch": 3 * k, "samples": 10, "coordinates": 500, "parameters": 800}
-    return held | {"gsnr": gsnr, "angle": dict(PAIRS), "momentum": dict(MOMENTUM)} | changes
+    record = {"iteration": 2000 * k, "epoch": 3 * k, "samples": 10, "coordinates": 500, "parameters": 800}
+    return record | {"gsnr": gsnr, "angle": dict(PAIRS), "momentum": dict(MOMENTUM)} | changes
 
 
 @pytest.fixture
@@ -59,8 +59,8 @@ def rows(path):
 
 def line(panel, label):
     """A panel's one line of that name."""
-    (found,) = [artist for artist in panel.get_lines() if artist.get_label() == label]
-    return found
+    (drawn,) = [artist for artist in panel.get_lines() if artist.get_label() == label]
+    return drawn
 
 
 def values(panel, label):
@@ -69,8 +69,8 @@ def values(panel, label):
 
 def band(panel, label):
     """The lowest and the highest of a band at each iteration."""
-    (found,) = [artist for artist in panel.collections if artist.get_label() == f"_{label}"]
-    corners = found.get_paths()[0].vertices
+    (band,) = [artist for artist in panel.collections if artist.get_label() == f"_{label}"]
+    corners = band.get_paths()[0].vertices
     at = sorted(set(corners[:, 0]))
     return [(corners[corners[:, 0] == x, 1].min(), corners[corners[:, 0] == x, 1].max()) for x in at]
 
@@ -268,17 +268,17 @@ def test_the_summary(make, tmp_path):
 
 
 def test_the_two_summaries_are_counted_apart(make):
-    held = window(1, tog=0.2, tcg=0.15)
-    held["gsnr"]["tog"]["mean"] = 0.3  # as the target stream's: not above it
+    record = window(1, tog=0.2, tcg=0.15)
+    record["gsnr"]["tog"]["mean"] = 0.3  # as the target stream's: not above it
     assert "TOG > TCG           in 1 of 1 windows       in 0 of 1 windows" in summarise(
-        read_runs([make("a", [held])])
+        read_runs([make("a", [record])])
     )
 
 
 def test_a_run_of_one_stream_has_neither_angles_nor_orderings(make, tmp_path):
-    held = window(1, angle={}, momentum={"task": 0.9})
-    held["gsnr"] = {"task": held["gsnr"]["tog"]}
-    folder = make("a", [held], DISTILLER={"TYPE": "NONE"})
+    record = window(1, angle={}, momentum={"task": 0.9})
+    record["gsnr"] = {"task": record["gsnr"]["tog"]}
+    folder = make("a", [record], DISTILLER={"TYPE": "NONE"})
     figure = draw(read_runs([folder]))
     assert len(figure.axes) == 3
     assert values(figure.axes[0], "TASK") == [0.2]
@@ -291,11 +291,11 @@ def test_a_run_of_one_stream_has_neither_angles_nor_orderings(make, tmp_path):
 
 def test_more_streams_than_styles_have_room(make):
     names = ["tog", "tcg", "ncg", "feat", "more", "most"]
-    held = window(
+    record = window(
         1, momentum=dict.fromkeys(names, 0.9), angle=dict.fromkeys(["tog-feat", *PAIRS, "d-e", "e-f"], 80.0)
     )
-    held["gsnr"] = dict.fromkeys(names, held["gsnr"]["tog"])
-    figure = draw(read_runs([make("a", [held]), make("b", [held], seed=1)]))
+    record["gsnr"] = dict.fromkeys(names, record["gsnr"]["tog"])
+    figure = draw(read_runs([make("a", [record]), make("b", [record], seed=1)]))
     ratio, *_ = figure.axes
     assert [artist.get_label() for artist in ratio.get_lines()] == [*map(str.upper, names), "noise alone"]
     figure.draw_without_rendering()

@@ -23,20 +23,20 @@ def cells_of(tmp_path):
 
 
 def test_a_cell_is_compared_with_its_base_by_either_number(cells_of):
-    held = cells_of({(PAIR, "kd"): LOW, (PAIR, "deepkd"): HIGH})[PAIR, "deepkd"]
+    cell = cells_of({(PAIR, "kd"): LOW, (PAIR, "deepkd"): HIGH})[PAIR, "deepkd"]
 
-    assert held.numbers["last"].summary.mean == pytest.approx(76.3)
-    assert held.numbers["best"].summary.mean == pytest.approx(76.55)
-    assert held.numbers["last"].gain.value == pytest.approx(3.1)
-    assert held.numbers["last"].gain.p == stats.ttest_ind(HIGH, LOW, equal_var=False).pvalue
-    assert held.numbers["last"].gain.verdict == "higher"
+    assert cell.numbers["last"].summary.mean == pytest.approx(76.3)
+    assert cell.numbers["best"].summary.mean == pytest.approx(76.55)
+    assert cell.numbers["last"].gain.value == pytest.approx(3.1)
+    assert cell.numbers["last"].gain.p == stats.ttest_ind(HIGH, LOW, equal_var=False).pvalue
+    assert cell.numbers["last"].gain.verdict == "higher"
 
 
 def test_a_cell_without_a_base_or_a_base_without_runs_has_no_gain(cells_of):
-    held = cells_of({(PAIR, "kd"): [None] * 3, (PAIR, "deepkd"): HIGH})
+    cells = cells_of({(PAIR, "kd"): [None] * 3, (PAIR, "deepkd"): HIGH})
 
-    assert held[PAIR, "kd"].numbers["last"].gain is None
-    assert held[PAIR, "deepkd"].numbers["last"].gain is None
+    assert cells[PAIR, "kd"].numbers["last"].gain is None
+    assert cells[PAIR, "deepkd"].numbers["last"].gain is None
 
 
 def test_a_pair_that_lacks_the_base_has_a_cell_without_gain(cells_of):
@@ -44,20 +44,20 @@ def test_a_pair_that_lacks_the_base_has_a_cell_without_gain(cells_of):
 
 
 def test_the_published_gain_is_that_of_both_published_numbers(cells_of):
-    held = cells_of({(PAIR, "kd"): LOW, (PAIR, "deepkd"): HIGH})
+    cells = cells_of({(PAIR, "kd"): LOW, (PAIR, "deepkd"): HIGH})
 
-    assert held[PAIR, "deepkd"].published_gain == pytest.approx(76.69 - 73.33)
-    assert held[PAIR, "deepkd"].numbers["last"].minus_published.value == pytest.approx(76.3 - 76.69)
-    assert held[PAIR, "kd"].published_gain is None
+    assert cells[PAIR, "deepkd"].published_gain == pytest.approx(76.69 - 73.33)
+    assert cells[PAIR, "deepkd"].numbers["last"].minus_published.value == pytest.approx(76.3 - 76.69)
+    assert cells[PAIR, "kd"].published_gain is None
 
 
 def test_a_subset_is_not_compared_with_what_was_published(cells_of):
     few = {"settings": {"DATASET.TRAIN_PER_CLASS": 50}}
-    held = cells_of({(PAIR, "kd"): LOW, (PAIR, "deepkd"): HIGH}, runs={(PAIR, "kd"): few})
+    cells = cells_of({(PAIR, "kd"): LOW, (PAIR, "deepkd"): HIGH}, runs={(PAIR, "kd"): few})
 
-    assert held[PAIR, "kd"].published is not None
-    assert held[PAIR, "kd"].numbers["last"].minus_published is None
-    assert held[PAIR, "deepkd"].published_gain is None
+    assert cells[PAIR, "kd"].published is not None
+    assert cells[PAIR, "kd"].numbers["last"].minus_published is None
+    assert cells[PAIR, "deepkd"].published_gain is None
 
 
 def test_holms_correction_is_over_all_of_a_tables_comparisons(cells_of):
@@ -90,9 +90,9 @@ def test_a_verdict_may_not_stand_after_holms_correction(cells_of):
         {(PAIR, "kd"): LOW, (PAIR, "dkd"): LOW, (PAIR, "deepkd"): values, (PAIR, "deepkd_dkd"): values},
         methods=METHODS,
     )
-    held = cells[PAIR, "deepkd"].numbers["last"]
+    number = cells[PAIR, "deepkd"].numbers["last"]
 
-    assert (held.gain.verdict, held.after_holm) == ("higher", "not distinguishable")
+    assert (number.gain.verdict, number.after_holm) == ("higher", "not distinguishable")
     assert headline([cells[PAIR, "deepkd"]]).endswith("; not after Holm's correction")
 
 

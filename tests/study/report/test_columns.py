@@ -21,36 +21,36 @@ def said(cells, number, row):
 
 
 def test_the_main_table_has_the_published_value_with_source_and_certainty(cells_of):
-    held = said(cells_of({(PAIR, "kd"): LOW, (PAIR, "deepkd"): HIGH}), "last", 1)
+    fields = said(cells_of({(PAIR, "kd"): LOW, (PAIR, "deepkd"): HIGH}), "last", 1)
 
-    assert held["Method"] == ("KD + DeepKD + DTM",)
-    assert held["Runs"] == ("3\u00a0of\u00a03",)
-    assert held["Ours, last epoch"] == ("76.30\u00a0±\u00a00.30",)
-    assert held["Published"] == (
+    assert fields["Method"] == ("KD + DeepKD + DTM",)
+    assert fields["Runs"] == ("3\u00a0of\u00a03",)
+    assert fields["Ours, last epoch"] == ("76.30\u00a0±\u00a00.30",)
+    assert fields["Published"] == (
         "76.69",
         "KD+DeepKD; a reader's note on the paper (+3.36); value and pair inferred; "
         "published without DTM, ours with it",
     )
-    assert held["Ours − published [95\u00a0%]"][0].startswith("−0.39 [−1.14,")
-    assert held["Gain over KD [95\u00a0%]"][0].startswith("+3.10 [+2.")
-    assert held["p, and Holm's"][1].startswith("Holm\u00a0")
-    assert held["Verdict"] == ("higher",)
-    assert held["Best epoch*"] == ("76.55\u00a0±\u00a00.30",)
+    assert fields["Ours − published [95\u00a0%]"][0].startswith("−0.39 [−1.14,")
+    assert fields["Gain over KD [95\u00a0%]"][0].startswith("+3.10 [+2.")
+    assert fields["p, and Holm's"][1].startswith("Holm\u00a0")
+    assert fields["Verdict"] == ("higher",)
+    assert fields["Best epoch*"] == ("76.55\u00a0±\u00a00.30",)
 
 
 def test_the_best_epochs_table_says_which_epochs(cells_of):
-    held = said(cells_of({(PAIR, "kd"): LOW, (PAIR, "deepkd"): HIGH}), "best", 1)
+    fields = said(cells_of({(PAIR, "kd"): LOW, (PAIR, "deepkd"): HIGH}), "best", 1)
 
-    assert held["Ours, best epoch"] == ("76.55\u00a0±\u00a00.30", "epoch 3")
-    assert "Published" not in held
-    assert "Best epoch*" not in held
+    assert fields["Ours, best epoch"] == ("76.55\u00a0±\u00a00.30", "epoch 3")
+    assert "Published" not in fields
+    assert "Best epoch*" not in fields
 
 
 def test_columns_that_would_be_empty_are_left_out(cells_of):
     pair = {"name": "p", "teacher": "a", "student": "b"}
-    held = said(cells_of({("p", "kd"): LOW}, methods=(KD,), pairs=(pair,)), "last", 0)
+    fields = said(cells_of({("p", "kd"): LOW}, methods=(KD,), pairs=(pair,)), "last", 0)
 
-    assert list(held) == ["Method", "Runs", "Ours, last epoch", "Best epoch*"]
+    assert list(fields) == ["Method", "Runs", "Ours, last epoch", "Best epoch*"]
 
 
 def test_several_bases_are_named_in_the_fields(cells_of):
@@ -79,16 +79,16 @@ def test_verdicts_or_why_there_is_none(cells_of, base, ours, words):
 
 
 def test_a_cell_without_runs_says_so(cells_of):
-    held = said(cells_of({(PAIR, "kd"): [None, None]}), "last", 0)
+    fields = said(cells_of({(PAIR, "kd"): [None, None]}), "last", 0)
 
-    assert (held["Runs"], held["Ours, last epoch"]) == (("0\u00a0of\u00a02",), ("no runs",))
+    assert (fields["Runs"], fields["Ours, last epoch"]) == (("0\u00a0of\u00a02",), ("no runs",))
 
 
 def test_one_that_cannot_be_compared_with_the_published_value_says_so(cells_of):
     few = {(PAIR, "kd"): {"settings": {"DATASET.TRAIN_PER_CLASS": 50}}}
-    held = said(cells_of({(PAIR, "kd"): LOW}, runs=few), "last", 0)
+    fields = said(cells_of({(PAIR, "kd"): LOW}, runs=few), "last", 0)
 
-    assert held["Ours − published [95\u00a0%]"] == ("–", "not comparable")
+    assert fields["Ours − published [95\u00a0%]"] == ("–", "not comparable")
 
 
 def test_titles_name_the_number():

@@ -27,8 +27,8 @@ def folder(tmp_path):
 
 @pytest.fixture
 def theirs(tmp_path):
-    held = {(THEIRS, "kd"): LOW, (THEIRS, "deepkd"): HIGH}
-    return make_detection_table(tmp_path / "theirs", held, ON_DETECTRON2)
+    accuracies = {(THEIRS, "kd"): LOW, (THEIRS, "deepkd"): HIGH}
+    return make_detection_table(tmp_path / "theirs", accuracies, ON_DETECTRON2)
 
 
 def rows(path):
@@ -41,17 +41,17 @@ def texts(folder):
 
 
 def test_a_record_has_ap_and_the_others_of_the_same_epochs(folder):
-    held = collect(folder).records[PAIR, "kd", 0]
+    record = collect(folder).records[PAIR, "kd", 0]
 
-    assert (held.last, held.best, held.best_epoch) == (64.0, 64.25, 3)
-    assert held.curve[4] == 64.0
-    assert held.further == {
+    assert (record.last, record.best, record.best_epoch) == (64.0, 64.25, 3)
+    assert record.curve[4] == 64.0
+    assert record.further == {
         "last": {"AP50": 84.0, "AP75": 59.0},
         "best": {"AP50": 84.25, "AP75": 59.25},
     }
 
 
-def test_ap50_and_ap75_stand_beside_ap_in_both_tables(folder):
+def test_ap50_and_ap75_are_beside_ap_in_both_tables(folder):
     cells = assemble(collect(folder))
     for number, ap50, ap75 in (("last", "84.50", "59.50"), ("best", "84.75", "59.75")):
         said = {column.title: column.words(cells[0]) for column in columns(cells, number)}
@@ -118,7 +118,7 @@ def test_on_detectron2_the_protocol_is_read_from_its_own_keys(theirs):
     assert cautions(cells) == []
 
 
-def test_on_detectron2_runs_may_lie_and_start_elsewhere_but_not_compute_something_else(theirs):
+def test_on_detectron2_runs_may_be_and_start_elsewhere_but_not_compute_something_else(theirs):
     def set_in(seed, was, now):
         config = next(theirs.glob(f"runs/{THEIRS}/kd/seed{seed}-*")) / "config.yaml"
         assert was in config.read_text()
@@ -158,7 +158,7 @@ def test_a_step_on_detectron2_is_an_evaluation(theirs):
         )
 
 
-def test_published_values_of_no_pair_stand_apart(theirs, folder):
+def test_published_values_of_no_pair_are_apart(theirs, folder):
     for text in texts(theirs):
         assert "Published for a pair that is not named, so beside no cell of ours:" in text
         said = html.unescape(text.replace("\\", ""))

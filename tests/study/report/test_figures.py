@@ -89,6 +89,19 @@ def test_a_curve_is_the_mean_of_its_runs_on_a_scale_that_holds_all_of_them(cells
     assert curve[0][0] < curve[1][0]
 
 
+def test_a_band_goes_from_the_lowest_run_to_the_highest(cells_of):
+    cells = cells_of({(PAIR, "kd"): [70.0, 71.0, 80.0]}, methods=(KD,), epochs=2)
+    elements = Svg(panel(cells)).elements
+    (band,) = [e for e in elements if e.tag == "use" and "fill-opacity: 0.15" in e.get("style")]
+    name = band.get("{http://www.w3.org/1999/xlink}href")[1:]
+    (path,) = [e.get("d") for e in elements if e.tag == "path" and e.get("id") == name]
+    heights = {float(band.get("y")) + float(y) for y in re.findall(r"[ML] [\d.-]+ ([\d.-]+)", path)}
+
+    high, span = 80.25 + 0.06 * 10.25, 1.12 * 10.25
+    ends = [8 + 190 * (high - value) / span for value in (80.25, 80.0, 70.25, 70.0)]
+    assert sorted(heights) == pytest.approx(ends, abs=0.02)
+
+
 def test_the_scale_leaves_out_what_is_below_the_second_half(cells_of):
     cells = cells_of(
         {(PAIR, "kd"): [70.0]}, methods=(KD,), runs={(PAIR, "kd"): {"curve": [10.0, 68.0, 70.0, 70.0]}}

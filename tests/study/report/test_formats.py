@@ -1,6 +1,6 @@
 import pytest
 
-from deepkd_plugin.study.report.formats import interval, mean_std, p_value, ranges, signed
+from deepkd_plugin.study.report.formats import interval, mean_std, p_value, ranges, signed, span
 from deepkd_plugin.study.report.statistics import Difference, Summary
 
 
@@ -12,7 +12,12 @@ def test_differences_have_a_sign(value, text):
     assert signed(value) == text
 
 
-def test_a_difference_has_its_interval_where_there_is_one():
+def test_a_span_of_one_is_written_once():
+    assert span([1.0]) == "+1.00"
+    assert span([1.0, -2.0, 0.5]) == "−2.00 to +1.00"
+
+
+def test_a_difference_has_its_interval_if_there_is_one():
     assert interval(Difference(1.0, -0.5, 2.5)) == "+1.00 [−0.50,\u00a0+2.50]"
     assert interval(Difference(1.0)) == "+1.00"
 

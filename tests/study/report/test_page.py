@@ -200,6 +200,36 @@ def test_a_pair_has_its_protocol_both_tables_and_its_curves(page_of):
         assert text in pair["text"]
 
 
+def test_the_page_says_how_far_the_published_values_are(page_of):
+    text = page_of({(PAIR, "kd"): LOW, (PAIR, "deepkd"): HIGH}).all("main")[0]["text"]
+
+    assert "2 of 2 published values lie in the 95\u00a0% interval of our mean (ours minus published: " in text
+
+
+def test_what_was_not_made_alike_is_told_above_the_tables(page_of):
+    page = page_of(runs={(PAIR, "kd"): {"teacher_acc": 70.0}})
+    (warning,) = [e for e in page.elements if e.get("class") == "caution"]
+
+    assert "Not all alike." in warning["text"]
+    assert "Teacher differ: " in warning["text"]
+
+
+def test_gains_of_one_pair_by_several_methods_are_named_by_the_methods(page_of):
+    rows = [{"name": f"d{i}", "label": f"row {i}", "base": "d0" if i else None} for i in range(3)]
+    page = page_of({(PAIR, row["name"]): LOW for row in rows}, methods=rows)
+    (table,) = [e for e in page.all("table") if "The same in numbers" in e["text"]]
+
+    assert "row 1 0.00" in " ".join(table["text"].split())
+    assert "→" not in table["text"]
+
+
+def test_the_gain_of_one_pair_by_one_method_is_named_by_the_pair(page_of):
+    page = page_of({(PAIR, "kd"): LOW, (PAIR, "deepkd"): HIGH})
+    (table,) = [e for e in page.all("table") if "The same in numbers" in e["text"]]
+
+    assert "over KD resnet32x4 → resnet8x4 +3.10" in " ".join(table["text"].split())
+
+
 def test_a_table_without_runs_says_so(page_of):
     page = page_of({(PAIR, "kd"): [None] * 3, (PAIR, "deepkd"): [None] * 3})
     text = page.all("main")[0]["text"]
@@ -273,8 +303,8 @@ def schemes(page_of):
     text = page_of().all("style")[0]["text"]
     assert re.findall(r"@media (\S+ \S+|print)", text)[0] == "(prefers-color-scheme: dark)"
     light, dark = re.findall(r":root \{(.*?)\}", text, re.DOTALL)[:2]
-    found = [dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", block)) for block in (light, dark)]
-    return {"light": found[0], "dark": found[0] | found[1]}
+    colours = [dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", block)) for block in (light, dark)]
+    return {"light": colours[0], "dark": colours[0] | colours[1]}
 
 
 def contrast(a, b):

@@ -53,23 +53,23 @@ def test_everything_that_the_numbers_depend_on_is_told(tmp_path):
     ],
 )
 def test_settings_that_change_the_protocol_show(tmp_path, settings, what, answer):
-    held = cells(
+    made = cells(
         tmp_path, {(PAIR, "deepkd"): [76.0]}, runs={(PAIR, "deepkd"): {"settings": DECOUPLED | settings}}
     )
 
-    assert dict(protocol(held))[what] == [answer]
+    assert dict(protocol(made))[what] == [answer]
 
 
 def test_what_most_methods_share_comes_first_and_exceptions_are_named(tmp_path):
     third = {"name": "mlkd", "label": "MLKD, shorter", "base": None}
-    held = cells(
+    made = cells(
         tmp_path,
         ACCURACIES | {(PAIR, "mlkd"): [77.0]},
         methods=(KD, DEEPKD, third),
         runs={(PAIR, "mlkd"): {"epochs": 8}},
     )
 
-    assert dict(protocol(held))["Epochs"] == ["4", "8 (“MLKD, shorter”)"]
+    assert dict(protocol(made))["Epochs"] == ["4", "8 (“MLKD, shorter”)"]
 
 
 def test_many_answers_stand_by_row(tmp_path):
@@ -77,17 +77,17 @@ def test_many_answers_stand_by_row(tmp_path):
     masks = {
         (PAIR, f"row{i}"): {"settings": DECOUPLED | {"DeepKD.MASK.OPTIMAL": 0.5 + i / 10}} for i in range(5)
     }
-    held = cells(tmp_path, {cell: [60.0] for cell in masks}, methods=rows, runs=masks)
+    made = cells(tmp_path, {cell: [60.0] for cell in masks}, methods=rows, runs=masks)
 
-    told = dict(protocol(held))["Mask"]
+    told = dict(protocol(made))["Mask"]
     assert told[0] == "by row: dynamic, K 0.05 to 0.5, phases end at 0.333 and 0.667, renormalise"
     assert len(told) == 5
 
 
 def test_a_plan_without_runs_tells_seeds_and_epochs(tmp_path):
-    held = cells(tmp_path, {(PAIR, "kd"): [None, None, None]})
+    made = cells(tmp_path, {(PAIR, "kd"): [None, None, None]})
 
-    assert protocol(held) == [("Seeds planned", ["0–2"]), ("Epochs", ["4"])]
+    assert protocol(made) == [("Seeds planned", ["0–2"]), ("Epochs", ["4"])]
 
 
 def test_settings_that_are_missing_or_odd_are_left_out(tmp_path):

@@ -11,9 +11,9 @@ NAMES = ("ours", "base")
 
 def test_mean_and_sample_standard_deviation_by_hand():
     # mean (10 + 12 + 14) / 3, variance ((-2)^2 + 0 + 2^2) / (3 - 1) = 4
-    held = summarise([10.0, 12.0, 14.0])
+    summary = summarise([10.0, 12.0, 14.0])
 
-    assert (held.n, held.mean, held.std) == (3, 12.0, 2.0)
+    assert (summary.n, summary.mean, summary.std) == (3, 12.0, 2.0)
 
 
 def test_one_run_has_a_mean_and_no_standard_deviation():
@@ -27,26 +27,26 @@ def test_no_run_has_neither():
 def test_welch_by_hand():
     # variances 1 and 1: standard error sqrt(1/3 + 1/3), t = 2 / sqrt(2/3) = sqrt(6), 4 degrees of freedom, where
     # F(t) = 1/2 + 3/8 t / sqrt(1 + t²/4) (1 - t² / (12 (1 + t²/4))) and the 97.5 % point is 2.776445
-    held = compare([3.0, 4.0, 5.0], [1.0, 2.0, 3.0], NAMES)
+    difference = compare([3.0, 4.0, 5.0], [1.0, 2.0, 3.0], NAMES)
     t, scale = math.sqrt(6), 1 + 6 / 4
     p = 2 * (0.5 - 0.375 * t / math.sqrt(scale) * (1 - 6 / (12 * scale)))
 
-    assert held.value == pytest.approx(2.0)
-    assert (held.low, held.high) == pytest.approx((-0.266957, 4.266957), abs=1e-5)
+    assert difference.value == pytest.approx(2.0)
+    assert (difference.low, difference.high) == pytest.approx((-0.266957, 4.266957), abs=1e-5)
     assert p == pytest.approx(0.070484, abs=1e-6)
-    assert held.p == pytest.approx(p, abs=1e-12)
-    assert held.verdict == "not distinguishable"
+    assert difference.p == pytest.approx(p, abs=1e-12)
+    assert difference.verdict == "not distinguishable"
 
 
 def test_welch_with_unequal_variances_and_sizes_by_its_formulas():
     # variances 4/3 of 10, 10, 12, 12 and 1 of 7, 8, 9: squared errors 1/3 and 1/3, so Welch-Satterthwaite gives
     # (2/3)² / ((1/3)² / 3 + (1/3)² / 2) = 4.8 degrees of freedom
-    held = compare([10.0, 12.0, 10.0, 12.0], [7.0, 8.0, 9.0], NAMES)
+    difference = compare([10.0, 12.0, 10.0, 12.0], [7.0, 8.0, 9.0], NAMES)
     half = stats.t.ppf(0.975, 4.8) * math.sqrt(2 / 3)
 
-    assert (held.low, held.high) == pytest.approx((3 - half, 3 + half), abs=1e-9)
-    assert held.p == pytest.approx(2 * stats.t.sf(3 / math.sqrt(2 / 3), 4.8), rel=1e-9)
-    assert held.verdict == "higher"
+    assert (difference.low, difference.high) == pytest.approx((3 - half, 3 + half), abs=1e-9)
+    assert difference.p == pytest.approx(2 * stats.t.sf(3 / math.sqrt(2 / 3), 4.8), rel=1e-9)
+    assert difference.verdict == "higher"
     assert compare([7.0, 8.0, 9.0], [10.0, 12.0, 10.0, 12.0], NAMES).verdict == "lower"
 
 
@@ -57,11 +57,11 @@ def test_welch_is_scipys(seed):
     test = stats.ttest_ind(ours, base, equal_var=False)
     interval = test.confidence_interval(0.95)
 
-    held = compare(ours, base, NAMES)
+    difference = compare(ours, base, NAMES)
 
-    assert held.p == test.pvalue
-    assert (held.low, held.high) == (interval.low, interval.high)
-    assert (held.verdict == "not distinguishable") == (held.low <= 0 <= held.high)
+    assert difference.p == test.pvalue
+    assert (difference.low, difference.high) == (interval.low, interval.high)
+    assert (difference.verdict == "not distinguishable") == (difference.low <= 0 <= difference.high)
 
 
 @pytest.mark.parametrize(
@@ -73,11 +73,11 @@ def test_welch_is_scipys(seed):
     ],
 )
 def test_fewer_than_three_runs_give_a_difference_and_no_verdict(ours, base, reason):
-    held = compare(ours, base, NAMES)
+    difference = compare(ours, base, NAMES)
 
-    assert held.value == np.mean(ours) - np.mean(base)
-    assert (held.low, held.high, held.p, held.verdict) == (None, None, None, None)
-    assert held.reason == reason
+    assert difference.value == np.mean(ours) - np.mean(base)
+    assert (difference.low, difference.high, difference.p, difference.verdict) == (None, None, None, None)
+    assert difference.reason == reason
 
 
 def test_a_cell_without_runs_has_no_difference():
@@ -89,11 +89,11 @@ def test_a_cell_without_runs_has_no_difference():
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("other", [70.0, 71.0])
 def test_no_spread_in_either_cell_is_no_test(other):
-    held = compare([70.0] * 3, [other] * 4, NAMES)
+    difference = compare([70.0] * 3, [other] * 4, NAMES)
 
-    assert held.value == 70.0 - other
-    assert (held.low, held.high, held.p, held.verdict) == (None, None, None, None)
-    assert "no spread" in held.reason
+    assert difference.value == 70.0 - other
+    assert (difference.low, difference.high, difference.p, difference.verdict) == (None, None, None, None)
+    assert "no spread" in difference.reason
 
 
 def test_values_that_differ_by_rounding_have_no_spread():
@@ -103,27 +103,29 @@ def test_values_that_differ_by_rounding_have_no_spread():
 @pytest.mark.filterwarnings("error")
 def test_spread_in_one_of_the_cells_is_enough():
     # only the first cell's error counts: 1 / sqrt(3) with 2 degrees of freedom, 97.5 % point 4.302653
-    held = compare([70.0, 71.0, 72.0], [70.0] * 5, NAMES)
+    difference = compare([70.0, 71.0, 72.0], [70.0] * 5, NAMES)
 
-    assert (held.low, held.high) == pytest.approx((1 - 2.484138, 1 + 2.484138), abs=1e-5)
+    assert (difference.low, difference.high) == pytest.approx((1 - 2.484138, 1 + 2.484138), abs=1e-5)
 
 
 def test_difference_from_a_published_number_by_hand():
     # standard error 2 / sqrt(3), 97.5 % point with 2 degrees of freedom 4.302653
-    held = compare_published([10.0, 12.0, 14.0], 11.0)
+    difference = compare_published([10.0, 12.0, 14.0], 11.0)
 
-    assert held.value == pytest.approx(1.0)
-    assert (held.low, held.high) == pytest.approx((1 - 4.968275, 1 + 4.968275), abs=1e-5)
-    assert (held.p, held.verdict) == (None, None)
+    assert difference.value == pytest.approx(1.0)
+    assert (difference.low, difference.high) == pytest.approx((1 - 4.968275, 1 + 4.968275), abs=1e-5)
+    assert (difference.p, difference.verdict) == (None, None)
 
 
 def test_difference_from_a_published_number_is_scipys_interval_of_our_mean():
     ours = [76.1, 76.4, 76.2, 76.9]
     interval = stats.ttest_1samp(ours, 0.0).confidence_interval(0.95)
 
-    held = compare_published(ours, 76.0)
+    difference = compare_published(ours, 76.0)
 
-    assert (held.low, held.high) == pytest.approx((interval.low - 76.0, interval.high - 76.0), abs=1e-10)
+    assert (difference.low, difference.high) == pytest.approx(
+        (interval.low - 76.0, interval.high - 76.0), abs=1e-10
+    )
 
 
 @pytest.mark.filterwarnings("error")
@@ -136,10 +138,10 @@ def test_difference_from_a_published_number_is_scipys_interval_of_our_mean():
     ],
 )
 def test_no_interval_around_few_runs_or_without_spread(ours, reason):
-    held = compare_published(ours, 70.0)
+    difference = compare_published(ours, 70.0)
 
-    assert held.value == pytest.approx(np.mean(ours) - 70.0)
-    assert (held.low, held.high, held.reason) == (None, None, reason)
+    assert difference.value == pytest.approx(np.mean(ours) - 70.0)
+    assert (difference.low, difference.high, difference.reason) == (None, None, reason)
 
 
 def test_holm_by_hand():
