@@ -69,7 +69,7 @@ class Script:
 
     @property
     def commit(self) -> str | None:
-        """The commit of mdistiller whose file the rest is; None for any other text."""
+        """The commit of mdistiller that the rest is a file of; None for any other text."""
         return KNOWN[self.name].get(hashlib.sha256(_plain(self.rest)).hexdigest())
 
     @property
@@ -92,7 +92,7 @@ class Config:
     name: str
     path: Path
     ours: bytes
-    theirs: bytes | None  # None where there is no such file
+    theirs: bytes | None  # None if there is no such file
     linked: bool  # reached over a symbolic link: what is there may be somebody's only copy
 
     @property
@@ -135,8 +135,8 @@ def main(words: Sequence[str]) -> int:
 def apply(root: Path) -> None:
     """Put the plugin in, all scripts and all configs or nothing, and print what was done.
 
-    Raises UserError, with the checkout unchanged, where `root` is no checkout, a script is not a version
-    of mdistiller, or a file cannot be written.
+    Raises UserError, with the checkout unchanged, if `root` is no checkout, a script is not a version of
+    mdistiller, or a file cannot be written.
     """
     scripts, configs = _survey(root)
     _refuse_unknown(scripts)
@@ -166,7 +166,7 @@ def apply(root: Path) -> None:
 def check(root: Path) -> int:
     """Print what is in place and change nothing. Returns 0 when all is, 1 when `apply` would put it there.
 
-    Raises UserError, after printing, where `apply` would.
+    Raises UserError, after printing, if `apply` would.
     """
     scripts, configs = _survey(root)
     for script in scripts:
@@ -181,7 +181,7 @@ def check(root: Path) -> int:
 def revert(root: Path) -> None:
     """Take out our lines and those configs that are as we ship them, and print what was done.
 
-    What else was edited in the scripts stays. Raises UserError, with the checkout unchanged, where `root`
+    What else was edited in the scripts stays. Raises UserError, with the checkout unchanged, if `root`
     is no checkout, a script imports the plugin elsewhere than on top, or a file cannot be written.
     """
     scripts, configs = _survey(root)
@@ -210,7 +210,7 @@ def revert(root: Path) -> None:
 
 
 def _survey(root: Path) -> tuple[list[Script], list[Config]]:
-    """Read everything that the commands look at or change. UserError where `root` is no checkout."""
+    """Read everything that the commands look at or change. UserError if `root` is no checkout."""
     detection = (root / DETECTION).is_file()
     names = [name for name in KNOWN if detection or name != DETECTION]
     for name in (*names, "mdistiller/__init__.py"):
@@ -241,7 +241,7 @@ def _survey(root: Path) -> tuple[list[Script], list[Config]]:
 
 
 def _place(file: Path, detection: bool) -> str | None:
-    """Where a checkout has one of our configs, named relative to configs/; None where it is not for it."""
+    """Name the place of one of our configs in a checkout, None if it is not for one. file: relative to configs/."""
     top = file.parts[0]
     if top not in PLACES:
         return f"configs/{file.as_posix()}"
@@ -250,7 +250,7 @@ def _place(file: Path, detection: bool) -> str | None:
 
 
 def _by_place(configs: Iterable[Config]) -> list[tuple[str, list[Config]]]:
-    """The configs of each folder that they go to, without folders that none goes to."""
+    """Group configs by the folder that they go to."""
     places = ("configs", *(place for place in PLACES.values() if place))
     groups = [(place, [c for c in configs if c.name.startswith(f"{place}/")]) for place in places]
     return [(place, group) for place, group in groups if group]

@@ -27,7 +27,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("-d", "--dataset", default="cifar100", help=", ".join(data.DATASETS))
     parser.add_argument("-bs", "--batch-size", type=int, default=64)
     parser.add_argument("--root", default="./data", help="folder of the data sets")
-    parser.add_argument("--download", action="store_true", help="fetch CIFAR-100 where it is missing")
+    parser.add_argument("--download", action="store_true", help="fetch CIFAR-100 if it is missing")
     return parser.parse_args(argv)
 
 

@@ -10,18 +10,18 @@ from typing import Any
 
 
 def cores() -> int:
-    """The cores that this process may use."""
+    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def threads(jobs: int, cores: int) -> int:
-    """The threads of one of so many runs side by side: OMP_NUM_THREADS where it is set, else its share of the cores."""
+    """Count the threads of one of `jobs` runs: OMP_NUM_THREADS if it is set, else its share of the cores."""
     first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     return int(first) if first.isdecimal() and int(first) else max(1, cores // max(jobs, 1))
 
 
 def duration(seconds: float, short: bool = False) -> str:
-    """A time in the unit that suits it: "40 seconds", "12 minutes", "5.5 hours", "3.1 days"; short: "40 s", …"""
+    """Put a time into the unit that suits it: "40 seconds", "12 minutes", "5.5 hours", "3.1 days"; short: "40 s", …"""
     units = (("days", "d", 86400), ("hours", "h", 3600), ("minutes", "min", 60))
     for unit, letter, length in units:
         least = 2 if unit != "minutes" else 1 if short else 1.5

@@ -8,6 +8,7 @@ import torch
 
 import deepkd_plugin
 from deepkd_plugin import config
+from deepkd_plugin.errors import UserError
 from deepkd_plugin.hosts import builtin
 from deepkd_plugin.run import record
 
@@ -16,8 +17,8 @@ PACKAGE = Path(deepkd_plugin.__file__).parent
 
 @pytest.fixture
 def package(tmp_path):
-    for name in ("losses.py", "distillers/kd.py", "reproduce/plan.py", "builtin/defaults.yaml"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name in ("losses.py", "distillers/kd.py", "study/reproduce/plan.py", "hosts/builtin/defaults.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"content of {name}\n")
     return tmp_path
 
@@ -36,18 +37,18 @@ def test_the_code_s_hash_is_of_names_and_contents(package):
 
 def test_what_computes_nothing_is_not_part_of_it(package):
     first = record.code_hash(package)
-    (package / "reproduce" / "plan.py").write_text("")
-    (package / "reproduce" / "page.py").write_text("")
-    (package / "builtin" / "defaults.yaml").write_text("")  # it is in the hash of the config
+    (package / "study" / "reproduce" / "plan.py").write_text("")
+    (package / "study" / "page.py").write_text("")
+    (package / "hosts" / "builtin" / "defaults.yaml").write_text("")  # it is in the hash of the config
     (package / "notes.txt").write_text("")
     assert record.code_hash(package) == first
 
 
 def test_the_package_s_own_hash_is_that_of_what_was_loaded(monkeypatch):
     """Files that are edited while a run loads its data are not what it computes with."""
-    assert record.code_hash() == record.code_hash(record.Path(record.__file__).parent)
-    monkeypatch.setattr(record.Path, "read_bytes", lambda path: b"edited")
-    assert record.code_hash() != record.code_hash(record.Path(record.__file__).parent)
+    assert record.code_hash() == record.code_hash(PACKAGE)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: b"edited")
+    assert record.code_hash() != record.code_hash(PACKAGE)
 
 
 def test_a_run_and_each_of_its_sessions_name_their_code(tmp_path, monkeypatch):
@@ -75,3 +76,21 @@ def test_the_hash_covers_the_whole_package_but_what_computes_nothing():
     assert record.code_hash() == digest.hexdigest()[:16]
     hashed = {"losses.py", "optim.py", "launch.py"}
     assert not {PACKAGE / name for name in hashed} & set(apart)
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "3", b"\xff\xfe"])
+def test_what_is_no_record_is_refused_in_one_line_or_not_found(tmp_path, content):
+    if content is not None:
+        (tmp_path / "run.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as error:
+        record.read_run(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path / 'run.json'}: must be the record of a run (")
+    assert "\n" not in str(error.value)
+    assert record.find_run(tmp_path) == {}
+
+
+def test_a_record_is_found_and_noted_in(tmp_path):
+    record.write_run(tmp_path, {"minutes": 1.5})
+    assert record.add_minutes(tmp_path, 2.25) == 3.75
+    record.note(tmp_path, {"finished": True})
+    assert record.find_run(tmp_path) == record.read_run(tmp_path) == {"minutes": 3.75, "finished": True}

@@ -38,7 +38,7 @@ LONGEST = 200
 """Characters that a reason quotes, of a log's last line or an error."""
 
 
-# libyaml's reader, where PyYAML was built with it, takes a tenth of the time
+# libyaml's reader, if PyYAML was built with it, takes a tenth of the time
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -48,10 +48,10 @@ class Record:
 
     best, last: the main measure, on the test images in percent, of the best and the last epoch; further: others of
     the same epochs, {"last" or "best": {name: value}}. curve, lr, momentum: the main measure, learning rate and momenta
-    by epoch, empty where the run did not write them. teacher: fingerprint of its weights, None without one;
-    teacher_acc: its own main measure, None where it was not tested. execution: the ways its steps were taken.
+    by epoch, empty if the run did not write them. teacher: fingerprint of its weights, None without one;
+    teacher_acc: its own main measure, None if it was not tested. execution: the ways its steps were taken.
     settings: the config by dotted path. codes: hashes of the package's code, one for each that a session ran.
-    taken_from: the table and run that it was trained for, where that was another one (--reuse).
+    taken_from: the table and run that it was trained for, if that was another one (--reuse).
     """
 
     run: Run

@@ -175,11 +175,11 @@ def base_rows(table: Outline, cfgs: Mapping[Cell, Any]) -> dict[str, str | None]
             cfg = of_pairs[0] if of_pairs else _unplanned(table, row)
             if cfg is not None:
                 trained.setdefault(cfg.DISTILLER.TYPE, []).append(row.name)
-    found = {row.name: row.base for row in table.methods}
+    rows = {row.name: row.base for row in table.methods}
     for name, base in under.items():
         if base is not None and base in trained:
-            found[name] = row_name(base) if row_name(base) in trained[base] else trained[base][0]
-    return found
+            rows[name] = row_name(base) if row_name(base) in trained[base] else trained[base][0]
+    return rows
 
 
 def _unplanned(table: Outline, method: Row) -> Any:

@@ -1,5 +1,6 @@
 import pytest
 
+from deepkd_plugin.distillers import DISTILLERS, KD
 from deepkd_plugin.study.report import published
 
 TOP1 = "top-1 (%)"
@@ -125,3 +126,24 @@ def test_a_value_that_is_a_range_is_text(monkeypatch):
 def test_every_row_has_a_source_and_a_certainty():
     assert len(published.rows()) > 60
     assert all(row["value"] and row["source"] and row["certainty"] for row in published.rows())
+
+
+def test_a_method_of_one_s_own_is_called_as_it_says(monkeypatch):
+    class NKD(KD):
+        published = "N"
+
+    class Plain(KD):
+        published = ""
+
+    row = {"dataset": "cifar100", "metric": "top1", "teacher": "a", "student": "b", "value": "70.00"}
+    row |= {"source": "a note", "certainty": "stated"}
+    methods = ("N", "N+DeepKD+DTM", "Plain", "KD")
+    monkeypatch.setattr(published, "rows", lambda: tuple(row | {"method": name} for name in methods))
+    for cls in (NKD, Plain):
+        monkeypatch.setitem(DISTILLERS, cls.__name__, cls)
+
+    of = ("cifar100", TOP1, "a", "b")
+    assert published.find(*of, "nkd").method == "N"
+    assert published.find(*of, "deepkd_nkd").method == "N+DeepKD+DTM"
+    assert published.find(*of, "plain").method == "Plain"
+    assert published.find(*of, "kd").method == "KD"

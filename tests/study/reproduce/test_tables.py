@@ -8,6 +8,7 @@ import pytest
 from deepkd_plugin import config
 from deepkd_plugin.config.shipped import shipped
 from deepkd_plugin.data import source
+from deepkd_plugin.distillers import DISTILLERS, KD
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.study.reproduce import tables
 from deepkd_plugin.study.reproduce.plan import make_plan
@@ -101,7 +102,24 @@ def test_a_folder_of_configs_is_a_table(folder, tmp_path, monkeypatch):
     assert (ablation.title, ablation.pairs) == ("ablation-delta over kd on ours", ("a_b",))
 
 
-def test_a_gain_is_over_the_method_that_deepkd_takes_apart(tmp_path):
+def test_rows_and_bases_of_a_method_of_one_s_own(folder, monkeypatch):
+    class NKD(KD):
+        pass
+
+    monkeypatch.setitem(DISTILLERS, "NKD", NKD)
+    for name in ("nkd", "deepkd_nkd", "deepkd_dkd", "about"):
+        shutil.copy(CONFIGS / "kd.yaml", folder / "a_b" / f"{name}.yaml")
+    assert names(tables.find(str(folder))) == [
+        *("vanilla", "kd", "nkd", "deepkd", "deepkd_dkd", "deepkd_nkd"),
+        *("about", "mine"),
+    ]
+    assert tables.find("ablation-mask", "nkd", str(folder)).over == "nkd"
+    assert complaint(tables.find, "ablation-mask", "nkd").startswith(
+        "command line: --base is 'nkd'; configs/glyphs100 must have a deepkd_nkd.yaml for it, "
+    )
+
+
+def test_a_gain_is_over_the_method_that_deepkd_takes_apart():
     over = {"deepkd": "kd", "deepkd_dkd": "dkd", "deepkd_mlkd": "mlkd", "deepkd_crld": "crld"}
     assert bases("glyphs100") == dict.fromkeys(["vanilla", "kd", "dkd", "mlkd", "crld"]) | over
     assert bases("cifar100_cpu")["deepkd_release"] == "kd"
