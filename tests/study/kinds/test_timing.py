@@ -104,7 +104,6 @@ def passes(name):
     [
         ("vanilla", (), 1, 1),
         ("kd", (), 1, 1),
-        ("dkd", (), 1, 1),
         ("mlkd", (), 2, 1),
         ("deepkd", (), 1, 2),  # two distinct momenta
         ("deepkd", (*DELTAS, "0.02"), 1, 3),
