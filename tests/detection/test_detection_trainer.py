@@ -78,7 +78,7 @@ def test_the_masks_k_follows_the_iterations_and_is_logged(make):
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_clipping_is_of_the_whole_gradient_and_the_streams_follow(make, momenta, apart):
-    options = momenta if apart else ()
+    options = (*(momenta if apart else ()), "SOLVER.WEIGHT_DECAY", "0.0", "DETECTION.WARMUP_ITERATIONS", "0")
     free = make("DeepKD", *options)
     norms = every_step(free, lambda: norm(free))
     epochs(free)
