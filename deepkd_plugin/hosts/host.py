@@ -37,10 +37,13 @@ class Host:
     """The host's checkout; None for the built-in one."""
 
     def models(self, dataset: str) -> dict[str, Any]:
-        """Return the dictionary of networks for a data set."""
-        return {"imagenet": self.imagenet_models, "tiny_imagenet": self.tiny_imagenet_models}.get(
-            dataset, self.cifar_models
-        )
+        """Return the dictionary of networks for a data set; UserError for an unknown one."""
+        zoos = {
+            "cifar": self.cifar_models,
+            "tiny_imagenet": self.tiny_imagenet_models,
+            "imagenet": self.imagenet_models,
+        }
+        return zoos[data.source(dataset).zoo]
 
     def distiller(self, cfg: CfgNode) -> Any:
         """Return the class of DISTILLER.TYPE; the plugin's own if logits are standardised."""

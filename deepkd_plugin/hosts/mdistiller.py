@@ -194,7 +194,7 @@ def _teacher(host: Host, cfg: Any, entry: Any) -> Any:
     path = weights_file(host, dataset, name, cfg.DISTILLER.TEACHER_WEIGHTS)
     key = "DISTILLER.TEACHER_WEIGHTS"
     loaded = trained_network(host, dataset, name, data.num_classes(cfg), path, key)
-    if dataset != "imagenet":
+    if isinstance(entry, tuple):
         return (entry[0], path)
     return lambda pretrained=False: loaded if pretrained else entry(pretrained=False)
 

@@ -59,8 +59,8 @@ def _of_imagenet(make: Callable[..., nn.Module], pretrained: bool = False) -> nn
 
 def network(host: Host, dataset: str, name: str, num_classes: int) -> nn.Module:
     """Make a fresh network of the host's zoo."""
-    make = host.models(dataset)[name]
-    return make(pretrained=False) if dataset == "imagenet" else make[0](num_classes=num_classes)
+    entry = host.models(dataset)[name]
+    return entry[0](num_classes=num_classes) if isinstance(entry, tuple) else entry(pretrained=False)
 
 
 def trained_network(
@@ -71,9 +71,10 @@ def trained_network(
     `key` is the config key or option that gave `weights`, for errors.
     """
     path = weights_file(host, dataset, name, weights)
-    if not path and dataset == "imagenet":
+    entry = host.models(dataset)[name]
+    if not path and not isinstance(entry, tuple):
         try:
-            return host.models(dataset)[name](pretrained=True).requires_grad_(False)
+            return entry(pretrained=True).requires_grad_(False)
         except OSError as error:
             raise UserError(
                 f"{key} names no file and torchvision's weights of {name} cannot be fetched ({error}); name a file"
@@ -92,6 +93,5 @@ def weights_file(host: Host, dataset: str, name: str, weights: str) -> str:
     if weights.startswith("builtin:"):
         shipped = files("deepkd_plugin.hosts.builtin").joinpath("weights")
         return str(shipped.joinpath(weights.removeprefix("builtin:") + ".pt"))
-    if weights or dataset == "imagenet":
-        return weights
-    return host.models(dataset)[name][1] or ""
+    entry = host.models(dataset)[name]
+    return weights or (entry[1] or "" if isinstance(entry, tuple) else "")

@@ -26,7 +26,7 @@ RECORDED = ("torch", "torchvision", "numpy", "pillow", "matplotlib", "yacs", "te
 PACKAGE = Path(__file__).parents[1]
 """The package's own folder, whose code is hashed."""
 
-APART = ("study/", "commands/", "detection/detectron2/merge.py", "run/array_pickle.py")
+APART = ("study/", "commands/", "detection/detectron2/merge.py")
 """Files and folders of the package that start runs and read what they left, and change nothing in them."""
 
 
