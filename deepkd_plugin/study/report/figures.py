@@ -153,7 +153,7 @@ def _panel(drawn: Sequence[Curve], scale: tuple[float, float], step: str, title:
         draw_curve(axes, curve, COLOURS[colour], dashes, label)
     axes.set_ylim(scale)
     axes.margins(x=0.01)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     axes.set_xlabel(step, loc="right", labelpad=1)
     figure.legend(loc="lower left", borderpad=0, borderaxespad=0, labelspacing=0.2)
     words = "; ".join(

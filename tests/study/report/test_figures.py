@@ -124,6 +124,7 @@ def test_one_epoch_is_a_dot(cells_of):
     svg = Svg(panel(cells_of({(PAIR, "kd"): [70.0]}, methods=(KD,), epochs=1)))
 
     assert len(svg.marks("ink")) == 2  # the epoch, and the legend's
+    assert [text for text in svg.letters if re.fullmatch(r"[01](\.\d+)?", text)] == ["1"]
     assert "fill-opacity" not in svg.text
     assert "nan" not in svg.text
 
