@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from os.path import normpath
 from pathlib import Path
@@ -86,7 +86,7 @@ def _describe(host: Host) -> str:
     return f"mdistiller in {host.root}, commit {commit(host.root / 'mdistiller' / 'engine', 'cfg.py')}"
 
 
-def _registry(names: dict[str, object], ours: dict[str, object]) -> str:
+def _registry(names: Iterable[str], ours: Iterable[str]) -> str:
     """List the host's names, ours behind a plus sign."""
     return " ".join(f"+{name}" if name in ours else name for name in names)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from ..measures import CLASSIFICATION, MEASURES, Measures
 from ..table import Method, Pair, Run
 from . import published
-from .collect import Record, Table
+from .collect import Record, Results
 from .formats import CONFIDENCE, interval, span
 from .published import Published
 from .statistics import (
@@ -82,7 +82,7 @@ class Cell:
         return ours.value - base.value
 
 
-def assemble(table: Table) -> list[Cell]:
+def assemble(table: Results) -> list[Cell]:
     """Make the cells of every planned pair and method, pair by pair in the plan's order."""
     methods = {method.name: method for method in table.methods}
     cells: dict[tuple[str, str | None], Cell] = {}

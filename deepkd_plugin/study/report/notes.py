@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from ..measures import CLASSIFICATION, MEASURES
 from ..shared import duration
 from .cells import Cell, comparisons, number_name
-from .collect import NOT_STARTED, UNFINISHED, Table
+from .collect import NOT_STARTED, UNFINISHED, Results
 from .formats import CONFIDENCE, count, ranges
 from .published import without_pair
 from .statistics import LEVEL, MIN_RUNS
 
 
-def what_was_run(table: Table) -> str:
+def what_was_run(table: Results) -> str:
     """Tell of a table's runs in one paragraph."""
     records = list(table.records.values())
     pairs, methods, seeds = len(table.pairs), len(table.methods), len(table.seeds)
@@ -44,13 +44,13 @@ def what_was_run(table: Table) -> str:
     )
 
 
-def published_without_pair(table: Table) -> list[str]:
+def published_without_pair(table: Results) -> list[str]:
     """List what is published for no pair in particular: a sentence that says so, then the values; empty without any."""
     values = without_pair(table.dataset, table.metric)
     return ["Published for a pair that is not named, so beside no cell of ours:", *values] if values else []
 
 
-def left_out(table: Table) -> list[tuple[str, str, str, str]]:
+def left_out(table: Results) -> list[tuple[str, str, str, str]]:
     """List the runs that do not count: pair, method, seeds, why. Seeds of a cell with one reason share a row."""
     pairs = {pair.name: pair.label for pair in table.pairs}
     methods = {method.name: method.label for method in table.methods}

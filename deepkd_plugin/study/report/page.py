@@ -8,7 +8,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from .cells import NUMBERS, Cell, agreement, by_base, headline, number_name
-from .collect import Table
+from .collect import Results
 from .columns import columns, title, verdict
 from .figures import LINES, curves, dot_plot
 from .formats import CONFIDENCE, interval, signed
@@ -33,7 +33,7 @@ _TEMPLATES.globals |= {
 }
 
 
-def page(table: Table, cells: Sequence[Cell]) -> str:
+def page(table: Results, cells: Sequence[Cell]) -> str:
     """Write the whole page of a table."""
     pairs = [(pair, some) for pair in table.pairs if (some := [cell for cell in cells if cell.pair is pair])]
     compared = _compared(cells)

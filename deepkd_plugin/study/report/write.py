@@ -12,7 +12,7 @@ from ...errors import UserError
 from ...run.checkpoint import write_whole
 from ..shared import csv_text
 from .cells import NUMBERS, Cell, agreement, assemble, by_base, headline, number_name
-from .collect import NOT_STARTED, UNFINISHED, Table, collect
+from .collect import NOT_STARTED, UNFINISHED, Results, collect
 from .columns import columns, title
 from .notes import left_out, notes, published_without_pair, what_was_run
 from .page import page
@@ -54,7 +54,7 @@ def report(folder: Path) -> list[Path]:
     return written
 
 
-def markdown(table: Table, cells: Sequence[Cell]) -> str:
+def markdown(table: Results, cells: Sequence[Cell]) -> str:
     """Write the report as Markdown."""
     blocks = [f"# DeepKD: {_plain(table.title)}", _plain(what_was_run(table)), "## Result"]
     groups = by_base(cells)
@@ -111,7 +111,7 @@ def _plain(text: str) -> str:
     return " ".join(text.split())
 
 
-def cell_rows(table: Table, cells: Sequence[Cell]) -> list[dict[str, Any]]:
+def cell_rows(table: Results, cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """Make the rows of report.csv, one for each pair and method; a number that does not exist is an empty field."""
     rows = []
     for cell in cells:
@@ -158,7 +158,7 @@ def _difference(name: str, difference: Difference | None) -> dict[str, float | N
     return dict(zip((name, f"{name}_low", f"{name}_high"), ends))
 
 
-def run_rows(table: Table) -> list[dict[str, Any]]:
+def run_rows(table: Results) -> list[dict[str, Any]]:
     """Make the rows of runs.csv, one for each planned run: what it measured, or why it does not count."""
     reasons = {(left.run.pair, left.run.method, left.run.seed): left for left in table.left_out}
     rows = []

@@ -163,7 +163,9 @@ def _document(
         teacher, student = kind.networks(pair, [cfg for (name, _), cfg in cfgs.items() if name == pair])
         pairs.append(Pair(pair, teacher, student))
     bases = base_rows(table, cfgs)
-    first = {name: cfg for (_, name), cfg in reversed(cfgs.items())}
+    first: dict[str, Any] = {}
+    for (_, name), cfg in cfgs.items():
+        first.setdefault(name, cfg)
     return Table(
         folder=out,
         name=table.name,
