@@ -100,6 +100,12 @@ def batches(cfg):
     return DataLoader(train, 2), DataLoader([(view(), target) for target in labels], 2)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def registered():
+    """The plugin is in the built-in host, whichever test is the first."""
+    registry.register(registry.BUILTIN)
+
+
 def test_the_files_that_there_are():
     for dataset, (pairs, _, _) in DATASETS.items():
         folders = [folder for folder in PAIRS if folder.parent.name == dataset]
