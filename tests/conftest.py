@@ -41,6 +41,7 @@ def golden_optimizers():
 
 @pytest.fixture(autouse=True)
 def one_thread():
+    """Networks of these sizes gain nothing by threads, and pytest-xdist has a process for each core."""
     torch.set_num_threads(1)
 
 

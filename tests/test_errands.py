@@ -162,6 +162,7 @@ def test_a_data_set_and_a_network_train(extend, config, train):
     assert lines[-1]["test_acc"] > 90
 
 
+@pytest.mark.slow
 def test_a_table_of_them_is_planned_estimated_trained_and_compared(config, folder):
     """In processes of their own, which are told of the extensions by the environment alone."""
     config("vanilla", DISTILLER={"TYPE": "NONE", "STUDENT": "tiny"})

@@ -16,12 +16,6 @@ from deepkd_plugin.run import checkpoint
 STREAMS = ("tog", "tcg", "ncg")
 
 
-@pytest.fixture(autouse=True)
-def one_thread(two_threads):
-    """A second thread has nothing to do here but wait."""
-    torch.set_num_threads(1)
-
-
 def parameters():
     """In channels-last order, a vector, bfloat16, a matrix, a scalar: 162, 6, 5, 28 and 1 coordinates."""
     return {

@@ -35,12 +35,6 @@ class Net(nn.Module):
         return self.head(self.body(x)), {}
 
 
-@pytest.fixture(autouse=True)
-def one_thread(two_threads):
-    """A second thread has nothing to do here but wait."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
 def cfg(tmp_path):
     """Four epochs of four iterations."""

@@ -214,12 +214,6 @@ def test_runs_name_the_way_they_went(train, options, execution, said):
     assert said in out
 
 
-@pytest.fixture
-def one_thread(two_threads):
-    """A second thread has nothing to do in these tests but wait."""
-    torch.set_num_threads(1)
-
-
 class Measured:
     """A step as the trainer takes it where gradients are sampled: an iteration is counted first."""
 

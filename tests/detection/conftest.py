@@ -42,12 +42,6 @@ CONFIG = {
 }
 
 
-@pytest.fixture(autouse=True)
-def two_threads():
-    """One, in the place of the other tests' two: for networks of this size threads only wait for each other."""
-    torch.set_num_threads(1)
-
-
 def squares(count, seed):
     """`count` images with a square each, the last one without."""
     rng = np.random.default_rng(seed)

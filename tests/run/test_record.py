@@ -7,12 +7,18 @@ import pytest
 import torch
 
 import deepkd_plugin
-from deepkd_plugin import config
+from deepkd_plugin import config, extensions
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.hosts import builtin
 from deepkd_plugin.run import record
 
 PACKAGE = Path(deepkd_plugin.__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def nothing_registered(monkeypatch):
+    """What other tests of this process registered is in no hash here."""
+    monkeypatch.setattr(extensions, "contents", dict)
 
 
 @pytest.fixture

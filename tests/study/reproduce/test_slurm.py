@@ -41,6 +41,7 @@ def results(runs, folder, worker):
 
 
 @needs_submitit
+@pytest.mark.slow
 def test_jobs_train_their_runs(fake_run, tmp_path):
     runs = [fake_run(0), fake_run(1, FAIL="2:1")]
     well, failure = results(runs, tmp_path, fake_run.worker)
