@@ -102,7 +102,7 @@ TYPED = {
     **dict.fromkeys(("0.0", "0.05", "0.075", "0.099", "0.1", "0.2", "0.5", "0.9"), SET),
     **dict.fromkeys(("0.825", "0.975", "0.999"), SET),
     "0.57": "(1 - 0.9) / (1 - 0.825)",
-    **dict.fromkeys(("2.15.0", "3.11.7"), "versions"),
+    **dict.fromkeys(("0.1.0", "2.15.0", "3.11.7"), "versions"),
     **dict.fromkeys(("31.17", "8.00", "16.50", "89.17", "83.75"), "runs that the page says have no file"),
 }
 
