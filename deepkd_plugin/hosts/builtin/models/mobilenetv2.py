@@ -26,33 +26,38 @@ _STAGES = (
 _FEATURES = (1, 2, 4, 6)  # the stages whose outputs are features
 
 
-def inverted_residual(
-    c_in: int, c_out: int, stride: int, expansion: int, relu: type[nn.Module], bias: bool
-) -> nn.Sequential:
-    """Build a 1×1 convolution that widens, a 3×3 depthwise convolution that strides and a linear 1×1 convolution."""
-    c_mid = c_in * expansion
-    return nn.Sequential(
-        nn.Conv2d(c_in, c_mid, 1, bias=bias),
-        nn.BatchNorm2d(c_mid),
-        relu(inplace=True),
-        nn.Conv2d(c_mid, c_mid, 3, stride, padding=1, groups=c_mid, bias=bias),
-        nn.BatchNorm2d(c_mid),
-        relu(inplace=True),
-        nn.Conv2d(c_mid, c_out, 1, bias=bias),
-        nn.BatchNorm2d(c_out),
-    )
-
-
 class InvertedResidual(nn.Module):
-    """(B, C_in, H, W) -> (B, C_out, H / stride, W / stride), with an identity beside it if the shapes allow."""
+    """A 1×1 convolution that widens, a 3×3 depthwise convolution that strides and a linear 1×1 convolution.
+
+    forward: (B, C_in, H, W) -> (B, C_out, H / stride, W / stride), with an identity beside it if the shapes allow.
+    """
+
+    name, relu, bias = "conv", nn.ReLU, False
+    """The convolutions' name, what follows the first two, and whether they have biases."""
 
     def __init__(self, c_in: int, c_out: int, stride: int, expansion: int) -> None:
         super().__init__()
         self.has_identity = stride == 1 and c_in == c_out
-        self.conv = inverted_residual(c_in, c_out, stride, expansion, nn.ReLU, bias=False)
+        c_mid = c_in * expansion
+        made = partial(Conv2dNormActivation, bias=self.bias)
+        layers = (
+            *made(c_in, c_mid, 1, activation_layer=self.relu),
+            *made(c_mid, c_mid, 3, stride, groups=c_mid, activation_layer=self.relu),
+            *made(c_mid, c_out, 1, activation_layer=None),
+        )
+        self.add_module(self.name, nn.Sequential(*layers))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv(x) if self.has_identity else self.conv(x)
+        out = getattr(self, self.name)(x)
+        return x + out if self.has_identity else out
+
+
+def stage(
+    block: type[InvertedResidual], c_in: int, c_out: int, blocks: int, stride: int, expansion: int = 6
+) -> nn.Sequential:
+    """Build a stage, whose first block takes other channels and strides."""
+    rest = (block(c_out, c_out, 1, expansion) for _ in range(blocks - 1))
+    return nn.Sequential(block(c_in, c_out, stride, expansion), *rest)
 
 
 class MobileNetV2(nn.Module):
@@ -72,9 +77,7 @@ class MobileNetV2(nn.Module):
         self.blocks = nn.ModuleList()
         for expansion, channels, blocks, stride in _STAGES:
             c_in, c_out = c_out, int(channels * width_mult)
-            stage = [InvertedResidual(c_in, c_out, stride, expansion)]
-            stage += [InvertedResidual(c_out, c_out, 1, expansion) for _ in range(blocks - 1)]
-            self.blocks.append(nn.Sequential(*stage))
+            self.blocks.append(stage(InvertedResidual, c_in, c_out, blocks, stride, expansion))
         self.conv2 = Conv2dNormActivation(c_out, 1280, 1)  # never narrower than in the paper
         self.classifier = nn.Sequential(nn.Linear(1280, num_classes))
         fan_out_normal_(self)
@@ -94,8 +97,8 @@ class MobileNetV2(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
         x = self.conv1(x)
         feats = [x]
-        for i, stage in enumerate(self.blocks):
-            x = stage(x)
+        for i, layers in enumerate(self.blocks):
+            x = layers(x)
             if i in _FEATURES:
                 feats.append(x)
         pooled = F.adaptive_avg_pool2d(self.conv2(x), 1).flatten(1)

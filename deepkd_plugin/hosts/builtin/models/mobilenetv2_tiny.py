@@ -3,27 +3,20 @@
 After Sandler et al., 2018 (arXiv:1801.04381). State-dict keys, initialisation and outputs are mdistiller's.
 """
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import Conv2dNormActivation
 
-from .mobilenetv2 import inverted_residual
+from .mobilenetv2 import InvertedResidual, stage
 
 
-class LinearBottleneck(nn.Module):
-    """(B, C_in, H, W) -> (B, C_out, H / stride, W / stride), with an identity beside it if the shapes allow."""
+class LinearBottleneck(InvertedResidual):
+    """`InvertedResidual` under another name, with ReLU6 and biases."""
 
-    def __init__(self, c_in: int, c_out: int, stride: int = 1, expansion: int = 6) -> None:
-        super().__init__()
-        self.has_identity = stride == 1 and c_in == c_out
-        self.residual = inverted_residual(c_in, c_out, stride, expansion, nn.ReLU6, bias=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.residual(x)
-        if self.has_identity:
-            out += x
-        return out
+    name, relu, bias = "residual", nn.ReLU6, True
 
 
 class TinyMobileNetV2(nn.Module):
@@ -38,15 +31,17 @@ class TinyMobileNetV2(nn.Module):
 
     def __init__(self, num_classes: int = 200) -> None:
         super().__init__()
-        self.pre = _conv_bn_relu6(3, 32, padding=1)
-        self.stage1 = LinearBottleneck(32, 16, expansion=1)
-        self.stage2 = _stage(16, 24, blocks=2, stride=2)
-        self.stage3 = _stage(24, 32, blocks=3, stride=2)
-        self.stage4 = _stage(32, 64, blocks=4, stride=2)
-        self.stage5 = _stage(64, 96, blocks=3, stride=1)
-        self.stage6 = _stage(96, 160, blocks=3, stride=1)
-        self.stage7 = LinearBottleneck(160, 320)
-        self.conv1 = _conv_bn_relu6(320, 1280, padding=0)
+        made = partial(Conv2dNormActivation, kernel_size=1, activation_layer=nn.ReLU6, bias=True)
+        staged = partial(stage, LinearBottleneck)
+        self.pre = made(3, 32, padding=1)
+        self.stage1 = LinearBottleneck(32, 16, stride=1, expansion=1)
+        self.stage2 = staged(16, 24, blocks=2, stride=2)
+        self.stage3 = staged(24, 32, blocks=3, stride=2)
+        self.stage4 = staged(32, 64, blocks=4, stride=2)
+        self.stage5 = staged(64, 96, blocks=3, stride=1)
+        self.stage6 = staged(96, 160, blocks=3, stride=1)
+        self.stage7 = LinearBottleneck(160, 320, stride=1, expansion=6)
+        self.conv1 = made(320, 1280)
         self.conv2 = nn.Conv2d(1280, num_classes, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
@@ -57,13 +52,3 @@ class TinyMobileNetV2(nn.Module):
         f4 = self.conv1(self.stage7(self.stage6(self.stage5(f3))))
         pooled = F.adaptive_avg_pool2d(f4, 1)
         return self.conv2(pooled).flatten(1), {"feats": [f0, f1, f2, f3, f4], "pooled_feat": pooled}
-
-
-def _conv_bn_relu6(c_in: int, c_out: int, padding: int) -> nn.Sequential:
-    conv = nn.Conv2d(c_in, c_out, 1, padding=padding)
-    return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU6(inplace=True))
-
-
-def _stage(c_in: int, c_out: int, blocks: int, stride: int) -> nn.Sequential:
-    rest = (LinearBottleneck(c_out, c_out) for _ in range(blocks - 1))
-    return nn.Sequential(LinearBottleneck(c_in, c_out, stride), *rest)

@@ -53,10 +53,5 @@ class ShuffleV1(ShuffleNet):
     """`ShuffleNet` with stages of `Unit`, 240, 480 and 960 channels wide."""
 
     def __init__(self, num_classes: int = 100) -> None:
-        super().__init__(_stage, (240, 480, 960))
+        super().__init__(Unit, (240, 480, 960))
         self.linear = nn.Linear(960, num_classes)
-
-
-def _stage(c_in: int, c_out: int, units: int) -> nn.Sequential:
-    rest = (Unit(c_out, c_out, 1, ends_stage=i == units - 1) for i in range(1, units))
-    return nn.Sequential(Unit(c_in, c_out, 2, ends_stage=False), *rest)

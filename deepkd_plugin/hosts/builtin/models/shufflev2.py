@@ -66,7 +66,7 @@ class ShuffleV2(ShuffleNet):
     """`ShuffleNet` with stages of `DownUnit` and `Unit`, 116, 232 and 464 channels, and 1024 before pooling."""
 
     def __init__(self, num_classes: int = 100) -> None:
-        super().__init__(_stage, (116, 232, 464))
+        super().__init__(_unit, (116, 232, 464))
         self.conv2 = nn.Conv2d(464, 1024, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(1024)
         self.linear = nn.Linear(1024, num_classes)
@@ -78,6 +78,5 @@ class ShuffleV2(ShuffleNet):
         return F.relu(self.bn2(self.conv2(x)), inplace=True)
 
 
-def _stage(c_in: int, c_out: int, units: int) -> nn.Sequential:
-    rest = (Unit(c_out, ends_stage=i == units - 1) for i in range(1, units))
-    return nn.Sequential(DownUnit(c_in, c_out), *rest)
+def _unit(c_in: int, c_out: int, stride: int, ends_stage: bool) -> nn.Module:
+    return DownUnit(c_in, c_out) if stride == 2 else Unit(c_out, ends_stage)
