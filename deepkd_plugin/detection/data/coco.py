@@ -45,15 +45,7 @@ def load_coco(root: str | Path, split: str) -> AnnotatedImages:
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its progress there
             read = CocoDetection(str(folder), str(file))
-    except (
-        AssertionError,
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ) as error:
+    except Exception as error:  # what is no such file makes pycocotools raise more kinds than can be listed
         raise UserError(f"{file}: must be COCO's annotations in JSON ({_brief(error)})") from None
     categories = [read.coco.cats[key] for key in sorted(read.coco.cats)]
     if not categories or not read.ids:
@@ -83,31 +75,28 @@ def _boxes(coco: Any, ids: list[int], file: Path) -> Boxes:
     for key in ids:
         rows.extend(_row(annotation, labels_by_id, file) for annotation in coco.imgToAnns.get(key, ()))
         offsets.append(len(rows))
-    table = np.array(rows, np.float64).reshape(-1, 7)
-    boxes = table[:, :4].copy()
-    boxes[:, 2:] += boxes[:, :2]
+    table = np.array(rows, np.float64).reshape(-1, 6)
+    table[:, 2:4] += table[:, :2]
     return Boxes(
-        boxes.astype(np.float32),
+        table[:, :4].astype(np.float32),
         table[:, 4].astype(np.int64),
         table[:, 5] > 0,
-        table[:, 6].astype(np.float32),
         np.array(offsets, np.int64),
     )
 
 
 def _row(annotation: Mapping[str, Any], labels: Mapping[int, int], file: Path) -> tuple[float, ...]:
-    """Return an annotation's x, y, width, height, label, crowd, area."""
+    """Return an annotation's x, y, width, height, label, crowd."""
     try:
         x, y, width, height = (float(value) for value in annotation["bbox"])
-        area = float(annotation.get("area", width * height))
-        row = x, y, width, height, labels[annotation["category_id"]], bool(annotation.get("iscrowd", 0)), area
+        row = x, y, width, height, labels[annotation["category_id"]], bool(annotation.get("iscrowd", 0))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{file}: annotation {annotation.get('id')} must have a bbox of 4 numbers and the category_id of one of "
             f"the {len(labels)} categories ({_brief(error)})"
         ) from None
     if not all(map(math.isfinite, row)):
-        raise UserError(f"{file}: annotation {annotation.get('id')} has a bbox or area that is not finite")
+        raise UserError(f"{file}: annotation {annotation.get('id')} has a bbox that is not finite")
     return row
 
 
