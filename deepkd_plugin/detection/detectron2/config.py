@@ -17,7 +17,7 @@ from ... import config
 from ...config import keys
 from ...errors import UserError
 from ...rules import FRACTION, NOT_NEGATIVE, POSITIVE, WHOLE, Key, one_of
-from ...streams import STREAMS
+from ...streams import EXTRA_STREAMS, STREAMS
 from ..losses import BASES
 from . import require
 
@@ -49,18 +49,10 @@ def _shared(path: str, ours: str, **changes: Any) -> Key:
     return key._replace(path=path, **changes)
 
 
-_MASK = {
-    f"KD.DEEPKD.MASK.{leaf}": f"DeepKD.MASK.{leaf}"
-    for leaf in ("TYPE", "K", "INITIAL", "OPTIMAL", "PHASES", "READING")
-}
+_MASK = ("TYPE", "K", "INITIAL", "OPTIMAL", "PHASES", "READING")
 _MOMENTA = (
-    "DELTA.TOG",
-    "DELTA.TCG",
-    "DELTA.NCG",
-    "DELTA.FEAT",
-    "VARIANT",
-    "WEIGHT_DECAY_STREAM",
-    "DAMPENING",
+    *(f"DELTA.{stream.upper()}" for stream in (*STREAMS, *EXTRA_STREAMS)),
+    *("VARIANT", "WEIGHT_DECAY_STREAM", "DAMPENING"),
 )
 
 KEYS = (
@@ -70,7 +62,7 @@ KEYS = (
     _shared("KD.DEEPKD.TCG_WEIGHT", "DeepKD.TCG_WEIGHT"),
     _shared("KD.DEEPKD.NCG_WEIGHT", "DeepKD.NCG_WEIGHT", default=0.25),
     _shared("KD.DEEPKD.T", "DeepKD.TEMPERATURE", default=1.0),
-    *(_shared(path, ours) for path, ours in _MASK.items()),
+    *(_shared(f"KD.DEEPKD.MASK.{leaf}", f"DeepKD.MASK.{leaf}") for leaf in _MASK),
     *(_shared(f"SOLVER.DECOUPLED.{leaf}", f"SOLVER.DECOUPLED.{leaf}") for leaf in _MOMENTA),
 )
 """Every key that the plugin adds to this tree. Weights and temperature are mdistiller's for DKD on detectors."""
@@ -199,7 +191,7 @@ def _check_momenta(cfg: CfgNode, origin: Mapping[str, str]) -> None:
 
 
 def _check_mask(cfg: CfgNode, origin: Mapping[str, str]) -> None:
-    theirs = {ours: origin[path] for path, ours in _MASK.items() if path in origin}
+    theirs = {path.replace("KD.DEEPKD.", "DeepKD."): source for path, source in origin.items()}
     try:
         config.check_mask(_as_classification(cfg), theirs, cfg.MODEL.ROI_HEADS.NUM_CLASSES + 1)
     except UserError as error:

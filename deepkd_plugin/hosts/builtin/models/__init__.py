@@ -46,10 +46,4 @@ tiny_imagenet_model_dict: dict[str, Entry] = {
 }
 
 # name -> constructor(pretrained=)
-imagenet_model_dict: dict[str, Callable[..., nn.Module]] = {
-    "ResNet18": imagenet.ResNet18,
-    "ResNet34": imagenet.ResNet34,
-    "ResNet50": imagenet.ResNet50,
-    "ResNet101": imagenet.ResNet101,
-    "MobileNetV1": MobileNetV1,
-}
+imagenet_model_dict: dict[str, Callable[..., nn.Module]] = {**imagenet.RESNETS, "MobileNetV1": MobileNetV1}

@@ -45,7 +45,10 @@ class ImageNetResNet(ResidualNetwork):
         return preact, feat, F.max_pool2d(feat, 3, 2, padding=1)
 
 
-ResNet18 = partial(ImageNetResNet, BasicBlock, (2, 2, 2, 2), ResNet18_Weights.IMAGENET1K_V1)
-ResNet34 = partial(ImageNetResNet, BasicBlock, (3, 4, 6, 3), ResNet34_Weights.IMAGENET1K_V1)
-ResNet50 = partial(ImageNetResNet, Bottleneck, (3, 4, 6, 3), ResNet50_Weights.IMAGENET1K_V1)
-ResNet101 = partial(ImageNetResNet, Bottleneck, (3, 4, 23, 3), ResNet101_Weights.IMAGENET1K_V1)
+RESNETS = {
+    "ResNet18": partial(ImageNetResNet, BasicBlock, (2, 2, 2, 2), ResNet18_Weights.IMAGENET1K_V1),
+    "ResNet34": partial(ImageNetResNet, BasicBlock, (3, 4, 6, 3), ResNet34_Weights.IMAGENET1K_V1),
+    "ResNet50": partial(ImageNetResNet, Bottleneck, (3, 4, 6, 3), ResNet50_Weights.IMAGENET1K_V1),
+    "ResNet101": partial(ImageNetResNet, Bottleneck, (3, 4, 23, 3), ResNet101_Weights.IMAGENET1K_V1),
+}
+"""By name."""
