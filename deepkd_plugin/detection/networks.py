@@ -177,22 +177,15 @@ class SmallFPN(nn.Module):
         self.body.conv1.stride = (2, 2)
         self.fpn = FeaturePyramidNetwork([32, 64], self.out_channels)
         if norm is FrozenBatchNorm2d:
-            _freeze(self.body)
+            for name, module in list(self.body.named_modules()):
+                if isinstance(module, nn.BatchNorm2d):
+                    self.body.set_submodule(name, FrozenBatchNorm2d(module.num_features))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         body = self.body
         x = body.layer1(body.relu(body.bn1(body.conv1(x)))).relu()
         x = body.layer2(x).relu()
         return self.fpn(OrderedDict([("0", x), ("1", F.relu(body.layer3(x)))]))
-
-
-def _freeze(module: nn.Module) -> None:
-    """Replace a network's BatchNorms by frozen ones."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            setattr(module, name, FrozenBatchNorm2d(child.num_features))
-        else:
-            _freeze(child)
 
 
 def _small(depth: int, norm: Any, pretrained: bool, columns: int) -> Made:

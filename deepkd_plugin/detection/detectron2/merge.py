@@ -250,7 +250,9 @@ def _read(file: Path, key: str) -> dict[str, Tensor]:
                 content = content[part]
         if isinstance(content, Mapping):
             content = {
-                name: _tensor(value) for name, value in content.items() if not str(name).endswith("_momentum")
+                name: torch.from_numpy(np.asarray(value)) if isinstance(value, np.ndarray) else value
+                for name, value in content.items()
+                if not str(name).endswith("_momentum")
             }
     else:
         content = checkpoint.load(file, key)
@@ -258,10 +260,6 @@ def _read(file: Path, key: str) -> dict[str, Tensor]:
     if weights is None:
         raise UserError(f"{file}: {key} must hold a network's tensors by name, and this file does not")
     return weights
-
-
-def _tensor(value: object) -> object:
-    return torch.from_numpy(np.asarray(value)) if isinstance(value, np.ndarray) else value
 
 
 def _report(teacher: Teacher, student: Student, out: Path) -> list[str]:

@@ -6,8 +6,7 @@ from torch import nn
 
 from . import imagenet, resnetv2
 from .mobilenetv1 import MobileNetV1
-from .mobilenetv2 import mobile_half
-from .mobilenetv2_tiny import TinyMobileNetV2
+from .mobilenetv2 import TinyMobileNetV2, mobile_half
 from .resnet import RESNETS
 from .shufflev1 import ShuffleV1
 from .shufflev2 import ShuffleV2

@@ -15,6 +15,14 @@ def channel_shuffle(x: Tensor, groups: int) -> Tensor:
     return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
 
 
+def add_convolutions(unit: nn.Module, *shapes: tuple[int, int, int, int, int]) -> None:
+    """Add conv1, bn1, conv2, bn2, … to a unit. A shape is C_in, C_out, kernel size, stride, groups."""
+    for number, (c_in, c_out, side, stride, groups) in enumerate(shapes, 1):
+        conv = nn.Conv2d(c_in, c_out, side, stride, padding=side // 2, groups=groups, bias=False)
+        unit.add_module(f"conv{number}", conv)
+        unit.add_module(f"bn{number}", nn.BatchNorm2d(c_out))
+
+
 class ShuffleNet(StagedNetwork):
     """Three stages of `unit`, with these channels.
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .initialise import fan_out_normal_
+from .staged import fan_out_normal_
 
 _WIDTHS = (64, 128, 256, 512, 512)
 
@@ -31,10 +31,8 @@ class VGG(nn.Module):
         c_in = 3
         for i, (width, depth) in enumerate(zip(_WIDTHS, depths, strict=True)):
             self.add_module(f"block{i}", _stage(c_in, width, depth))
+            self.add_module(f"pool{i}", nn.MaxPool2d(2) if i < 4 else nn.AdaptiveAvgPool2d(1))
             c_in = width
-        for i in range(4):
-            self.add_module(f"pool{i}", nn.MaxPool2d(2))
-        self.pool4 = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(c_in, num_classes)
         fan_out_normal_(self)
 
