@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.datasets import CocoDetection
 from torchvision.transforms.functional import to_tensor
 
@@ -100,22 +99,19 @@ def _row(annotation: Mapping[str, Any], labels: Mapping[int, int], file: Path) -
     return row
 
 
-class _Sized(Dataset[tuple[Tensor, int]]):
+class _Sized(ImageFiles):
     """place -> (image (3, H, W) in [0, 1], place), refused if it has another size than its boxes are for."""
 
     def __init__(self, paths: list[str], sizes: np.ndarray, file: Path) -> None:
-        self.files = ImageFiles(paths, range(len(paths)), to_tensor)
+        super().__init__(paths, range(len(paths)), to_tensor)
         self.sizes, self.file = sizes, file
 
-    def __len__(self) -> int:
-        return len(self.files)
-
     def __getitem__(self, place: int) -> tuple[Tensor, int]:
-        image, _ = self.files[place]
+        image, _ = super().__getitem__(place)
         width, height = self.sizes[place].tolist()
         if image.shape[1:] != (height, width):
             raise UserError(
-                f"{self.files.paths[place]}: this image is {image.shape[2]} x {image.shape[1]}; {self.file.name} "
+                f"{self.paths[place]}: this image is {image.shape[2]} x {image.shape[1]}; {self.file.name} "
                 f"has it, and its boxes, as {width} x {height}"
             )
         return image, place

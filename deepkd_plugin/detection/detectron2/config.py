@@ -91,14 +91,14 @@ HOST_KEYS = (
 def add_deepkd_config(cfg: CfgNode) -> None:
     """Add mdistiller's detection keys and KEYS to detectron2's tree.
 
-    TEACHER becomes a clone of today's tree, with the keys of mdistiller's own node that this lacks. That node lists
-    detectron2's keys of 2021, and today's builders ask for more.
+    TEACHER gets the keys and values of today's tree beside its own: it lists detectron2's keys of 2021, and today's
+    builders ask for more.
     """
     model.add_distillation_cfg(cfg)
-    theirs = cfg.TEACHER
-    cfg.TEACHER = get_cfg()
-    _fill(cfg.TEACHER, theirs)
-    _fill(cfg.TEACHER.MODEL, {"MOBILENETV2": cfg.MODEL.MOBILENETV2.clone()})
+    cfg.TEACHER.set_new_allowed(True)
+    cfg.TEACHER.merge_from_other_cfg(get_cfg())
+    cfg.TEACHER.set_new_allowed(False)
+    cfg.TEACHER.MODEL.MOBILENETV2 = cfg.MODEL.MOBILENETV2.clone()
     config.add_keys(cfg, KEYS)
 
 
@@ -196,12 +196,3 @@ def _check_mask(cfg: CfgNode, origin: Mapping[str, str]) -> None:
         config.check_mask(_as_classification(cfg), theirs, cfg.MODEL.ROI_HEADS.NUM_CLASSES + 1)
     except UserError as error:
         raise UserError(str(error).replace("DeepKD.MASK.", "KD.DEEPKD.MASK.")) from None
-
-
-def _fill(node: CfgNode, other: Mapping[str, Any]) -> None:
-    """Add to a node the keys of another that it lacks."""
-    for name, value in other.items():
-        if name not in node:
-            node[name] = value
-        elif isinstance(value, CfgNode) and isinstance(node[name], CfgNode):
-            _fill(node[name], value)
