@@ -6,7 +6,6 @@ allowed values come from deepkd_plugin/config/keys.py.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -123,9 +122,6 @@ def load(file: str | Path, options: Sequence[str] = ()) -> tuple[CfgNode, dict[s
 
 def check(cfg: CfgNode, origin: Mapping[str, str]) -> None:
     """Raise UserError for the first value that is out of range, naming its key and where it came from."""
-    for path, value in config.flatten(cfg).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise config.wrong(origin, path, value, "a finite number")
     config.check_keys(cfg, origin, KEYS + HOST_KEYS)
     if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":
         raise config.wrong(origin, "SOLVER.AMP.ENABLED", True, "False with MODEL.DEVICE cpu")
