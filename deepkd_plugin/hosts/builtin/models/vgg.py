@@ -73,13 +73,11 @@ def _stage(c_in: int, c_out: int, depth: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])  # the network applies the last ReLU, which leaves both sides of it
 
 
-_DEPTHS = {
-    8: (1, 1, 1, 1, 1),
-    11: (1, 1, 2, 2, 2),
-    13: (2, 2, 2, 2, 2),
-    16: (2, 2, 3, 3, 3),
-    19: (2, 2, 4, 4, 4),
+VGGS = {
+    "vgg8": partial(VGG, (1, 1, 1, 1, 1)),
+    "vgg11": partial(VGG, (1, 1, 2, 2, 2)),
+    "vgg13": partial(VGG, (2, 2, 2, 2, 2)),
+    "vgg16": partial(VGG, (2, 2, 3, 3, 3)),
+    "vgg19": partial(VGG, (2, 2, 4, 4, 4)),
 }
-
-VGGS = {f"vgg{layers}": partial(VGG, depths) for layers, depths in _DEPTHS.items()}
 """By name; num_classes is still to be given."""
