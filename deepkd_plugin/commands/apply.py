@@ -12,7 +12,8 @@ import hashlib
 import os
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -39,74 +40,29 @@ KNOWN = {
 DETECTION = "detection/train_net.py"
 """The one script that a checkout may lack."""
 
-PLACES = {"detectron2": "detection/configs/DeepKD", "detection": None}
-"""Where a folder of our configs/ goes, if not to configs/: None is nowhere, for our own detection host."""
+DETECTORS = "detection/configs/DeepKD"
+"""Where the folder detectron2/ of our configs goes; detection/ is for our own host, and the others go to configs/."""
+
+UNKNOWN = "not a version that this command knows"
+"""The state of a script that is neither mdistiller's nor has our lines."""
+
 IMPORT = re.compile(rb"^\s*(?:import|from)\s+deepkd_plugin\b", re.MULTILINE)
 FIRST_RUN = "configs/imagenet/r34_r18/deepkd.yaml"
 FIRST_DETECTOR = "DeepKD-R18-R101.yaml"
 
 
 @dataclass(frozen=True)
-class Script:
-    """A script of KNOWN in a checkout."""
+class File:
+    """A script of KNOWN in a checkout, or the place of one of our configs there. A content of None is no file."""
 
     name: str
     path: Path
-    content: bytes
-    lines: bytes  # what the patch puts on top, with \n line endings
-
-    @property
-    def patched(self) -> bool:
-        return _plain(self.content).startswith(self.lines)
-
-    @property
-    def rest(self) -> bytes:
-        """The content without our lines, which git apply puts there as often as it is told to."""
-        rest = self.content
-        while _plain(rest).startswith(self.lines):
-            rest = rest.split(b"\n", self.lines.count(b"\n"))[-1]
-        return rest
-
-    @property
-    def commit(self) -> str | None:
-        """The commit of mdistiller that the rest is a file of; None for any other text."""
-        return KNOWN[self.name].get(hashlib.sha256(_plain(self.rest)).hexdigest())
-
-    @property
-    def with_lines(self) -> bytes:
-        crlf = b"\r\n" in self.rest
-        return (self.lines.replace(b"\n", b"\r\n") if crlf else self.lines) + self.rest
-
-    @property
-    def state(self) -> str:
-        text = f"mdistiller {self.commit}" if self.commit else "otherwise an edited file"
-        if self.patched:
-            return f"in place ({text})"
-        return f"not yet ({text})" if self.commit else "not a version that this command knows"
-
-
-@dataclass(frozen=True)
-class Config:
-    """One of our config files, and where a checkout has it."""
-
-    name: str
-    path: Path
-    ours: bytes
-    theirs: bytes | None  # None if there is no such file
-    linked: bool  # reached over a symbolic link: what is there may be somebody's only copy
-
-    @property
-    def in_place(self) -> bool:
-        return self.theirs == self.ours
-
-
-@dataclass(frozen=True)
-class Change:
-    """A file's content before and after; None for no file."""
-
-    path: Path
-    before: bytes | None
-    after: bytes | None
+    state: str
+    now: bytes | None
+    put_in: bytes
+    """The content that `apply` leaves."""
+    taken_out: bytes | None
+    """The content that `revert` leaves."""
 
 
 def main(words: Sequence[str]) -> int:
@@ -135,23 +91,14 @@ def main(words: Sequence[str]) -> int:
 def apply(root: Path) -> None:
     """Put the plugin in, all scripts and all configs or nothing, and print what was done.
 
-    Raises UserError, with the checkout unchanged, if `root` is no checkout, a script is not a version of
-    mdistiller, or a file cannot be written.
+    Raises UserError, with the checkout unchanged, if `root` is no checkout, a script is not a
+    version of mdistiller, or a file cannot be written.
     """
     scripts, configs = _survey(root)
     _refuse_unknown(scripts)
-    new_scripts = [script for script in scripts if not script.patched]
-    new_configs = [config for config in configs if config.theirs is None]
-    _change(
-        root,
-        [Change(config.path, None, config.ours) for config in new_configs]
-        + [Change(script.path, script.content, script.with_lines) for script in new_scripts],
-    )
-    if new_scripts:
-        print(f"patched   {_names(new_scripts)}")
-    for folder, group in _by_place(new_configs):
-        print(f"configs   {_count(group)} copied to {root / folder}")
-    if not new_scripts and not new_configs:
+    changed = _change(root, [*configs, *scripts], lambda file: file.put_in)
+    _print_changed(root, changed, "patched", "copied to")
+    if not changed:
         print(f"{root} has the plugin in place already")
     _print_kept(configs)
     runs = sorted(config.name for config in configs if config.path.name == "deepkd.yaml")
@@ -164,53 +111,44 @@ def apply(root: Path) -> None:
 
 
 def check(root: Path) -> int:
-    """Print what is in place and change nothing. Returns 0 when all is, 1 when `apply` would put it there.
+    """Print what is in place and change nothing. Returns 0 if all is, 1 if `apply` would put it there.
 
     Raises UserError, after printing, if `apply` would.
     """
     scripts, configs = _survey(root)
     for script in scripts:
         print(f"{script.name:<24}{script.state}")
-    missing = sum(config.theirs is None for config in configs)
-    print(f"{'configs':<24}{sum(c.in_place for c in configs)} in place, {missing} not yet")
+    counts = Counter(config.state for config in configs)
+    print(f"{'configs':<24}{counts['in place']} in place, {counts['not yet']} not yet")
     _print_kept(configs)
     _refuse_unknown(scripts)
-    return 0 if missing == 0 and all(script.patched for script in scripts) else 1
+    return int(any(file.now != file.put_in for file in (*scripts, *configs)))
 
 
 def revert(root: Path) -> None:
     """Take out our lines and those configs that are as we ship them, and print what was done.
 
-    What else was edited in the scripts stays. Raises UserError, with the checkout unchanged, if `root`
-    is no checkout, a script imports the plugin elsewhere than on top, or a file cannot be written.
+    What else was edited in the scripts stays. Raises UserError, with the checkout unchanged, if `root` is
+    no checkout, a script imports the plugin elsewhere than on top, or a file cannot be written.
     """
     scripts, configs = _survey(root)
     for script in scripts:
-        if IMPORT.search(script.rest):
+        if IMPORT.search(script.taken_out):
             raise UserError(
                 f"{script.path}: imports the plugin elsewhere than on top; that line must be taken out by hand, "
                 f"and nothing was changed"
             )
-    old_scripts = [script for script in scripts if script.patched]
-    old_configs = [config for config in configs if config.in_place and not config.linked]
-    _change(
-        root,
-        [Change(script.path, script.content, script.rest) for script in old_scripts]
-        + [Change(config.path, config.theirs, None) for config in old_configs],
-    )
-    if old_scripts:
-        print(f"reverted  {_names(old_scripts)}")
-    for folder, group in _by_place(old_configs):
-        print(f"configs   {_count(group)} removed from {root / folder}")
-    if not old_scripts and not old_configs:
+    changed = _change(root, [*scripts, *configs], lambda file: file.taken_out)
+    _print_changed(root, changed, "reverted", "removed from")
+    if not changed:
         print(f"{root} has nothing of the plugin to take out")
-    left = [config for config in configs if config.theirs is not None and config not in old_configs]
+    left = [config for config in configs if config.taken_out is not None]
     if left:
         print(f"left {_count(left)} not as the plugin ships them, or behind a link: {_names(left)}")
 
 
-def _survey(root: Path) -> tuple[list[Script], list[Config]]:
-    """Read everything that the commands look at or change. UserError if `root` is no checkout."""
+def _survey(root: Path) -> tuple[list[File], list[File]]:
+    """Read the scripts and the configs that the commands look at or change. UserError if `root` is no checkout."""
     detection = (root / DETECTION).is_file()
     names = [name for name in KNOWN if detection or name != DETECTION]
     for name in (*names, "mdistiller/__init__.py"):
@@ -222,78 +160,93 @@ def _survey(root: Path) -> tuple[list[Script], list[Config]]:
     if (root / "configs").resolve() == folder.resolve():
         raise UserError(f"{root}: its configs/ are the plugin's own; PATH must be a checkout of mdistiller")
     try:
-        scripts = [
-            Script(name, root / name, (root / name).read_bytes(), _lines_of_patch(Path(name).stem))
-            for name in names
+        scripts = [_script(root, name) for name in names]
+        places = [
+            (file, _place(file.relative_to(folder), detection)) for file in sorted(folder.rglob("*.yaml"))
         ]
-        configs = []
-        for file in sorted(folder.rglob("*.yaml")):
-            name = _place(file.relative_to(folder), detection)
-            if name is None:
-                continue
-            path = root / name
-            theirs = path.read_bytes() if os.path.lexists(path) else None
-            linked = path.resolve() != root.resolve() / name
-            configs.append(Config(name, path, file.read_bytes(), theirs, linked))
+        configs = [_config(root, name, file.read_bytes()) for file, name in places if name is not None]
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror}); nothing was changed") from None
     return scripts, configs
 
 
+def _script(root: Path, name: str) -> File:
+    """Read a script. Its rest is what is below our lines, which git apply puts there as often as it is told to."""
+    now, lines = (root / name).read_bytes(), _lines_of_patch(name)
+    rest = now
+    while _plain(rest).startswith(lines):
+        rest = rest.split(b"\n", lines.count(b"\n"))[-1]
+    commit = KNOWN[name].get(hashlib.sha256(_plain(rest)).hexdigest())
+    if rest != now:
+        text = f"mdistiller {commit}" if commit else "otherwise an edited file"
+        return File(name, root / name, f"in place ({text})", now, now, rest)
+    state = f"not yet (mdistiller {commit})" if commit else UNKNOWN
+    put_in = (lines.replace(b"\n", b"\r\n") if b"\r\n" in rest else lines) + rest
+    return File(name, root / name, state, now, put_in, rest)
+
+
+def _config(root: Path, name: str, ours: bytes) -> File:
+    """Read what is in the place of one of our configs. A file that is there stays, unless it is ours."""
+    path = root / name
+    if not os.path.lexists(path):
+        return File(name, path, "not yet", None, ours, None)
+    now = path.read_bytes()
+    # what is reached over a symbolic link may be somebody's only copy
+    linked = path.resolve() != root.resolve() / name
+    in_place = now == ours
+    return File(
+        name, path, "in place" if in_place else "kept", now, now, None if in_place and not linked else now
+    )
+
+
 def _place(file: Path, detection: bool) -> str | None:
     """Name the place of one of our configs in a checkout, None if it is not for one. file: relative to configs/."""
-    top = file.parts[0]
-    if top not in PLACES:
-        return f"configs/{file.as_posix()}"
-    place = PLACES[top]
-    return f"{place}/{file.relative_to(top).as_posix()}" if place and detection else None
+    top, _, rest = file.as_posix().partition("/")
+    if top == "detectron2":
+        return f"{DETECTORS}/{rest}" if detection else None
+    return None if top == "detection" else f"configs/{file.as_posix()}"
 
 
-def _by_place(configs: Iterable[Config]) -> list[tuple[str, list[Config]]]:
-    """Group configs by the folder that they go to."""
-    places = ("configs", *(place for place in PLACES.values() if place))
-    groups = [(place, [c for c in configs if c.name.startswith(f"{place}/")]) for place in places]
-    return [(place, group) for place, group in groups if group]
+def _lines_of_patch(script: str) -> bytes:
+    """Return what the patch of a script puts on top of it, in lines that end in LF."""
+    text = (shipped("patches") / f"{Path(script).stem}.patch").read_text(encoding="utf-8")
+    added = [line[1:] for line in text.splitlines() if line.startswith("+") and not line.startswith("+++")]
+    return "".join(f"{line}\n" for line in added).encode()
 
 
-def _lines_of_patch(tool: str) -> bytes:
-    text = (shipped("patches") / f"{tool}.patch").read_text(encoding="utf-8")
-    return "".join(
-        f"{line[1:]}\n" for line in text.splitlines() if line.startswith("+") and not line.startswith("+++")
-    ).encode()
+def _refuse_unknown(scripts: Iterable[File]) -> None:
+    unknown = [script for script in scripts if script.state == UNKNOWN]
+    if not unknown:
+        return
+    if unknown[0].name == DETECTION:
+        by_hand = f"the lines of {shipped('patches') / 'train_net.patch'} on top by hand"
+    else:
+        lines = _lines_of_patch(unknown[0].name).decode().splitlines()
+        by_hand = f"these two lines on top by hand: {' and '.join(f'`{line}`' for line in lines)}"
+    raise UserError(
+        f"{' and '.join(str(script.path) for script in unknown)}: not a version of mdistiller that this "
+        f"command knows, and nothing was changed; put {by_hand}, then run it again"
+    )
 
 
-def _refuse_unknown(scripts: Iterable[Script]) -> None:
-    unknown = [script for script in scripts if not script.patched and script.commit is None]
-    if unknown:
-        lines = " and ".join(f"`{line}`" for line in unknown[0].lines.decode().splitlines())
-        by_hand = (
-            f"these two lines on top by hand: {lines}"
-            if unknown[0].name != DETECTION
-            else f"the lines of {shipped('patches') / 'train_net.patch'} on top by hand"
-        )
-        raise UserError(
-            f"{' and '.join(str(script.path) for script in unknown)}: not a version of mdistiller that this "
-            f"command knows, and nothing was changed; put {by_hand}, then run it again"
-        )
-
-
-def _change(root: Path, changes: Sequence[Change]) -> None:
-    """Make all changes or none."""
-    begun: list[Change] = []
+def _change(root: Path, files: Iterable[File], after: Callable[[File], bytes | None]) -> list[File]:
+    """Give all files the content that `after` says, or none of them; returns those that this changed."""
+    changed = [file for file in files if after(file) != file.now]
+    begun: list[File] = []
     with checkpoint.uninterrupted():
         try:
-            for change in changes:
-                begun.append(change)
-                _put(root, change.path, change.after)
+            for file in changed:
+                begun.append(file)
+                _put(root, file.path, after(file))
         except BaseException as error:
-            for change in reversed(begun):
-                _put(root, change.path, change.before)
+            for file in reversed(begun):
+                _put(root, file.path, file.now)
             if not isinstance(error, OSError):
                 raise
             raise UserError(
                 f"{begun[-1].path}: cannot be changed ({error.strerror}); nothing was changed"
             ) from None
+    return changed
 
 
 def _put(root: Path, path: Path, content: bytes | None) -> None:
@@ -319,17 +272,27 @@ def _put(root: Path, path: Path, content: bytes | None) -> None:
     checkpoint.write_whole(path, write)
 
 
-def _print_kept(configs: Iterable[Config]) -> None:
-    kept = [config for config in configs if config.theirs is not None and not config.in_place]
+def _print_changed(root: Path, changed: Sequence[File], done: str, moved: str) -> None:
+    scripts = [file for file in changed if file.name in KNOWN]
+    if scripts:
+        print(f"{done:<10}{_names(scripts)}")
+    for folder in ("configs", DETECTORS):
+        configs = [file for file in changed if file.name.startswith(f"{folder}/")]
+        if configs:
+            print(f"configs   {_count(configs)} {moved} {root / folder}")
+
+
+def _print_kept(configs: Iterable[File]) -> None:
+    kept = [config for config in configs if config.state == "kept"]
     if kept:
         print(f"kept {_count(kept)} that were there: {_names(kept)}")
 
 
-def _count(files: Sequence[Config]) -> str:
+def _count(files: Sequence[File]) -> str:
     return f"{len(files)} file{'' if len(files) == 1 else 's'}"
 
 
-def _names(files: Sequence[Script] | Sequence[Config]) -> str:
+def _names(files: Sequence[File]) -> str:
     more = f" and {len(files) - 3} more" if len(files) > 3 else ""
     return ", ".join(file.name for file in files[:3]) + more
 

@@ -19,9 +19,6 @@ from .tree import flatten, get, wrong
 
 def check(cfg: CfgNode, origin: dict[str, str]) -> None:
     """Raise UserError for the first value that is out of range, naming its key and where it came from."""
-    for path, value in flatten(cfg).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise wrong(origin, path, value, "a finite number")
     ours = all_keys()
     check_keys(cfg, origin, ours + HOST_KEYS)
     stages = list(cfg.SOLVER.LR_DECAY_STAGES)
@@ -48,7 +45,10 @@ def check(cfg: CfgNode, origin: dict[str, str]) -> None:
 
 
 def check_keys(cfg: CfgNode, origin: dict[str, str], keys: Sequence[Key]) -> None:
-    """Raise UserError for the first of `keys` whose value it does not take."""
+    """Raise UserError for the first number of the tree that is not finite or of `keys` that does not take its value."""
+    for path, value in flatten(cfg).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise wrong(origin, path, value, "a finite number")
     for key in keys:
         value = get(cfg, key.path)
         try:

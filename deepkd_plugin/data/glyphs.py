@@ -7,7 +7,9 @@ likeness is what a teacher can pass on. docs/glyphs100.md shows them and says wh
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -263,31 +265,41 @@ def load_glyphs100(root: str | Path, split: str, seed: int = 0) -> tuple[np.ndar
     key = (
         f"s{seed}-n{PER_CLASS[split]}-g{GENERATOR_VERSION}-pillow{PIL.__version__}-mpl{version('matplotlib')}"
     )
-    path = Path(root) / "glyphs100" / f"{split}-{key}.npz"
-    cached = _read_cache(path, PER_CLASS[split] * len(CHARACTERS))
-    if cached is not None:
-        return cached
+    count = PER_CLASS[split] * len(CHARACTERS)
 
-    images, labels = render_glyphs(split, seed=seed)
+    def fits(images: np.ndarray, labels: np.ndarray) -> bool:
+        same = images.shape == (count, SIZE, SIZE, 3) and labels.shape == (count,)
+        return same and images.dtype == np.uint8 and labels.dtype == np.int64
+
+    path = Path(root) / "glyphs100" / f"{split}-{key}.npz"
+    arrays = drawn_once(
+        path, fits, lambda: dict(zip(("images", "labels"), render_glyphs(split, seed=seed), strict=True))
+    )
+    return arrays["images"], arrays["labels"]
+
+
+def drawn_once(
+    path: Path, fits: Callable[..., bool], draw: Callable[[], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """Read the arrays in the file `path`, or draw them and leave them there.
+
+    fits: says of the arrays, given by name, whether they are whole. A file that cannot be read or does not fit is drawn
+    again. Raises UserError if it cannot be written; the file's folder, under DATASET.ROOT, has the data set's name.
+    """
+    # damaged bytes make zipfile, zlib and numpy raise more kinds of exceptions than can be listed
+    with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as file:
+        arrays = dict(file)
+        if fits(**arrays):
+            return arrays
+    arrays = draw()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda file: np.savez(file, images=images, labels=labels))
+        write_whole(path, lambda file: np.savez(file, **arrays))
     except OSError as error:
         raise UserError(
-            f"DATASET.ROOT: cannot write glyphs100 to {path.parent} ({error.strerror}); name another"
+            f"DATASET.ROOT: cannot write {path.parent.name} to {path.parent} ({error.strerror}); name another"
         ) from error
-    return images, labels
-
-
-def _read_cache(path: Path, count: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Read the arrays in `path`; None if it is missing, damaged or of another shape."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            images, labels = arrays["images"], arrays["labels"]
-    except Exception:  # damaged bytes make zipfile, zlib and numpy raise more kinds than can be listed
-        return None
-    fits = images.shape == (count, SIZE, SIZE, 3) and labels.shape == (count,)
-    return (images, labels) if fits and images.dtype == np.uint8 and labels.dtype == np.int64 else None
+    return arrays
 
 
 register_dataset(

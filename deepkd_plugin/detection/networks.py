@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,15 +145,12 @@ Maker = Callable[[Any, bool, int], Made]
 """(norm layer, whether the backbone starts from ImageNet weights, number of class logits) -> Made."""
 
 
-def _resnet(depth: int) -> Maker:
-    def make(norm: Any, pretrained: bool, columns: int) -> Made:
-        # of 5 stages; the others keep their ImageNet weights
-        layers = 3 if pretrained else 5
-        name = f"resnet{depth}"
-        body = resnet_fpn_backbone(backbone_name=name, weights=None, norm_layer=norm, trainable_layers=layers)
-        return body, {"num_classes": columns}
-
-    return make
+def _resnet(depth: int, norm: Any, pretrained: bool, columns: int) -> Made:
+    # of 5 stages; the others keep their ImageNet weights
+    layers = 3 if pretrained else 5
+    name = f"resnet{depth}"
+    body = resnet_fpn_backbone(backbone_name=name, weights=None, norm_layer=norm, trainable_layers=layers)
+    return body, {"num_classes": columns}
 
 
 def _mobilenet_v3_320(norm: Any, pretrained: bool, columns: int) -> Made:
@@ -179,7 +177,9 @@ class SmallFPN(nn.Module):
         self.body.conv1.stride = (2, 2)
         self.fpn = FeaturePyramidNetwork([32, 64], self.out_channels)
         if norm is FrozenBatchNorm2d:
-            _freeze(self.body)
+            for name, module in list(self.body.named_modules()):
+                if isinstance(module, nn.BatchNorm2d):
+                    self.body.set_submodule(name, FrozenBatchNorm2d(module.num_features))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         body = self.body
@@ -188,34 +188,22 @@ class SmallFPN(nn.Module):
         return self.fpn(OrderedDict([("0", x), ("1", F.relu(body.layer3(x)))]))
 
 
-def _freeze(module: nn.Module) -> None:
-    """Replace a network's BatchNorms by frozen ones."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            setattr(module, name, FrozenBatchNorm2d(child.num_features))
-        else:
-            _freeze(child)
-
-
-def _small(depth: int) -> Maker:
-    def make(norm: Any, pretrained: bool, columns: int) -> Made:
-        channels, side, width = SmallFPN.out_channels, 5, 128
-        return SmallFPN(depth, norm), {
-            "rpn_anchor_generator": AnchorGenerator(((14, 20), (28, 38)), (RATIOS,) * 2),
-            # glyphs of 28 pixels and more are looked up in the coarser map
-            "box_roi_pool": MultiScaleRoIAlign(["0", "1"], side, 2, canonical_scale=28, canonical_level=3),
-            "box_head": TwoMLPHead(channels * side**2, width),
-            "box_predictor": FastRCNNPredictor(width, columns),
-        }
-
-    return make
+def _small(depth: int, norm: Any, pretrained: bool, columns: int) -> Made:
+    channels, side, width = SmallFPN.out_channels, 5, 128
+    return SmallFPN(depth, norm), {
+        "rpn_anchor_generator": AnchorGenerator(((14, 20), (28, 38)), (RATIOS,) * 2),
+        # glyphs of 28 pixels and more are looked up in the coarser map
+        "box_roi_pool": MultiScaleRoIAlign(["0", "1"], side, 2, canonical_scale=28, canonical_level=3),
+        "box_head": TwoMLPHead(channels * side**2, width),
+        "box_predictor": FastRCNNPredictor(width, columns),
+    }
 
 
 NETWORKS: dict[str, Maker] = {
-    "fasterrcnn_resnet50_fpn": _resnet(50),
-    "fasterrcnn_resnet18_fpn": _resnet(18),
+    "fasterrcnn_resnet50_fpn": partial(_resnet, 50),
+    "fasterrcnn_resnet18_fpn": partial(_resnet, 18),
     "fasterrcnn_mobilenet_v3_large_320_fpn": _mobilenet_v3_320,
-    "fasterrcnn_resnet20_fpn": _small(20),
-    "fasterrcnn_resnet8_fpn": _small(8),
+    "fasterrcnn_resnet20_fpn": partial(_small, 20),
+    "fasterrcnn_resnet8_fpn": partial(_small, 8),
 }
 """By name. The last two are built on CIFAR ResNets, for images of about 100 pixels."""

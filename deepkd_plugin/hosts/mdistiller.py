@@ -156,7 +156,7 @@ def settle(host: Host, cfg: Any, replaced: list[Replaced]) -> None:
         replaced.append((registry, name, registry[name]))
         registry[name] = value
 
-    origin = _Somewhere()
+    origin = dict.fromkeys(config.flatten(cfg), "config")  # mdistiller merged it, so nobody knows the file
     host.check(cfg, origin)
     check_trainer(cfg, origin, host.trainers[cfg.SOLVER.TRAINER])
     put(host.distillers, cfg.DISTILLER.TYPE, host.distiller(cfg))
@@ -246,10 +246,3 @@ def _other_fork(root: Path, module: str, name: str) -> UserError:
     return UserError(
         f"{root}: this mdistiller has no {module}.{name}; the plugin needs a fork that keeps mdistiller's names"
     )
-
-
-class _Somewhere(dict[str, str]):
-    """Origins of a config that mdistiller merged itself, so that nobody knows where its values came from."""
-
-    def get(self, key: str, default: Any = None) -> str:
-        return "config"

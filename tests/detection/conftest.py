@@ -55,14 +55,8 @@ def squares(count, seed):
             boxes.append([x, y, x + side, y + side])
             labels.append(label)
         images.append((image, 0))
-    flat = np.array(boxes, np.float32)
-    annotations = Boxes(
-        flat,
-        np.array(labels),
-        np.zeros(count - 1, bool),
-        (flat[:, 2:] - flat[:, :2]).prod(1),
-        np.array([*range(count), count - 1]),
-    )
+    offsets = np.array([*range(count), count - 1])
+    annotations = Boxes(np.array(boxes, np.float32), np.array(labels), np.zeros(count - 1, bool), offsets)
     return AnnotatedImages(
         images, np.arange(count), np.full((count, 2), SIDE), annotations, CLASSES, train_on_empty=True
     )

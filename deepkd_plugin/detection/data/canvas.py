@@ -17,8 +17,6 @@ from torchvision.transforms.functional import to_tensor
 
 from ...data import glyphs
 from ...data.arrays import ArrayDataset
-from ...errors import UserError
-from ...run.checkpoint import write_whole
 from .samples import AnnotatedImages, Boxes
 from .sources import DETECTION_SETS, DetectionSource
 
@@ -191,36 +189,10 @@ def load_glyph_canvas(root: str | Path, split: str, seed: int = 0) -> Canvases:
     versions = (
         f"g{glyphs.GENERATOR_VERSION}.{GENERATOR_VERSION}-pillow{PIL.__version__}-mpl{version('matplotlib')}"
     )
-    path = Path(root) / "glyph_canvas" / f"{split}-s{seed}-n{COUNTS[split]}-{versions}.npz"
-    cached = _read_cache(path, COUNTS[split])
-    if cached is not None:
-        return cached
+    count = COUNTS[split]
 
-    images, boxes, labels = render_glyph_canvas(split, seed=seed)
-    arrays = {
-        "images": images,
-        "boxes": np.concatenate(boxes),
-        "labels": np.concatenate(labels),
-        "offsets": np.cumsum([0, *map(len, labels)]),
-    }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda file: np.savez(file, **arrays))
-    except OSError as error:
-        raise UserError(
-            f"DATASET.ROOT: cannot write glyph_canvas to {path.parent} ({error.strerror}); name another"
-        ) from error
-    return images, boxes, labels
-
-
-def _read_cache(path: Path, count: int) -> Canvases | None:
-    """Read the arrays in `path`; None if it is missing, damaged or of another shape."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            images, boxes, labels, offsets = (
-                arrays[name] for name in ("images", "boxes", "labels", "offsets")
-            )
-        fits = (
+    def fits(images: np.ndarray, boxes: np.ndarray, labels: np.ndarray, offsets: np.ndarray) -> bool:
+        return (
             (images.shape, images.dtype) == ((count, SIZE, SIZE, 3), np.uint8)
             and (boxes.shape, boxes.dtype) == ((len(labels), 4), np.float32)
             and (labels.shape, labels.dtype) == ((len(boxes),), np.int64)
@@ -228,24 +200,25 @@ def _read_cache(path: Path, count: int) -> Canvases | None:
             and (offsets[0], offsets[-1]) == (0, len(boxes))
             and bool((np.diff(offsets) >= 0).all())
         )
-    except Exception:  # damaged bytes make zipfile, zlib and numpy raise more kinds than can be listed
-        return None
-    if not fits:
-        return None
-    return images, np.split(boxes, offsets[1:-1]), np.split(labels, offsets[1:-1])
+
+    def draw() -> dict[str, np.ndarray]:
+        images, boxes, labels = render_glyph_canvas(split, seed=seed)
+        offsets = np.cumsum([0, *map(len, labels)])
+        arrays = {"boxes": np.concatenate(boxes), "labels": np.concatenate(labels), "offsets": offsets}
+        return {"images": images} | arrays
+
+    path = Path(root) / "glyph_canvas" / f"{split}-s{seed}-n{count}-{versions}.npz"
+    arrays = glyphs.drawn_once(path, fits, draw)
+    boxes, labels = (np.split(arrays[name], arrays["offsets"][1:-1]) for name in ("boxes", "labels"))
+    return arrays["images"], boxes, labels
 
 
 def _annotated(root: str, split: str) -> AnnotatedImages:
     pixels, boxes, labels = load_glyph_canvas(root, split)
     places = np.arange(len(pixels))
-    flat = np.concatenate(boxes)
-    all_boxes = Boxes(
-        flat,
-        np.concatenate(labels),
-        np.zeros(len(flat), bool),
-        (flat[:, 2:] - flat[:, :2]).prod(1),
-        np.cumsum([0, *map(len, labels)]),
-    )
+    flat = np.concatenate(labels)
+    offsets = np.cumsum([0, *map(len, labels)])
+    all_boxes = Boxes(np.concatenate(boxes), flat, np.zeros(len(flat), bool), offsets)
     images = ArrayDataset(pixels, places, to_tensor)
     sizes = np.full((len(pixels), 2), SIZE)
     return AnnotatedImages(images, places, sizes, all_boxes, tuple(CLASSES), train_on_empty=True)

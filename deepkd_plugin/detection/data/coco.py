@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.datasets import CocoDetection
 from torchvision.transforms.functional import to_tensor
 
@@ -45,15 +44,7 @@ def load_coco(root: str | Path, split: str) -> AnnotatedImages:
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its progress there
             read = CocoDetection(str(folder), str(file))
-    except (
-        AssertionError,
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ) as error:
+    except Exception as error:  # what is no such file makes pycocotools raise more kinds than can be listed
         raise UserError(f"{file}: must be COCO's annotations in JSON ({_brief(error)})") from None
     categories = [read.coco.cats[key] for key in sorted(read.coco.cats)]
     if not categories or not read.ids:
@@ -83,50 +74,44 @@ def _boxes(coco: Any, ids: list[int], file: Path) -> Boxes:
     for key in ids:
         rows.extend(_row(annotation, labels_by_id, file) for annotation in coco.imgToAnns.get(key, ()))
         offsets.append(len(rows))
-    table = np.array(rows, np.float64).reshape(-1, 7)
-    boxes = table[:, :4].copy()
-    boxes[:, 2:] += boxes[:, :2]
+    table = np.array(rows, np.float64).reshape(-1, 6)
+    table[:, 2:4] += table[:, :2]
     return Boxes(
-        boxes.astype(np.float32),
+        table[:, :4].astype(np.float32),
         table[:, 4].astype(np.int64),
         table[:, 5] > 0,
-        table[:, 6].astype(np.float32),
         np.array(offsets, np.int64),
     )
 
 
 def _row(annotation: Mapping[str, Any], labels: Mapping[int, int], file: Path) -> tuple[float, ...]:
-    """Return an annotation's x, y, width, height, label, crowd, area."""
+    """Return an annotation's x, y, width, height, label, crowd."""
     try:
         x, y, width, height = (float(value) for value in annotation["bbox"])
-        area = float(annotation.get("area", width * height))
-        row = x, y, width, height, labels[annotation["category_id"]], bool(annotation.get("iscrowd", 0)), area
+        row = x, y, width, height, labels[annotation["category_id"]], bool(annotation.get("iscrowd", 0))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{file}: annotation {annotation.get('id')} must have a bbox of 4 numbers and the category_id of one of "
             f"the {len(labels)} categories ({_brief(error)})"
         ) from None
     if not all(map(math.isfinite, row)):
-        raise UserError(f"{file}: annotation {annotation.get('id')} has a bbox or area that is not finite")
+        raise UserError(f"{file}: annotation {annotation.get('id')} has a bbox that is not finite")
     return row
 
 
-class _Sized(Dataset[tuple[Tensor, int]]):
+class _Sized(ImageFiles):
     """place -> (image (3, H, W) in [0, 1], place), refused if it has another size than its boxes are for."""
 
     def __init__(self, paths: list[str], sizes: np.ndarray, file: Path) -> None:
-        self.files = ImageFiles(paths, range(len(paths)), to_tensor)
+        super().__init__(paths, range(len(paths)), to_tensor)
         self.sizes, self.file = sizes, file
 
-    def __len__(self) -> int:
-        return len(self.files)
-
     def __getitem__(self, place: int) -> tuple[Tensor, int]:
-        image, _ = self.files[place]
+        image, _ = super().__getitem__(place)
         width, height = self.sizes[place].tolist()
         if image.shape[1:] != (height, width):
             raise UserError(
-                f"{self.files.paths[place]}: this image is {image.shape[2]} x {image.shape[1]}; {self.file.name} "
+                f"{self.paths[place]}: this image is {image.shape[2]} x {image.shape[1]}; {self.file.name} "
                 f"has it, and its boxes, as {width} x {height}"
             )
         return image, place

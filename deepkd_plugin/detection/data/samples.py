@@ -19,14 +19,13 @@ class Boxes:
     """The boxes of n images, m in all, in the order of their images.
 
     boxes: (m, 4) float32, x1 y1 x2 y2 in pixels. labels: (m,) int64 from 1. crowd: (m,) bool, whether a box is
-    around a group. area: (m,) float32 in pixels, of the object. offsets: (n + 1,) int64; image i has the rows from
-    offsets[i] to offsets[i + 1]. Flat arrays and not objects: loader processes share them with this one.
+    around a group. offsets: (n + 1,) int64; image i has the rows from offsets[i] to offsets[i + 1]. Flat arrays and not
+    objects: loader processes share them with this one.
     """
 
     boxes: np.ndarray
     labels: np.ndarray
     crowd: np.ndarray
-    area: np.ndarray
     offsets: np.ndarray
 
     def counts(self) -> np.ndarray:
@@ -41,13 +40,8 @@ class Boxes:
         limits = np.tile(np.repeat(sizes, self.counts(), axis=0), 2)
         boxes = np.clip(self.boxes, 0, limits).astype(np.float32)
         kept = ~self.crowd & (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-        return Boxes(
-            boxes[kept],
-            self.labels[kept],
-            self.crowd[kept],
-            self.area[kept],
-            np.concatenate([[0], np.cumsum(kept)])[self.offsets],
-        )
+        offsets = np.concatenate([[0], np.cumsum(kept)])[self.offsets]
+        return Boxes(boxes[kept], self.labels[kept], self.crowd[kept], offsets)
 
 
 @dataclass(frozen=True)
@@ -84,7 +78,7 @@ class DetectionSamples(Dataset[Sample]):
     """(image (3, H, W) float32 in [0, 1], target) of the images at `chosen`.
 
     target: boxes (n, 4) float32 x1 y1 x2 y2 in pixels, labels (n,) int64 from 1 (0 is background), image_id; with
-    `for_ap` also iscrowd (n,) int64 and area (n,) float32. flip: probability that image and boxes are mirrored,
+    `for_ap` also iscrowd (n,) int64. flip: probability that image and boxes are mirrored,
     by torch's random numbers.
     """
 
@@ -112,7 +106,6 @@ class DetectionSamples(Dataset[Sample]):
         }
         if self.for_ap:
             target["iscrowd"] = torch.tensor(all_boxes.crowd[rows].astype(np.int64))
-            target["area"] = torch.tensor(all_boxes.area[rows])
         return image, target
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 
@@ -78,8 +79,7 @@ def locate() -> Path:
     root = mdistiller.locate()
     if root is not None and _is_root(root):
         return root
-    here = Path.cwd()
-    for folder in (here, here.parent):
+    for folder in (Path.cwd(), Path.cwd().parent):
         if _is_root(folder):
             return folder
     if root is None:
@@ -114,11 +114,10 @@ def _require_detectron2() -> None:
                 f"build it for the installed PyTorch: {_INSTALL}"
             ) from None
         for part in parts:
-            owner = module
-            for attribute in part.split("."):
-                owner = getattr(owner, attribute, None)
-            if owner is None:
-                raise _too_old(version, f"{name}.{part}")
+            try:
+                attrgetter(part)(module)
+            except AttributeError:
+                raise _too_old(version, f"{name}.{part}") from None
 
 
 def _too_old(version: str, missing: str) -> UserError:

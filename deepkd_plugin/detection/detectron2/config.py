@@ -6,7 +6,6 @@ allowed values come from deepkd_plugin/config/keys.py.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from ... import config
 from ...config import keys
 from ...errors import UserError
 from ...rules import FRACTION, NOT_NEGATIVE, POSITIVE, WHOLE, Key, one_of
-from ...streams import STREAMS
+from ...streams import EXTRA_STREAMS, STREAMS
 from ..losses import BASES
 from . import require
 
@@ -49,18 +48,10 @@ def _shared(path: str, ours: str, **changes: Any) -> Key:
     return key._replace(path=path, **changes)
 
 
-_MASK = {
-    f"KD.DEEPKD.MASK.{leaf}": f"DeepKD.MASK.{leaf}"
-    for leaf in ("TYPE", "K", "INITIAL", "OPTIMAL", "PHASES", "READING")
-}
+_MASK = ("TYPE", "K", "INITIAL", "OPTIMAL", "PHASES", "READING")
 _MOMENTA = (
-    "DELTA.TOG",
-    "DELTA.TCG",
-    "DELTA.NCG",
-    "DELTA.FEAT",
-    "VARIANT",
-    "WEIGHT_DECAY_STREAM",
-    "DAMPENING",
+    *(f"DELTA.{stream.upper()}" for stream in (*STREAMS, *EXTRA_STREAMS)),
+    *("VARIANT", "WEIGHT_DECAY_STREAM", "DAMPENING"),
 )
 
 KEYS = (
@@ -70,7 +61,7 @@ KEYS = (
     _shared("KD.DEEPKD.TCG_WEIGHT", "DeepKD.TCG_WEIGHT"),
     _shared("KD.DEEPKD.NCG_WEIGHT", "DeepKD.NCG_WEIGHT", default=0.25),
     _shared("KD.DEEPKD.T", "DeepKD.TEMPERATURE", default=1.0),
-    *(_shared(path, ours) for path, ours in _MASK.items()),
+    *(_shared(f"KD.DEEPKD.MASK.{leaf}", f"DeepKD.MASK.{leaf}") for leaf in _MASK),
     *(_shared(f"SOLVER.DECOUPLED.{leaf}", f"SOLVER.DECOUPLED.{leaf}") for leaf in _MOMENTA),
 )
 """Every key that the plugin adds to this tree. Weights and temperature are mdistiller's for DKD on detectors."""
@@ -99,14 +90,14 @@ HOST_KEYS = (
 def add_deepkd_config(cfg: CfgNode) -> None:
     """Add mdistiller's detection keys and KEYS to detectron2's tree.
 
-    TEACHER becomes a clone of today's tree, with the keys of mdistiller's own node that this lacks. That node lists
-    detectron2's keys of 2021, and today's builders ask for more.
+    TEACHER gets the keys and values of today's tree beside its own: it lists detectron2's keys of 2021, and today's
+    builders ask for more.
     """
     model.add_distillation_cfg(cfg)
-    theirs = cfg.TEACHER
-    cfg.TEACHER = get_cfg()
-    _fill(cfg.TEACHER, theirs)
-    _fill(cfg.TEACHER.MODEL, {"MOBILENETV2": cfg.MODEL.MOBILENETV2.clone()})
+    cfg.TEACHER.set_new_allowed(True)
+    cfg.TEACHER.merge_from_other_cfg(get_cfg())
+    cfg.TEACHER.set_new_allowed(False)
+    cfg.TEACHER.MODEL.MOBILENETV2 = cfg.MODEL.MOBILENETV2.clone()
     config.add_keys(cfg, KEYS)
 
 
@@ -131,9 +122,6 @@ def load(file: str | Path, options: Sequence[str] = ()) -> tuple[CfgNode, dict[s
 
 def check(cfg: CfgNode, origin: Mapping[str, str]) -> None:
     """Raise UserError for the first value that is out of range, naming its key and where it came from."""
-    for path, value in config.flatten(cfg).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise config.wrong(origin, path, value, "a finite number")
     config.check_keys(cfg, origin, KEYS + HOST_KEYS)
     if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":
         raise config.wrong(origin, "SOLVER.AMP.ENABLED", True, "False with MODEL.DEVICE cpu")
@@ -199,17 +187,8 @@ def _check_momenta(cfg: CfgNode, origin: Mapping[str, str]) -> None:
 
 
 def _check_mask(cfg: CfgNode, origin: Mapping[str, str]) -> None:
-    theirs = {ours: origin[path] for path, ours in _MASK.items() if path in origin}
+    theirs = {path.replace("KD.DEEPKD.", "DeepKD."): source for path, source in origin.items()}
     try:
         config.check_mask(_as_classification(cfg), theirs, cfg.MODEL.ROI_HEADS.NUM_CLASSES + 1)
     except UserError as error:
         raise UserError(str(error).replace("DeepKD.MASK.", "KD.DEEPKD.MASK.")) from None
-
-
-def _fill(node: CfgNode, other: Mapping[str, Any]) -> None:
-    """Add to a node the keys of another that it lacks."""
-    for name, value in other.items():
-        if name not in node:
-            node[name] = value
-        elif isinstance(value, CfgNode) and isinstance(node[name], CfgNode):
-            _fill(node[name], value)

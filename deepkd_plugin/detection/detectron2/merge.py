@@ -96,14 +96,13 @@ def read_teacher(file: Path, classes: int | None = None) -> Teacher:
             )
     if CLASSIFIER not in tensors or tensors[CLASSIFIER].ndim != 2:
         raise UserError(f"{file}: TEACHER must have one box head with a classifier {CLASSIFIER}")
-    taken, left_out = {}, []
-    for name, value in tensors.items():
-        # anchors come from the config, and frozen norms count no batches
-        made = "anchor_generator." in name or name.endswith("num_batches_tracked")
-        if made or not name.startswith(("backbone.", "proposal_generator.", "roi_heads.")):
-            left_out.append(name)
-        else:
-            taken[name] = value
+    parts = ("backbone.", "proposal_generator.", "roi_heads.")
+    # anchors come from the config, and frozen norms count no batches
+    made = re.compile(r".*anchor_generator\.|.*num_batches_tracked$")
+    taken = {
+        name: value for name, value in tensors.items() if name.startswith(parts) and not made.match(name)
+    }
+    left_out = [name for name in tensors if name not in taken]
     teacher = Teacher(file, taken, left_out)
     if classes not in (None, teacher.classes):
         raise UserError(f"{file}: TEACHER has {teacher.classes} classes; --classes says {classes}")
@@ -141,13 +140,9 @@ def read_student(file: Path) -> Student:
             f"{file}: STUDENT must be a {_choice(BACKBONES)} of torchvision, MSRA or detectron2; "
             f"the first of its {len(tensors)} tensors is {next(iter(tensors))}"
         )
-    taken, left_out = {}, []
-    for name, value in tensors.items():
-        renamed = naming.rename(name)
-        if _is_backbone(renamed):
-            taken[renamed] = value
-        else:
-            left_out.append(name)
+    renamed = {name: naming.rename(name) for name in tensors}
+    left_out = [name for name in tensors if not _is_backbone(renamed[name])]
+    taken = {renamed[name]: value for name, value in tensors.items() if name not in left_out}
     if naming is CAFFE2:
         taken = _with_statistics(taken)
     shapes = {name: value.shape for name, value in taken.items()}
@@ -175,6 +170,7 @@ def _torchvision_mobilenet(name: str) -> str:
     return f"features.{block}.conv.{index}.{tensor}"
 
 
+_CAFFE2_LAYERS = {"1": "shortcut", "2a": "conv1", "2b": "conv2", "2c": "conv3"}
 _CAFFE2_TENSORS = {
     **{"w": "weight", "bn_s": "norm.weight", "bn_b": "norm.bias"},
     **{"bn_rm": "norm.running_mean", "bn_riv": "norm.running_var"},
@@ -182,15 +178,10 @@ _CAFFE2_TENSORS = {
 
 
 def _caffe2(name: str) -> str:
-    match = re.fullmatch(r"(?:res_)?conv1_(\w+)|res(\d)_(\d+)_branch(1|2[abc])_(\w+)", name)
-    if match is None:
-        return name
-    of_stem, stage, block, branch, of_block = match.groups()
-    tensor = _CAFFE2_TENSORS.get(of_stem or of_block, "")
-    if of_stem:
-        return f"stem.conv1.{tensor}" if tensor else name
-    layer = {"1": "shortcut", "2a": "conv1", "2b": "conv2", "2c": "conv3"}[branch]
-    return f"res{stage}.{block}.{layer}.{tensor}" if tensor else name
+    name = re.sub(r"^(res_)?conv1_", "stem.conv1_", name)
+    layer = r"^res(\d)_(\d+)_branch(1|2[abc])_"
+    name = re.sub(layer, lambda match: f"res{match[1]}.{match[2]}.{_CAFFE2_LAYERS[match[3]]}_", name)
+    return re.sub(r"_(w|bn_\w+)$", lambda match: f".{_CAFFE2_TENSORS.get(match[1])}", name)
 
 
 def _detectron2(name: str) -> str:
@@ -212,7 +203,9 @@ NAMINGS = (
 
 def _is_backbone(name: str) -> bool:
     """Say whether mdistiller's backbones can have a tensor of this name; MobileNetV2's end before features.18."""
-    return bool(re.match(r"stem\.|res[2-5]\.|features\.(?!18\.)", name)) and "num_batches_tracked" not in name
+    return bool(
+        re.fullmatch(r"(stem|res[2-5]|features\.(?!18\.)\d+)\..*\.(weight|bias|running_(mean|var))", name)
+    )
 
 
 @cache
@@ -257,7 +250,9 @@ def _read(file: Path, key: str) -> dict[str, Tensor]:
                 content = content[part]
         if isinstance(content, Mapping):
             content = {
-                name: _tensor(value) for name, value in content.items() if not str(name).endswith("_momentum")
+                name: torch.from_numpy(np.asarray(value)) if isinstance(value, np.ndarray) else value
+                for name, value in content.items()
+                if not str(name).endswith("_momentum")
             }
     else:
         content = checkpoint.load(file, key)
@@ -265,10 +260,6 @@ def _read(file: Path, key: str) -> dict[str, Tensor]:
     if weights is None:
         raise UserError(f"{file}: {key} must hold a network's tensors by name, and this file does not")
     return weights
-
-
-def _tensor(value: object) -> object:
-    return torch.from_numpy(np.asarray(value)) if isinstance(value, np.ndarray) else value
 
 
 def _report(teacher: Teacher, student: Student, out: Path) -> list[str]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...topk import mask_size
 from ..losses import losses_by_stream, proposal_kd, proposal_terms
@@ -62,7 +60,8 @@ class RCNNDeepKD(model.RCNNKD):
         proposals, proposal_losses = self.proposal_generator(images, features, truths)
         if self.vis_period > 0 and get_event_storage().iter % self.vis_period == 0:
             self.visualize_training(batched_inputs, proposals)
-        with _outputs(self.roi_heads.box_predictor) as predictions:
+        predictions: list[Any] = []
+        with self.roi_heads.box_predictor.register_forward_hook(lambda *call: predictions.append(call[-1])):
             sampled, box_losses = self.roi_heads(images, features, proposals, truths)
         logits, _ = predictions[0]  # RCNNKD runs the box head again for them
         with torch.no_grad():
@@ -119,14 +118,3 @@ class RCNNDeepKD(model.RCNNKD):
         """Return how many non-target classes the mask keeps in an iteration, counted from 0; None without a mask."""
         progress = min(iteration / max(self.max_iter - 1, 1), 1.0)
         return mask_size(self.kd_args.DEEPKD.MASK, num_logits, progress)
-
-
-@contextlib.contextmanager
-def _outputs(module: nn.Module) -> Iterator[list[Any]]:
-    """Collect what a module returns, call by call."""
-    outputs: list[Any] = []
-    hook = module.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-    try:
-        yield outputs
-    finally:
-        hook.remove()

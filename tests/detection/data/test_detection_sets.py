@@ -42,8 +42,6 @@ def test_glyph_canvas_as_batches(root, detection_cfg):
     assert [int(target["image_id"]) for target in tested] == list(range(7))
     assert [len(batch) for _, batch in test] == [3, 3, 1]
     assert all(target["iscrowd"].tolist() == [0] * len(target["labels"]) for target in tested)
-    box = tested[0]["boxes"]
-    assert torch.equal(tested[0]["area"], (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1]))
 
 
 def test_a_sample_may_be_changed_without_changing_the_set(root, detection_cfg):
@@ -138,7 +136,6 @@ def test_boxes_to_train_on_keep_their_images():
         np.array([[-3, 0, 5, 5], [2, 2, 2, 9], [0, 0, 4, 4], [8, 8, 30, 30], [20, 1, 25, 4]], np.float32),
         np.array([1, 2, 3, 4, 5]),
         np.array([False, False, True, False, False]),
-        np.ones(5, np.float32),
         np.array([0, 2, 2, 3, 5]),
     )
     kept = held.to_train_on(np.array([(10, 10), (10, 10), (10, 10), (20, 12)]))

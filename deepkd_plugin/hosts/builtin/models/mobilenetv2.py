@@ -1,6 +1,6 @@
-"""MobileNetV2 for 32×32 images: Sandler et al., 2018 (arXiv:1801.04381), table 2, at half width, with fewer strides.
+"""MobileNetV2 for 32×32 and for 64×64 images: Sandler et al., 2018 (arXiv:1801.04381), table 2, with fewer strides.
 
-State-dict keys, initialisation and outputs follow mdistiller's network of the same name. Pooling is global, so larger
+State-dict keys, initialisation and outputs follow mdistiller's networks of the same name. Pooling is global, so larger
 images work too.
 """
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import Conv2dNormActivation
 
-from .initialise import fan_out_normal_
+from .staged import fan_out_normal_
 
 # expansion, channels at full width, blocks, stride
 _STAGES = (
@@ -26,33 +26,38 @@ _STAGES = (
 _FEATURES = (1, 2, 4, 6)  # the stages whose outputs are features
 
 
-def inverted_residual(
-    c_in: int, c_out: int, stride: int, expansion: int, relu: type[nn.Module], bias: bool
-) -> nn.Sequential:
-    """Build a 1×1 convolution that widens, a 3×3 depthwise convolution that strides and a linear 1×1 convolution."""
-    c_mid = c_in * expansion
-    return nn.Sequential(
-        nn.Conv2d(c_in, c_mid, 1, bias=bias),
-        nn.BatchNorm2d(c_mid),
-        relu(inplace=True),
-        nn.Conv2d(c_mid, c_mid, 3, stride, padding=1, groups=c_mid, bias=bias),
-        nn.BatchNorm2d(c_mid),
-        relu(inplace=True),
-        nn.Conv2d(c_mid, c_out, 1, bias=bias),
-        nn.BatchNorm2d(c_out),
-    )
-
-
 class InvertedResidual(nn.Module):
-    """(B, C_in, H, W) -> (B, C_out, H / stride, W / stride), with an identity beside it if the shapes allow."""
+    """A 1×1 convolution that widens, a 3×3 depthwise convolution that strides and a linear 1×1 convolution.
+
+    forward: (B, C_in, H, W) -> (B, C_out, H / stride, W / stride), with an identity beside it if the shapes allow.
+    """
+
+    name, relu, bias = "conv", nn.ReLU, False
+    """The convolutions' name, what follows the first two, and whether they have biases."""
 
     def __init__(self, c_in: int, c_out: int, stride: int, expansion: int) -> None:
         super().__init__()
         self.has_identity = stride == 1 and c_in == c_out
-        self.conv = inverted_residual(c_in, c_out, stride, expansion, nn.ReLU, bias=False)
+        c_mid = c_in * expansion
+        made = partial(Conv2dNormActivation, bias=self.bias)
+        layers = (
+            *made(c_in, c_mid, 1, activation_layer=self.relu),
+            *made(c_mid, c_mid, 3, stride, groups=c_mid, activation_layer=self.relu),
+            *made(c_mid, c_out, 1, activation_layer=None),
+        )
+        self.add_module(self.name, nn.Sequential(*layers))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv(x) if self.has_identity else self.conv(x)
+        out = getattr(self, self.name)(x)
+        return x + out if self.has_identity else out
+
+
+def stage(
+    block: type[InvertedResidual], c_in: int, c_out: int, blocks: int, stride: int, expansion: int = 6
+) -> nn.Sequential:
+    """Build a stage, whose first block takes other channels and strides."""
+    rest = (block(c_out, c_out, 1, expansion) for _ in range(blocks - 1))
+    return nn.Sequential(block(c_in, c_out, stride, expansion), *rest)
 
 
 class MobileNetV2(nn.Module):
@@ -72,9 +77,7 @@ class MobileNetV2(nn.Module):
         self.blocks = nn.ModuleList()
         for expansion, channels, blocks, stride in _STAGES:
             c_in, c_out = c_out, int(channels * width_mult)
-            stage = [InvertedResidual(c_in, c_out, stride, expansion)]
-            stage += [InvertedResidual(c_out, c_out, 1, expansion) for _ in range(blocks - 1)]
-            self.blocks.append(nn.Sequential(*stage))
+            self.blocks.append(stage(InvertedResidual, c_in, c_out, blocks, stride, expansion))
         self.conv2 = Conv2dNormActivation(c_out, 1280, 1)  # never narrower than in the paper
         self.classifier = nn.Sequential(nn.Linear(1280, num_classes))
         fan_out_normal_(self)
@@ -94,8 +97,8 @@ class MobileNetV2(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
         x = self.conv1(x)
         feats = [x]
-        for i, stage in enumerate(self.blocks):
-            x = stage(x)
+        for i, layers in enumerate(self.blocks):
+            x = layers(x)
             if i in _FEATURES:
                 feats.append(x)
         pooled = F.adaptive_avg_pool2d(self.conv2(x), 1).flatten(1)
@@ -103,3 +106,44 @@ class MobileNetV2(nn.Module):
 
 
 mobile_half = partial(MobileNetV2, 0.5)
+
+
+class LinearBottleneck(InvertedResidual):
+    """`InvertedResidual` under another name, with ReLU6 and biases."""
+
+    name, relu, bias = "residual", nn.ReLU6, True
+
+
+class TinyMobileNetV2(nn.Module):
+    """The network for Tiny ImageNet's 64×64 images: seven stages of `LinearBottleneck` at full width, a 1×1 stem.
+
+    forward: (B, 3, H, W) -> logits (B, num_classes) and, with H' = H + 2, because the stem pads its 1×1 convolution,
+        feats: stem after ReLU6, stages 2, 3 and 4, and the last convolution after ReLU6, (B, 32, H', W'),
+            (B, 24, H'/2, W'/2), (B, 32, H'/4, W'/4), (B, 64, H'/8, W'/8), (B, 1280, H'/8, W'/8), sizes rounded
+            up (there are no preact_feats)
+        pooled_feat: (B, 1280, 1, 1), the input of the classifier, which is a convolution
+    """
+
+    def __init__(self, num_classes: int = 200) -> None:
+        super().__init__()
+        made = partial(Conv2dNormActivation, kernel_size=1, activation_layer=nn.ReLU6, bias=True)
+        staged = partial(stage, LinearBottleneck)
+        self.pre = made(3, 32, padding=1)
+        self.stage1 = LinearBottleneck(32, 16, stride=1, expansion=1)
+        self.stage2 = staged(16, 24, blocks=2, stride=2)
+        self.stage3 = staged(24, 32, blocks=3, stride=2)
+        self.stage4 = staged(32, 64, blocks=4, stride=2)
+        self.stage5 = staged(64, 96, blocks=3, stride=1)
+        self.stage6 = staged(96, 160, blocks=3, stride=1)
+        self.stage7 = LinearBottleneck(160, 320, stride=1, expansion=6)
+        self.conv1 = made(320, 1280)
+        self.conv2 = nn.Conv2d(1280, num_classes, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        f0 = self.pre(x)
+        f1 = self.stage2(self.stage1(f0))
+        f2 = self.stage3(f1)
+        f3 = self.stage4(f2)
+        f4 = self.conv1(self.stage7(self.stage6(self.stage5(f3))))
+        pooled = F.adaptive_avg_pool2d(f4, 1)
+        return self.conv2(pooled).flatten(1), {"feats": [f0, f1, f2, f3, f4], "pooled_feat": pooled}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .shufflenet import STEM, ShuffleNet, channel_shuffle
+from .shufflenet import STEM, ShuffleNet, add_convolutions, channel_shuffle
 
 _GROUPS = 3
 
@@ -27,12 +27,9 @@ class Unit(nn.Module):
         mid = made // 4
         # the stem has too few channels to split (the paper, section 3.2)
         self.groups = 1 if c_in == STEM else _GROUPS
-        self.conv1 = nn.Conv2d(c_in, mid, 1, groups=self.groups, bias=False)
-        self.bn1 = nn.BatchNorm2d(mid)
-        self.conv2 = nn.Conv2d(mid, mid, 3, stride, padding=1, groups=mid, bias=False)
-        self.bn2 = nn.BatchNorm2d(mid)
-        self.conv3 = nn.Conv2d(mid, made, 1, groups=_GROUPS, bias=False)
-        self.bn3 = nn.BatchNorm2d(made)
+        add_convolutions(
+            self, (c_in, mid, 1, 1, self.groups), (mid, mid, 3, stride, mid), (mid, made, 1, 1, _GROUPS)
+        )
         self.ends_stage = ends_stage
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,10 +50,5 @@ class ShuffleV1(ShuffleNet):
     """`ShuffleNet` with stages of `Unit`, 240, 480 and 960 channels wide."""
 
     def __init__(self, num_classes: int = 100) -> None:
-        super().__init__(_stage, (240, 480, 960))
+        super().__init__(Unit, (240, 480, 960))
         self.linear = nn.Linear(960, num_classes)
-
-
-def _stage(c_in: int, c_out: int, units: int) -> nn.Sequential:
-    rest = (Unit(c_out, c_out, 1, ends_stage=i == units - 1) for i in range(1, units))
-    return nn.Sequential(Unit(c_in, c_out, 2, ends_stage=False), *rest)

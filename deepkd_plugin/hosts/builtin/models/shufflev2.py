@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .shufflenet import ShuffleNet, channel_shuffle
+from .shufflenet import ShuffleNet, add_convolutions, channel_shuffle
 
 
 class Unit(nn.Module):
@@ -21,12 +21,7 @@ class Unit(nn.Module):
     def __init__(self, channels: int, ends_stage: bool) -> None:
         super().__init__()
         half = channels // 2
-        self.conv1 = nn.Conv2d(half, half, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(half)
-        self.conv2 = nn.Conv2d(half, half, 3, padding=1, groups=half, bias=False)
-        self.bn2 = nn.BatchNorm2d(half)
-        self.conv3 = nn.Conv2d(half, half, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(half)
+        add_convolutions(self, (half, half, 1, 1, 1), (half, half, 3, 1, half), (half, half, 1, 1, 1))
         self.ends_stage = ends_stage
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,16 +39,11 @@ class DownUnit(nn.Module):
     def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__()
         half = c_out // 2
-        self.conv1 = nn.Conv2d(c_in, c_in, 3, 2, padding=1, groups=c_in, bias=False)
-        self.bn1 = nn.BatchNorm2d(c_in)
-        self.conv2 = nn.Conv2d(c_in, half, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(half)
-        self.conv3 = nn.Conv2d(c_in, half, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(half)
-        self.conv4 = nn.Conv2d(half, half, 3, 2, padding=1, groups=half, bias=False)
-        self.bn4 = nn.BatchNorm2d(half)
-        self.conv5 = nn.Conv2d(half, half, 1, bias=False)
-        self.bn5 = nn.BatchNorm2d(half)
+        add_convolutions(
+            self,
+            *((c_in, c_in, 3, 2, c_in), (c_in, half, 1, 1, 1)),
+            *((c_in, half, 1, 1, 1), (half, half, 3, 2, half), (half, half, 1, 1, 1)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         short = self.bn2(self.conv2(self.bn1(self.conv1(x))))
@@ -66,7 +56,7 @@ class ShuffleV2(ShuffleNet):
     """`ShuffleNet` with stages of `DownUnit` and `Unit`, 116, 232 and 464 channels, and 1024 before pooling."""
 
     def __init__(self, num_classes: int = 100) -> None:
-        super().__init__(_stage, (116, 232, 464))
+        super().__init__(_unit, (116, 232, 464))
         self.conv2 = nn.Conv2d(464, 1024, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(1024)
         self.linear = nn.Linear(1024, num_classes)
@@ -78,6 +68,5 @@ class ShuffleV2(ShuffleNet):
         return F.relu(self.bn2(self.conv2(x)), inplace=True)
 
 
-def _stage(c_in: int, c_out: int, units: int) -> nn.Sequential:
-    rest = (Unit(c_out, ends_stage=i == units - 1) for i in range(1, units))
-    return nn.Sequential(DownUnit(c_in, c_out), *rest)
+def _unit(c_in: int, c_out: int, stride: int, ends_stage: bool) -> nn.Module:
+    return DownUnit(c_in, c_out) if stride == 2 else Unit(c_out, ends_stage)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .initialise import fan_out_normal_
+from .staged import fan_out_normal_
 
 _WIDTHS = (64, 128, 256, 512, 512)
 
@@ -31,10 +31,8 @@ class VGG(nn.Module):
         c_in = 3
         for i, (width, depth) in enumerate(zip(_WIDTHS, depths, strict=True)):
             self.add_module(f"block{i}", _stage(c_in, width, depth))
+            self.add_module(f"pool{i}", nn.MaxPool2d(2) if i < 4 else nn.AdaptiveAvgPool2d(1))
             c_in = width
-        for i in range(4):
-            self.add_module(f"pool{i}", nn.MaxPool2d(2))
-        self.pool4 = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(c_in, num_classes)
         fan_out_normal_(self)
 
@@ -75,8 +73,11 @@ def _stage(c_in: int, c_out: int, depth: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])  # the network applies the last ReLU, which leaves both sides of it
 
 
-vgg8 = partial(VGG, (1, 1, 1, 1, 1))
-vgg11 = partial(VGG, (1, 1, 2, 2, 2))
-vgg13 = partial(VGG, (2, 2, 2, 2, 2))
-vgg16 = partial(VGG, (2, 2, 3, 3, 3))
-vgg19 = partial(VGG, (2, 2, 4, 4, 4))
+VGGS = {
+    "vgg8": partial(VGG, (1, 1, 1, 1, 1)),
+    "vgg11": partial(VGG, (1, 1, 2, 2, 2)),
+    "vgg13": partial(VGG, (2, 2, 2, 2, 2)),
+    "vgg16": partial(VGG, (2, 2, 3, 3, 3)),
+    "vgg19": partial(VGG, (2, 2, 4, 4, 4)),
+}
+"""By name; num_classes is still to be given."""

@@ -102,7 +102,7 @@ class WideResNet(nn.Module):
         return self.fc(pooled), features
 
 
-wrn_16_1 = partial(WideResNet, 16, 1)
-wrn_16_2 = partial(WideResNet, 16, 2)
-wrn_40_1 = partial(WideResNet, 40, 1)
-wrn_40_2 = partial(WideResNet, 40, 2)
+WIDE_RESNETS = {
+    f"wrn_{depth}_{factor}": partial(WideResNet, depth, factor) for depth in (16, 40) for factor in (1, 2)
+}
+"""By name; num_classes is still to be given."""
