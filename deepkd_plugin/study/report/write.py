@@ -11,12 +11,9 @@ from typing import Any
 from ...errors import UserError
 from ...run.checkpoint import write_whole
 from ..shared import csv_text
-from .cells import NUMBERS, Cell, agreement, assemble, by_base, headline, number_name
+from .cells import NUMBERS, Cell, assemble
 from .collect import NOT_STARTED, UNFINISHED, Results, collect
-from .columns import columns, title
-from .notes import left_out, notes, published_without_pair, what_was_run
-from .page import page
-from .protocol import cautions, protocol
+from .page import markdown, page
 from .statistics import Difference
 
 
@@ -52,63 +49,6 @@ def report(folder: Path) -> list[Path]:
             file=sys.stderr,
         )
     return written
-
-
-def markdown(table: Results, cells: Sequence[Cell]) -> str:
-    """Write the report as Markdown."""
-    blocks = [f"# DeepKD: {_plain(table.title)}", _plain(what_was_run(table)), "## Result"]
-    groups = by_base(cells)
-    blocks.append(
-        "\n".join(f"- **{_plain(heading)}**: {_plain(headline(group))}" for heading, group in groups.items())
-        or "No method of this table has a base to be compared with."
-    )
-    if text := agreement(cells):
-        blocks.append(_plain(f"{text[0].upper()}{text[1:]}."))
-    if said := published_without_pair(table):
-        blocks += [_plain(said[0]), "\n".join(f"- {_plain(one)}" for one in said[1:])]
-    for pair in table.pairs:
-        of_pair = [cell for cell in cells if cell.pair is pair]
-        if not of_pair:
-            continue
-        blocks.append(f"## {_plain(pair.label)} ({_plain(pair.name)})")
-        told = [f"- {what}: {_plain('; '.join(answers))}" for what, answers in protocol(of_pair)]
-        told += [f"- **Not all alike.** {_plain(text)}" for text in cautions(of_pair)]
-        for number in NUMBERS:
-            blocks += [
-                f"### {_plain(title(number, table.metric, table.measures))}",
-                "\n".join([f"- Number: {number_name(number, table.measures)}", *told]),
-                _table(of_pair, number),
-            ]
-        blocks.append(f"\\* {number_name('best', table.measures)}")
-    blocks.append("## Runs that are not counted")
-    rows = left_out(table)
-    blocks.append(
-        _lines([("Pair", "Method", "Seeds", "Why"), *rows]) if rows else "Every planned run counts."
-    )
-    blocks += ["## How to read this", "\n".join(f"- {_plain(note)}" for note in notes(cells))]
-    return "\n\n".join(blocks) + "\n"
-
-
-def _table(cells: Sequence[Cell], number: str) -> str:
-    shown = columns(cells, number)
-    rows = [[column.title for column in shown]]
-    for cell in cells:
-        said = [column.words(cell) for column in shown]
-        rows.append([words[0] + (f" ({'; '.join(words[1:])})" if words[1:] else "") for words in said])
-    return _lines(rows, [column.kind == "number" for column in shown])
-
-
-def _lines(rows: Sequence[Sequence[str]], numbers: Sequence[bool] = ()) -> str:
-    rule = ["---:" if i < len(numbers) and numbers[i] else "---" for i in range(len(rows[0]))]
-    table = [[_plain(text) for text in rows[0]], rule, *([_plain(text) for text in row] for row in rows[1:])]
-    return "\n".join(f"| {' | '.join(row)} |" for row in table)
-
-
-def _plain(text: str) -> str:
-    """Write text as Markdown takes it literally, in one line and with ordinary spaces."""
-    for sign in "\\`*_[]<>|":
-        text = text.replace(sign, f"\\{sign}")
-    return " ".join(text.split())
 
 
 def cell_rows(table: Results, cells: Sequence[Cell]) -> list[dict[str, Any]]:
