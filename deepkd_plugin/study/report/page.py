@@ -28,9 +28,7 @@ def page(table: Results, cells: Sequence[Cell]) -> str:
 
 def markdown(table: Results, cells: Sequence[Cell]) -> str:
     """Write the report as Markdown."""
-    return _MARKDOWN.get_template("report.md").render(
-        table=table, cells=cells, pairs=_pairs(table, cells)
-    )
+    return _MARKDOWN.get_template("report.md").render(table=table, cells=cells, pairs=_pairs(table, cells))
 
 
 def plain(text: str) -> str:
@@ -79,6 +77,7 @@ def panels(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
             groups[", ".join(cell.method.label for cell in some)] = some
     return groups
 
+
 _HTML = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
     autoescape=True,
@@ -90,7 +89,19 @@ _HTML.globals |= {"CONFIDENCE": CONFIDENCE, "NUMBERS": NUMBERS, "SIGNS": SIGNS}
 _HTML.globals |= {
     function.__name__: function
     for function in (
-        *(agreement, by_base, cautions, columns, compared, curves, dot_plot, headline, interval, left_out, notes),
+        *(
+            agreement,
+            by_base,
+            cautions,
+            columns,
+            compared,
+            curves,
+            dot_plot,
+            headline,
+            interval,
+            left_out,
+            notes,
+        ),
         *(number_name, panels, protocol, published_without_pair, signed, title, verdict, what_was_run),
     )
 }
