@@ -158,6 +158,7 @@ def read_record(run: Run) -> Record | LeftOut:
 
     result, teacher_acc = about["result"], about.get("teacher_acc")
     sessions = (about, *about.get("resumed", ()))
+    of_epoch = {int(line["epoch"]): line for line in lines}
     curve = by_epoch(measures.key)
     made = Record(
         run=run,
@@ -165,7 +166,7 @@ def read_record(run: Run) -> Record | LeftOut:
         **{name: kind(result[name]) for name, kind in RESULT.items()},
         **{name: kind(about[name]) for name, kind in MADE.items()},
         further={
-            number: {name: by_epoch(key)[int(result[at])] for name, key in measures.further.items()}
+            number: {name: float(of_epoch[int(result[at])][key]) for name, key in measures.further.items()}
             for number, at in (("last", "epochs"), ("best", "best_epoch"))
         },
         curve=curve,

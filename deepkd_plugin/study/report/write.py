@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
-from ...run.checkpoint import write_whole
+from ...run.checkpoint import write_text
 from ..shared import csv_text
 from .cells import NUMBERS, Cell, assemble
 from .collect import NOT_STARTED, UNFINISHED, Results, collect
@@ -32,14 +32,11 @@ def report(folder: Path) -> list[Path]:
         "runs.csv": _csv(run_rows(table)),
         "report.html": page(table, cells),
     }
-    written = []
     for name, text in texts.items():
-        data = text.encode()
         try:
-            write_whole(folder / name, lambda file: file.write(data))  # noqa: B023
+            write_text(folder / name, text)
         except OSError as error:
             raise UserError(f"{folder / name}: must be a file that can be written ({error})") from None
-        written.append(folder / name)
     lost = [left for left in table.left_out if left.kind not in (NOT_STARTED, UNFINISHED)]
     if lost:
         first = lost[0]
@@ -48,7 +45,7 @@ def report(folder: Path) -> list[Path]:
             f"report.md has all",
             file=sys.stderr,
         )
-    return written
+    return [folder / name for name in texts]
 
 
 def cell_rows(table: Results, cells: Sequence[Cell]) -> list[dict[str, Any]]:
