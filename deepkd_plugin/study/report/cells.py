@@ -94,8 +94,8 @@ def assemble(table: Results) -> list[Cell]:
             runs = tuple(run for run in table.runs if (run.pair, run.method) == (pair.name, method.name))
             if not runs:
                 continue
-            keys = [(run.pair, run.method, run.seed) for run in runs]
-            records = tuple(table.records[key] for key in keys if key in table.records)
+            outcomes = (table.outcomes[run] for run in runs)
+            records = tuple(one for one in outcomes if isinstance(one, Record))
             settings = records[0].settings if records else None
             names = (table.dataset, table.metric, pair.teacher, pair.student, method.name)
             known = published.find(*names, settings, table.options)

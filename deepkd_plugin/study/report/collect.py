@@ -22,7 +22,7 @@ from ...config.tree import flatten
 from ...run import record
 from ...run.metrics import METRICS, read_metrics
 from ..measures import MEASURES, Measures
-from ..table import Run, Table, as_text
+from ..table import Cell, Run, Table, as_text
 from .detectron2 import settings as ours
 
 NOT_STARTED, UNFINISHED, OTHER_CONFIG = "not started", "unfinished", "other config"
@@ -95,10 +95,17 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Results(Table):
-    """A table's plan and what there is of it. records: by (pair, method, seed)."""
+    """A table's plan and what each of its runs came to, in the plan's order."""
 
-    records: dict[tuple[str, str, int], Record]
-    left_out: tuple[LeftOut, ...]
+    outcomes: dict[Run, Record | LeftOut]
+
+    @property
+    def records(self) -> list[Record]:
+        return [one for one in self.outcomes.values() if isinstance(one, Record)]
+
+    @property
+    def left_out(self) -> list[LeftOut]:
+        return [one for one in self.outcomes.values() if isinstance(one, LeftOut)]
 
 
 def collect(folder: Path) -> Results:
@@ -108,29 +115,22 @@ def collect(folder: Path) -> Results:
     read.
     """
     table = Table.read(folder)
-    records: dict[Run, Record] = {}
-    left_out: list[LeftOut] = []
-    for run in table.runs:
-        try:
-            one = read_record(run)
-        except Exception as error:  # files from a full disk or a killed editor hold anything
-            reason = " ".join(f"{type(error).__name__}: {error}".split()).replace(f"{run.folder}/", "")
-            one = LeftOut(run, UNREADABLE, f"cannot be read: {reason[:LONGEST]}")
-        if isinstance(one, Record):
-            records[run] = one
-        else:
-            left_out.append(one)
-    by_code = Counter(one.codes for one in records.values())
-    cells = dict.fromkeys((run.pair, run.method) for run in table.runs)
-    for cell in cells:
-        of_cell = [one for run, one in records.items() if (run.pair, run.method) == cell]
-        for run, reason in _misfits(of_cell, by_code):
-            del records[run]
-            left_out.append(LeftOut(run, MIXED, reason))
-    order = {run: i for i, run in enumerate(table.runs)}
-    left_out.sort(key=lambda left: order[left.run])
-    by_key = {(run.pair, run.method, run.seed): one for run, one in records.items()}
-    return Results(**vars(table), records=by_key, left_out=tuple(left_out))
+    results = Results(**vars(table), outcomes={run: _outcome(run) for run in table.runs})
+    by_code = Counter(one.codes for one in results.records)
+    cells: dict[Cell, list[Record]] = {}
+    for one in results.records:
+        cells.setdefault((one.run.pair, one.run.method), []).append(one)
+    for cell in cells.values():
+        results.outcomes.update({run: LeftOut(run, MIXED, reason) for run, reason in _misfits(cell, by_code)})
+    return results
+
+
+def _outcome(run: Run) -> Record | LeftOut:
+    try:
+        return read_record(run)
+    except Exception as error:  # files from a full disk or a killed editor hold anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split()).replace(f"{run.folder}/", "")
+        return LeftOut(run, UNREADABLE, f"cannot be read: {reason[:LONGEST]}")
 
 
 def read_record(run: Run) -> Record | LeftOut:

@@ -12,7 +12,7 @@ from ...errors import UserError
 from ...run.checkpoint import write_text
 from ..shared import csv_text
 from .cells import NUMBERS, Cell, assemble
-from .collect import NOT_STARTED, UNFINISHED, Results, collect
+from .collect import NOT_STARTED, UNFINISHED, Record, Results, collect
 from .page import markdown, page
 from .statistics import Difference
 
@@ -97,26 +97,23 @@ def _difference(name: str, difference: Difference | None) -> dict[str, float | N
 
 def run_rows(table: Results) -> list[dict[str, Any]]:
     """Make the rows of runs.csv, one for each planned run: what it measured, or why it does not count."""
-    reasons = {(left.run.pair, left.run.method, left.run.seed): left for left in table.left_out}
     rows = []
     for run in table.runs:
-        key = (run.pair, run.method, run.seed)
-        record, left = table.records.get(key), reasons.get(key)
+        one = table.outcomes[run]
+        record = one if isinstance(one, Record) else None
         values = vars(record) if record else {}
         row: dict[str, Any] = {"pair": run.pair, "method": run.method, "seed": run.seed}
-        row |= {"status": "counted" if left is None else left.kind, "reason": left and left.reason}
+        row |= {"status": "counted", "reason": None} if record else {"status": one.kind, "reason": one.reason}
         for number in NUMBERS:
             row[number] = values.get(number)
             for name in table.measures.further:
                 row[f"{number}_{name.lower()}"] = record and record.further[number][name]
         row |= {name: values.get(name) for name in ("best_epoch", "epochs", "minutes", "teacher")}
-        row[table.measures.key.replace("test", "teacher")] = record and record.teacher_acc
+        row[table.measures.key.replace("test", "teacher")] = values.get("teacher_acc")
         row["execution"] = record and "; ".join(record.execution)
         row |= {name: values.get(name) for name in ("device", "processor", "python", "commit", "started")}
         row["code"] = record and record.codes[0]
-        row["versions"] = record and ", ".join(
-            f"{name} {version}" for name, version in record.versions.items()
-        )
+        row["versions"] = record and ", ".join(map(" ".join, record.versions.items()))
         row["config_hash"] = run.hash
         row["taken_from"] = values.get("taken_from")
         row["folder"] = Path(os.path.relpath(run.folder, table.folder)).as_posix()
