@@ -148,7 +148,9 @@ def read_record(run: Run) -> Record | LeftOut:
         reason = f"made under another config: its hash is {about['config_hash']}, the plan's {run.hash}"
         return LeftOut(run, OTHER_CONFIG, reason)
     if not about["finished"]:
-        reason = f"unfinished: {_epochs_done(run.folder)} of {run.epochs} {measures.step}s"
+        metrics = run.folder / METRICS
+        done = len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
+        reason = f"unfinished: {done} of {run.epochs} {measures.step}s"
         return LeftOut(run, UNFINISHED, reason + _last_words(run.folder))
     settings = yaml.load((run.folder / "config.yaml").read_text(encoding="utf-8"), _Loader)
     lines = read_metrics(run.folder)
@@ -232,13 +234,6 @@ def _computed(one: Record) -> dict[str, str]:
     """Gather what a run's config computes, but for its seed, as text."""
     computed = {k: v for k, v in one.settings.items() if computes(k) and k != "SOLVER.SEED"}
     return {key: json.dumps(value, default=str) for key, value in computed.items()}
-
-
-def _epochs_done(folder: Path) -> int:
-    try:
-        return len((folder / METRICS).read_bytes().splitlines())
-    except OSError:
-        return 0
 
 
 def _last_words(folder: Path) -> str:

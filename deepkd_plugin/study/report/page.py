@@ -89,20 +89,9 @@ _HTML.globals |= {"CONFIDENCE": CONFIDENCE, "NUMBERS": NUMBERS, "SIGNS": SIGNS}
 _HTML.globals |= {
     function.__name__: function
     for function in (
-        *(
-            agreement,
-            by_base,
-            cautions,
-            columns,
-            compared,
-            curves,
-            dot_plot,
-            headline,
-            interval,
-            left_out,
-            notes,
-        ),
-        *(number_name, panels, protocol, published_without_pair, signed, title, verdict, what_was_run),
+        *(agreement, by_base, cautions, columns, compared, curves, dot_plot, headline, interval),
+        *(left_out, notes, number_name, panels, protocol, published_without_pair, signed, title),
+        *(verdict, what_was_run),
     )
 }
 _MARKDOWN = _HTML.overlay(autoescape=False, finalize=plain)
