@@ -74,7 +74,8 @@ class Cell:
 
     @property
     def published_gain(self) -> float | None:
-        ours, base = (one and one.comparable_value for one in (self.published, self.base_published))
+        known = (self.published, self.base_published)
+        ours, base = (one.comparable_value if one else None for one in known)
         return None if ours is None or base is None else ours - base
 
     def values(self, number: str) -> list[float]:
@@ -103,11 +104,11 @@ def assemble(table: Results) -> list[Cell]:
             cells[pair.name, method.name] = Cell(pair, method, base, runs, records, known, table.measures)
     with_base = [(cell, cells.get((cell.pair.name, cell.method.base))) for cell in cells.values()]
     for name in NUMBERS:
-        gains = [base and _gain(cell, base, name) for cell, base in with_base]
-        adjusted = holm([gain and gain.p for gain in gains])
+        gains = [_gain(cell, base, name) if base else None for cell, base in with_base]
+        adjusted = holm([gain.p if gain else None for gain in gains])
         for (cell, _), gain, holm_p in zip(with_base, gains, adjusted):
             cell.numbers[name] = _number(cell, name, gain, holm_p)
-    return [replace(cell, base_published=base and base.published) for cell, base in with_base]
+    return [replace(cell, base_published=base.published if base else None) for cell, base in with_base]
 
 
 def _gain(cell: Cell, base: Cell, name: str) -> Difference | None:
@@ -115,7 +116,7 @@ def _gain(cell: Cell, base: Cell, name: str) -> Difference | None:
 
 
 def _number(cell: Cell, name: str, gain: Difference | None, holm_p: float | None) -> Number:
-    known = cell.published and cell.published.comparable_value
+    known = cell.published.comparable_value if cell.published else None
     minus = None if known is None else compare_published(cell.values(name), known)
     further = {
         other: summarise([record.further[name][other] for record in cell.records])

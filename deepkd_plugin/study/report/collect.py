@@ -77,10 +77,11 @@ class Record:
         return MEASURES[self.run.kind]
 
 
-RESULT = {"best": float, "best_epoch": int, "last": float, "epochs": int}
+RESULT: dict[str, Callable[[Any], Any]] = {"best": float, "best_epoch": int, "last": float, "epochs": int}
 """Entries of run.json's result, and what they are."""
 
-MADE = {"minutes": float} | dict.fromkeys(("processor", "device", "python", "commit", "started"), str)
+MADE: dict[str, Callable[[Any], Any]] = {"minutes": float}
+MADE |= dict.fromkeys(("processor", "device", "python", "commit", "started"), str)
 """Entries of run.json that every run has."""
 
 

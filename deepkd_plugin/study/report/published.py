@@ -120,11 +120,13 @@ def find(
             notes.append(f"ours with {key} {value}")
     row = there[name]
     try:
-        value = float(row["value"])
+        number: float | None = float(row["value"])
     except ValueError:  # "+47% to +59%"
-        value = None
+        number = None
     comparable = not any(note.startswith(UNLIKE) for note in notes)
-    return Published(name, row["value"], value, row["source"], row["certainty"], "; ".join(notes), comparable)
+    return Published(
+        name, row["value"], number, row["source"], row["certainty"], "; ".join(notes), comparable
+    )
 
 
 def without_pair(dataset: str, metric: str) -> list[str]:

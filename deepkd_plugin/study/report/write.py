@@ -95,10 +95,10 @@ def run_rows(table: Results) -> list[dict[str, Any]]:
     rows = []
     for run in table.runs:
         one = table.outcomes[run]
-        record = one if isinstance(one, Record) else None
+        record, left = (one, None) if isinstance(one, Record) else (None, one)
         values = vars(record) if record else {}
         row: dict[str, Any] = {"pair": run.pair, "method": run.method, "seed": run.seed}
-        row |= {"status": "counted", "reason": None} if record else {"status": one.kind, "reason": one.reason}
+        row |= {"status": left.kind if left else "counted", "reason": left and left.reason}
         for number in NUMBERS:
             row[number] = values.get(number)
             for name in table.measures.further:
