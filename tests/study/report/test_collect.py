@@ -28,17 +28,17 @@ def reasons(folder):
 
 
 def test_a_finished_run_has_its_whole_record(folder):
-    (held,) = (one for one in collect(folder).records if one.run.method == "deepkd")
+    (record,) = (one for one in collect(folder).records if one.run.method == "deepkd")
 
-    assert (held.last, held.best, held.best_epoch, held.epochs) == (76.0, 76.25, 3, 4)
-    assert held.curve == dict(enumerate(rising(76.0, 4), 1))
-    assert held.lr == {1: 0.05, 2: 0.05, 3: 0.05, 4: 0.0005}
-    assert held.momentum[4] == {"tog": 0.9, "tcg": 0.9, "ncg": 0.9}
-    assert (held.teacher, held.teacher_acc, held.minutes) == (TEACHER, 79.42, 12.5)
-    assert held.execution == ("eager, sequential gradients",)
-    assert (held.processor, held.device, held.python) == ("AMD EPYC", "NVIDIA H200", "3.11.7")
-    assert (held.commit, held.codes, held.versions["torch"]) == ("ae39fbd", (CODE,), "2.15.0")
-    assert held.settings["SOLVER.DECOUPLED.DELTA.TCG"] == -0.075
+    assert (record.last, record.best, record.best_epoch, record.epochs) == (76.0, 76.25, 3, 4)
+    assert record.curve == dict(enumerate(rising(76.0, 4), 1))
+    assert record.lr == {1: 0.05, 2: 0.05, 3: 0.05, 4: 0.0005}
+    assert record.momentum[4] == {"tog": 0.9, "tcg": 0.9, "ncg": 0.9}
+    assert (record.teacher, record.teacher_acc, record.minutes) == (TEACHER, 79.42, 12.5)
+    assert record.execution == ("eager, sequential gradients",)
+    assert (record.processor, record.device, record.python) == ("AMD EPYC", "NVIDIA H200", "3.11.7")
+    assert (record.commit, record.codes, record.versions["torch"]) == ("ae39fbd", (CODE,), "2.15.0")
+    assert record.settings["SOLVER.DECOUPLED.DELTA.TCG"] == -0.075
 
 
 def test_the_plan_is_read_in_its_order(folder):
