@@ -51,7 +51,7 @@ setup(
     package_data={
         "deepkd_plugin": ["py.typed"],
         "deepkd_plugin.hosts.builtin": ["defaults.yaml", "weights/*.pt"],
-        "deepkd_plugin.study.report": ["published.csv", "page.css", "page.html"],
+        "deepkd_plugin.study.report": ["published.csv", "page.css", "page.html", "report.md"],
     },
     python_requires=">=3.10",
     install_requires=[

@@ -154,9 +154,9 @@ class GradientMoments:
 
     def by_layer(self) -> dict[str, dict[str, dict[str, float | None]]]:
         """Return layer → stream → both summaries. A layer is a parameter's name without its last part."""
-        layers = list(dict.fromkeys(name.rpartition(".")[0] or name for name in self.names))
-        of_parameter = [layers.index(name.rpartition(".")[0] or name) for name in self.names]
-        index = self._spread(of_parameter).long()
+        of_parameter = [name.rpartition(".")[0] or name for name in self.names]
+        layers = list(dict.fromkeys(of_parameter))
+        index = self._spread([layers.index(layer) for layer in of_parameter]).long()
         result: dict[str, dict[str, dict[str, float | None]]] = {layer: {} for layer in layers}
         for s, stream in enumerate(self.streams):
             valid, squared, variance, ratio = self._coordinates(s)
@@ -229,8 +229,7 @@ class GradientMoments:
         """Sum over a stream's coordinates: GSNR, mean², variance, how many have one, how many have no variance."""
         valid, squared, variance, ratio = self._coordinates(s)
         flat = (self._spread(self.counts[s]) >= 2) & ~valid
-        zero = squared.new_zeros(())
-        sums = [ratio.sum(), squared.where(valid, zero).sum(), variance.where(valid, zero).sum()]
+        sums = [ratio.sum(), squared.where(valid, 0).sum(), variance.where(valid, 0).sum()]
         return [*sums, valid.sum().double(), flat.sum().double()]
 
 
@@ -283,13 +282,8 @@ class GSNRAllocation:
             return dict.fromkeys(self.bounds, 0.0)
         centre = (max(self.logs.values()) + min(self.logs.values())) / 2
         scale = math.log(self.separation) / 2
-
-        def offset(stream: str) -> float:
-            if stream not in self.logs:
-                return 0.0
-            return self.bounds[stream] * min(1.0, max(-1.0, (self.logs[stream] - centre) / scale))
-
-        return {stream: offset(stream) for stream in self.bounds}
+        shares = {stream: min(1.0, max(-1.0, (log - centre) / scale)) for stream, log in self.logs.items()}
+        return {stream: bound * shares.get(stream, 0.0) for stream, bound in self.bounds.items()}
 
     def state_dict(self) -> dict[str, float]:
         return dict(self.logs)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from torchvision import datasets, transforms
 
 from ..errors import UserError
 from ..run import array_pickle
+from .folders import ImageFiles, class_folders
 from .sources import Source, register_dataset
 
 NUM_CLASSES = 100
@@ -78,28 +78,9 @@ def _from_pickle(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _from_folders(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    classes = sorted(p for p in folder.iterdir() if p.is_dir())
-    if len(classes) != NUM_CLASSES:
-        raise UserError(
-            f"{folder}: DATASET.ROOT must hold {NUM_CLASSES} class folders for cifar100, holds {len(classes)}"
-        )
-    images, labels = [], []
-    for label, folder_of_class in enumerate(classes):
-        files = sorted(folder_of_class.glob("*.png"))
-        if not files:
-            raise UserError(f"{folder_of_class}: DATASET.ROOT has a class folder without PNG files")
-        for file in files:
-            try:
-                image = np.asarray(Image.open(file).convert("RGB"))
-            except Exception as error:  # a damaged image can raise nearly anything
-                raise UserError(f"{file}: DATASET.ROOT has an image that cannot be read ({error})") from None
-            if image.shape != (32, 32, 3):
-                raise UserError(
-                    f"{file}: cifar100 images are 32 x 32, this one is {image.shape[1]} x {image.shape[0]}"
-                )
-            images.append(image)
-            labels.append(label)
-    return np.stack(images), np.asarray(labels, dtype=np.int64)
+    paths, labels = class_folders(folder, NUM_CLASSES, "cifar100")
+    images = ImageFiles(paths, labels, None, (32, 32)).pixels(np.arange(len(paths)))
+    return images, np.asarray(labels, dtype=np.int64)
 
 
 register_dataset(

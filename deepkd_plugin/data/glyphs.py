@@ -25,34 +25,14 @@ from .sources import Source, register_dataset
 # Left out: characters that equal another up to size, since size is random here (c o s u v w x z k p θ π φ ψ),
 # or in some of the fonts (l, 0, 1, and the Greek and Cyrillic capitals that are drawn as Latin ones), and
 # small Cyrillic letters, whose italics look like other letters.
-CHARACTERS: str = "".join(
-    (
-        "ABCDEFGHIJKLMNOPQRSTUVWXYZ",
-        "abdefghijmnqrty",
-        "23456789",
-        "ΓΔΘΛΞΠΣΦΨΩ",
-        "αβγδεζηλμξσω",
-        "БДЖИЛЦЧШЩЫЭЮЯ",
-        "#$%&@?+=±÷€£¥§¶«",
-    )
+CHARACTERS = (
+    "ABCDEFGHIJKLMNOPQRSTUVWXYZabdefghijmnqrty23456789ΓΔΘΛΞΠΣΦΨΩαβγδεζηλμξσωБДЖИЛЦЧШЩЫЭЮЯ#$%&@?+=±÷€£¥§¶«"
 )
-FONTS: tuple[str, ...] = (
-    "DejaVuSans",
-    "DejaVuSans-Bold",
-    "DejaVuSans-Oblique",
-    "DejaVuSans-BoldOblique",
-    "DejaVuSansMono",
-    "DejaVuSansMono-Bold",
-    "DejaVuSansMono-Oblique",
-    "DejaVuSansMono-BoldOblique",
-    "DejaVuSerif",
-    "DejaVuSerif-Bold",
-    "DejaVuSerif-Italic",
-    "DejaVuSerif-BoldItalic",
-    "STIXGeneral",
-    "STIXGeneralBol",
-    "STIXGeneralItalic",
-    "STIXGeneralBolIta",
+FONTS = (
+    *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
+    *(f"DejaVuSansMono{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
+    *(f"DejaVuSerif{style}" for style in ("", "-Bold", "-Italic", "-BoldItalic")),
+    *(f"STIXGeneral{style}" for style in ("", "Bol", "Italic", "BolIta")),
 )
 NUM_CLASSES = len(CHARACTERS)
 PER_CLASS: dict[str, int] = {"train": 60, "test": 50}
@@ -85,11 +65,10 @@ STROKE_WIDTH = (1.0, 2.5)  # pixels
 def glyph_masks(
     characters: str, fonts: tuple[str, ...] = FONTS
 ) -> tuple[list[list[Image.Image]], np.ndarray]:
-    """Draw characters in some of FONTS, centred and of one size.
+    """Draw characters in some of FONTS: masks[character][font], and the glyphs' (width, height) in a mask's pixels.
 
-    Returns:
-        masks[character][font], "L" images of ATLAS_SIDE x ATLAS_SIDE with the glyph in the middle, and the glyphs'
-        (width, height) in pixels of that image, float64 (characters, fonts, 2).
+    A mask is an "L" image of ATLAS_SIDE x ATLAS_SIDE with the glyph in its middle; the sizes are float64
+    (characters, fonts, 2).
     """
     # Not imported at the top: reading the cache needs no fonts, and matplotlib takes longer to import than
     # the cache to read.
@@ -122,12 +101,8 @@ def glyph_masks(
 def _placements(rng: np.random.Generator, glyph_sides: np.ndarray) -> np.ndarray:
     """Draw size, aspect, rotation, shear and position, the glyph kept inside the image.
 
-    Args:
-        rng: source of randomness.
-        glyph_sides: (N, 2), width and height in the atlas.
-
-    Returns:
-        (N, 6) float64, the coefficients from output to atlas coordinates that `Image.transform` takes.
+    glyph_sides: (N, 2), width and height in the atlas. Returns the coefficients from output to atlas coordinates that
+    `Image.transform` takes, (N, 6) float64.
     """
     n = len(glyph_sides)
     scale = rng.uniform(*GLYPH_SIDE, n) / ATLAS_GLYPH
@@ -179,20 +154,11 @@ def textures(rng: np.random.Generator, n: int, side: int) -> np.ndarray:
 
 
 def render_glyphs(split: str, per_class: int | None = None, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Draw one split of glyphs100.
+    """Draw one split of glyphs100: images (N, 32, 32, 3) uint8 and labels (N,) int64; image i is of class i % 100.
 
-    Args:
-        split: "train" or "test"; the two have independent random streams.
-        per_class: images per class; 60 in train and 50 in test by default. Another number gives other images.
-        seed: non-negative; the same seed gives the same images with the same versions of Pillow, matplotlib's
-            fonts and numpy.
-
-    Returns:
-        images (N, 32, 32, 3) uint8 and labels (N,) int64, N = 100 * per_class. Classes are interleaved:
-        image i is of class i % 100.
-
-    Raises:
-        ValueError: `split` is neither, or `per_class` or `seed` is out of range.
+    split: "train" or "test"; the two have independent random streams. per_class: 60 in train and 50 in test by
+    default; another number gives other images. seed: the same gives the same images with the same versions of Pillow,
+    matplotlib's fonts and numpy. Raises ValueError if one of them is out of range.
     """
     if split not in PER_CLASS:
         raise ValueError(f"split must be one of {', '.join(PER_CLASS)}, not {split!r}")
@@ -242,23 +208,11 @@ def _render_block(rng: np.random.Generator, masks: list[list[Image.Image]], side
 
 
 def load_glyphs100(root: str | Path, split: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Read one split from the cache under `root`, or draw it and leave it there.
+    """Read one split from the cache under `root`, or draw it and leave it there; arrays and errors of render_glyphs.
 
     The cache is `<root>/glyphs100/<split>-<key>.npz`, about 18 MB for train and 15 MB for test. The key
     names all that the pixels depend on, so another version never reads a stale file. A file that cannot be
-    read is drawn again.
-
-    Args:
-        root: folder of data sets (DATASET.ROOT); made if it is missing.
-        split: "train" or "test".
-        seed: as in `render_glyphs`.
-
-    Returns:
-        images (N, 32, 32, 3) uint8 and labels (N,) int64, as `render_glyphs` gives them.
-
-    Raises:
-        ValueError: as in `render_glyphs`.
-        UserError: the cache cannot be written under `root`.
+    read is drawn again. Raises UserError if the cache cannot be written.
     """
     if split not in PER_CLASS:
         raise ValueError(f"split must be one of {', '.join(PER_CLASS)}, not {split!r}")

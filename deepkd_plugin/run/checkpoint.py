@@ -36,6 +36,11 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole."""
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
 def save(state: Mapping[str, Any], path: Path) -> None:
     """Write a checkpoint whole."""
     write_whole(path, lambda file: torch.save(state, file))

@@ -11,7 +11,7 @@ import torch
 from tensorboardX import SummaryWriter
 from torch import Tensor
 
-from .checkpoint import write_whole
+from .checkpoint import write_text
 
 METRICS, GSNR = "metrics.jsonl", "gsnr.jsonl"
 """A run's records: one line an epoch, one line a window of gradient samples."""
@@ -61,42 +61,39 @@ class RunLog:
 
     def add(self, record: dict[str, Any], windows: Sequence[dict[str, Any]] = ()) -> None:
         """Append one epoch's record, and those of its GSNR windows, and show their numbers in TensorBoard."""
+        if windows and self._window_events is None:
+            done = self.windows[-1]["iteration"] if self.windows else 0
+            self._window_events = SummaryWriter(str(self.folder / "gsnr.events"), purge_step=done + 1)
         self.lines.append(record)
-        self._add_windows(windows)
+        self.windows += windows
         self._write()
-        for name, value in _numbers(record):
-            self._events.add_scalar(name, value, record["epoch"])
-        self._events.flush()
-        if self._wandb is not None:
-            self._wandb.log(dict(_numbers(record)) | {"epoch": record["epoch"]})
+        for window in windows:
+            self._show(self._window_events, window, "iteration")
+        self._show(self._events, record, "epoch")
 
     def close(self) -> None:
         self._events.close()
         if self._window_events is not None:
             self._window_events.close()
 
-    def _add_windows(self, windows: Sequence[dict[str, Any]]) -> None:
-        if windows and self._window_events is None:
-            done = self.windows[-1]["iteration"] if self.windows else 0
-            self._window_events = SummaryWriter(str(self.folder / "gsnr.events"), purge_step=done + 1)
-        for window in windows:
-            self.windows.append(window)
-            numbers = [pair for pair in _numbers(window) if pair[0] != "iteration"]
-            for name, value in numbers:
-                self._window_events.add_scalar(name, value, window["iteration"])
-            if self._wandb is not None:
-                self._wandb.log(dict(numbers) | {"iteration": window["iteration"]})
-        if windows:
-            self._window_events.flush()
+    def _show(self, events: SummaryWriter, record: dict[str, Any], step: str) -> None:
+        """Hand a record's numbers to TensorBoard and W&B. step: the entry that they are counted by."""
+        numbers = [(name, value) for name, value in _numbers(record) if name != step]
+        for name, value in numbers:
+            events.add_scalar(name, value, record[step])
+        events.flush()
+        if self._wandb is not None:
+            self._wandb.log(dict(numbers) | {step: record[step]})
 
     def _write(self) -> None:
-        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in self.lines)
-        write_whole(self.folder / METRICS, lambda file: file.write(text.encode()))
+        write_text(self.folder / METRICS, _as_lines(self.lines))
         if self.windows or (self.folder / GSNR).exists():
-            windows = "".join(json.dumps(line, allow_nan=False) + "\n" for line in self.windows)
-            write_whole(self.folder / GSNR, lambda file: file.write(windows.encode()))
-        work = "".join(_worklog(line) for line in self.lines)
-        write_whole(self.folder / "worklog.txt", lambda file: file.write(work.encode()))
+            write_text(self.folder / GSNR, _as_lines(self.windows))
+        write_text(self.folder / "worklog.txt", "".join(map(_worklog, self.lines)))
+
+
+def _as_lines(records: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

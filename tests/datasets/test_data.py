@@ -57,7 +57,9 @@ def test_cifar100_in_class_folders(tmp_path, below):
     assert labels.tolist() == list(range(100))
     assert np.array_equal(images[99], pixels)
     Image.fromarray(pixels[:30]).save(tmp_path / below / "test" / "class_07" / "0002.png")
-    with pytest.raises(UserError, match="0002.png: cifar100 images are 32 x 32, this one is 32 x 30"):
+    with pytest.raises(
+        UserError, match="0002.png: this image is 32 x 30; those of its data set must be 32 x 32"
+    ):
         cifar100.read_cifar100(tmp_path, "test")
     (tmp_path / below / "test" / "class_07" / "0002.png").write_bytes(b"broken")
     with pytest.raises(UserError, match="0002.png: DATASET.ROOT has an image that cannot be read"):

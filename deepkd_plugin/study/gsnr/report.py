@@ -9,7 +9,7 @@ from typing import Any
 
 from ...errors import UserError
 from ...gsnr import noise_floor
-from ...run.checkpoint import write_whole
+from ...run.checkpoint import write_text, write_whole
 from ..shared import csv_text
 from .figure import draw
 from .windows import TITLES, Run, read_runs
@@ -64,7 +64,7 @@ def write_tables(runs: Sequence[Run], out: Path) -> list[Path]:
     for name, rows in (("gsnr.csv", streams), ("gsnr_angles.csv", angles), ("gsnr_layers.csv", layers)):
         path = out / name
         if rows:
-            write_whole(path, lambda file: file.write(csv_text(rows).encode()))  # noqa: B023
+            write_text(path, csv_text(rows))
             written.append(path)
         else:  # may be there of runs that were drawn here before
             path.unlink(missing_ok=True)

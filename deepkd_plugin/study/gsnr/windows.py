@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ from ...run.metrics import GSNR
 TITLES = {"ratio": "ratio of sums", "mean": "mean over coordinates"}
 """The two summaries of gsnr.py, in the order of the panels, and what they are called."""
 
+NEEDED = ("SOLVER.SEED", "DATASET.TYPE", "DISTILLER.TYPE", "DISTILLER.TEACHER", "DISTILLER.STUDENT")
+"""Keys that a run's config must have."""
+
 MAY_DIFFER = (
-    "SOLVER.SEED",
-    "SOLVER.EXECUTION",
-    "SOLVER.GRADIENTS",
-    "DATASET.NUM_WORKERS",
-    "DATASET.PIPELINE",
+    *("SOLVER.SEED", "SOLVER.EXECUTION", "SOLVER.GRADIENTS"),
+    *("DATASET.NUM_WORKERS", "DATASET.PIPELINE"),
 )
 """Keys in which runs that share a figure may differ: the seed, and how the same steps are taken."""
 
@@ -81,12 +82,7 @@ def read_run(folder: Path) -> Run:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
         settings = config.flatten(tree)
-        for key in (
-            "SOLVER.SEED",
-            "DATASET.TYPE",
-            *(f"DISTILLER.{name}" for name in ("TYPE", "TEACHER", "STUDENT")),
-        ):
-            settings[key]
+        itemgetter(*NEEDED)(settings)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(f"{path}: must be the config of a run ({reason})") from None
@@ -118,17 +114,14 @@ def _measured(window: dict[str, Any]) -> dict[str, Any]:
 def _window(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         window = json.loads(line)
-        for key in ("iteration", "epoch", "samples", "coordinates", "parameters"):
-            window[key]
+        itemgetter("iteration", "epoch", "samples", "coordinates", "parameters")(window)
         dict(window["angle"])
         for stream, values in window["gsnr"].items():
             window["momentum"][stream]
-            for key in (*SUMMARIES, "norm", "zero_variance", "missing"):
-                values[key]
+            itemgetter(*SUMMARIES, "norm", "zero_variance", "missing")(values)
         for by_stream in window.get("layers", {}).values():
             for values in by_stream.values():
-                for key in SUMMARIES:
-                    values[key]
+                itemgetter(*SUMMARIES)(values)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path}: line {number} must be the record of a window ({type(error).__name__}: {error})"

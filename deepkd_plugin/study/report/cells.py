@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from ..measures import CLASSIFICATION, MEASURES, Measures
+from ..measures import Measures
 from ..table import Method, Pair, Run
 from . import published
 from .collect import Record, Results
@@ -44,8 +44,8 @@ class Number:
     summary: Summary
     minus_published: Difference | None
     gain: Difference | None
-    holm_p: float | None = None
-    further: dict[str, Summary] = field(default_factory=dict)
+    holm_p: float | None
+    further: dict[str, Summary]
 
     @property
     def after_holm(self) -> str | None:
@@ -68,22 +68,26 @@ class Cell:
     planned: tuple[Run, ...]
     records: tuple[Record, ...]
     published: Published | None
-    base_published: Published | None
-    numbers: dict[str, Number]
-    measures: Measures = MEASURES[CLASSIFICATION]
+    measures: Measures
+    base_published: Published | None = None
+    numbers: dict[str, Number] = field(default_factory=dict)
 
     @property
     def published_gain(self) -> float | None:
-        if self.published is None or self.base_published is None:
-            return None
-        ours, base = self.published, self.base_published
-        if ours.value is None or base.value is None or not (ours.comparable and base.comparable):
-            return None
-        return ours.value - base.value
+        known = (self.published, self.base_published)
+        ours, base = (one.comparable_value if one else None for one in known)
+        return None if ours is None or base is None else ours - base
+
+    def values(self, number: str) -> list[float]:
+        """List one of NUMBERS of each run."""
+        return [getattr(record, number) for record in self.records]
 
 
 def assemble(table: Results) -> list[Cell]:
-    """Make the cells of every planned pair and method, pair by pair in the plan's order."""
+    """Make the cells of every planned pair and method, pair by pair in the plan's order.
+
+    Holm's correction is over all of the table's comparisons of the same number.
+    """
     methods = {method.name: method for method in table.methods}
     cells: dict[tuple[str, str | None], Cell] = {}
     for pair in table.pairs:
@@ -91,58 +95,34 @@ def assemble(table: Results) -> list[Cell]:
             runs = tuple(run for run in table.runs if (run.pair, run.method) == (pair.name, method.name))
             if not runs:
                 continue
-            keys = [(run.pair, run.method, run.seed) for run in runs]
-            records = tuple(table.records[key] for key in keys if key in table.records)
+            outcomes = (table.outcomes[run] for run in runs)
+            records = tuple(one for one in outcomes if isinstance(one, Record))
             settings = records[0].settings if records else None
             names = (table.dataset, table.metric, pair.teacher, pair.student, method.name)
-            cells[pair.name, method.name] = Cell(
-                pair=pair,
-                method=method,
-                base=methods.get(method.base or ""),
-                planned=runs,
-                records=records,
-                published=published.find(*names, settings, table.options),
-                base_published=None,
-                numbers={},
-                measures=table.measures,
-            )
-    return _correct(
-        [_compare(cell, cells.get((cell.pair.name, cell.method.base))) for cell in cells.values()]
-    )
-
-
-def _compare(cell: Cell, base: Cell | None) -> Cell:
-    """Return the cell with its numbers, compared with the published value and with its base."""
-    numbers = {}
+            known = published.find(*names, settings, table.options)
+            base = methods.get(method.base or "")
+            cells[pair.name, method.name] = Cell(pair, method, base, runs, records, known, table.measures)
+    with_base = [(cell, cells.get((cell.pair.name, cell.method.base))) for cell in cells.values()]
     for name in NUMBERS:
-        values = [getattr(record, name) for record in cell.records]
-        gain = minus = None
-        if base is not None:
-            others = [getattr(record, name) for record in base.records]
-            gain = compare(values, others, (cell.method.label, base.method.label))
-        if cell.published is not None and cell.published.value is not None and cell.published.comparable:
-            minus = compare_published(values, cell.published.value)
-        further = {
-            other: summarise([record.further[name][other] for record in cell.records])
-            for other in cell.measures.further
-        }
-        numbers[name] = Number(summarise(values), minus, gain, further=further)
-    return replace(cell, numbers=numbers, base_published=base.published if base is not None else None)
+        gains = [_gain(cell, base, name) if base else None for cell, base in with_base]
+        adjusted = holm([gain.p if gain else None for gain in gains])
+        for (cell, _), gain, holm_p in zip(with_base, gains, adjusted):
+            cell.numbers[name] = _number(cell, name, gain, holm_p)
+    return [replace(cell, base_published=base.published if base else None) for cell, base in with_base]
 
 
-def _correct(cells: Sequence[Cell]) -> list[Cell]:
-    """Return the cells with Holm's p values, over all of a table's comparisons of the same number."""
-    gains = {name: [cell.numbers[name].gain for cell in cells] for name in NUMBERS}
-    adjusted = {name: holm([gain.p if gain else None for gain in gains[name]]) for name in NUMBERS}
-    return [
-        replace(
-            cell,
-            numbers={
-                name: replace(number, holm_p=adjusted[name][i]) for name, number in cell.numbers.items()
-            },
-        )
-        for i, cell in enumerate(cells)
-    ]
+def _gain(cell: Cell, base: Cell, name: str) -> Difference | None:
+    return compare(cell.values(name), base.values(name), (cell.method.label, base.method.label))
+
+
+def _number(cell: Cell, name: str, gain: Difference | None, holm_p: float | None) -> Number:
+    known = cell.published.comparable_value if cell.published else None
+    minus = None if known is None else compare_published(cell.values(name), known)
+    further = {
+        other: summarise([record.further[name][other] for record in cell.records])
+        for other in cell.measures.further
+    }
+    return Number(summarise(cell.values(name)), minus, gain, holm_p, further)
 
 
 def comparisons(cells: Iterable[Cell], number: str) -> int:

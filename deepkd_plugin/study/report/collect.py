@@ -10,8 +10,8 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,12 @@ from ...config.meaning import computes
 from ...config.tree import flatten
 from ...run import record
 from ...run.metrics import METRICS, read_metrics
-from ..measures import CLASSIFICATION, MEASURES, Measures
-from ..table import Run, Table, as_text
+from ..measures import MEASURES, Measures
+from ..table import Cell, Run, Table, as_text
 from .detectron2 import settings as ours
 
-NOT_STARTED, UNFINISHED, OTHER_CONFIG, MIXED, UNREADABLE = (
-    "not started",
-    "unfinished",
-    "other config",
-    "does not fit its cell",
-    "unreadable",
-)
+NOT_STARTED, UNFINISHED, OTHER_CONFIG = "not started", "unfinished", "other config"
+MIXED, UNREADABLE = "does not fit its cell", "unreadable"
 """Why a planned run has no record."""
 
 LONGEST = 200
@@ -55,28 +50,39 @@ class Record:
     """
 
     run: Run
+    settings: dict[str, Any]
     best: float
     best_epoch: int
     last: float
     epochs: int
+    further: dict[str, dict[str, float]]
     curve: dict[int, float]
     lr: dict[int, float]
     momentum: dict[int, dict[str, float]]
+    execution: tuple[str, ...]
     teacher: str | None
     teacher_acc: float | None
-    minutes: float
-    execution: tuple[str, ...]
+    taken_from: str | None
+    codes: tuple[str, ...]
     versions: dict[str, str]
+    minutes: float
     processor: str
     device: str
     python: str
     commit: str
-    codes: tuple[str, ...]
     started: str
-    settings: dict[str, Any]
-    measures: Measures = MEASURES[CLASSIFICATION]
-    further: dict[str, dict[str, float]] = field(default_factory=dict)
-    taken_from: str | None = None
+
+    @property
+    def measures(self) -> Measures:
+        return MEASURES[self.run.kind]
+
+
+RESULT: dict[str, Callable[[Any], Any]] = {"best": float, "best_epoch": int, "last": float, "epochs": int}
+"""Entries of run.json's result, and what they are."""
+
+MADE: dict[str, Callable[[Any], Any]] = {"minutes": float}
+MADE |= dict.fromkeys(("processor", "device", "python", "commit", "started"), str)
+"""Entries of run.json that every run has."""
 
 
 @dataclass(frozen=True)
@@ -90,14 +96,17 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Results(Table):
-    """A table's plan and what there is of it. records: by (pair, method, seed)."""
+    """A table's plan and what each of its runs came to, in the plan's order."""
 
-    records: dict[tuple[str, str, int], Record]
-    left_out: tuple[LeftOut, ...]
+    outcomes: dict[Run, Record | LeftOut]
 
+    @property
+    def records(self) -> list[Record]:
+        return [one for one in self.outcomes.values() if isinstance(one, Record)]
 
-class _RejectedError(Exception):
-    """A run that does not count: kind and reason."""
+    @property
+    def left_out(self) -> list[LeftOut]:
+        return [one for one in self.outcomes.values() if isinstance(one, LeftOut)]
 
 
 def collect(folder: Path) -> Results:
@@ -107,98 +116,74 @@ def collect(folder: Path) -> Results:
     read.
     """
     table = Table.read(folder)
-    records: dict[Run, Record] = {}
-    left_out: list[LeftOut] = []
-    for run in table.runs:
-        try:
-            records[run] = read_record(run)
-        except _RejectedError as why:
-            left_out.append(LeftOut(run, *why.args))
-        # files from a full disk or a killed editor hold anything
-        except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split()).replace(f"{run.folder}/", "")
-            left_out.append(LeftOut(run, UNREADABLE, f"cannot be read: {reason[:LONGEST]}"))
-    by_code = Counter(one.codes for one in records.values())
-    cells = dict.fromkeys((run.pair, run.method) for run in table.runs)
-    for cell in cells:
-        of_cell = [one for run, one in records.items() if (run.pair, run.method) == cell]
-        for run, reason in _misfits(of_cell, by_code):
-            del records[run]
-            left_out.append(LeftOut(run, MIXED, reason))
-    order = {run: i for i, run in enumerate(table.runs)}
-    left_out.sort(key=lambda left: order[left.run])
-    by_key = {(run.pair, run.method, run.seed): one for run, one in records.items()}
-    return Results(**vars(table), records=by_key, left_out=tuple(left_out))
+    results = Results(**vars(table), outcomes={run: _outcome(run) for run in table.runs})
+    by_code = Counter(one.codes for one in results.records)
+    cells: dict[Cell, list[Record]] = {}
+    for one in results.records:
+        cells.setdefault((one.run.pair, one.run.method), []).append(one)
+    for cell in cells.values():
+        results.outcomes.update({run: LeftOut(run, MIXED, reason) for run, reason in _misfits(cell, by_code)})
+    return results
 
 
-def read_record(run: Run) -> Record:
-    """Read what a finished run left; raises _RejectedError(kind, reason) for any other, anything for broken files."""
+def _outcome(run: Run) -> Record | LeftOut:
+    try:
+        return read_record(run)
+    except Exception as error:  # files from a full disk or a killed editor hold anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split()).replace(f"{run.folder}/", "")
+        return LeftOut(run, UNREADABLE, f"cannot be read: {reason[:LONGEST]}")
+
+
+def read_record(run: Run) -> Record | LeftOut:
+    """Read what a run left: its record if it is finished, else why it does not count.
+
+    KeyError, ValueError, … if its files do not hold what they should.
+    """
     if not (run.folder / record.FILE).exists():
         words = _last_words(run.folder)
         if words:
-            raise _RejectedError(UNFINISHED, "ended before its first epoch" + words)
-        raise _RejectedError(NOT_STARTED, "not started")
-    about = record.read_run(run.folder)
-    measures = MEASURES[run.kind]
+            return LeftOut(run, UNFINISHED, "ended before its first epoch" + words)
+        return LeftOut(run, NOT_STARTED, "not started")
+    about, measures = record.read_run(run.folder), MEASURES[run.kind]
     if about["config_hash"] != run.hash:
         reason = f"made under another config: its hash is {about['config_hash']}, the plan's {run.hash}"
-        raise _RejectedError(OTHER_CONFIG, reason)
+        return LeftOut(run, OTHER_CONFIG, reason)
     if not about["finished"]:
-        reason = f"unfinished: {_epochs_done(run.folder)} of {run.epochs} {measures.step}s"
-        raise _RejectedError(UNFINISHED, reason + _last_words(run.folder))
+        metrics = run.folder / METRICS
+        done = len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
+        reason = f"unfinished: {done} of {run.epochs} {measures.step}s"
+        return LeftOut(run, UNFINISHED, reason + _last_words(run.folder))
     settings = yaml.load((run.folder / "config.yaml").read_text(encoding="utf-8"), _Loader)
-    return _record(run, about, read_metrics(run.folder), ours(run.kind, flatten(settings)), measures)
+    lines = read_metrics(run.folder)
 
+    def by_epoch(name: str, kind: Callable[[Any], Any] = float) -> dict[int, Any]:
+        return {int(line["epoch"]): kind(line[name]) for line in lines if name in line}
 
-def _record(
-    run: Run,
-    about: dict[str, Any],
-    lines: Sequence[dict[str, Any]],
-    settings: dict[str, Any],
-    measures: Measures,
-) -> Record:
-    """Put a record together; KeyError, ValueError, … if its files do not hold what they should. about: run.json."""
     result, teacher_acc = about["result"], about.get("teacher_acc")
-    key = measures.key
-    curve = {int(line["epoch"]): float(line[key]) for line in lines if key in line}
+    sessions = (about, *about.get("resumed", ()))
     of_epoch = {int(line["epoch"]): line for line in lines}
-    further = {
-        number: {name: float(of_epoch[int(result[at])][other]) for name, other in measures.further.items()}
-        for number, at in (("last", "epochs"), ("best", "best_epoch"))
-    }
+    curve = by_epoch(measures.key)
     made = Record(
         run=run,
-        best=float(result["best"]),
-        best_epoch=int(result["best_epoch"]),
-        last=float(result["last"]),
-        epochs=int(result["epochs"]),
-        curve=curve,
-        lr={int(line["epoch"]): float(line["lr"]) for line in lines if "lr" in line},
-        momentum={
-            int(line["epoch"]): {stream: float(value) for stream, value in line["momentum"].items()}
-            for line in lines
-            if "momentum" in line
+        settings=ours(run.kind, flatten(settings)),
+        **{name: kind(result[name]) for name, kind in RESULT.items()},
+        **{name: kind(about[name]) for name, kind in MADE.items()},
+        further={
+            number: {name: float(of_epoch[int(result[at])][key]) for name, key in measures.further.items()}
+            for number, at in (("last", "epochs"), ("best", "best_epoch"))
         },
+        curve=curve,
+        lr=by_epoch("lr"),
+        momentum=by_epoch("momentum", lambda of: {stream: float(value) for stream, value in of.items()}),
+        execution=tuple(dict.fromkeys(by_epoch("execution", str).values())),
         teacher=as_text(about.get("teacher")),
-        teacher_acc=teacher_acc if teacher_acc is None else float(teacher_acc),
-        minutes=float(about["minutes"]),
-        execution=tuple(dict.fromkeys(str(line["execution"]) for line in lines if "execution" in line)),
-        versions={str(name): str(version) for name, version in about["versions"].items()},
-        processor=str(about["processor"]),
-        device=str(about["device"]),
-        python=str(about["python"]),
-        commit=str(about["commit"]),
-        codes=tuple(
-            dict.fromkeys(str(session.get("code")) for session in (about, *about.get("resumed", ())))
-        ),
-        started=str(about["started"]),
-        settings=settings,
-        measures=measures,
-        further=further,
+        teacher_acc=None if teacher_acc is None else float(teacher_acc),
         taken_from=as_text(about.get("taken_from")),
+        codes=tuple(dict.fromkeys(str(session.get("code")) for session in sessions)),
+        versions={name: str(version) for name, version in about["versions"].items()},
     )
     numbers = [made.best, made.last, made.minutes, made.teacher_acc or 0.0, *curve.values()]
-    numbers += [value for values in further.values() for value in values.values()]
+    numbers += [value for values in made.further.values() for value in values.values()]
     if not all(math.isfinite(value) for value in numbers):
         raise ValueError("a number is not finite")
     if not lines or lines[-1]["epoch"] != made.epochs:
@@ -252,23 +237,12 @@ def _computed(one: Record) -> dict[str, str]:
     return {key: json.dumps(value, default=str) for key, value in computed.items()}
 
 
-def _epochs_done(folder: Path) -> int:
-    try:
-        return len((folder / METRICS).read_bytes().splitlines())
-    except OSError:
-        return 0
-
-
 def _last_words(folder: Path) -> str:
     """Quote the last line of a run's log, for a reason."""
     try:
-        with (folder / "log.txt").open("rb") as file:
-            file.seek(0, 2)
-            file.seek(max(0, file.tell() - 8192))
-            text = file.read().decode(errors="replace")
+        text = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-    # colours, and bars that overwrite themselves
-    lines = [line.strip() for line in re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text))]
-    lines = [line for line in lines if line]
-    return f"; its log ends: {lines[-1][:LONGEST]}" if lines else ""
+    # without colours; bars overwrite themselves, and each of their states is a line here
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).strip().splitlines()
+    return f"; its log ends: {lines[-1].strip()[:LONGEST]}" if lines else ""

@@ -16,7 +16,7 @@ from .statistics import LEVEL, MIN_RUNS
 
 def what_was_run(table: Results) -> str:
     """Tell of a table's runs in one paragraph."""
-    records = list(table.records.values())
+    records = table.records
     pairs, methods, seeds = len(table.pairs), len(table.methods), len(table.seeds)
     text = (
         f"{count(methods, 'method')}, {count(pairs, 'teacher–student pair')} and {count(seeds, 'seed')} on "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from .cells import Cell
@@ -25,30 +25,24 @@ def protocol(cells: Sequence[Cell]) -> list[tuple[str, list[str]]]:
     What only a run's record tells is left out as long as there is none.
     """
     told = [
-        ("Seeds planned", _by_method(cells, lambda cell: ranges(run.seed for run in cell.planned))),
+        ("Seeds planned", _by_method(cells, lambda cell: [ranges(run.seed for run in cell.planned)])),
         (_length(cells[0]), _by_method(cells, lambda cell: [run.epochs for run in cell.planned])),
     ]
-    for what, get in _PROTOCOL:
-        answers = _by_method(cells, _of_records(get))
-        if answers:
-            told.append((what, answers))
-    return told
+    told += [(what, _by_method(cells, _of_records(get))) for what, get in _PROTOCOL]
+    return [(what, answers) for what, answers in told if answers]
 
 
 def cautions(cells: Sequence[Cell]) -> list[str]:
     """Say which cells of one pair cannot simply be compared, because they were not made alike."""
-    said = []
-    for what, get in _PROTOCOL:
-        answers = _by_method(cells, _of_records(get))
-        if what in ALIKE and len(answers) > 1:
-            said.append(f"{what} differ: {'; '.join(answers)}")
+    told = [(what, _by_method(cells, _of_records(get))) for what, get in _PROTOCOL if what in ALIKE]
+    said = [f"{what} differ: {'; '.join(answers)}" for what, answers in told if len(answers) > 1]
     by_name = {cell.method.name: cell for cell in cells}
     for cell in cells:
         base = by_name.get(cell.base.name) if cell.base else None
         if base is None or not (cell.records and base.records):
             continue
         for what, get in (*_PROTOCOL, (_length(cell), lambda record: record.epochs)):
-            mine, theirs = (_answer(get, one) for one in (cell, base))
+            mine, theirs = (_joined(map(get, one.records)) for one in (cell, base))
             if what in AS_BASE and mine != theirs:
                 said.append(f"{what} of {cell.method.label} is {mine}, of its base {theirs}")
     return said
@@ -59,23 +53,20 @@ def _length(cell: Cell) -> str:
     return f"{cell.measures.step.capitalize()}s"
 
 
-def _answer(get: Callable[[Record], Any], cell: Cell) -> str:
-    """Join what a cell's records say, once each."""
-    return " and ".join(dict.fromkeys(str(get(record)) for record in cell.records))
-
-
 def _of_records(get: Callable[[Record], Any]) -> Callable[[Cell], list[Any]]:
     return lambda cell: [get(record) for record in cell.records]
 
 
-def _by_method(cells: Sequence[Cell], get: Callable[[Cell], Any]) -> list[str]:
+def _joined(answers: Iterable[Any]) -> str:
+    """Join answers, once each."""
+    return " and ".join(dict.fromkeys(map(str, answers)))
+
+
+def _by_method(cells: Sequence[Cell], get: Callable[[Cell], list[Any]]) -> list[str]:
     """Collect what cells say, the commonest answer first; an answer of the minority names its methods."""
     said: dict[str, list[str]] = {}
     for cell in cells:
-        answer = get(cell)
-        answers = answer if isinstance(answer, list) else [answer]
-        text = " and ".join(dict.fromkeys(str(one) for one in answers if one not in (None, "")))
-        if text:
+        if text := _joined(answer for answer in get(cell) if answer not in (None, "")):
             said.setdefault(text, []).append(cell.method.label)
     ordered = sorted(said.items(), key=lambda item: -len(item[1]))
     total = sum(len(labels) for labels in said.values())
@@ -133,12 +124,9 @@ def _mask(settings: dict[str, Any]) -> str | None:
         return "none"
     names = ("K",) if kind == "static" else ("INITIAL", "OPTIMAL")
     size = " to ".join(f"{settings[f'DeepKD.MASK.{name}']:g}" for name in names)
-    ends = "" if kind == "static" else f", phases end at {_numbers(settings['DeepKD.MASK.PHASES'])}"
+    phases = " and ".join(f"{phase:.3g}" for phase in settings["DeepKD.MASK.PHASES"])
+    ends = "" if kind == "static" else f", phases end at {phases}"
     return f"{kind}, K {size}{ends}, {settings['DeepKD.MASK.READING']}"
-
-
-def _numbers(values: Sequence[float]) -> str:
-    return " and ".join(f"{value:.3g}" for value in values)
 
 
 def _training(settings: dict[str, Any]) -> str:
@@ -177,7 +165,7 @@ def _teacher(record: Record) -> str | None:
 
 def _versions(record: Record) -> str:
     return ", ".join(
-        f"{name} {version}" for name, version in {"python": record.python, **record.versions}.items()
+        f"{name} {version}" for name, version in (("python", record.python), *record.versions.items())
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,11 @@ class Published:
     note: str = ""
     comparable: bool = True
 
+    @property
+    def comparable_value(self) -> float | None:
+        """The value, if a difference from it means anything."""
+        return self.value if self.comparable else None
+
 
 @cache
 def rows() -> tuple[dict[str, str], ...]:
@@ -42,15 +47,22 @@ def rows() -> tuple[dict[str, str], ...]:
         return tuple(csv.DictReader(file))
 
 
+def _of_pair(dataset: str, metric: str, teacher: str, student: str) -> list[dict[str, str]]:
+    """Choose the rows of a pair, or with two empty names those of none, by a metric like "top-1 (%)"."""
+    return [
+        row
+        for row in rows()
+        if (row["dataset"], row["teacher"], row["student"]) == (dataset, teacher, student)
+        and metric.replace("-", "").lower().startswith(row["metric"].lower())
+    ]
+
+
+UNLIKE = "not comparable: "
+"""How the note begins that says why a difference from ours would mean nothing."""
+
 HARMLESS = (
-    *(
-        "DATASET.ROOT",
-        "DATASET.DOWNLOAD",
-        "DATASET.NUM_WORKERS",
-        "DATASET.PIPELINE",
-        "DATASET.TEST.BATCH_SIZE",
-    ),
-    *("SOLVER.EXECUTION", "SOLVER.GRADIENTS", "SOLVER.CHANNELS_LAST"),
+    *("DATASET.ROOT", "DATASET.DOWNLOAD", "DATASET.NUM_WORKERS", "DATASET.PIPELINE"),
+    *("DATASET.TEST.BATCH_SIZE", "SOLVER.EXECUTION", "SOLVER.GRADIENTS", "SOLVER.CHANNELS_LAST"),
     *("GSNR.MEASURE", "GSNR.LAYERS"),
 )
 """Options that do not change the protocol."""
@@ -74,12 +86,7 @@ def find(
     settings = {"DeepKD.MASK.TYPE": "dynamic"} | dict(settings or {})
     masked = settings["DeepKD.MASK.TYPE"] == "dynamic"
     network = SAME_NETWORK.get((dataset, student), student)
-    there = {
-        row["method"]: row
-        for row in rows()
-        if (row["dataset"], row["teacher"], row["student"]) == (dataset, teacher, network)
-        and _plain(metric).startswith(_plain(row["metric"]))
-    }
+    there = {row["method"]: row for row in _of_pair(dataset, metric, teacher, network)}
     base = next((name for name in bases() if method in (row_name(name), row_name(name, deepkd=True))), None)
     if base is None:
         return None
@@ -91,7 +98,7 @@ def find(
     name = next((name for name in names if name in there), None)
     if name is None:
         return None
-    notes, comparable = [], True
+    notes = []
     if over and masked != name.endswith("+DTM"):
         notes.append(
             "published without DTM, ours with it" if masked else "published with DTM, ours without it"
@@ -103,37 +110,28 @@ def find(
     if base == "MLKD" and settings.get("MLKD.VARIANT") == "formula":
         notes.append("ours with MLKD.VARIANT formula")
     if per_class := settings.get("DATASET.TRAIN_PER_CLASS"):
-        notes.append(f"not comparable: ours saw {per_class} training images of each class")
-        comparable = False
+        notes.append(f"{UNLIKE}ours saw {per_class} training images of each class")
     if settings.get("DATASET.HOLDOUT"):
-        notes.append("not comparable: ours was tested on training images that were held out")
-        comparable = False
+        notes.append(f"{UNLIKE}ours was tested on training images that were held out")
     for key, value in (options or {}).items():
         if key == "SOLVER.EPOCHS":
-            notes.append(f"not comparable: ours trained for {value} epochs, as an option said")
-            comparable = False
+            notes.append(f"{UNLIKE}ours trained for {value} epochs, as an option said")
         elif key not in (*HARMLESS, "DATASET.TRAIN_PER_CLASS", "DATASET.HOLDOUT"):
             notes.append(f"ours with {key} {value}")
-    return replace(_published(there[name]), note="; ".join(notes), comparable=comparable)
+    row = there[name]
+    try:
+        number: float | None = float(row["value"])
+    except ValueError:  # "+47% to +59%"
+        number = None
+    comparable = not any(note.startswith(UNLIKE) for note in notes)
+    return Published(
+        name, row["value"], number, row["source"], row["certainty"], "; ".join(notes), comparable
+    )
 
 
 def without_pair(dataset: str, metric: str) -> list[str]:
     """Say what is published for a data set without a pair, a sentence each: it is no cell's value."""
     return [
         f"{row['method']}: {row['metric']} {row['value']} ({row['source']}; {row['certainty']})"
-        for row in rows()
-        if (row["dataset"], row["teacher"], row["student"]) == (dataset, "", "")
-        and _plain(metric).startswith(_plain(row["metric"]))
+        for row in _of_pair(dataset, metric, "", "")
     ]
-
-
-def _published(row: Mapping[str, str]) -> Published:
-    try:
-        value = float(row["value"])
-    except ValueError:  # "+47% to +59%"
-        value = None
-    return Published(row["method"], row["value"], value, row["source"], row["certainty"])
-
-
-def _plain(metric: str) -> str:
-    return metric.replace("-", "").lower()

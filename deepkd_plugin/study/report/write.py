@@ -9,15 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
-from ...run.checkpoint import write_whole
+from ...run.checkpoint import write_text
 from ..shared import csv_text
-from .cells import NUMBERS, Cell, agreement, assemble, by_base, headline, number_name
-from .collect import NOT_STARTED, UNFINISHED, Results, collect
-from .columns import columns, title
-from .notes import left_out, notes, published_without_pair, what_was_run
-from .page import page
-from .protocol import cautions, protocol
-from .statistics import Difference
+from .cells import NUMBERS, Cell, assemble
+from .collect import NOT_STARTED, UNFINISHED, Record, Results, collect
+from .page import markdown, page
 
 
 def report(folder: Path) -> list[Path]:
@@ -35,14 +31,11 @@ def report(folder: Path) -> list[Path]:
         "runs.csv": _csv(run_rows(table)),
         "report.html": page(table, cells),
     }
-    written = []
     for name, text in texts.items():
-        data = text.encode()
         try:
-            write_whole(folder / name, lambda file: file.write(data))  # noqa: B023
+            write_text(folder / name, text)
         except OSError as error:
             raise UserError(f"{folder / name}: must be a file that can be written ({error})") from None
-        written.append(folder / name)
     lost = [left for left in table.left_out if left.kind not in (NOT_STARTED, UNFINISHED)]
     if lost:
         first = lost[0]
@@ -51,64 +44,7 @@ def report(folder: Path) -> list[Path]:
             f"report.md has all",
             file=sys.stderr,
         )
-    return written
-
-
-def markdown(table: Results, cells: Sequence[Cell]) -> str:
-    """Write the report as Markdown."""
-    blocks = [f"# DeepKD: {_plain(table.title)}", _plain(what_was_run(table)), "## Result"]
-    groups = by_base(cells)
-    blocks.append(
-        "\n".join(f"- **{_plain(heading)}**: {_plain(headline(group))}" for heading, group in groups.items())
-        or "No method of this table has a base to be compared with."
-    )
-    if text := agreement(cells):
-        blocks.append(_plain(f"{text[0].upper()}{text[1:]}."))
-    if said := published_without_pair(table):
-        blocks += [_plain(said[0]), "\n".join(f"- {_plain(one)}" for one in said[1:])]
-    for pair in table.pairs:
-        of_pair = [cell for cell in cells if cell.pair is pair]
-        if not of_pair:
-            continue
-        blocks.append(f"## {_plain(pair.label)} ({_plain(pair.name)})")
-        told = [f"- {what}: {_plain('; '.join(answers))}" for what, answers in protocol(of_pair)]
-        told += [f"- **Not all alike.** {_plain(text)}" for text in cautions(of_pair)]
-        for number in NUMBERS:
-            blocks += [
-                f"### {_plain(title(number, table.metric, table.measures))}",
-                "\n".join([f"- Number: {number_name(number, table.measures)}", *told]),
-                _table(of_pair, number),
-            ]
-        blocks.append(f"\\* {number_name('best', table.measures)}")
-    blocks.append("## Runs that are not counted")
-    rows = left_out(table)
-    blocks.append(
-        _lines([("Pair", "Method", "Seeds", "Why"), *rows]) if rows else "Every planned run counts."
-    )
-    blocks += ["## How to read this", "\n".join(f"- {_plain(note)}" for note in notes(cells))]
-    return "\n\n".join(blocks) + "\n"
-
-
-def _table(cells: Sequence[Cell], number: str) -> str:
-    shown = columns(cells, number)
-    rows = [[column.title for column in shown]]
-    for cell in cells:
-        said = [column.words(cell) for column in shown]
-        rows.append([words[0] + (f" ({'; '.join(words[1:])})" if words[1:] else "") for words in said])
-    return _lines(rows, [column.kind == "number" for column in shown])
-
-
-def _lines(rows: Sequence[Sequence[str]], numbers: Sequence[bool] = ()) -> str:
-    rule = ["---:" if i < len(numbers) and numbers[i] else "---" for i in range(len(rows[0]))]
-    table = [[_plain(text) for text in rows[0]], rule, *([_plain(text) for text in row] for row in rows[1:])]
-    return "\n".join(f"| {' | '.join(row)} |" for row in table)
-
-
-def _plain(text: str) -> str:
-    """Write text as Markdown takes it literally, in one line and with ordinary spaces."""
-    for sign in "\\`*_[]<>|":
-        text = text.replace(sign, f"\\{sign}")
-    return " ".join(text.split())
+    return [folder / name for name in texts]
 
 
 def cell_rows(table: Results, cells: Sequence[Cell]) -> list[dict[str, Any]]:
@@ -143,8 +79,9 @@ def cell_rows(table: Results, cells: Sequence[Cell]) -> list[dict[str, Any]]:
             for other, summary in number.further.items():
                 measure = f"{name}_{other.lower()}"
                 row |= {f"{measure}_mean": summary.mean, f"{measure}_std": summary.std}
-            row |= _difference(f"{name}_minus_published", number.minus_published)
-            row |= _difference(f"{name}_gain", number.gain)
+            for what, one in (("minus_published", number.minus_published), ("gain", number.gain)):
+                row |= {f"{name}_{what}": one and one.value}
+                row |= {f"{name}_{what}_low": one and one.low, f"{name}_{what}_high": one and one.high}
             row[f"{name}_p"] = number.gain and number.gain.p
             row[f"{name}_holm_p"] = number.holm_p
             row[f"{name}_verdict"] = number.gain and number.gain.verdict
@@ -153,33 +90,25 @@ def cell_rows(table: Results, cells: Sequence[Cell]) -> list[dict[str, Any]]:
     return rows
 
 
-def _difference(name: str, difference: Difference | None) -> dict[str, float | None]:
-    ends = (difference.value, difference.low, difference.high) if difference else (None, None, None)
-    return dict(zip((name, f"{name}_low", f"{name}_high"), ends))
-
-
 def run_rows(table: Results) -> list[dict[str, Any]]:
     """Make the rows of runs.csv, one for each planned run: what it measured, or why it does not count."""
-    reasons = {(left.run.pair, left.run.method, left.run.seed): left for left in table.left_out}
     rows = []
     for run in table.runs:
-        key = (run.pair, run.method, run.seed)
-        record, left = table.records.get(key), reasons.get(key)
+        one = table.outcomes[run]
+        record, left = (one, None) if isinstance(one, Record) else (None, one)
         values = vars(record) if record else {}
         row: dict[str, Any] = {"pair": run.pair, "method": run.method, "seed": run.seed}
-        row |= {"status": "counted" if left is None else left.kind, "reason": left and left.reason}
+        row |= {"status": left.kind if left else "counted", "reason": left and left.reason}
         for number in NUMBERS:
             row[number] = values.get(number)
             for name in table.measures.further:
                 row[f"{number}_{name.lower()}"] = record and record.further[number][name]
         row |= {name: values.get(name) for name in ("best_epoch", "epochs", "minutes", "teacher")}
-        row[table.measures.key.replace("test", "teacher")] = record and record.teacher_acc
+        row[table.measures.key.replace("test", "teacher")] = values.get("teacher_acc")
         row["execution"] = record and "; ".join(record.execution)
         row |= {name: values.get(name) for name in ("device", "processor", "python", "commit", "started")}
         row["code"] = record and record.codes[0]
-        row["versions"] = record and ", ".join(
-            f"{name} {version}" for name, version in record.versions.items()
-        )
+        row["versions"] = record and ", ".join(map(" ".join, record.versions.items()))
         row["config_hash"] = run.hash
         row["taken_from"] = values.get("taken_from")
         row["folder"] = Path(os.path.relpath(run.folder, table.folder)).as_posix()

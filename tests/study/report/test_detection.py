@@ -41,7 +41,7 @@ def texts(folder):
 
 
 def test_a_record_has_ap_and_the_others_of_the_same_epochs(folder):
-    record = collect(folder).records[PAIR, "kd", 0]
+    record = collect(folder).records[0]
 
     assert (record.last, record.best, record.best_epoch) == (64.0, 64.25, 3)
     assert record.curve[4] == 64.0
@@ -127,7 +127,7 @@ def test_on_detectron2_runs_may_be_and_start_elsewhere_but_not_compute_something
     set_in(0, "OUTPUT_DIR: somewhere", "OUTPUT_DIR: elsewhere")
     set_in(1, "pretrained/r18-r101.pth", "/abs/pretrained/r18-r101.pth")
     set_in(1, "SEED: 0", "SEED: 1")
-    assert collect(theirs).left_out == ()
+    assert collect(theirs).left_out == []
     set_in(2, "BASE_LR: 0.01", "BASE_LR: 0.02")
     (left,) = collect(theirs).left_out
     assert left.reason == "SOLVER.BASE_LR is 0.02, in the rest of its cell 0.01"
