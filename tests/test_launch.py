@@ -157,8 +157,8 @@ def test_a_label_outside_the_classes(train, cifar_root, tmp_path):
     (folder / "train").write_bytes(pickle.dumps(held))
     line = mistake(train, "vanilla", "DATASET.TYPE", "cifar100", "DATASET.ROOT", str(tmp_path / "bad"))
     assert line == (
-        f"DATASET.ROOT {tmp_path / 'bad'}: cifar100, train: label 100 of image 7 is outside the classes; labels must be in "
-        f"0 … 99"
+        f"DATASET.ROOT {tmp_path / 'bad'}: cifar100, train: label 100 of image 7 is outside the classes; labels must "
+        f"be in 0 … 99"
     )
 
 
