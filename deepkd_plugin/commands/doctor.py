@@ -6,7 +6,6 @@ import importlib.util
 import platform
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from os.path import normpath
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from ..hosts import mdistiller
 from ..hosts.host import Host
 from ..hosts.networks import weights_file
 from ..hosts.registry import TRAINERS, added_distillers, find_host, register
-from ..run.record import commit
+from ..run.record import commit, version_of
 from ..terminal import Parser
 
 VERSIONS = ("deepkd_plugin", "torch", "torchvision", "numpy", "yacs", "tensorboardX")
@@ -59,9 +58,8 @@ def doctor(root: Path | None = None) -> int:
     _line("host", _describe(host))
     _line("distillers", _registry(host.distillers, added_distillers()))
     _line("trainers", _registry(host.trainers, TRAINERS))
-    _line(
-        "config", f"{sum(1 for name in added if '.' in name)} keys added" if added else "all keys were there"
-    )
+    keys = sum("." in name for name in added)
+    _line("config", f"{keys} keys added" if added else "all keys were there")
     for name, text in [*_teachers(host), *_data_sets(host.cfg)]:
         _line(name, text)
     print("deepkd_plugin is registered and ready")
@@ -94,20 +92,13 @@ def _registry(names: Iterable[str], ours: Iterable[str]) -> str:
 def _teachers(host: Host) -> Iterator[tuple[str, str]]:
     for dataset in ("cifar100", "tiny_imagenet"):
         files = {name: weights_file(host, dataset, name, "") for name in host.models(dataset)}
-        files = {name: file for name, file in files.items() if file}
-        there = [name for name, file in files.items() if Path(file).is_file()]
-        missing = [name for name in files if name not in there]
-        text = "; ".join(
-            part
-            for part in (
-                f"in place: {', '.join(there)}" if there else "",
-                f"missing: {', '.join(missing)} (looked for {normpath(files[missing[0]])} and so on)"
-                if missing
-                else "",
-            )
-            if part
-        )
-        yield f"{dataset} teachers", text or "none known"
+        there = [name for name, file in files.items() if file and Path(file).is_file()]
+        missing = [name for name, file in files.items() if file and name not in there]
+        parts = [f"in place: {', '.join(there)}"] if there else []
+        if missing:
+            example = normpath(files[missing[0]] or "")
+            parts.append(f"missing: {', '.join(missing)} (looked for {example} and so on)")
+        yield f"{dataset} teachers", "; ".join(parts) or "none known"
     yield "imagenet teachers", "torchvision's weights, fetched when first used"
 
 
@@ -116,25 +107,17 @@ def _data_sets(cfg: CfgNode) -> Iterator[tuple[str, str]]:
     node.defrost()
     node.DOWNLOAD = False
     for name, source in DATASETS.items():
-        node.TYPE = name
+        node.TYPE, text = name, "built in, drawn when first used"
         try:
-            # drawing it would write its cache
-            images = None if source.drawn else source.load(node, "test")
-            text = (
-                "built in, drawn when first used"
-                if images is None
-                else f"in place, {len(images)} test images"
-            )
+            if not source.drawn:  # drawing it would write its cache
+                text = f"in place, {len(source.load(node, 'test'))} test images"
         except UserError as error:
             text = f"missing: {error}"
         yield f"{name} images", text
 
 
 def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed as a package"
+    return version_of(name, "not installed as a package")
 
 
 def _line(name: str, text: str) -> None:

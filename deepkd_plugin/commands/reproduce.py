@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,58 +20,26 @@ def main(words: Sequence[str]) -> int:
         "ablation-momentum, ablation-mask, ablation-delta and ablation-phases, and your own: a folder of configs "
         "PAIR/METHOD.yaml.",
         allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,  # Request has the defaults
     )
-    add = parser.add_argument
+    add, several = parser.add_argument, {"nargs": "+", "action": UpToKey}
     add("table", metavar="TABLE", help="cifar100, imagenet, glyphs100, glyph_canvas, coco, ..., or a folder")
-    add(
-        "--pairs",
-        metavar="PAIR",
-        nargs="+",
-        action=UpToKey,
-        help="some of the table's pairs (default: all)",
-    )
-    add(
-        "--methods",
-        metavar="METHOD",
-        nargs="+",
-        action=UpToKey,
-        help="some of the table's rows (default: all)",
-    )
+    add("--pairs", metavar="PAIR", **several, help="some of the table's pairs (default: all)")
+    add("--methods", metavar="METHOD", **several, help="some of the table's rows (default: all)")
     add("--base", metavar="METHOD", help="of an ablation: the row that DeepKD is put over (default: kd)")
     add("--dataset", metavar="NAME", help="of an ablation: glyphs100 (default), cifar100, ..., or a folder")
-    add("--seeds", metavar="N", type=count, default=5, help="seeds 0 to N - 1 (default: 5)")
+    add("--seeds", metavar="N", type=count, help="seeds 0 to N - 1 (default: 5)")
     add("--jobs", metavar="N", type=count, help="runs side by side (default: one for each GPU, or 1)")
     add("--out", metavar="DIR", type=Path, help="default: output/TABLE")
     add("--dry-run", action="store_true", help="show the plan, start and write nothing")
-    add(
-        "--overwrite",
-        action="store_true",
-        help="make runs anew that other code made or another teacher taught, and let those go that had other "
-        "options, instead of refusing",
-    )
-    add(
-        "--reuse",
-        metavar="DIR",
-        type=Path,
-        action="append",
-        default=[],
-        help="another table's folder, whose finished runs of the same config, code and teacher are copied; may be "
-        "given several times",
-    )
-    add(
-        "--launcher",
-        choices=("local", "slurm"),
-        default="local",
-        help="processes here (default), or one array job of a Slurm cluster",
-    )
-    add(
-        "--slurm",
-        metavar="KEY=VALUE",
-        nargs="+",
-        action=UpToKey,
-        default=(),
-        help="submitit's parameters, for one run",
-    )
+    anew = "make runs anew that other code made or another teacher taught, and let those go that had other options"
+    add("--overwrite", action="store_true", help=f"{anew}, instead of refusing")
+    copied = "whose finished runs of the same config, code and teacher are copied"
+    reuse = f"another table's folder, {copied}; may be given several times"
+    add("--reuse", metavar="DIR", type=Path, action="append", help=reuse)
+    where = "processes here (default), or one array job of a Slurm cluster"
+    add("--launcher", choices=("local", "slurm"), help=where)
+    add("--slurm", metavar="KEY=VALUE", **several, help="submitit's parameters, for one run")
     parser.add_pairs()
     args = parser.parse(words)
     from ..study.reproduce.command import Request, reproduce

@@ -197,9 +197,9 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def version_of(name: str) -> str:
-    """Give the version of an installed distribution; "not installed" without one."""
+def version_of(name: str, without: str = "not installed") -> str:
+    """Give the version of an installed distribution, or another text without one."""
     try:
         return version(name)
     except PackageNotFoundError:
-        return "not installed"
+        return without

@@ -63,6 +63,10 @@ class Run:
     teacher: str | None = None
 
     @property
+    def cell(self) -> Cell:
+        return self.pair, self.method
+
+    @property
     def name(self) -> str:
         return f"{self.pair} {self.method} seed {self.seed}"
 

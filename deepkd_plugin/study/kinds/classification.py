@@ -14,7 +14,8 @@ from ...config.shipped import shipped
 from ...errors import UserError
 from ...hosts.networks import network, trained_network, weights_file
 from ...hosts.registry import find_host
-from ...run import checkpoint, record
+from ...run import checkpoint
+from ...solver import check_window, samples_gradients
 from ...trainer import Trainer
 from ..measures import CLASSIFICATION
 from .kind import Kind
@@ -68,13 +69,6 @@ class Classification(Kind):
 
     def read(self, file: Path, options: Sequence[str]) -> Any:
         return launch.read_config(find_host(), str(file), options)[0]
-
-    def hash(self, cfg: Any, seed: int | None = None) -> str:
-        if seed is not None:
-            cfg = cfg.clone()
-            cfg.defrost()
-            cfg.SOLVER.SEED = seed
-        return record.config_hash(cfg)
 
     def own_options(self, seed: int, above: Path, method: str, name: str) -> tuple[str, ...]:
         ours = ("SOLVER.SEED", str(seed), "LOG.PREFIX", str(above))
@@ -133,21 +127,9 @@ class Classification(Kind):
         file = weights_file(find_host(), cfg.DATASET.TYPE, name, weights)
         return file or ("" if self.source(cfg).zoo == "imagenet" else None)
 
-    def unfit(self, cfg: Any) -> str:
-        node = cfg.GSNR
-        if not (node.MEASURE or cfg.SOLVER.DECOUPLED.ALLOCATION == "gsnr"):
-            return ""
-        steps, needed = self.steps(cfg) * cfg.SOLVER.EPOCHS, node.EVERY * node.WINDOW
-        if steps >= needed:
-            return ""
-        return (
-            f"GSNR.EVERY x GSNR.WINDOW is {node.EVERY} x {node.WINDOW} = {needed} iterations; it must be at most "
-            f"{steps}, all that the run has, so that one window ends"
-        )
-
-    def steps(self, cfg: Any) -> int:
-        """Count a run's steps in an epoch."""
-        return self.source(cfg).steps(cfg)
+    def check(self, cfg: Any) -> None:
+        if samples_gradients(cfg):
+            check_window(cfg, self.source(cfg).steps(cfg))
 
     def teachers(self, cfgs: Mapping[Cell, Any]) -> dict[Cell, str | None]:
         known: dict[tuple[str, str, str], str | None] = {}

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...detection import detectron2 as host
 from ...errors import UserError
-from ...run import record
 from ..measures import DETECTRON2
 from .kind import Kind
 
@@ -40,6 +39,9 @@ class Detectron2(Kind):
     def require(self) -> None:
         self._launch()
 
+    def tables(self) -> list[str]:
+        return ["coco"]
+
     def place(self, table: str) -> str:
         return CONFIGS
 
@@ -68,14 +70,10 @@ class Detectron2(Kind):
         cfg.freeze()
         return cfg
 
-    def hash(self, cfg: Any, seed: int | None = None) -> str:
+    def computed(self, cfg: Any) -> Any:
         from ...detection.detectron2.recorder import Computed
 
-        if seed is not None:
-            cfg = cfg.clone()
-            cfg.defrost()
-            cfg.SEED = seed
-        return record.config_hash(Computed(cfg))
+        return Computed(cfg)
 
     def own_options(self, seed: int, above: Path, method: str, name: str) -> tuple[str, ...]:
         return "SEED", str(seed), "OUTPUT_DIR", str(above / method / name)

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ...config.tree import set_default
+from ...run import record
 from ..measures import MEASURES, Measures
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ class Kind(ABC):
 
     name: in table.json, and a key of MEASURES. tool: the script that a user would start for one run. checkpoint: the
     file of a run's folder that says that it can be gone on with. ours: config keys that the plan sets itself, and what
-    to use instead. timed: whether `seconds` can tell how long a run takes.
+    to use instead; the seed's is the first. timed: whether `seconds` can tell how long a run takes.
     """
 
     name: ClassVar[str]
@@ -35,12 +37,20 @@ class Kind(ABC):
         """Raise UserError if something is not installed without which no run can be planned."""
 
     @abstractmethod
+    def tables(self) -> list[str]:
+        """List the names of the tables that come with the package."""
+
+    @abstractmethod
     def place(self, table: str) -> str:
         """Say where a table's configs are."""
 
     @abstractmethod
     def pairs(self, table: str) -> list[str]:
         """List the pairs that may have configs for a table."""
+
+    def configs(self, table: str) -> set[str]:
+        """Return the names of a table's config files, whatever their pair; none if they do not name its rows."""
+        return set()
 
     @abstractmethod
     def file(self, table: str, pair: str, config: str) -> Path | None:
@@ -54,9 +64,16 @@ class Kind(ABC):
     def read(self, file: Path, options: Sequence[str]) -> Any:
         """Read and check the config of a file and KEY, VALUE, …; UserError for a wrong one."""
 
-    @abstractmethod
     def hash(self, cfg: Any, seed: int | None = None) -> str:
         """Return the config_hash that a run of it will have; seed: instead of the config's own."""
+        if seed is not None:
+            cfg = cfg.clone()
+            set_default(cfg, next(iter(self.ours)), seed)
+        return record.config_hash(self.computed(cfg))
+
+    def computed(self, cfg: Any) -> Any:
+        """Return a config as record.config_hash takes it."""
+        return cfg
 
     @abstractmethod
     def own_options(self, seed: int, above: Path, method: str, name: str) -> tuple[str, ...]:
@@ -96,9 +113,8 @@ class Kind(ABC):
     def train(self, file: str, resume: bool, options: Sequence[str]) -> int:
         """Train a run in this process; returns the exit code."""
 
-    def unfit(self, cfg: Any) -> str:
-        """Say what would stop a run of a config only once it has begun; "" if nothing is known to."""
-        return ""
+    def check(self, cfg: Any) -> None:  # noqa: B027 (most kinds know nothing)
+        """Raise UserError for what would stop a run of a config only once it has begun."""
 
     def teachers(self, cfgs: Mapping[Cell, Any]) -> dict[Cell, str | None]:
         """Return the fingerprints of these configs' teachers; None without one, and if it is not known before a run."""

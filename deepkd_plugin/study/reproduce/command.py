@@ -204,23 +204,17 @@ def _without_base(plan: Plan) -> str:
     """Say which methods will have no gain, because their base has no row, or is neither asked for nor in the table."""
     bases = {method.name: method.base for method in plan.document.methods}
     rows = {row.name: row for row in plan.table.methods}
-    planned = {(run.pair, run.method) for run in plan.document.runs}
-    without_row: dict[str, list[str]] = {}
-    without_runs: dict[str, list[str]] = {}
+    planned = {run.cell for run in plan.document.runs}
+    lonely: dict[tuple[str, str], list[str]] = {}
     for (pair, name), cfg in plan.cfgs.items():
         base = bases[name]
         if base is None and (method := tables.taken_apart(rows[name], cfg)) is not None:
-            without_row.setdefault(method, []).append(name)
+            lonely.setdefault(("has no row of its own in the table", method), []).append(name)
         elif base is not None and (pair, base) not in planned:
-            without_runs.setdefault(base, []).append(name)
-    why = (
-        (without_row, "has no row of its own in the table"),
-        (without_runs, "is not asked for and has no runs in the table"),
-    )
+            lonely.setdefault(("is not asked for and has no runs in the table", base), []).append(name)
     said = [
-        f"{base}, the base of {' '.join(dict.fromkeys(names))}, {reason}"
-        for lonely, reason in why
-        for base, names in lonely.items()
+        f"{base}, the base of {' '.join(dict.fromkeys(names))}, {why}"
+        for (why, base), names in sorted(lonely.items(), key=lambda item: item[0][0])
     ]
     return "; ".join(said) + ": there will be no gain over it" if said else ""
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from typing import IO
+from collections.abc import Sequence
+from typing import IO, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import Progress, Task
+from rich.progress import Progress, Task, TaskID
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -32,74 +31,59 @@ def for_stream(stream: IO[str] | None = None) -> Display:
     stream = stream or sys.stdout
     if stream.isatty() and os.environ.get("TERM", "dumb") != "dumb":
         return LiveDisplay(Console(file=stream, force_terminal=True))
-    return PlainDisplay(stream)
+    return Display(stream)
 
 
 class Display:
-    """What runs.execute tells of. This one shows nothing."""
-
-    def begin(self, runs: Sequence[Run], before: int) -> None:
-        """`runs` are to be trained; so many others were finished before."""
-
-    def started(self, run: Run, resumed: bool) -> None:
-        """A process has begun, for a new run or from a run's checkpoint."""
-
-    def finished(self, run: Run) -> None:
-        """A run has its result."""
-
-    def failed(self, run: Run, why: str, again: bool) -> None:
-        """A process failed; `again`: its run will be tried again."""
-
-    def close(self) -> None:
-        """Nothing more will come."""
-
-
-class PlainDisplay(Display):
-    """One line when a run starts, ends or fails: for logs."""
+    """What runs.execute tells of its runs: one line when one starts, ends or fails, for logs."""
 
     def __init__(self, stream: IO[str]) -> None:
         self.stream = stream
         self.total = self.done = self.given_up = 0
 
     def begin(self, runs: Sequence[Run], before: int) -> None:
+        """Begin with `runs`, which are to be trained; so many others were finished before."""
         self.total, self.done = before + len(runs), before
         if before:
             self.say(f"{before} of {self.total} runs were finished before")
 
     def started(self, run: Run, resumed: bool) -> None:
+        """Tell that a process has begun, for a new run or from a run's checkpoint."""
         self.say(f"{'resumed' if resumed else 'started'}   {run.name}")
 
     def finished(self, run: Run) -> None:
+        """Tell that a run has its result."""
         self.done += 1
         self.say(f"finished  {run.name}: {_result(run)}, {self.done} of {self.total} runs")
 
     def failed(self, run: Run, why: str, again: bool) -> None:
+        """Tell that a process failed; `again`: its run will be tried again."""
         self.given_up += not again
         self.say(f"failed    {run.name}: {why}")
+
+    def close(self) -> None:
+        """End: nothing more will come."""
 
     def say(self, line: str) -> None:
         print(line, file=self.stream, flush=True)
 
 
-class LiveDisplay(PlainDisplay):
+class LiveDisplay(Display):
     """A line for each run that is being trained and a bar for all, redrawn in place below what is said."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console.file)
         self.console = console
-        self.clock = Progress(
-            console=console, speed_estimate_period=math.inf
-        )  # counts epochs: of each process, of all
-        self.all = self.clock.add_task("")
-        self.running: dict[Run, Task] = {}
-        self.left: dict[Run, int] = {}
-        """Epochs that each run without a result still takes."""
+        self.clock = Progress(console=console, speed_estimate_period=math.inf)
+        """Counts epochs: those made of all runs, and those of each run without a result, visible while it trains."""
+        self.all = self.clock.add_task("", visible=False)
+        self.tasks: dict[Run, TaskID] = {}
         self.live = Live(console=console, get_renderable=self.view, refresh_per_second=1)
 
     def begin(self, runs: Sequence[Run], before: int) -> None:
-        self.left = {run: run.epochs for run in runs}
-        self.clock.reset(self.all)
-        self.clock.advance(self.all, 0)  # from here on it takes the speed
+        for run in runs:
+            self.tasks[run] = self.clock.add_task("", start=False, total=run.epochs, visible=False, run=run)
+        self._start(self.all)
         self.live.start()
         super().begin(runs, before)
 
@@ -107,9 +91,7 @@ class LiveDisplay(PlainDisplay):
         done = len(read_metrics(run.folder)) if resumed else 0
         # a run that is made anew still has its predecessor's record
         written = None if resumed else _written(run)
-        self.clock.add_task("", total=run.epochs, completed=done, values=(), written=written)
-        self.running[run] = self.clock.tasks[-1]
-        self.clock.advance(self.running[run].id, 0)
+        self._start(self.tasks[run], completed=done, visible=True, run=run, values=(), written=written)
         self.live.refresh()
 
     def finished(self, run: Run) -> None:
@@ -120,54 +102,57 @@ class LiveDisplay(PlainDisplay):
         self._end(run, final=not again)
         super().failed(run, why, again)
 
-    def _end(self, run: Run, final: bool) -> None:
-        self.live.refresh()
-        if task := self.running.pop(run, None):
-            self.clock.remove_task(task.id)
-        if final:
-            self.left.pop(run, None)
-
     def say(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
         self.live.refresh()
 
     def close(self) -> None:
-        self.running.clear()
+        for task in self.tasks.values():
+            self.clock.update(task, visible=False)
         self.live.stop()
+
+    def _start(self, task: TaskID, **fields: Any) -> None:
+        self.clock.reset(task, **fields)
+        self.clock.advance(task, 0)  # from here on it takes the speed
+
+    def _end(self, run: Run, final: bool) -> None:
+        self.live.refresh()
+        self.clock.update(self.tasks[run], visible=False)
+        if final:
+            self.clock.remove_task(self.tasks.pop(run))
 
     def view(self) -> RenderableType:
         """Make the table of the running runs, as they are now, and the bar, within the window."""
-        running = dict(self.running)
-        for run, task in running.items():
-            self._read(run, task)
-        shown = dict(itertools.islice(running.items(), max(1, self.console.height - 4)))
+        running = [task for task in self.clock.tasks if task.visible]
+        for task in running:
+            self._read(task)
+        shown = running[: max(1, self.console.height - 4)]
         bar = self._bar(running, len(running) - len(shown))
         return Group(self._table(shown), bar) if shown else bar
 
-    def _read(self, run: Run, task: Task) -> None:
+    def _read(self, task: Task) -> None:
         """Take up what a run has written since the last reading."""
-        written = _written(run)
-        if written == task.fields["written"]:
+        run = task.fields["run"]
+        if (written := _written(run)) == task.fields["written"]:
             return
         with contextlib.suppress(ValueError):
             lines, key = read_metrics(run.folder), MEASURES[run.kind].key
             values = [line[key] for line in lines if key in line]
             self.clock.update(task.id, written=written, values=values)
-            self.left[run] = run.epochs - len(lines)
             if new := max(0.0, len(lines) - task.completed):
                 self.clock.advance(task.id, new)
                 self.clock.advance(self.all, new)
 
-    def _table(self, shown: Mapping[Run, Task]) -> Table:
-        names = max(len(_cell(run)) for run in [*self.left, *shown])
+    def _table(self, shown: Sequence[Task]) -> Table:
+        names = max(len(_cell(run)) for run in self.tasks)
         width = names + sum(COLUMNS.values()) + 2 * len(COLUMNS)
         table = Table(box=None, pad_edge=False, header_style="", width=min(self.console.width - 1, width))
         overflow = "crop" if self.console.options.ascii_only else "ellipsis"
         table.add_column("run", ratio=1, no_wrap=True, overflow=overflow)
         for head, width in COLUMNS.items():
             table.add_column(head, justify="right", no_wrap=True, min_width=width)
-        for run, task in shown.items():
-            values = task.fields["values"]
+        for task in shown:
+            run, values = task.fields["run"], task.fields["values"]
             numbers = [f"{value:.2f}" for value in (values[-1], max(values))] if values else ["-", "-"]
             times = _short(task.elapsed), _short(task.time_remaining)
             table.add_row(
@@ -175,17 +160,19 @@ class LiveDisplay(PlainDisplay):
             )
         return table
 
-    def _bar(self, running: Mapping[Run, Task], more: int) -> Table:
-        whole = self.clock.tasks[0]
+    def _bar(self, running: Sequence[Task], more: int) -> Table:
+        whole, *each = self.clock.tasks
         words = [f"{self.done} of {self.total} runs"]
         words += [f"{self.given_up} failed"] * (self.given_up > 0)
         words += [f"{more} more running"] * (more > 0)
         words += [_short(whole.elapsed)]
         if whole.speed:
-            longest = max((task.time_remaining or 0.0 for task in running.values()), default=0.0)
-            words += [f"{_short(max(sum(self.left.values()) / whole.speed, longest))} left"]
+            longest = max((task.time_remaining or 0.0 for task in running), default=0.0)
+            words += [
+                f"{_short(max(sum(task.remaining or 0.0 for task in each) / whole.speed, longest))} left"
+            ]
         # by epochs, so that it moves before the first run ends
-        share = self.done + sum(task.completed / max(run.epochs, 1) for run, task in running.items())
+        share = self.done + sum(task.completed / max(task.total or 0.0, 1) for task in running)
         width = self.console.width - 3  # Ctrl-C leaves its "^C" behind the cursor
         text = "   ".join(words)[: width - 3]
         bar = Table.grid(padding=(0, 2))

@@ -43,7 +43,7 @@ def estimate(plan: Plan, states: Mapping[Run, str], jobs: int, here: bool = True
     each = threads(jobs, cores())
     turns = jobs / device.count() if device.count() else jobs * each / cores()
     untimed: dict[str, list[Cell]] = {}
-    for cell in dict.fromkeys((run.pair, run.method) for run in left):
+    for cell in dict.fromkeys(run.cell for run in left):
         if cell not in known:
             untimed.setdefault(cell[0], []).append(cell)
     if untimed and not (here and kind.timed):
@@ -63,8 +63,8 @@ def estimate(plan: Plan, states: Mapping[Run, str], jobs: int, here: bool = True
     seconds = []
     for run in left:
         done = len(read_metrics(run.folder)) / run.epochs if states[run] == "resumable" else 0.0
-        seconds.append((1 - done) * total[run.pair, run.method])
-    timed = sum((run.pair, run.method) in alone for run in left)
+        seconds.append((1 - done) * total[run.cell])
+    timed = sum(run.cell in alone for run in left)
     by_finished = len(left) - timed
     how = [f"{by_finished} by finished runs of their kind"] * (by_finished > 0)
     how += [f"{timed} by their networks' passes over noise, timed here, {_share(each, jobs)}"] * (timed > 0)
@@ -76,11 +76,11 @@ def total_seconds(seconds: Sequence[float], jobs: int) -> float:
     return max(sum(seconds) / jobs, max(seconds, default=0.0))
 
 
-def _finished_seconds(runs: Iterable[Run]) -> dict[tuple[str, str], float]:
+def _finished_seconds(runs: Iterable[Run]) -> dict[Cell, float]:
     """Return the median time of finished runs by pair and method."""
-    times: dict[tuple[str, str], list[float]] = {}
+    times: dict[Cell, list[float]] = {}
     for run in runs:
-        times.setdefault((run.pair, run.method), []).append(60 * read_run(run.folder)["minutes"])
+        times.setdefault(run.cell, []).append(60 * read_run(run.folder)["minutes"])
     return {cell: statistics.median(seconds) for cell, seconds in times.items()}
 
 

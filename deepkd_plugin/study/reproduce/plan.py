@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -61,26 +62,25 @@ def make_plan(
     for key in table.varies:
         if key in options[::2]:
             raise UserError(f"command line: {key} is what {table.name} varies; leave it out")
-    asked = {(p, m, s) for p in pairs for m in methods for s in range(seeds)}
-    before = {(run.pair, run.method, run.seed): run.hash for run in _earlier_runs(out, table)}
+    asked = set(product(product(pairs, methods), range(seeds)))
+    before = {(run.cell, run.seed): run.hash for run in _earlier_runs(out, table)}
     cfgs: dict[Cell, Any] = {}
     planned: list[Run] = []
-    for pair in table.pairs:
-        for method in table.methods:
-            of_cell = sorted({s for p, m, s in asked | before.keys() if (p, m) == (pair, method.name)})
-            file = table.file(pair, method)
-            if of_cell and file is not None:
-                cfg, words = _resolve(table, pair, method, file, options)
-                cfgs[pair, method.name] = cfg
-                planned += [_run(table, pair, method.name, seed, file, words, cfg, out) for seed in of_cell]
-    runs = tuple(run for run in planned if (run.pair, run.method, run.seed) in asked)
+    for pair, method in product(table.pairs, table.methods):
+        cell = pair, method.name
+        of_cell = sorted(seed for other, seed in asked | before.keys() if other == cell)
+        file = table.file(pair, method)
+        if of_cell and file is not None:
+            cfgs[cell], words = _resolve(table, pair, method, file, options)
+            planned += [_run(table, cell, seed, file, words, cfgs[cell], out) for seed in of_cell]
+    runs = tuple(run for run in planned if (run.cell, run.seed) in asked)
     if not runs:
         raise UserError(
             f"command line: --methods is {' '.join(methods)}; {table.place} has none of them for "
             f"{' '.join(pairs)}"
         )
-    now = {(run.pair, run.method, run.seed): run.hash for run in planned}
-    cells = {(run.pair, run.method) for run in runs}
+    now = {(run.cell, run.seed): run.hash for run in planned}
+    cells = {run.cell for run in runs}
     return Plan(
         table=table,
         out=out,
@@ -96,9 +96,9 @@ def problems(plan: Plan, runs: Iterable[Run], prepare: bool) -> list[str]:
 
     prepare: also draw or fetch a data set, once, before several processes would.
     """
-    first = {(run.pair, run.method): run for run in reversed(list(runs))}
-    cells = [cell for cell in plan.cfgs if cell in first]
-    return plan.table.kind.problems([(first[cell], plan.cfgs[cell]) for cell in cells], prepare)
+    first = {run.cell: run for run in reversed(list(runs))}
+    of_cells = [(first[cell], cfg) for cell, cfg in plan.cfgs.items() if cell in first]
+    return plan.table.kind.problems(of_cells, prepare)
 
 
 def with_teachers(plan: Plan, elsewhere: Mapping[Path, Iterable[Path]]) -> Plan:
@@ -109,12 +109,12 @@ def with_teachers(plan: Plan, elsewhere: Mapping[Path, Iterable[Path]]) -> Plan:
     else.
     """
     taught = {
-        (run.pair, run.method)
+        run.cell
         for run in plan.runs
         if any(is_taught(folder) for folder in (run.folder, *elsewhere.get(run.folder, ())))
     }
     known = plan.table.kind.teachers({cell: cfg for cell, cfg in plan.cfgs.items() if cell in taught})
-    runs = tuple(replace(run, teacher=known.get((run.pair, run.method))) for run in plan.runs)
+    runs = tuple(replace(run, teacher=known.get(run.cell)) for run in plan.runs)
     return replace(plan, runs=runs)
 
 
@@ -133,21 +133,18 @@ def _resolve(
     words = [*method.defaults(base), *options, *row]
     try:
         cfg = kind.read(file, words) if row else base
+        kind.check(cfg)
     except UserError as error:  # the row's own options are nobody's words
         raise UserError(f"{table.name}, {pair} {method.name}: {error}") from None
     if table.over is not None and row_name(cfg.DeepKD.BASE) != table.over:
         raise UserError(
             f"{file}: DeepKD.BASE is {cfg.DeepKD.BASE!r}; for --base {table.over} it must be that"
         )
-    if unfit := kind.unfit(cfg):
-        raise UserError(f"{table.name}, {pair} {method.name}: {unfit}")
     return cfg, words
 
 
-def _run(
-    table: Outline, pair: str, method: str, seed: int, file: Path, words: Sequence[str], cfg: Any, out: Path
-) -> Run:
-    kind = table.kind
+def _run(table: Outline, cell: Cell, seed: int, file: Path, words: Sequence[str], cfg: Any, out: Path) -> Run:
+    kind, (pair, method) = table.kind, cell
     hash_ = kind.hash(cfg, seed)
     above, name = out.absolute() / "runs" / pair, f"seed{seed}-{hash_[:8]}"
     options = (*words, *kind.own_options(seed, above, method, name))

@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -112,18 +112,29 @@ def state(run: Run, overwrite: bool = False, code: str | None = None) -> State:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Be the only process in a folder, made if needed, as its file `lock` tells; HeldError if another one is.
+def locked(folder: Path, deadline: float = 0.0) -> Iterator[int]:
+    """Be the only process in a folder, made if needed, as its file `lock` tells; yields that file's descriptor.
 
-    The lock goes with the process, however that ends.
+    The lock is kept until every copy of the descriptor is closed: it goes with the process, however that ends. Raises
+    HeldError if another process has it and keeps it until the deadline (time.monotonic).
     """
-    _make(folder)
-    lock = _lock(folder)
+    path = folder / "lock"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: must be a folder that can be written ({error.strerror})") from None
+    with contextlib.ExitStack() as stack:
+        try:
+            lock = stack.enter_context(open(path, "a+b", buffering=0)).fileno()
+            while not _take(lock):
+                if time.monotonic() >= deadline:
+                    holder = os.pread(lock, 200, 0).decode(errors="replace").strip() or "another process"
+                    raise HeldError(f"{folder}: {holder} is at work there; call again when it has ended")
+                time.sleep(0.1)
+        except OSError as error:
+            raise UserError(f"{path}: must be a file that can be locked ({error.strerror})") from None
         _sign(lock, os.getpid())
-        yield
-    finally:
-        os.close(lock)
+        yield lock
 
 
 def execute(
@@ -150,8 +161,9 @@ def execute(
     deadline = time.monotonic() + PATIENCE
     for run in todo:
         if run.folder.is_dir():
-            os.close(_lock(run.folder, deadline))
-    display = display or Display()
+            with locked(run.folder, deadline):
+                pass
+    display = display or Display(sys.stdout)
     crew = _Crew(todo, min(jobs, len(todo)), overwrite, code, display, attempts, worker)
     try:
         display.begin(todo, len(runs) - len(todo))
@@ -161,30 +173,28 @@ def execute(
     return crew.failures
 
 
+@dataclass
 class _Crew:
     """Threads that take one run after another, each with its share of the machine, and train it in a process.
 
     A process is waited for by the thread that started it: if that is gone the kernel ends it (worker.end_with).
+    lock: held while a process is started, and while the display is told.
     """
 
-    def __init__(
-        self,
-        runs: Sequence[Run],
-        size: int,
-        overwrite: bool,
-        code: str,
-        display: Display,
-        attempts: int,
-        worker: Sequence[str],
-    ) -> None:
-        self.size, self.overwrite, self.code = size, overwrite, code
-        self.display, self.attempts, self.worker = display, attempts, worker
-        self.waiting = deque((run, 1) for run in runs)
-        self.failures: list[Failure] = []
-        self.processes: set[subprocess.Popen[bytes]] = set()
-        self.stopping = False
-        self.lock = threading.Lock()  # held while a process is started, and while the display is told
-        self.threads = threads(size, cores())
+    runs: Sequence[Run]
+    size: int
+    overwrite: bool
+    code: str
+    display: Display
+    attempts: int
+    worker: Sequence[str]
+    failures: list[Failure] = field(default_factory=list)
+    processes: set[subprocess.Popen[bytes]] = field(default_factory=set)
+    stopping: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.waiting = deque((run, 1) for run in self.runs)
         self.gpus = [str(index) for index in range(device.count())]
         if self.gpus and os.environ.get("CUDA_VISIBLE_DEVICES"):
             named = [name.strip() for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",")]
@@ -212,10 +222,13 @@ class _Crew:
         """Train a run. If that fails it waits again, behind the others, as long as it has attempts left."""
         try:
             started = self.start(run, attempt, slot)
-        except UserError as error:  # something changed since the command began
-            self.failures.append(Failure(run, 2, attempt, (str(error),)))
-            with self.lock:
-                self.display.failed(run, str(error), again=False)
+        except (
+            UserError,
+            OSError,
+        ) as error:  # something changed since the command began, or a disk is full, say
+            cannot = f"{run.folder}: its process cannot be started ({error})"
+            why = str(error) if isinstance(error, UserError) else cannot
+            self.failed(Failure(run, 2, attempt, (why,)), why)
             return
         if started is None:
             return
@@ -228,32 +241,35 @@ class _Crew:
         if code == 0:
             try:
                 if state(run, False, self.code) == "finished":
-                    with self.lock:
-                        self.display.finished(run)
+                    self.finished(run)
                     return
             except OtherCodeError as error:
                 lines = (str(error),)
-        again = code != 2 and attempt < self.attempts
-        if again:
-            self.waiting.append((run, attempt + 1))
-        else:
-            self.failures.append(Failure(run, code, attempt, lines))
-        tries = f"{ending(code)}, try {attempt} of {self.attempts}"
+        why = ": ".join((f"{ending(code)}, try {attempt} of {self.attempts}", *lines[-1:]))
+        self.failed(Failure(run, code, attempt, lines), why, code != 2 and attempt < self.attempts)
+
+    def finished(self, run: Run) -> None:
         with self.lock:
-            self.display.failed(run, ": ".join((tries, *lines[-1:])), again)
+            self.display.finished(run)
+
+    def failed(self, failure: Failure, why: str, again: bool = False) -> None:
+        if again:
+            self.waiting.append((failure.run, failure.attempts + 1))
+        else:
+            self.failures.append(failure)
+        with self.lock:
+            self.display.failed(failure.run, why, again)
 
     def start(self, run: Run, attempt: int, slot: int) -> tuple[subprocess.Popen[bytes], int] | None:
         """Start a run's process; returns it and where its part of the log begins.
 
-        Returns None if the run is finished by now. Raises UserError if it must not start.
+        Returns None if the run is finished by now. Raises UserError or OSError if it cannot start.
         """
-        _make(run.folder)
-        lock = _lock(run.folder, time.monotonic() + (PATIENCE if attempt > 1 else 0.0))
-        try:
+        # the process has the lock, too, for as long as it lives
+        with locked(run.folder, time.monotonic() + (PATIENCE if attempt > 1 else 0.0)) as lock:
             before = state(run, self.overwrite, self.code)
             if before == "finished":
-                with self.lock:
-                    self.display.finished(run)
+                self.finished(run)
                 return None
             kind, resume = KINDS[run.kind], before == "resumable"
             file, how = str(run.config), "--resume" if resume else "--overwrite"
@@ -275,20 +291,15 @@ class _Crew:
                 )
                 self.processes.add(process)
                 self.display.started(run, resume)
-                with contextlib.suppress(OSError):  # it is only for a message
-                    _sign(lock, process.pid)
+                _sign(lock, process.pid)
                 return process, log.tell()
-        except OSError as error:  # a full disk, say: the other runs go on
-            raise UserError(f"{run.folder}: its process cannot be started ({error})") from None
-        finally:
-            os.close(lock)  # the process has it, for as long as it lives
 
     def environment(self, slot: int) -> dict[str, str]:
         """Make a process's environment: its number of threads, its GPU, and a log that is written as it goes."""
         ours = {"PYTHONUNBUFFERED": "1"}
         if self.gpus:
             ours["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
-        return {"OMP_NUM_THREADS": str(self.threads), **os.environ, **ours}
+        return {"OMP_NUM_THREADS": str(threads(self.size, cores())), **os.environ, **ours}
 
     def stop(self) -> None:
         """End all processes: SIGTERM, and SIGKILL to their whole groups after a grace or a second Ctrl-C."""
@@ -318,44 +329,17 @@ def _last_lines(log: Path, start: int) -> tuple[str, ...]:
     return tuple(line for line in lines if line.strip())[-TAIL:]
 
 
-def _make(folder: Path) -> None:
+def _take(lock: int) -> bool:
+    """Lock a file unless another process has; tells whether."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: must be a folder that can be written ({error.strerror})") from None
-
-
-def _lock(folder: Path, deadline: float = 0.0) -> int:
-    """Take a folder's lock; returns its descriptor. The lock is kept until every copy of that is closed.
-
-    Raises HeldError if another process has it and keeps it until the deadline (time.monotonic).
-    """
-    path = folder / "lock"
-    lock = -1
-    try:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return lock
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise HeldError(
-                        f"{folder}: {_holder(lock)} is at work there; call again when it has ended"
-                    ) from None
-            time.sleep(0.1)
-    except BaseException as error:
-        if lock >= 0:
-            os.close(lock)
-        if isinstance(error, OSError):
-            raise UserError(f"{path}: must be a file that can be locked ({error.strerror})") from None
-        raise
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _sign(lock: int, pid: int) -> None:
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"process {pid} on {socket.gethostname()}\n".encode(), 0)
-
-
-def _holder(lock: int) -> str:
-    return os.pread(lock, 200, 0).decode(errors="replace").strip() or "another process"
+    """Say in a lock which process has it."""
+    with contextlib.suppress(OSError):  # it is only for a message
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"process {pid} on {socket.gethostname()}\n".encode(), 0)

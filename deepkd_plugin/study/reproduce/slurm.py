@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 from ...errors import UserError
 from ...run import record
 from ..table import Run
-from .display import PlainDisplay
 from .runs import WORKER, Failure, HeldError, execute, state
 
 TIMEOUTS = 100
@@ -34,9 +32,7 @@ class Job:
         if record.code_hash() != self.code:
             return Failure(run, 2, 0, ("the package's code was changed since the job was submitted",))
         try:
-            failures = execute(
-                [run], 1, overwrite=self.overwrite, display=PlainDisplay(sys.stdout), worker=self.worker
-            )
+            failures = execute([run], 1, overwrite=self.overwrite, worker=self.worker)
         except HeldError as error:
             print(error)
             return None

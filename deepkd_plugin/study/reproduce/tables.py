@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,11 @@ from ...errors import UserError
 from ...streams import STREAMS
 from ..kinds import KINDS
 from ..kinds.kind import Kind
-from ..measures import CLASSIFICATION, DETECTION, DETECTRON2
+from ..measures import CLASSIFICATION, DETECTRON2
 from ..table import Cell, row_name, title
 
 TEACHER = "teacher"
 """The config in a pair's folder that makes its teacher and is no row."""
-
-COCO = "coco"
-"""The table of mdistiller's detectors; of COCO under this package's own, configs/detection may have others."""
 
 DATASET = "glyphs100"
 """The data set of an ablation, unless another is asked for: the embedded one."""
@@ -31,26 +29,33 @@ DATASET = "glyphs100"
 _DELTAS = tuple(f"SOLVER.DECOUPLED.DELTA.{stream.upper()}" for stream in STREAMS)
 
 
-def _nothing(cfg: Any) -> list[str]:
-    return []
+Options = Callable[[Any], Sequence[str]]
+"""Resolved config of a row's file -> KEY VALUE pairs that make the row of it."""
+
+
+def fixed(*words: str) -> Options:
+    """Return the same KEY VALUE pairs for every config."""
+    return lambda cfg: words
+
+
+_NOTHING = fixed()
 
 
 @dataclass(frozen=True)
 class Row:
     """A row of a table.
 
-    name: on the command line and in folders. config: its file's name in a pair's folder, without .yaml. label: what
-    it is called; None if the config says that, and the base with it. base: the row that its gain is taken over, None
-    without one. options: resolved config of the file -> KEY VALUE pairs that make the row of it. defaults: such that
-    a user's own come before.
+    name: on the command line and in folders. label: what it is called; None if the config says that, and the base with
+    it. base: the row that its gain is taken over, None without one. defaults: options such that a user's own come
+    before. config: its file's name in a pair's folder, without .yaml.
     """
 
     name: str
-    config: str
-    base: str | None = None
     label: str | None = None
-    options: Callable[[Any], list[str]] = _nothing
-    defaults: Callable[[Any], list[str]] = _nothing
+    base: str | None = None
+    options: Options = _NOTHING
+    defaults: Options = _NOTHING
+    config: str = ""
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ class Outline:
 
 def names() -> list[str]:
     """List every table's name."""
-    return [*_datasets(), *_detection(), COCO, *ABLATIONS]
+    return [*(name for kind in KINDS.values() for name in kind.tables()), *ABLATIONS]
 
 
 def find(name: str, base: str | None = None, dataset: str | None = None) -> Outline:
@@ -114,12 +119,16 @@ def find(name: str, base: str | None = None, dataset: str | None = None) -> Outl
         table.kind.require()
         return table
     taken_apart = [row_name(base) for base in bases()]
-    over, source = base or taken_apart[0], _source("--dataset", dataset or DATASET, _datasets())
+    over, source = (
+        base or taken_apart[0],
+        _source("--dataset", dataset or DATASET, KINDS[CLASSIFICATION].tables()),
+    )
     if over not in taken_apart:
         raise UserError(f"command line: --base is {over!r}; it must be one of {', '.join(taken_apart)}")
     config = row_name(over, deepkd=True)
-    rows, varies = ABLATIONS[name]
-    table = Outline(name, source, rows(config), over, varies)
+    varies, (first, *others) = ABLATIONS[name]
+    rows = (replace(first, config=config), *(replace(row, config=config, base=first.name) for row in others))
+    table = Outline(name, source, rows, over, varies)
     if not table.pairs:
         raise UserError(
             f"command line: --base is {over!r}; {table.place} must have a {config}.yaml for it, and has none"
@@ -160,7 +169,7 @@ def base_rows(table: Outline, cfgs: Mapping[Cell, Any]) -> dict[str, str | None]
     UserError if a row puts DeepKD over one method for one pair and over another for another.
     """
     by_row = {row: [cfg for (_, name), cfg in cfgs.items() if name == row.name] for row in table.methods}
-    under: dict[str, str | None] = {}
+    over: dict[str, str] = {}
     for row, of_pairs in by_row.items():
         methods = {taken_apart(row, cfg) for cfg in of_pairs}
         if len(methods) > 1:
@@ -168,17 +177,16 @@ def base_rows(table: Outline, cfgs: Mapping[Cell, Any]) -> dict[str, str | None]
                 f"{table.place}: {row.name} puts DeepKD over {' and '.join(sorted(map(str, methods)))}; a row must be "
                 f"over one method for all pairs"
             )
-        under[row.name] = methods.pop() if methods else None
+        if of_pairs and (method := methods.pop()):
+            over[row.name] = method
     trained: dict[str, list[str]] = {}
-    if any(under.values()):
-        for row, of_pairs in by_row.items():
-            cfg = of_pairs[0] if of_pairs else _unplanned(table, row)
-            if cfg is not None:
-                trained.setdefault(cfg.DISTILLER.TYPE, []).append(row.name)
+    for row, of_pairs in by_row.items() if over else ():
+        if cfg := of_pairs[0] if of_pairs else _unplanned(table, row):
+            trained.setdefault(cfg.DISTILLER.TYPE, []).append(row.name)
     rows = {row.name: row.base for row in table.methods}
-    for name, base in under.items():
-        if base is not None and base in trained:
-            rows[name] = row_name(base) if row_name(base) in trained[base] else trained[base][0]
+    for name, base in over.items():
+        if there := trained.get(base):
+            rows[name] = row_name(base) if row_name(base) in there else there[0]
     return rows
 
 
@@ -195,11 +203,10 @@ def _unplanned(table: Outline, method: Row) -> Any:
 
 def _table(name: str) -> Outline:
     """Find the table of configs of a name or a path."""
-    if name == COCO:
-        return Outline(name, name, _ON_DETECTRON2, kind=KINDS[DETECTRON2])
-    kind = DETECTION if name in _detection() else CLASSIFICATION
+    kind = next((kind for kind in KINDS.values() if name in kind.tables()), KINDS[CLASSIFICATION])
     source = _source("TABLE", name, names())
-    return Outline(Path(source).name, source, _rows(kind, source), kind=KINDS[kind])
+    rows = _ON_DETECTRON2 if kind is KINDS[DETECTRON2] else _rows(kind, source)
+    return Outline(Path(source).name, source, rows, kind=kind)
 
 
 def _source(what: str, word: str, known: Sequence[str]) -> str:
@@ -219,23 +226,15 @@ def _source(what: str, word: str, known: Sequence[str]) -> str:
     return str(path)
 
 
-def _datasets() -> list[str]:
-    return KINDS[CLASSIFICATION].tables()
-
-
-def _detection() -> list[str]:
-    return KINDS[DETECTION].tables()
-
-
-def _rows(kind: str, source: str) -> tuple[Row, ...]:
+def _rows(kind: Kind, source: str) -> tuple[Row, ...]:
     """Make a row of each config in the pairs' folders: the student alone, base methods, DeepKD over them, others."""
-    files = KINDS[kind].configs(source) - {TEACHER}
+    files = kind.configs(source) - {TEACHER}
     order = ["vanilla", *map(row_name, bases()), *(row_name(base, deepkd=True) for base in bases())]
     ordered = [name for name in order if name in files] + sorted(files - set(order))
-    return tuple(Row(name, name) for name in ordered)
+    return tuple(Row(name, config=name) for name in ordered)
 
 
-def _theirs(kind: str) -> Callable[[Any], list[str]]:
+def _theirs(kind: str) -> Options:
     """Set mdistiller's own KD.TYPE, with the weight of ReviewKD's loss that DeepKD over it has."""
 
     def options(cfg: Any) -> list[str]:
@@ -246,39 +245,35 @@ def _theirs(kind: str) -> Callable[[Any], list[str]]:
 
 
 _ON_DETECTRON2 = (
-    Row("kd", "KD-{}", None, "KD"),
-    Row("dkd", "DKD-{}", None, "DKD"),
-    Row("reviewkd", "ReviewDeepKD-{}", None, "ReviewKD", _theirs("ReviewKD")),
-    Row("reviewdkd", "ReviewDeepKD-{}", None, "ReviewDKD", _theirs("ReviewDKD")),
-    Row("deepkd_dkd_nodtm", "DeepKD-{}-noDTM", "dkd", "DKD + DeepKD"),
-    Row("deepkd_dkd", "DeepKD-{}", "dkd", "DKD + DeepKD + DTM"),
-    Row("deepkd_reviewdkd", "ReviewDeepKD-{}", "reviewdkd", "ReviewDKD + DeepKD + DTM"),
+    Row("kd", "KD", config="KD-{}"),
+    Row("dkd", "DKD", config="DKD-{}"),
+    Row("reviewkd", "ReviewKD", None, _theirs("ReviewKD"), config="ReviewDeepKD-{}"),
+    Row("reviewdkd", "ReviewDKD", None, _theirs("ReviewDKD"), config="ReviewDeepKD-{}"),
+    Row("deepkd_dkd_nodtm", "DKD + DeepKD", "dkd", config="DeepKD-{}-noDTM"),
+    Row("deepkd_dkd", "DKD + DeepKD + DTM", "dkd", config="DeepKD-{}"),
+    Row("deepkd_reviewdkd", "ReviewDKD + DeepKD + DTM", "reviewdkd", config="ReviewDeepKD-{}"),
 )
 """The rows of COCO; a config's name has a place for the pair."""
 
 
-def _momentum(config: str) -> tuple[Row, ...]:
-    def variant(name: str) -> list[str]:
-        return ["SOLVER.DECOUPLED.VARIANT", name, "SOLVER.DECOUPLED.ALLOCATION", "fixed"]
+def _momenta(variant: str, allocation: str = "fixed") -> list[str]:
+    return ["SOLVER.DECOUPLED.VARIANT", variant, "SOLVER.DECOUPLED.ALLOCATION", allocation]
 
-    def none(cfg: Any) -> list[str]:
-        return variant("paper") + _deltas(cfg, 0.0)
 
-    def gsnr(cfg: Any) -> list[str]:
-        # either end of its bounds must be a momentum; some recipes have -0.1, which is none upwards
-        options = [*variant("paper")[:3], "gsnr"]
-        for path in _DELTAS:
-            most = 0.99 * (1 - cfg.SOLVER.MOMENTUM)
-            if abs(get(cfg, path)) > most:
-                options += [path, f"{_sign(get(cfg, path)) * most:g}"]
-        return options
+def _deltas(size: float, cfg: Any) -> list[str]:
+    """Give every delta of a config this size, and leave its sign."""
+    return [word for path in _DELTAS for word in (path, str(_sign(get(cfg, path)) * size + 0.0))]
 
-    return (
-        Row("none", config, None, "one momentum", none),
-        Row("paper", config, "none", "fixed, paper", lambda cfg: variant("paper")),
-        Row("release", config, "none", "fixed, release", lambda cfg: variant("release")),
-        Row("gsnr", config, "none", "by GSNR", gsnr, _windows),
-    )
+
+def _bounds(cfg: Any) -> list[str]:
+    """Shorten deltas such that either end is a momentum; some recipes have -0.1, which is none upwards."""
+    most = 0.99 * (1 - cfg.SOLVER.MOMENTUM)
+    large = [path for path in _DELTAS if abs(get(cfg, path)) > most]
+    return [word for path in large for word in (path, f"{_sign(get(cfg, path)) * most:g}")]
+
+
+def _sign(value: float) -> int:
+    return (value > 0) - (value < 0)
 
 
 def _windows(cfg: Any) -> list[str]:
@@ -293,49 +288,18 @@ def _windows(cfg: Any) -> list[str]:
     return ["GSNR.EVERY", str(every), "GSNR.WINDOW", str(window)]
 
 
-def _mask(config: str) -> tuple[Row, ...]:
-    none = Row("none", config, None, "no mask", lambda cfg: ["DeepKD.MASK.TYPE", "none"])
-    rows = [none]
-    for percent in (5, 10, 25, 50, 75, None):
-        for reading in ("renormalise", "multiply"):
-            if percent is None:
-                name, what, kind = "dynamic", "dynamic mask", ["DeepKD.MASK.TYPE", "dynamic"]
-            else:
-                name, what = f"static{percent}", f"K = {percent} % of the classes"
-                kind = ["DeepKD.MASK.TYPE", "static", "DeepKD.MASK.K", str(percent / 100)]
-            options = [*kind, "DeepKD.MASK.READING", reading]
-            rows.append(
-                Row(f"{name}-{reading}", config, "none", f"{what}, {reading}", lambda cfg, o=options: list(o))
-            )
-    return tuple(rows)
-
+MASKS = {
+    f"static{percent}": (
+        f"K = {percent} % of the classes",
+        ("DeepKD.MASK.TYPE", "static", "DeepKD.MASK.K", str(percent / 100)),
+    )
+    for percent in (5, 10, 25, 50, 75)
+} | {"dynamic": ("dynamic mask", ("DeepKD.MASK.TYPE", "dynamic"))}
+"""Masks by name: what they are, and their options."""
 
 SWEEP = (0.0, 0.025, 0.05, 0.075, 0.099)
 """Sizes of Δ. The paper's range ends at 0.1, where MOMENTUM 0.9 plus it is a sum that never forgets, which the config
 check refuses; at 0.099 a buffer averages 1,000 steps."""
-
-
-def _delta(config: str) -> tuple[Row, ...]:
-    return tuple(
-        Row(
-            f"delta{size:g}",
-            config,
-            "delta0" if size else None,
-            f"|Δ| = {size:g}",
-            lambda cfg, s=size: _deltas(cfg, s),
-        )
-        for size in SWEEP
-    )
-
-
-def _deltas(cfg: Any, size: float) -> list[str]:
-    """Give every delta of a config this size, and leave its sign."""
-    return [word for path in _DELTAS for word in (path, str(_sign(get(cfg, path)) * size + 0.0))]
-
-
-def _sign(value: float) -> int:
-    return (value > 0) - (value < 0)
-
 
 PHASES = {
     "thirds": ("1/3, 2/3", (1 / 3, 2 / 3)),
@@ -348,24 +312,41 @@ PHASES = {
 }
 """Ends (φ1, φ2) of the dynamic mask's first two phases: rows' names, what they show, and the ends."""
 
-
-def _phases(config: str) -> tuple[Row, ...]:
-    return tuple(
-        Row(
-            name,
-            config,
-            None if name == "thirds" else "thirds",
-            f"φ = {what}",
-            lambda cfg, e=ends: ["DeepKD.MASK.TYPE", "dynamic", "DeepKD.MASK.PHASES", str(e)],
-        )
-        for name, (what, ends) in PHASES.items()
-    )
-
-
-ABLATIONS: dict[str, tuple[Callable[[str], tuple[Row, ...]], tuple[str, ...]]] = {
-    "ablation-momentum": (_momentum, ("SOLVER.DECOUPLED.VARIANT", "SOLVER.DECOUPLED.ALLOCATION")),
-    "ablation-mask": (_mask, ("DeepKD.MASK.TYPE", "DeepKD.MASK.K", "DeepKD.MASK.READING")),
-    "ablation-delta": (_delta, _DELTAS),
-    "ablation-phases": (_phases, ("DeepKD.MASK.TYPE", "DeepKD.MASK.PHASES")),
+ABLATIONS: dict[str, tuple[tuple[str, ...], Sequence[Row]]] = {
+    "ablation-momentum": (
+        ("SOLVER.DECOUPLED.VARIANT", "SOLVER.DECOUPLED.ALLOCATION"),
+        [
+            Row("none", "one momentum", options=lambda cfg: _momenta("paper") + _deltas(0.0, cfg)),
+            Row("paper", "fixed, paper", options=fixed(*_momenta("paper"))),
+            Row("release", "fixed, release", options=fixed(*_momenta("release"))),
+            Row("gsnr", "by GSNR", None, lambda cfg: _momenta("paper", "gsnr") + _bounds(cfg), _windows),
+        ],
+    ),
+    "ablation-mask": (
+        ("DeepKD.MASK.TYPE", "DeepKD.MASK.K", "DeepKD.MASK.READING"),
+        [
+            Row("none", "no mask", options=fixed("DeepKD.MASK.TYPE", "none")),
+            *(
+                Row(f"{name}-{way}", f"{what}, {way}", options=fixed(*mask, "DeepKD.MASK.READING", way))
+                for name, (what, mask) in MASKS.items()
+                for way in ("renormalise", "multiply")
+            ),
+        ],
+    ),
+    "ablation-delta": (
+        _DELTAS,
+        [Row(f"delta{size:g}", f"|Δ| = {size:g}", options=partial(_deltas, size)) for size in SWEEP],
+    ),
+    "ablation-phases": (
+        ("DeepKD.MASK.TYPE", "DeepKD.MASK.PHASES"),
+        [
+            Row(
+                name,
+                f"φ = {what}",
+                options=fixed("DeepKD.MASK.TYPE", "dynamic", "DeepKD.MASK.PHASES", str(ends)),
+            )
+            for name, (what, ends) in PHASES.items()
+        ],
+    ),
 }
-"""Rows (of the base's DeepKD config) and the keys that they vary."""
+"""The keys that an ablation varies, and its rows, of the base's DeepKD config; gains are over the first."""

@@ -370,7 +370,7 @@ def test_a_display_is_chosen_by_the_terminal(calls, monkeypatch, reproduce):
     shown = []
     monkeypatch.setattr(runs, "execute", lambda *words, display, **named: shown.append(display) or [])
     reproduce(*GLYPHS)
-    assert [type(one) for one in shown] == [display.PlainDisplay]
+    assert [type(one) for one in shown] == [display.Display]
 
 
 def test_a_request_s_defaults_are_those_of_the_command_line(monkeypatch):

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from deepkd_plugin.study.reproduce.display import Display, LiveDisplay, PlainDisplay, for_stream
+from deepkd_plugin.study.reproduce.display import Display, LiveDisplay, for_stream
 
 
 class Terminal(io.StringIO):
@@ -70,24 +70,14 @@ def test_a_terminal_gets_live_lines_and_a_log_plain_ones(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert type(for_stream(Terminal())) is LiveDisplay
-    assert type(for_stream(io.StringIO())) is PlainDisplay
+    assert type(for_stream(io.StringIO())) is Display
     monkeypatch.setenv("TERM", "dumb")
-    assert type(for_stream(Terminal())) is PlainDisplay
-
-
-def test_nothing_is_shown_without_a_display(fake_run, capsys):
-    nothing = Display()
-    nothing.begin([fake_run()], 0)
-    nothing.started(fake_run(), False)
-    nothing.failed(fake_run(), "exit code 1", False)
-    nothing.finished(fake_run())
-    nothing.close()
-    assert capsys.readouterr() == ("", "")
+    assert type(for_stream(Terminal())) is Display
 
 
 def test_plain_lines(fake_run):
     out = io.StringIO()
-    plain, runs = PlainDisplay(out), [fake_run(seed) for seed in range(2)]
+    plain, runs = Display(out), [fake_run(seed) for seed in range(2)]
     plain.begin(runs, 3)
     plain.started(runs[0], resumed=False)
     plain.started(runs[1], resumed=True)
