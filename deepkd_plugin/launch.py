@@ -36,20 +36,13 @@ def _main(words: list[str]) -> None:
 def read_words(words: Sequence[str], tool: str, description: str, example: str) -> dict[str, Any]:
     """Read the arguments of `train` from the command line of `tool`."""
     parser = Parser(tool, description=description)
-    parser.add_argument("--cfg", required=True, metavar="FILE", help=f"for example {example}")
+    parser.add_argument("--cfg", dest="file", required=True, metavar="FILE", help=f"for example {example}")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
     how.add_argument("--overwrite", action="store_true", help="start again over a run that is there")
     parser.add_pairs()
     args = parser.parse(words)
-    command = shlex.join(["python", tool, "--cfg", args.cfg, *args.options])
-    return {
-        "file": args.cfg,
-        "options": args.options,
-        "resume": args.resume,
-        "overwrite": args.overwrite,
-        "command": command,
-    }
+    return vars(args) | {"command": shlex.join(["python", tool, "--cfg", args.file, *args.options])}
 
 
 def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, command: str) -> Path:

@@ -19,9 +19,8 @@ def read_state(path: Path, cfg: Any, teacher: str | None) -> dict[str, Any]:
     if not isinstance(state, dict) or "config" not in state:
         raise UserError(f"{path}: --resume needs a checkpoint that this trainer wrote")
     now, before = config.flatten(cfg), state["config"]
-    defaults = {
-        key.path: key.default for key in config.all_keys()
-    }  # of keys that are newer than the checkpoint
+    # of keys that are newer than the checkpoint
+    defaults = {key.path: key.default for key in config.all_keys()}
     for key in sorted(now.keys() | before.keys()):
         was, value = before.get(key, defaults.get(key)), now.get(key)
         if config.computes(key) and was != value:

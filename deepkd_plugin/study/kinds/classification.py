@@ -44,13 +44,9 @@ class Classification(Kind):
 
     def tables(self) -> list[str]:
         """List the folders with a config of a pair."""
-        root = self._root()
-        if not root.is_dir():
-            return []
-        return sorted(path.name for path in root.iterdir() if any(path.glob("*/*.yaml")))
+        return sorted({file.parents[1].name for file in self._root().glob("*/*/*.yaml")})
 
     def configs(self, table: str) -> set[str]:
-        """Return the names of a table's config files, whatever their pair, without .yaml."""
         return {path.stem for path in (self._root() / table).glob("*/*.yaml")}
 
     def place(self, table: str) -> str:

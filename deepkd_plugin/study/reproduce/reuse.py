@@ -37,11 +37,13 @@ def elsewhere(runs: Sequence[Run], folders: Iterable[Path]) -> dict[Path, list[O
         for run in table.runs:
             other = Other(run.folder, f"{table.title}: {run.name}")
             planned.setdefault((run.kind, run.hash), []).append(other)
-    same_config = {run.folder: planned.get((run.kind, run.hash), []) for run in runs}
     return {
-        ours: others
-        for ours, those in same_config.items()
-        if (others := [other for other in those if other.folder.resolve() != ours.resolve()])
+        run.folder: [
+            other
+            for other in planned.get((run.kind, run.hash), [])
+            if other.folder.resolve() != run.folder.resolve()
+        ]
+        for run in runs
     }
 
 
@@ -55,7 +57,7 @@ def usable(
     taken: dict[Run, Other] = {}
     unfit = 0
     for run in runs:
-        those = [o for o in others.get(run.folder, ()) if record.find_run(o.folder).get("finished")]
+        those = [o for o in others[run.folder] if record.find_run(o.folder).get("finished")]
         fitting = [other for other in those if _fits(run, other.folder, code)]
         if fitting:
             taken[run] = fitting[0]
