@@ -11,5 +11,6 @@ __all__ = ["find_host", "register"]
 
 if __name__ == "__main__":
     from .commands.doctor import doctor
+    from .terminal import guarded
 
-    raise SystemExit(doctor())
+    raise SystemExit(guarded(doctor))

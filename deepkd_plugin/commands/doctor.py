@@ -36,11 +36,12 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument(
         "path", metavar="PATH", type=Path, nargs="?", help="a checkout of mdistiller to look into"
     )
-    return doctor(parser.parse(words).path)
+    doctor(parser.parse(words).path)
+    return 0
 
 
-def doctor(root: Path | None = None) -> int:
-    """Print what is here, one line each; returns 0, or 2 if the plugin could not work, with the line that mends it.
+def doctor(root: Path | None = None) -> None:
+    """Print what is here, one line each; UserError, with what mends it, if the plugin could not work.
 
     root: a checkout of mdistiller to look into, instead of the host that a run here would find.
 
@@ -51,10 +52,9 @@ def doctor(root: Path | None = None) -> int:
     try:
         host = find_host() if root is None else mdistiller.load(root.resolve())
         added = register(host)
-    except UserError as error:
+    except UserError:
         _line("host", "cannot be used")
-        print(f"deepkd: error: {error}", file=sys.stderr)
-        return 2
+        raise
     _line("host", _describe(host))
     _line("distillers", _registry(host.distillers, added_distillers()))
     _line("trainers", _registry(host.trainers, TRAINERS))
@@ -63,7 +63,6 @@ def doctor(root: Path | None = None) -> int:
     for name, text in [*_teachers(host), *_data_sets(host.cfg)]:
         _line(name, text)
     print("deepkd_plugin is registered and ready")
-    return 0
 
 
 def _machine() -> Iterator[tuple[str, str]]:

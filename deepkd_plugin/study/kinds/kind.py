@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...config.tree import set_default
 from ...run import record
-from ..measures import MEASURES, Measures
 
 if TYPE_CHECKING:
     from ..table import Cell, Run
@@ -28,10 +27,6 @@ class Kind(ABC):
     checkpoint: ClassVar[str]
     ours: ClassVar[Mapping[str, str]]
     timed: ClassVar[bool] = True
-
-    @property
-    def measures(self) -> Measures:
-        return MEASURES[self.name]
 
     def require(self) -> None:  # noqa: B027 (most kinds need nothing)
         """Raise UserError if something is not installed without which no run can be planned."""

@@ -49,6 +49,7 @@ class Timer:
         self.threads = [1] if threads == 1 else [1, threads]
         self.budget = BUDGET / (len(cfgs) + 2)
         self.networks: dict[tuple[str, str], nn.Module] = {}
+        """On the device, made once for all configs, by part and name; and the time of each one's test of an image."""
         self.passes: dict[tuple[str, str], float] = {}
 
     def seconds(self) -> list[float]:
@@ -57,6 +58,10 @@ class Timer:
         try:
             with warnings.catch_warnings():  # the runs themselves will say so
                 warnings.simplefilter("ignore")
+                for cfg in self.cfgs:
+                    for part in _parts(cfg):
+                        if part not in self.networks:
+                            self.test(cfg, part)
                 return [self.run(cfg) for cfg in self.cfgs]
         finally:
             torch.set_num_threads(before)
@@ -64,7 +69,7 @@ class Timer:
     def run(self, cfg: Any) -> float:
         """Return the time of one run: its epochs, each with a test of the student, and one test of the teacher."""
         source, views = self.kind.source(cfg), config.views(cfg)
-        student, *teacher = (source.images(cfg)[1] * self.test(cfg, part) for part in _parts(cfg))
+        student, *teacher = (source.images(cfg)[1] * self.passes[part] for part in _parts(cfg))
         step, workers = self.step(cfg), min(cfg.DATASET.NUM_WORKERS, cores())
         if cfg.DATASET.PIPELINE == "workers":
             load = cfg.SOLVER.BATCH_SIZE * self.timed(source.augmenter(views), self.budget / 10)
@@ -77,7 +82,7 @@ class Timer:
         cfg.defrost()
         cfg.SOLVER.EXECUTION = "eager"  # compiling takes longer than the budget
         source, batch = self.kind.source(cfg), cfg.SOLVER.BATCH_SIZE
-        networks = [self.network(cfg, part) for part in _parts(cfg)]
+        networks = [self.networks[part] for part in _parts(cfg)]
         trainer = self.kind.trainer(cfg, networks, range(source.steps(cfg)))
         trainer.optimizer.batched = cfg.SOLVER.GRADIENTS == "batched"
         trainer.distiller.train()
@@ -96,28 +101,19 @@ class Timer:
             monitor.tick()
         return step + (self.least(work, batch) - step) / monitor.every
 
-    def test(self, cfg: Any, part: str) -> float:
-        """Time the student's or the teacher's pass, by batches of DATASET.TEST.BATCH_SIZE; for one image."""
-        key = part, _parts(cfg)[part]
-        if key not in self.passes:
-            network, batch = self.network(cfg, part).eval(), cfg.DATASET.TEST.BATCH_SIZE
+    def test(self, cfg: Any, part: tuple[str, str]) -> None:
+        """Make the student or the teacher, and time its pass by batches of DATASET.TEST.BATCH_SIZE."""
+        made = self.kind.network(cfg, part[1]).requires_grad_(part[0] == "student").eval()
+        network = self.networks[part] = device.place(made, self.device, cfg.SOLVER.CHANNELS_LAST)
+        batch = cfg.DATASET.TEST.BATCH_SIZE
 
-            def work(count: int) -> Callable[[], Any]:
-                images = self.kind.source(cfg).noise(count)[0]
-                images = device.place_batch(images, self.device, cfg.SOLVER.CHANNELS_LAST)
-                return lambda: network(images)
+        def work(count: int) -> Callable[[], Any]:
+            images = self.kind.source(cfg).noise(count)[0]
+            images = device.place_batch(images, self.device, cfg.SOLVER.CHANNELS_LAST)
+            return lambda: network(images)
 
-            with torch.no_grad(), device.autocast(self.device, cfg.SOLVER.AMP):
-                self.passes[key] = self.least(work, batch) / batch
-        return self.passes[key]
-
-    def network(self, cfg: Any, part: str) -> nn.Module:
-        """Return a config's student or teacher on the device, made once for all configs."""
-        key = part, _parts(cfg)[part]
-        if key not in self.networks:
-            made = self.kind.network(cfg, key[1]).requires_grad_(part == "student")
-            self.networks[key] = device.place(made, self.device, cfg.SOLVER.CHANNELS_LAST)
-        return self.networks[key]
+        with torch.no_grad(), device.autocast(self.device, cfg.SOLVER.AMP):
+            self.passes[part] = self.least(work, batch) / batch
 
     def least(self, work: Work, batch: int) -> float:
         """Return the shortest time of work(batch)(), from fewer images if a whole batch takes a CPU too long."""
@@ -153,7 +149,7 @@ class Timer:
         return min(times)
 
 
-def _parts(cfg: Any) -> dict[str, str]:
+def _parts(cfg: Any) -> list[tuple[str, str]]:
     """Name a config's student and, if it has one, teacher."""
-    names = {"student": cfg.DISTILLER.STUDENT}
-    return names if cfg.DISTILLER.TYPE == "NONE" else names | {"teacher": cfg.DISTILLER.TEACHER}
+    parts = [("student", cfg.DISTILLER.STUDENT), ("teacher", cfg.DISTILLER.TEACHER)]
+    return parts[:1] if cfg.DISTILLER.TYPE == "NONE" else parts

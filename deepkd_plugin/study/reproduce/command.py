@@ -96,13 +96,15 @@ def describe(
 ) -> str:
     """Put the plan into words. unfit: how many runs of --reuse have a config of the plan and must not be taken over."""
     count = Counter(states.values())
-    parts = {"pair": plan.pairs, "method": plan.methods, "seed": plan.seeds}
+    parts = {
+        name: dict.fromkeys(getattr(run, name) for run in plan.runs) for name in ("pair", "method", "seed")
+    }
     numbers = " × ".join(_number(len(what), name) for name, what in parts.items())
     there = [f"{count[state]} {words}" for state, words in DONE.items() if count[state]]
     entries = {
-        "table": f"{plan.table.title}, {plan.table.kind.measures.metric}: {numbers} = {_number(len(plan.runs), 'run')}",
-        "pairs": " ".join(plan.pairs),
-        "methods": " ".join(plan.methods),
+        "table": f"{plan.table.title}, {plan.document.metric}: {numbers} = {_number(len(plan.runs), 'run')}",
+        "pairs": " ".join(parts["pair"]),
+        "methods": " ".join(parts["method"]),
         "runs": ", ".join(there),
         "protocol": _protocol(plan),
         "options": " ".join(request.options),

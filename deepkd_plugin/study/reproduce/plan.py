@@ -10,6 +10,7 @@ from typing import Any
 
 from ...errors import UserError
 from ...run.record import find_run
+from ..measures import MEASURES
 from ..table import FILE, Cell, Method, Pair, Run, Table, row_name
 from .tables import Outline, Row, base_rows, label
 
@@ -28,18 +29,6 @@ class Plan:
     cfgs: Mapping[Cell, Any]
     document: Table
     replaced: int = 0
-
-    @property
-    def pairs(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(run.pair for run in self.runs))
-
-    @property
-    def methods(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(run.method for run in self.runs))
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        return tuple(sorted({run.seed for run in self.runs}))
 
 
 def make_plan(
@@ -169,7 +158,7 @@ def _document(
         dataset=table.dataset,
         over=table.over,
         kind=kind.name,
-        metric=kind.measures.metric,
+        metric=MEASURES[kind.name].metric,
         options=dict(zip(options[::2], options[1::2])),
         seeds=tuple(sorted({run.seed for run in runs})),
         pairs=tuple(pairs),

@@ -67,7 +67,7 @@ def pycocotools(monkeypatch):
 
 def test_every_kind_has_its_measures():
     assert KINDS.keys() == MEASURES.keys()
-    assert {name: kind.measures.key for name, kind in KINDS.items()} == {
+    assert {name: MEASURES[kind.name].key for name, kind in KINDS.items()} == {
         "classification": "test_acc",
         "detection": "test_ap",
         "detectron2": "test_ap",
