@@ -43,9 +43,9 @@ def _evaluate(args: argparse.Namespace) -> None:
         raise UserError(f"command line: -m is {args.model!r}; it must be one of {', '.join(models)}")
     loader, num_classes = data.get_test_set(cfg)
     weights = "" if args.ckpt == "pretrain" else args.ckpt
-    at = device.pick()
+    torch_device = device.pick()
     network = trained_network(host, args.dataset, args.model, num_classes, weights, "-c")
-    result = evaluate(Alone(device.place(network, at, False)), loader, at, cfg.SOLVER)
+    result = evaluate(Alone(device.place(network, torch_device, False)), loader, torch_device, cfg.SOLVER)
     print(
         f"{args.model} on {args.dataset}: top-1 {result['test_acc']:.2f} %, top-5 "
         f"{result['test_acc_top5']:.2f} %, loss {result['test_loss']:.4f} over {len(loader.dataset)} images"

@@ -118,11 +118,8 @@ def find(name: str, base: str | None = None, dataset: str | None = None) -> Outl
         table = _table(name)
         table.kind.require()
         return table
-    taken_apart = [row_name(base) for base in bases()]
-    over, source = (
-        base or taken_apart[0],
-        _source("--dataset", dataset or DATASET, KINDS[CLASSIFICATION].tables()),
-    )
+    datasets, taken_apart = KINDS[CLASSIFICATION].tables(), [row_name(base) for base in bases()]
+    over, source = base or taken_apart[0], _source("--dataset", dataset or DATASET, datasets)
     if over not in taken_apart:
         raise UserError(f"command line: --base is {over!r}; it must be one of {', '.join(taken_apart)}")
     config = row_name(over, deepkd=True)
@@ -234,21 +231,17 @@ def _rows(kind: Kind, source: str) -> tuple[Row, ...]:
     return tuple(Row(name, config=name) for name in ordered)
 
 
-def _theirs(kind: str) -> Options:
+def _theirs(kind: str, cfg: Any) -> list[str]:
     """Set mdistiller's own KD.TYPE, with the weight of ReviewKD's loss that DeepKD over it has."""
-
-    def options(cfg: Any) -> list[str]:
-        deltas = [f"SOLVER.DECOUPLED.DELTA.{stream}" for stream in cfg.SOLVER.DECOUPLED.DELTA]
-        return ["KD.TYPE", kind, *(word for path in deltas for word in (path, "0.0"))]
-
-    return options
+    deltas = [f"SOLVER.DECOUPLED.DELTA.{stream}" for stream in cfg.SOLVER.DECOUPLED.DELTA]
+    return ["KD.TYPE", kind, *(word for path in deltas for word in (path, "0.0"))]
 
 
 _ON_DETECTRON2 = (
     Row("kd", "KD", config="KD-{}"),
     Row("dkd", "DKD", config="DKD-{}"),
-    Row("reviewkd", "ReviewKD", None, _theirs("ReviewKD"), config="ReviewDeepKD-{}"),
-    Row("reviewdkd", "ReviewDKD", None, _theirs("ReviewDKD"), config="ReviewDeepKD-{}"),
+    Row("reviewkd", "ReviewKD", None, partial(_theirs, "ReviewKD"), config="ReviewDeepKD-{}"),
+    Row("reviewdkd", "ReviewDKD", None, partial(_theirs, "ReviewDKD"), config="ReviewDeepKD-{}"),
     Row("deepkd_dkd_nodtm", "DKD + DeepKD", "dkd", config="DeepKD-{}-noDTM"),
     Row("deepkd_dkd", "DKD + DeepKD + DTM", "dkd", config="DeepKD-{}"),
     Row("deepkd_reviewdkd", "ReviewDKD + DeepKD + DTM", "reviewdkd", config="ReviewDeepKD-{}"),
