@@ -128,17 +128,15 @@ class Classification(Kind):
             check_window(cfg, self.source(cfg).steps(cfg))
 
     def teachers(self, cfgs: Mapping[Cell, Any]) -> dict[Cell, str | None]:
-        known: dict[tuple[str, str, str], str | None] = {}
-        fingerprints: dict[Cell, str | None] = {}
+        known: dict[tuple[str, str, str], str] = {}
+        fingerprints = super().teachers(cfgs)
         for cell, cfg in cfgs.items():
             file = "" if cfg.DISTILLER.TYPE == "NONE" else self.teacher_file(cfg)
-            if not file or not Path(file).is_file():
-                fingerprints[cell] = None
-                continue
-            key = (cfg.DATASET.TYPE, cfg.DISTILLER.TEACHER, file)
-            if key not in known:
-                known[key] = checkpoint.fingerprint(self.load_teacher(cfg))
-            fingerprints[cell] = known[key]
+            if file and Path(file).is_file():
+                key = (cfg.DATASET.TYPE, cfg.DISTILLER.TEACHER, file)
+                if key not in known:
+                    known[key] = checkpoint.fingerprint(self.load_teacher(cfg))
+                fingerprints[cell] = known[key]
         return fingerprints
 
     def load_teacher(self, cfg: Any) -> Any:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ...config.shipped import PACKAGE
 from ...errors import UserError
 from ..measures import DETECTION
 from .classification import TEACHER_KEY, Classification
@@ -49,10 +48,7 @@ class Detection(Classification):
         return DETECTION_SETS[cfg.DATASET.TYPE]
 
     def teacher_file(self, cfg: Any) -> str | None:
-        weights = cfg.DISTILLER.TEACHER_WEIGHTS
-        if weights.startswith("builtin:"):
-            return str(PACKAGE / "hosts" / "builtin" / "weights" / f"{weights.removeprefix('builtin:')}.pt")
-        return weights or None
+        return super().teacher_file(cfg) if cfg.DISTILLER.TEACHER_WEIGHTS else None
 
     def load_teacher(self, cfg: Any) -> Any:
         from ...detection.networks import trained_network
