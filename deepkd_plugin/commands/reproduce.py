@@ -6,6 +6,7 @@ import argparse
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..terminal import Parser, UpToKey, count
 
@@ -22,7 +23,8 @@ def main(words: Sequence[str]) -> int:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,  # Request has the defaults
     )
-    add, several = parser.add_argument, {"nargs": "+", "action": UpToKey}
+    add = parser.add_argument
+    several: dict[str, Any] = {"nargs": "+", "action": UpToKey}
     add("table", metavar="TABLE", help="cifar100, imagenet, glyphs100, glyph_canvas, coco, ..., or a folder")
     add("--pairs", metavar="PAIR", **several, help="some of the table's pairs (default: all)")
     add("--methods", metavar="METHOD", **several, help="some of the table's rows (default: all)")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,7 @@ def add_keys(cfg: CfgNode, added_keys: Sequence[Key]) -> list[str]:
         *parents, leaf = key.path.split(".")
         node = cfg
         for name in parents:
-            if name not in node:
-                node[name] = CfgNode()
-            node = node[name]
+            node = node.setdefault(name, CfgNode())
         if leaf not in node:
             node[leaf] = key.default
             added.append(key.path)
@@ -130,22 +128,19 @@ def get(cfg: CfgNode, path: str) -> Any:
     return cfg
 
 
-def flatten(cfg: CfgNode) -> dict[str, Any]:
-    """Return dotted path → value for every leaf."""
-    return dict(_leaves(cfg))
+def flatten(cfg: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return dotted path → value for every leaf of a tree, each behind a prefix."""
+    leaves: dict[str, Any] = {}
+    for name, value in cfg.items():
+        leaves |= (
+            flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        )
+    return leaves
 
 
 def wrong(origin: dict[str, str], path: str, value: Any, allowed: str) -> UserError:
     """Make the error for a config value: where it came from, which key, its value, what is allowed."""
     return UserError(f"{origin.get(path, 'default')}: {path} is {value!r}; it must be {allowed}")
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _merge(
