@@ -12,8 +12,6 @@ from deepkd_plugin.study.reproduce import reuse, tables
 from deepkd_plugin.study.reproduce.plan import make_plan
 from deepkd_plugin.study.reproduce.runs import execute, locked, state
 
-CODE = record.code_hash()
-
 
 def plan(table, out, methods, seeds=1, **of):
     found = tables.find(table, **of)
@@ -25,7 +23,7 @@ def plan(table, out, methods, seeds=1, **of):
 def finish(run, **entries):
     """What a finished run leaves, in short; its log names it."""
     run.folder.mkdir(parents=True)
-    held = {"finished": True, "code": CODE, "config_hash": run.hash, "minutes": 1.0}
+    held = {"finished": True, "code": record.code_hash(), "config_hash": run.hash, "minutes": 1.0}
     (run.folder / "run.json").write_text(json.dumps(held | entries))
     (run.folder / "log.txt").write_text(str(run.folder))
     (run.folder / "train.events").mkdir()
@@ -78,19 +76,19 @@ def test_a_table_is_not_its_own(tmp_path, glyphs):
 def test_only_finished_runs_of_this_code_and_teacher_are_taken(tmp_path, glyphs):
     ours = plan("glyphs100", tmp_path / "ours", ["kd", "deepkd"], 2)
     others = reuse.elsewhere(ours, [tmp_path / "glyphs"])
-    assert reuse.usable(ours, others, CODE) == ({}, 0)
+    assert reuse.usable(ours, others, record.code_hash()) == ({}, 0)
     finish(glyphs[0])
     finish(glyphs[1], code="0" * 16)
     finish(glyphs[2], finished=False, code="0" * 16)
-    found, unfit = reuse.usable(ours, others, CODE)
+    found, unfit = reuse.usable(ours, others, record.code_hash())
     assert (found, unfit) == ({ours[0]: others[ours[0].folder][0]}, 1)
     taught = [replace(run, teacher="feed") for run in ours]
-    assert reuse.usable(taught, others, CODE) == ({}, 2)
+    assert reuse.usable(taught, others, record.code_hash()) == ({}, 2)
     finish(glyphs[3], teacher="feed")
-    found, unfit = reuse.usable(taught, others, CODE)
+    found, unfit = reuse.usable(taught, others, record.code_hash())
     assert (list(found), unfit) == ([taught[3]], 2)
     # whose teacher is not known here
-    found, unfit = reuse.usable(ours, others, CODE)
+    found, unfit = reuse.usable(ours, others, record.code_hash())
     assert (list(found), unfit) == ([ours[0]], 2)
 
 
@@ -102,7 +100,7 @@ def test_the_first_table_counts_that_has_the_run(tmp_path, glyphs):
     finish(glyphs[0], code="0" * 16)
     finish(second[0])
     finish(third[0])
-    found, unfit = reuse.usable(ours, others, CODE)
+    found, unfit = reuse.usable(ours, others, record.code_hash())
     assert ([other.folder for other in found.values()], unfit) == ([second[0].folder], 0)
 
 
@@ -113,7 +111,7 @@ def test_a_run_is_taken_over_with_its_files_and_says_where_it_is_from(tmp_path, 
     (ours.folder / "epoch_1").write_text("of an earlier try")
     (ours.folder / "gsnr.events").mkdir()
     (other,) = reuse.elsewhere([ours], [tmp_path / "glyphs"])[ours.folder]
-    reuse.take_over(ours, other, CODE)
+    reuse.take_over(ours, other, record.code_hash())
     assert state(ours) == "finished"
     names = {path.relative_to(ours.folder).as_posix() for path in ours.folder.rglob("*")}
     assert names == {"run.json", "log.txt", "lock", "train.events", "train.events/events"}
@@ -123,7 +121,7 @@ def test_a_run_is_taken_over_with_its_files_and_says_where_it_is_from(tmp_path, 
     assert held == theirs | {"taken_from": "glyphs100: res20_res8 kd seed 0"}
     # taken once more, it is still from where it was trained
     (third,) = plan("ablation-delta", tmp_path / "third", ["delta0"])
-    reuse.take_over(replace(third, hash=ours.hash), reuse.Other(ours.folder, "ours"), CODE)
+    reuse.take_over(replace(third, hash=ours.hash), reuse.Other(ours.folder, "ours"), record.code_hash())
     assert json.loads((third.folder / "run.json").read_text()) == held
 
 
@@ -147,11 +145,11 @@ def test_a_copy_that_is_cut_short_is_no_run(tmp_path, glyphs, monkeypatch, cut):
     }
     with monkeypatch.context() as patch:
         patch.setattr(*broken[cut], full)
-        said = complaint(reuse.take_over, ours, other, CODE)
+        said = complaint(reuse.take_over, ours, other, record.code_hash())
     assert said.startswith(f"{glyphs[0].folder}: its files cannot be copied to {ours.folder} (")
     assert "No space left" in said
     assert state(ours) == "new"
-    reuse.take_over(ours, other, CODE)
+    reuse.take_over(ours, other, record.code_hash())
     assert state(ours) == "finished"
 
 
@@ -160,17 +158,17 @@ def test_what_changed_since_the_plan_is_left_alone(tmp_path, glyphs):
     (ours,) = plan("glyphs100", tmp_path / "ours", ["kd"])
     (other,) = reuse.elsewhere([ours], [tmp_path / "glyphs"])[ours.folder]
     with locked(ours.folder):  # another process trains it
-        reuse.take_over(ours, other, CODE)
+        reuse.take_over(ours, other, record.code_hash())
     assert [path.name for path in ours.folder.iterdir()] == ["lock"]
     (ours.folder / "run.json").write_text(
-        json.dumps({"finished": True, "code": CODE, "config_hash": ours.hash, "minutes": 2.0})
+        json.dumps({"finished": True, "code": record.code_hash(), "config_hash": ours.hash, "minutes": 2.0})
     )
-    reuse.take_over(ours, other, CODE)  # it has finished it
+    reuse.take_over(ours, other, record.code_hash())  # it has finished it
     assert json.loads((ours.folder / "run.json").read_text())["minutes"] == 2.0
     (ours.folder / "run.json").unlink()
     theirs = json.loads((glyphs[0].folder / "run.json").read_text())
     (glyphs[0].folder / "run.json").write_text(json.dumps(theirs | {"finished": False}))
-    reuse.take_over(ours, other, CODE)  # and the other one is being made anew
+    reuse.take_over(ours, other, record.code_hash())  # and the other one is being made anew
     assert [path.name for path in ours.folder.iterdir()] == ["lock"]
 
 
@@ -192,7 +190,7 @@ def test_runs_that_were_taken_are_not_trained(fake_run):
     assert execute(first, 2, worker=fake_run.worker) == []
     ours = [fake_run(seed, out="ours") for seed in (0, 1, 2)]
     for run, other in zip(ours, first):
-        reuse.take_over(run, reuse.Other(other.folder, other.name), CODE)
+        reuse.take_over(run, reuse.Other(other.folder, other.name), record.code_hash())
     assert execute(ours, 2, worker=fake_run.worker) == []
     assert [state(run) for run in ours] == ["finished"] * 3
     for run, other in zip(ours, first):
