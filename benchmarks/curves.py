@@ -25,9 +25,7 @@ COLUMNS = 4
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the table's, with finished runs")
     parser.add_argument("picture", type=Path, help="file to write, .png, .svg or .pdf")
     args = parser.parse_args()

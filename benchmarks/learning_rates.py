@@ -28,22 +28,16 @@ KIND = KINDS[CLASSIFICATION]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configs", nargs="+", type=Path, help="config files of one data set and pair")
     parser.add_argument("--rates", nargs="+", type=float, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--options", nargs="*", default=[], metavar="KEY VALUE", help="for every run")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
-    parser.add_argument(
-        "--output", type=Path, default=Path("output/learning_rates"), help="folder of the runs"
-    )
+    parser.add_argument("--output", type=Path, default=Path("output/learning_rates"), help="folder of the runs")
     parser.add_argument("--table", type=Path, help="file to write, .md; a .json beside it holds every run")
     args = parser.parse_args()
-    cells = {
-        (config.stem, rate): planned(config, rate, args) for config in args.configs for rate in args.rates
-    }
+    cells = {(config.stem, rate): planned(config, rate, args) for config in args.configs for rate in args.rates}
     if missing := KIND.problems(list(cells.values()), prepare=True):
         raise UserError("; ".join(missing))
     teachers = KIND.teachers({cell: cfg for cell, (_, cfg) in cells.items()})

@@ -80,19 +80,12 @@ def whole_step(make: Callable[[], Parts]) -> Callable[[], None]:
 def state_mebibytes(optimizer: torch.optim.Optimizer) -> float:
     """Return the size of the optimizer's state."""
     values = [value for state in optimizer.state.values() for value in state.values()]
-    flat = [
-        t
-        for value in values
-        for t in (value if isinstance(value, list) else [value])
-        if isinstance(t, Tensor)
-    ]
+    flat = [t for value in values for t in (value if isinstance(value, list) else [value]) if isinstance(t, Tensor)]
     return sum(t.numel() * t.element_size() for t in flat) / 2**20
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--widths", nargs="+", type=int, default=[16, 64])
     parser.add_argument("--write", type=Path, help="Markdown file to write; a .json is written beside it")

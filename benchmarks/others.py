@@ -84,9 +84,7 @@ def load(root: Path) -> Theirs:
             kd = importlib.import_module("mdistiller.distillers").distiller_dict["KD"]
             cfg = importlib.import_module("mdistiller.engine.cfg").CFG
         except Exception as error:  # whatever an old module does on a new PyTorch
-            raise UserError(
-                f"{root}: its mdistiller cannot be imported ({type(error).__name__}: {error})"
-            ) from None
+            raise UserError(f"{root}: its mdistiller cannot be imported ({type(error).__name__}: {error})") from None
     return Theirs(trainers, kd, cfg)
 
 
@@ -138,9 +136,7 @@ def training_step(
 def _alone(root: Path) -> Iterator[None]:
     """Let `mdistiller` stand for the package under `root` in sys.modules, which is as it was afterwards."""
     stand_ins = [*MISTAKEN, *(name for name in OPTIONAL if not _is_here(name))]
-    before = {
-        name: sys.modules.pop(name) for name in list(sys.modules) if _is_theirs(name) or name in stand_ins
-    }
+    before = {name: sys.modules.pop(name) for name in list(sys.modules) if _is_theirs(name) or name in stand_ins}
     package = ModuleType("mdistiller")  # the release has no __init__.py, an installed one would win over it
     package.__path__ = [str(root / "mdistiller")]
     sys.modules["mdistiller"] = package

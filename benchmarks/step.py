@@ -132,9 +132,7 @@ def noise(of: Setting) -> dict[str, Tensor]:
     torch.manual_seed(1)
     image = torch.randn(of.batch, 3, of.size, of.size)
     target = torch.randint(0, 1000 if of.imagenet else 100, (of.batch,))
-    return dict(
-        zip(("image", "target"), device.place_batch([image, target], device.pick(), of.channels_last))
-    )
+    return dict(zip(("image", "target"), device.place_batch([image, target], device.pick(), of.channels_last)))
 
 
 def forward_pass(of: Setting, method: type[nn.Module]) -> tuple[nn.Module, Callable[[], dict[str, Tensor]]]:
@@ -165,9 +163,7 @@ def kd_step(of: Setting) -> Callable[[], None]:
     return step
 
 
-def our_step(
-    of: Setting, method: str, gradients: str = "sequential", execution: str = "eager"
-) -> Callable[[], None]:
+def our_step(of: Setting, method: str, gradients: str = "sequential", execution: str = "eager") -> Callable[[], None]:
     """Make a step of ours; gradients, execution: as SOLVER.GRADIENTS and SOLVER.EXECUTION have them."""
     distiller_type, momentum, decay_stream, assignment = METHODS[method]
     distiller, _ = forward_pass(of, distiller_type)
@@ -211,9 +207,7 @@ def parts(of: Setting) -> dict[str, Callable[[], Any]]:
     }
 
 
-def rows_of(
-    of: Setting, ways: list[str], executions: list[str], roots: Mapping[str, Path | None]
-) -> list[Row]:
+def rows_of(of: Setting, ways: list[str], executions: list[str], roots: Mapping[str, Path | None]) -> list[Row]:
     """List everything to be timed for a pair, KD first. ways: to the gradients."""
     make = functools.partial
     rows = [Row("KD", _passes(1), 1, make(kd_step, of))]
@@ -271,9 +265,7 @@ def pair_argument(text: str) -> str:
     """Check an argument of --pairs; argparse turns the error into one line."""
     names = text.split(":")
     known = builtin.cifar_model_dict
-    if text != "all" and not (
-        len(names) == 2 and (on_imagenet(text) or all(name in known for name in names))
-    ):
+    if text != "all" and not (len(names) == 2 and (on_imagenet(text) or all(name in known for name in names))):
         raise argparse.ArgumentTypeError(
             f'{text!r}; it must be "all" or TEACHER:STUDENT, two of {", ".join(known)} or two of '
             f"{', '.join(builtin.imagenet_model_dict)}"
@@ -294,13 +286,9 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="few images and rounds, unless given")
     parser.add_argument("--rounds", type=count_argument, help="default: 5 on a CPU, 20 on a GPU")
-    parser.add_argument(
-        "--repeat", type=count_argument, help="steps between two readings of the clock (1; GPU: 10)"
-    )
+    parser.add_argument("--repeat", type=count_argument, help="steps between two readings of the clock (1; GPU: 10)")
     parser.add_argument("--batch", type=count_argument, help="images for the CIFAR pairs (64)")
-    parser.add_argument(
-        "--imagenet-batch", type=count_argument, help="images for the ImageNet pairs (8; GPU: 256)"
-    )
+    parser.add_argument("--imagenet-batch", type=count_argument, help="images for the ImageNet pairs (8; GPU: 256)")
     parser.add_argument("--imagenet-size", type=count_argument, help="their height and width (224)")
     parser.add_argument("--batched", action="store_true", help="also all backward passes of a step as one")
     parser.add_argument(
@@ -326,9 +314,7 @@ def main() -> None:
     for pair in PAIRS if "all" in args.pairs else args.pairs:
         sizes = (args.imagenet_batch, args.imagenet_size) if on_imagenet(pair) else (args.batch, 32)
         of = Setting(pair, *sizes, args.channels_last, args.amp)
-        tables_of_pair = measure(
-            of, rows_of(of, ways, executions, roots), args.rounds, args.repeat, not args.no_memory
-        )
+        tables_of_pair = measure(of, rows_of(of, ways, executions, roots), args.rounds, args.repeat, not args.no_memory)
         for table, new in zip(tables, tables_of_pair):
             table.extend(new)
     of_steps = f" of {args.repeat} steps" if args.repeat > 1 else ""

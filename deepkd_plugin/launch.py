@@ -58,9 +58,7 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
     target_device = device.pick()
     device.seed_everything(cfg.SOLVER.SEED)
     train_loader, val_loader, num_data, num_classes = data.get_dataset(cfg)
-    print(
-        f"{name}: {cfg.DISTILLER.TYPE} on {cfg.DATASET.TYPE}, {num_data} images, {device.describe(target_device)}"
-    )
+    print(f"{name}: {cfg.DISTILLER.TYPE} on {cfg.DATASET.TYPE}, {num_data} images, {device.describe(target_device)}")
     distiller = make_distiller(host, cfg, num_data, num_classes)
     distiller = device.place(distiller, target_device, cfg.SOLVER.CHANNELS_LAST)
     make = trainers(host)[cfg.SOLVER.TRAINER]
@@ -85,11 +83,7 @@ def run(trainer: Trainer, resume: bool, overwrite: bool, command: str) -> dict[s
     try:
         return trainer.train(resume, overwrite, command)
     except KeyboardInterrupt as interruption:
-        again = (
-            f"Resume with: {command} --resume"
-            if trainer.epoch
-            else f"Start again with: {command} --overwrite"
-        )
+        again = f"Resume with: {command} --resume" if trainer.epoch else f"Start again with: {command} --overwrite"
         message = f"interrupted in epoch {trainer.epoch + 1}. {trainer.resume_point()} {again}"
         raise Stopped(message, exit_code(interruption)) from None
 
@@ -128,9 +122,7 @@ def read_config(host: Host, file: str, options: Sequence[str]) -> tuple[Any, dic
 def experiment_name(cfg: Any, options: Sequence[str] = ()) -> str:
     """Name a run as mdistiller does: PROJECT/NAME, or PROJECT/TAG with the options that change what is computed."""
     pairs = [
-        f"{key}:{value}".replace("/", "_")
-        for key, value in zip(options[::2], options[1::2])
-        if config.computes(key)
+        f"{key}:{value}".replace("/", "_") for key, value in zip(options[::2], options[1::2]) if config.computes(key)
     ]
     name = cfg.EXPERIMENT.NAME or ",".join([cfg.EXPERIMENT.TAG, *pairs])
     return f"{cfg.EXPERIMENT.PROJECT}/{name}"

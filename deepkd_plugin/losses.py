@@ -122,6 +122,4 @@ def _check(student: Tensor, teacher: Tensor, temperature: float, target: Tensor 
             f"{tuple(target.shape)} of {target.dtype}"
         )
     if target.device.type == "cpu" and target.numel() and not 0 <= target.min() <= target.max() < num_classes:
-        raise ValueError(
-            f"labels must be in 0 … {num_classes - 1}, got {target.min().item()} … {target.max().item()}"
-        )
+        raise ValueError(f"labels must be in 0 … {num_classes - 1}, got {target.min().item()} … {target.max().item()}")

@@ -32,7 +32,5 @@ def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackT
 sys.excepthook = _one_line
 host = find_host()
 if host.root is None:
-    raise UserError(
-        "deepkd_plugin.mdistiller: mdistiller is not here; MDISTILLER_ROOT must name its checkout"
-    )
+    raise UserError("deepkd_plugin.mdistiller: mdistiller is not here; MDISTILLER_ROOT must name its checkout")
 register(host)

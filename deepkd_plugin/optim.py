@@ -269,8 +269,7 @@ def _check_group(group: Mapping[str, Any]) -> None:
         raise ValueError(f'dampening must be a number in [0, 1] or "ema", got {dampening!r}')
     if group["weight_decay"] and group["weight_decay_stream"] not in group["momentum"]:
         raise ValueError(
-            f"weight_decay_stream must name one of {tuple(group['momentum'])}, got "
-            f"{group['weight_decay_stream']!r}"
+            f"weight_decay_stream must name one of {tuple(group['momentum'])}, got {group['weight_decay_stream']!r}"
         )
 
 

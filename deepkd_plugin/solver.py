@@ -43,9 +43,7 @@ def check_window(cfg: Any, steps: int) -> None:
         )
 
 
-def make_monitor(
-    module: nn.Module, optimizer: DecoupledMomentumSGD, cfg: Any, steps: int
-) -> GradientMonitor | None:
+def make_monitor(module: nn.Module, optimizer: DecoupledMomentumSGD, cfg: Any, steps: int) -> GradientMonitor | None:
     """Make what samples the streams' gradients, if the config asks for it; steps: in an epoch."""
     if not samples_gradients(cfg):
         return None

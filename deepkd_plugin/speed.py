@@ -154,7 +154,4 @@ def _tensors(batch: Batch) -> list[Tensor]:
 
 
 def _clone(batch: Batch) -> dict[str, Any]:
-    return {
-        name: [t.clone() for t in part] if isinstance(part, list) else part.clone()
-        for name, part in batch.items()
-    }
+    return {name: [t.clone() for t in part] if isinstance(part, list) else part.clone() for name, part in batch.items()}

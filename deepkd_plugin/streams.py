@@ -49,8 +49,7 @@ def assign_losses(
         stream = streams[0] if len(streams) == 1 else assignment.get(name, name)
         if stream not in streams:
             raise ValueError(
-                f"loss {name!r} belongs to no stream: it is neither one of {tuple(streams)} nor assigned "
-                f"to one of them"
+                f"loss {name!r} belongs to no stream: it is neither one of {tuple(streams)} nor assigned to one of them"
             )
         value = loss.mean()
         by_stream[stream] = by_stream[stream] + value if stream in by_stream else value
@@ -248,25 +247,17 @@ def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
             yield bucket
 
 
-def _in_turn(
-    totals: Sequence[Tensor], params: Sequence[Tensor], retain_graph: bool
-) -> Iterator[list[Tensor | None]]:
+def _in_turn(totals: Sequence[Tensor], params: Sequence[Tensor], retain_graph: bool) -> Iterator[list[Tensor | None]]:
     for i, total in enumerate(totals):
         keep = retain_graph or i < len(totals) - 1
         yield _own(torch.autograd.grad(total, params, retain_graph=keep, allow_unused=True))
 
 
-def _batched(
-    totals: Sequence[Tensor], params: Sequence[Tensor], retain_graph: bool
-) -> list[list[Tensor | None]]:
+def _batched(totals: Sequence[Tensor], params: Sequence[Tensor], retain_graph: bool) -> list[list[Tensor | None]]:
     """Return [total][parameter], each a slice of one stacked gradient."""
-    units = [
-        torch.eye(len(totals), dtype=total.dtype, device=total.device)[i] for i, total in enumerate(totals)
-    ]
+    units = [torch.eye(len(totals), dtype=total.dtype, device=total.device)[i] for i, total in enumerate(totals)]
     stacked = _own(
-        torch.autograd.grad(
-            totals, params, units, retain_graph=retain_graph, allow_unused=True, is_grads_batched=True
-        )
+        torch.autograd.grad(totals, params, units, retain_graph=retain_graph, allow_unused=True, is_grads_batched=True)
     )
     return [[None if g is None else g[i] for g in stacked] for i in range(len(totals))]
 

@@ -42,8 +42,7 @@ def check_k(k: int, num_classes: int) -> None:
     """Raise ValueError unless k is an integer with 1 ≤ k ≤ num_classes − 1."""
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= num_classes - 1:
         raise ValueError(
-            f"K must be an integer from 1 to {num_classes - 1} (the non-target classes of {num_classes}), "
-            f"got {k!r}"
+            f"K must be an integer from 1 to {num_classes - 1} (the non-target classes of {num_classes}), got {k!r}"
         )
 
 
@@ -57,9 +56,7 @@ def count_classes(value: float, num_classes: int) -> int:
         check_k(value, num_classes)
         return value
     if not 0.0 < value <= 1.0:
-        raise ValueError(
-            f"a fraction of the classes must be in (0, 1], got {value!r}; a count is written as an int"
-        )
+        raise ValueError(f"a fraction of the classes must be in (0, 1], got {value!r}; a count is written as an int")
     return min(max(round(value * num_classes), 1), num_classes - 1)
 
 
@@ -85,9 +82,7 @@ class TopKSchedule:
         if num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, got {num_classes!r}")
         if len(phases) != 2 or not 0.0 <= phases[0] < phases[1] <= 1.0:
-            raise ValueError(
-                f"phases must be two ends in order, 0 <= phi1 < phi2 <= 1, got {tuple(phases)!r}"
-            )
+            raise ValueError(f"phases must be two ends in order, 0 <= phi1 < phi2 <= 1, got {tuple(phases)!r}")
         self.num_classes = num_classes
         self.initial = count_classes(initial, num_classes)
         self.optimal = count_classes(optimal, num_classes)

@@ -72,9 +72,7 @@ class Trainer:
             cfg.SOLVER.AMP,
         )
         self.gradients = ""
-        self.monitor = self.step.monitor = solver.make_monitor(
-            self.module, self.optimizer, cfg, len(train_loader)
-        )
+        self.monitor = self.step.monitor = solver.make_monitor(self.module, self.optimizer, cfg, len(train_loader))
         self.allocation = solver.make_allocation(self.optimizer, cfg)
         self.windows: list[dict[str, Any]] = []
         teacher = getattr(self.module, "teacher", None)
@@ -84,9 +82,7 @@ class Trainer:
         self.best_acc = -1.0
         self.best_epoch = 0
 
-    def train(
-        self, resume: bool = False, overwrite: bool = False, command: str | None = None
-    ) -> dict[str, Any]:
+    def train(self, resume: bool = False, overwrite: bool = False, command: str | None = None) -> dict[str, Any]:
         """Run the epochs that are left; returns {"best", "best_epoch", "last", "epochs"} (top-1 in percent).
 
         The teacher is tested first, unless `teacher_acc` is set already. resume: go on from the folder's last

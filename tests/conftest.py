@@ -17,9 +17,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # a shell script starts what it leaves in the background so, and tests send Ctrl-C to their own processes
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # for the processes that tests start; pytest-xdist fills the cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start; pytest-xdist fills the cores
 
 DATA = Path(__file__).parent / "data"
 MDISTILLER = mdistiller_host.locate()

@@ -33,9 +33,7 @@ def test_the_slow_tests_run_too(job):
 
 
 def test_the_contract_job_pins_the_mdistiller_that_apply_knows():
-    (checkout,) = (
-        step["with"] for step in JOBS["mdistiller"]["steps"] if "repository" in step.get("with", {})
-    )
+    (checkout,) = (step["with"] for step in JOBS["mdistiller"]["steps"] if "repository" in step.get("with", {}))
     assert any(checkout["ref"].startswith(commit) for commit in KNOWN["tools/train.py"].values())
     (command,) = (command for command in commands("mdistiller") if command.startswith("pytest"))
     tests = [word for word in shlex.split(command) if word.startswith("tests/")]

@@ -30,9 +30,7 @@ PAIRS = sorted(folder for dataset in DATASETS for folder in (CONFIGS / dataset).
 FILES = [file for folder in PAIRS for file in sorted(folder.glob("*"))]
 
 LOSSES = {"kd": ["loss_ce", "loss_kd"], "mlkd": ["loss_ce", "loss_kd", "loss_cc", "loss_bc"]}
-LOSSES |= {"dkd": LOSSES["kd"], "crld": LOSSES["kd"]} | {
-    name: ["tog", "tcg", "ncg"] for name in TWINS.values()
-}
+LOSSES |= {"dkd": LOSSES["kd"], "crld": LOSSES["kd"]} | {name: ["tog", "tcg", "ncg"] for name in TWINS.values()}
 
 TEACHERS = {"resnet110": "res110", "resnet32x4": "res32x4", "resnet56": "res56", "wrn_40_2": "wrn40_2"}
 TEACHERS |= {"vgg13": "vgg13", "ResNet50": "res50", "ResNet34": "r34"}
@@ -119,9 +117,7 @@ def trains_a_step(file, student, teacher):
     """Train one step by a file's trainer and look at what it says of it."""
     cfg = read(file)
     config.check_mask(cfg, {}, DATASETS[cfg.DATASET.TYPE][2])
-    distiller = registry.BUILTIN.distillers[cfg.DISTILLER.TYPE](
-        student, Sure(teacher).requires_grad_(False), cfg
-    )
+    distiller = registry.BUILTIN.distillers[cfg.DISTILLER.TYPE](student, Sure(teacher).requires_grad_(False), cfg)
     before = [p.detach().clone() for p in student.parameters()]
     trainer = trainers(registry.BUILTIN)[cfg.SOLVER.TRAINER]("run", distiller, *batches(cfg), cfg)
     trainer.teacher_acc = 50.0
@@ -278,9 +274,7 @@ def test_the_numbers_of_a_recipe(row):
     for folder in folders:
         for method, columns in ((TWINS[base.lower()], twin), (base.lower(), ALONE[base])):
             cfg = read(folder / f"{method}.yaml")
-            wanted = {
-                key: float(row[name] or 0) for key, name in (COMMON | BOTH.get(base, {}) | columns).items()
-            }
+            wanted = {key: float(row[name] or 0) for key, name in (COMMON | BOTH.get(base, {}) | columns).items()}
             assert {key: config.get(cfg, key) for key in wanted} == wanted, method
             if base == "MLKD":
                 temperatures = cfg.MLKD.TEMPERATURES
@@ -332,9 +326,7 @@ def test_files_and_tables_are_what_the_tool_makes(maker, capsys):
 def test_the_check_names_what_differs(maker, tmp_path, capsys):
     (tmp_path / "docs").mkdir()
     page = tmp_path / "docs" / "configs.md"
-    page.write_text(
-        "".join(f"<!-- table: {n} -->\n<!-- end -->\n" for n in ("faults", "siblings", "baselines"))
-    )
+    page.write_text("".join(f"<!-- table: {n} -->\n<!-- end -->\n" for n in ("faults", "siblings", "baselines")))
     assert maker.main([], tmp_path) == 0
     assert maker.main(["--check"], tmp_path) == 0
     pair = tmp_path / "configs" / "imagenet" / "r34_r18"

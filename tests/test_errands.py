@@ -174,9 +174,7 @@ def test_a_table_of_them_is_planned_estimated_trained_and_compared(config, folde
     config("kd", DISTILLER=taught | {"TYPE": "KD"})
     config("mtkd", DISTILLER=taught | {"TYPE": "MTKD"})
     config("deepkd_mtkd", DISTILLER=taught | {"TYPE": "DeepKD"}, DeepKD={"BASE": "MTKD"})
-    planned = deepkd(
-        folder, "reproduce", "./mine", "--seeds", "1", "--out", "out", "--dry-run", extensions=names
-    )
+    planned = deepkd(folder, "reproduce", "./mine", "--seeds", "1", "--out", "out", "--dry-run", extensions=names)
     assert planned.returncode == 0, planned.stderr
     assert "1 finished, 3 new" in planned.stdout
     assert re.search(r"time +about", planned.stdout)

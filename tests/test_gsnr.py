@@ -417,9 +417,7 @@ def test_layers_add_up_to_the_whole(coordinates):
             assert layers[layer] == {s: {"mean": None, "ratio": None} for s in STREAMS}
             continue
         expected = by_numpy(params, stored, only)["gsnr"]
-        assert_tree(
-            layers[layer], {s: {n: expected[s][n] for n in ("mean", "ratio")} for s in STREAMS}, rel=1e-9
-        )
+        assert_tree(layers[layer], {s: {n: expected[s][n] for n in ("mean", "ratio")} for s in STREAMS}, rel=1e-9)
 
 
 def test_a_layer_without_a_followed_coordinate_has_no_number():
@@ -622,9 +620,7 @@ def test_every_stream_is_measured_apart_whatever_the_optimizer_merges(momentum):
         if monitor.due:
             stored.append(
                 {
-                    stream: torch.autograd.grad(
-                        loss, list(names.values()), retain_graph=True, allow_unused=True
-                    )
+                    stream: torch.autograd.grad(loss, list(names.values()), retain_graph=True, allow_unused=True)
                     for stream, loss in losses.items()
                 }
             )

@@ -99,8 +99,7 @@ def windows(trainer):
 
 def lines(trainer):
     return [
-        {name: value for name, value in record.items() if name not in TIMED}
-        for record in read_metrics(trainer.folder)
+        {name: value for name, value in record.items() if name not in TIMED} for record in read_metrics(trainer.folder)
     ]
 
 

@@ -22,9 +22,7 @@ from deepkd_plugin.run.metrics import read_metrics
 from deepkd_plugin.trainer import DecoupledMomentumTrainer
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted(
-    p for name in ("glyphs100", "cifar100_cpu") for p in (ROOT / "configs" / name).rglob("*.yaml")
-)
+CONFIGS = sorted(p for name in ("glyphs100", "cifar100_cpu") for p in (ROOT / "configs" / name).rglob("*.yaml"))
 
 
 def test_a_run_from_the_command_line(train, data_root):
@@ -170,9 +168,7 @@ def test_a_teacher_of_other_classes_or_none_at_all(train, tmp_path):
     fresh = tmp_path / "fresh.pt"
     torch.save(cifar_model_dict["resnet20"][0](num_classes=100).state_dict(), fresh)
     line = mistake(train, "deepkd", "DISTILLER.TEACHER_WEIGHTS", str(fresh))
-    assert (
-        "command line: the teacher resnet20 from DISTILLER.TEACHER_WEIGHTS is at chance on glyphs100" in line
-    )
+    assert "command line: the teacher resnet20 from DISTILLER.TEACHER_WEIGHTS is at chance on glyphs100" in line
 
 
 def test_a_diverging_run_stops_in_one_line(train):
@@ -238,9 +234,7 @@ def test_a_folder_that_cannot_be_made(train, tmp_path):
 
 def test_losses_without_a_stream_are_found_before_anything_is_written(train):
     options = ("SOLVER.TRAINER", "DecoupledMomentumSGD", "SOLVER.DECOUPLED.DELTA.TOG", "0.05")
-    assert "SOLVER.DECOUPLED.LOSS_STREAMS: loss 'loss_ce' belongs to no stream" in mistake(
-        train, "kd", *options
-    )
+    assert "SOLVER.DECOUPLED.LOSS_STREAMS: loss 'loss_ce' belongs to no stream" in mistake(train, "kd", *options)
 
 
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (KeyboardInterrupt(143), 143)])
@@ -273,9 +267,7 @@ def test_augmented_images_from_workers_resume_bitwise(train, monkeypatch):
         code, _, err = train("deepkd", *options)
         assert (code, "interrupted in epoch 2" in err) == (130, True)
     assert train("deepkd", *options, flags=["--resume"])[0] == 0
-    ends = [
-        checkpoint.load(train.folder.parent / n / "student_latest", "test")["model"] for n in ("whole", "run")
-    ]
+    ends = [checkpoint.load(train.folder.parent / n / "student_latest", "test")["model"] for n in ("whole", "run")]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
@@ -308,17 +300,13 @@ def start(data_root, output, *flags):
         "DATASET.HOLDOUT", "0.02", "SOLVER.EPOCHS", "500",
     ]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
 )
-def test_an_interrupted_run_keeps_its_last_checkpoint_and_says_how_to_go_on(
-    data_root, tmp_path, number, code
-):
+def test_an_interrupted_run_keeps_its_last_checkpoint_and_says_how_to_go_on(data_root, tmp_path, number, code):
     folder = tmp_path / "glyphs100" / "run"
     run = start(data_root, tmp_path)
     deadline = time.monotonic() + 60

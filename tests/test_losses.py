@@ -86,9 +86,7 @@ def release_nckd(student, teacher, target, temperature, k):
         return decoupled_kd(student, teacher, target, temperature).nckd
     ranked = (teacher.topk(k, dim=1).indices == target.unsqueeze(1)).any(1)
     rows = [
-        decoupled_kd(
-            student[i : i + 1], teacher[i : i + 1], target[i : i + 1], temperature, k - int(ranked[i])
-        )
+        decoupled_kd(student[i : i + 1], teacher[i : i + 1], target[i : i + 1], temperature, k - int(ranked[i]))
         for i in range(len(target))
     ]
     return torch.cat([row.nckd for row in rows])
@@ -177,9 +175,7 @@ def test_half_precision_logits_give_float32_losses(logits, dtype):
         kd = kd_divergence(student, teacher)
         standard = standardise_logits(student)
     wide = decoupled_kd(student.float(), teacher.float(), target)
-    for part, expected in zip(
-        (*terms, kd, standard), (*wide, kd_divergence(student.float(), teacher.float()))
-    ):
+    for part, expected in zip((*terms, kd, standard), (*wide, kd_divergence(student.float(), teacher.float()))):
         assert part.dtype == torch.float32
         close(part, expected, 1e-6)
     assert standard.dtype == torch.float32

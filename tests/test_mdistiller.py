@@ -118,9 +118,7 @@ def test_deepkd_trains_resumes_and_is_read_by_eval(checkout):
     assert "Top-1:" in read.stderr
 
 
-@pytest.mark.parametrize(
-    "method", ["dkd", *(pytest.param(name, marks=pytest.mark.slow) for name in ("crld", "mlkd"))]
-)
+@pytest.mark.parametrize("method", ["dkd", *(pytest.param(name, marks=pytest.mark.slow) for name in ("crld", "mlkd"))])
 def test_the_baselines_train(checkout, method):
     done, folder = train(checkout, f"configs/cifar100/res32x4_res8x4/{method}.yaml")
     assert done.returncode == 0, done.stderr

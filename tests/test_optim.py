@@ -12,9 +12,7 @@ SHAPES = ((2, 3), (4,), (2, 2, 2))
 
 def golden_params():
     """tests/data/optimizers.npz starts at sin(0, 1, 2, …)."""
-    return [
-        torch.sin(torch.arange(n, dtype=F64)).reshape(s).requires_grad_() for s, n in zip(SHAPES, (6, 4, 8))
-    ]
+    return [torch.sin(torch.arange(n, dtype=F64)).reshape(s).requires_grad_() for s, n in zip(SHAPES, (6, 4, 8))]
 
 
 def golden_gradient(p, stream, step):
@@ -78,10 +76,7 @@ def golden_run(golden, name, momentum, weight_decay, stream, foreach, late_lr=0.
         opt.param_groups[0]["lr"] = 0.05 if step < 5 else late_lr
         opt.zero_grad()
         opt.backward(
-            {
-                s: linear_loss(params, [golden_gradient(p, i, step) for p in params])
-                for i, s in enumerate(opt.streams)
-            }
+            {s: linear_loss(params, [golden_gradient(p, i, step) for p in params]) for i, s in enumerate(opt.streams)}
         )
         opt.step()
         for i, p in enumerate(params):
@@ -117,14 +112,10 @@ class TestGolden:
 
 @pytest.mark.parametrize("foreach", [True, False])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.01])
-@pytest.mark.parametrize(
-    ("momentum", "dampening"), [(0.9, 0.0), (0.9, 0.3), (0.9, "ema"), (0.0, 0.0), (0.0, 0.5)]
-)
+@pytest.mark.parametrize(("momentum", "dampening"), [(0.9, 0.0), (0.9, 0.3), (0.9, "ema"), (0.0, 0.0), (0.0, 0.5)])
 def test_one_stream_is_sgd(foreach, weight_decay, momentum, dampening):
     ours, theirs = random_params(), random_params()
-    opt = DecoupledMomentumSGD(
-        ours, 0.1, {"task": momentum}, weight_decay, dampening=dampening, foreach=foreach
-    )
+    opt = DecoupledMomentumSGD(ours, 0.1, {"task": momentum}, weight_decay, dampening=dampening, foreach=foreach)
     damp = momentum if dampening == "ema" else dampening
     sgd = torch.optim.SGD(theirs, 0.1, momentum, damp, weight_decay, foreach=foreach)
     for step in range(6):
@@ -133,9 +124,7 @@ def test_one_stream_is_sgd(foreach, weight_decay, momentum, dampening):
             p.grad = g.clone()
         sgd.step()
         if foreach:
-            assert all(
-                torch.equal(a, b) for a, b in zip(ours, theirs)
-            )  # the same operations in the same order
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs))  # the same operations in the same order
         assert_equal_params(ours, theirs)
 
 
@@ -172,9 +161,7 @@ class TestChangingCoefficients:
     def run(self, schedule, merge, steps=9, foreach=True, weight_decay=0.02):
         params = random_params()
         start = [p.detach().clone() for p in params]
-        opt = DecoupledMomentumSGD(
-            params, 0.1, schedule(0), weight_decay, "tcg", merge=merge, foreach=foreach
-        )
+        opt = DecoupledMomentumSGD(params, 0.1, schedule(0), weight_decay, "tcg", merge=merge, foreach=foreach)
         for step in range(steps):
             opt.param_groups[0]["momentum"].update(schedule(step))
             one_step(opt, params, step)
@@ -218,9 +205,7 @@ class TestChangingCoefficients:
 
         def difference(steps):
             runs = [self.run(self.parting, merge, steps, weight_decay=0.0)[2] for merge in (True, False)]
-            (merged, apart) = (
-                [opt.state[p]["buffers"] for p in opt.param_groups[0]["params"]] for opt in runs
-            )
+            (merged, apart) = ([opt.state[p]["buffers"] for p in opt.param_groups[0]["params"]] for opt in runs)
             return max((a[0] + a[2] - m[0]).abs().max().item() for a, m in zip(apart, merged))
 
         assert difference(5) > 0.1
@@ -261,12 +246,7 @@ def test_gradients_add_up_over_several_backward_calls(coefficients):
             for i in range(3):
                 new = random_gradients(10 * step + micro, i)
                 gradients[i] = [g + n for g, n in zip(gradients[i], new)]
-            b.backward(
-                {
-                    s: linear_loss(twice, random_gradients(10 * step + micro, i))
-                    for i, s in enumerate(b.streams)
-                }
-            )
+            b.backward({s: linear_loss(twice, random_gradients(10 * step + micro, i)) for i, s in enumerate(b.streams)})
         a.backward({s: linear_loss(once, gradients[i]) for i, s in enumerate(a.streams)})
         for p, q, *g in zip(once, twice, *gradients):
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-12)
@@ -442,9 +422,7 @@ def test_deepcopy_and_scheduler():
     assert all(torch.equal(p, q) for p, q in zip(params, twins))
 
 
-@pytest.mark.parametrize(
-    "momentum", [{"a": 0.9, "b": 0.5}, {"a": 0.9, "b": 0.9}, {"a": 0.9, "b": 0.5, "c": 0.1}]
-)
+@pytest.mark.parametrize("momentum", [{"a": 0.9, "b": 0.5}, {"a": 0.9, "b": 0.9}, {"a": 0.9, "b": 0.5, "c": 0.1}])
 def test_batched_gradients_take_the_same_steps(momentum):
     """A small BatchNorm network in float64, one parameter without part in a stream, to 1e-12."""
     ends = []
@@ -578,10 +556,7 @@ def test_a_step_that_is_refused_changes_nothing():
     first, second = random_params(1), random_params(2)
     groups = [{"params": first}, {"params": second}]
     opt = DecoupledMomentumSGD(groups, 0.1, {"a": 0.9, "b": 0.9})
-    losses = {
-        s: linear_loss(first, random_gradients(0, 0)) + linear_loss(second, random_gradients(0, 1))
-        for s in "ab"
-    }
+    losses = {s: linear_loss(first, random_gradients(0, 0)) + linear_loss(second, random_gradients(0, 1)) for s in "ab"}
     opt.backward(losses)
     before = copy.deepcopy([p.detach() for p in (*first, *second)])
     opt.param_groups[1]["momentum"]["b"] = 1.5

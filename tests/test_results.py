@@ -43,9 +43,7 @@ def test_the_page_is_what_the_tool_makes(results, capsys):
 
 def exchange_two_rows(page):
     lines = page.splitlines(keepends=True)
-    first, second = (
-        next(i for i, line in enumerate(lines) if line.startswith(f"| {m} |")) for m in ("KD", "DKD")
-    )
+    first, second = (next(i for i, line in enumerate(lines) if line.startswith(f"| {m} |")) for m in ("KD", "DKD"))
     numbers = [lines[i].partition(" | ")[2] for i in (first, second)]
     lines[first], lines[second] = f"| KD | {numbers[1]}", f"| DKD | {numbers[0]}"
     return "".join(lines)
@@ -172,9 +170,7 @@ def test_the_windows_of_gsnr_are_those_of_the_csv_files():
         names = ("mean", "ratio", "norm", "momentum")
         given = {(int(r["iteration"]), r["stream"]): tuple(float(r[name]) for name in names) for r in lines}
         assert given == expected
-        degrees = {
-            (w["iteration"], pair): value for w in run["windows"] for pair, value in w["angle"].items()
-        }
+        degrees = {(w["iteration"], pair): value for w in run["windows"] for pair, value in w["angle"].items()}
         assert {(int(r["iteration"]), r["pair"]): float(r["degrees"]) for r in angles} == degrees
 
 
@@ -238,7 +234,5 @@ def test_the_tables_of_the_page_on_performance():
             kd = rows_of["KD, one stream" if execution == "compile" else "KD", execution]
             ours = rows_of["DeepKD, 2 coefficients", execution]
             numbers = [f"{kd['ms']:.1f}", f"{ours['ms']:.1f}", f"{ours['ms'] / kd['ms']:.2f}"]
-            expected.append(
-                f"| {pair} | {way} | {' | '.join(numbers)} | {ours['floor ratio']:.2f} | {name} |"
-            )
+            expected.append(f"| {pair} | {way} | {' | '.join(numbers)} | {ours['floor ratio']:.2f} | {name} |")
     assert table(page, "| pair | way |") == expected

@@ -110,9 +110,7 @@ def test_compiled_steps_and_the_fallback(monkeypatch, capsys, backend):
     def broken(graph, inputs):
         raise RuntimeError("no compiler here\nand more")
 
-    monkeypatch.setattr(
-        device, "compile_options", lambda at: {"backend": broken if backend == "broken" else backend}
-    )
+    monkeypatch.setattr(device, "compile_options", lambda at: {"backend": broken if backend == "broken" else backend})
     compiled = make(speed.CompiledStep)
     assert_same(run(make(), 1), run(compiled, 1), 1e-10)
     out = capsys.readouterr().out

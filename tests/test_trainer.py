@@ -80,9 +80,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(cfg, deltas):
     assert result == again
     for a, b in zip(read_metrics(whole.folder), read_metrics(second.folder)):
         timed = ("seconds", "images_per_second", "data_seconds")
-        assert {k: v for k, v in a.items() if k not in timed} == {
-            k: v for k, v in b.items() if k not in timed
-        }
+        assert {k: v for k, v in a.items() if k not in timed} == {k: v for k, v in b.items() if k not in timed}
     states = [checkpoint.load(t.folder / "latest", "test") for t in (whole, second)]
     for p, q in zip(*(s["optimizer"]["state"].values() for s in states)):
         assert all(torch.equal(a, b) for a, b in zip(p["buffers"], q["buffers"]))
@@ -148,9 +146,7 @@ def test_the_logged_numbers_are_the_epochs_own(cfg):
     trainer.train_loader = DataLoader(data, 50)
     record = trainer.train_epoch(1)
     assert record["loss"]["task"] == pytest.approx(losses["ce"].item(), rel=1e-6)
-    assert record["train_acc"] == pytest.approx(
-        100 * (logits.argmax(1) == data.tensors[1]).float().mean().item()
-    )
+    assert record["train_acc"] == pytest.approx(100 * (logits.argmax(1) == data.tensors[1]).float().mean().item())
     assert record["train_acc_top5"] == 100.0
 
 
@@ -230,9 +226,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_saved(cfg):
         return run(number)
 
     trainer.train_epoch = poison
-    with pytest.raises(
-        UserError, match=r"loss 'tog' became nan in epoch 2.*SOLVER.LR.*latest \(epoch 1\)"
-    ) as caught:
+    with pytest.raises(UserError, match=r"loss 'tog' became nan in epoch 2.*SOLVER.LR.*latest \(epoch 1\)") as caught:
         trainer.train()
     assert "\n" not in str(caught.value)
     assert checkpoint.load(trainer.folder / "latest", "test")["epoch"] == 1
@@ -277,9 +271,7 @@ def test_weights_that_the_last_step_ruined_are_not_saved(cfg):
     trainer.train_loader = DataLoader(trainer.train_loader.dataset, 50)
     with pytest.raises(UserError, match=r"loss 'test_loss' became nan after epoch 1.*no checkpoint"):
         trainer.train()
-    assert not {"latest", "best", "student_latest", "student_best"} & {
-        p.name for p in trainer.folder.iterdir()
-    }
+    assert not {"latest", "best", "student_latest", "student_best"} & {p.name for p in trainer.folder.iterdir()}
     assert read_metrics(trainer.folder) == []
 
 
@@ -296,9 +288,7 @@ def test_autocast_keeps_losses_in_float32(cfg):
     seen = []
     trainer = make(cfg)
     original = trainer.losses_by_stream
-    trainer.losses_by_stream = lambda losses: (
-        seen.extend(v.dtype for v in losses.values()) or original(losses)
-    )
+    trainer.losses_by_stream = lambda losses: seen.extend(v.dtype for v in losses.values()) or original(losses)
     trainer.train()
     assert set(seen) == {torch.float32}
 

@@ -304,9 +304,7 @@ def read_recipes(file: Path) -> dict[tuple[str, str, str, str], Recipe]:
     recipes: dict[tuple[str, str, str, str], Recipe] = {}
     with file.open(encoding="utf-8", newline="") as rows:
         for row in csv.DictReader(rows):
-            dataset, base, teacher, student = (
-                row[name] for name in ("dataset", "base", "teacher", "student")
-            )
+            dataset, base, teacher, student = (row[name] for name in ("dataset", "base", "teacher", "student"))
             given = dataset, base, teacher, student, row["delta_ncg"]
             base, changes = CORRECTIONS.get(given, (base, {}))
             key = dataset, base, teacher, student
@@ -402,9 +400,7 @@ class Configs:
                 lines.append(f"Ours: the {weights}.")
         sibling = SIBLINGS.get((pair.dataset, base, pair.folder))
         if sibling:
-            lines.append(
-                f"The release has no recipe for {base} on this pair; these are the numbers of {sibling}."
-            )
+            lines.append(f"The release has no recipe for {base} on this pair; these are the numbers of {sibling}.")
         otherwise = None if ours else self.otherwise(pair, base)
         if otherwise:
             lines.append(f"Published with {otherwise}; here as {twin_of(base)}.yaml.")
@@ -578,9 +574,7 @@ def render(tree: dict[str, Any], indent: str = "") -> Iterable[str]:
 def _scalar(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(_scalar, value))}]"
-    if isinstance(
-        value, float
-    ):  # without an exponent, which YAML reads as text unless it has a dot and a sign
+    if isinstance(value, float):  # without an exponent, which YAML reads as text unless it has a dot and a sign
         text = f"{value:.10f}".rstrip("0")
         return text + "0" if text.endswith(".") else text
     return str(value)

@@ -52,9 +52,7 @@ class Results:
 
     def gain(self, table: str, method: str) -> str:
         """Return the gain of the last epoch over the base, with its interval."""
-        middle, low, high = (
-            signed(self.cell(table, method, f"last_gain{end}")) for end in ("", "_low", "_high")
-        )
+        middle, low, high = (signed(self.cell(table, method, f"last_gain{end}")) for end in ("", "_low", "_high"))
         return f"{middle} [{low}, {high}]"
 
     def p(self, table: str, method: str) -> str:
@@ -109,9 +107,7 @@ class Results:
         lines = [row("method", *rates), "|---" * (1 + len(rates)) + "|"]
         for method, last in tried.items():
             best = max(last.values())
-            texts = {
-                rate: f"**{value:.2f}**" if value == best else number(value) for rate, value in last.items()
-            }
+            texts = {rate: f"**{value:.2f}**" if value == best else number(value) for rate, value in last.items()}
             lines.append(row(method, *(texts.get(rate, "") for rate in rates)))
         return "\n".join(lines)
 
@@ -174,8 +170,7 @@ class Results:
     def swaps(self, data: str) -> str:
         """Count in how many windows those two momenta change places, of how many."""
         steps = [
-            [window["momentum"]["tcg"] > window["momentum"]["ncg"] for window in step]
-            for step in self._steps(data)
+            [window["momentum"]["tcg"] > window["momentum"]["ncg"] for window in step] for step in self._steps(data)
         ]
         return f"{sum(old != new for old, new in steps)} of {len(steps)}"
 
@@ -265,9 +260,7 @@ def _wrapped(block: str, width: int) -> str:
     text = " ".join(block.split()).replace(" + ", "\0+\0")
     text = re.sub("`[^`]{,20}`", lambda code: code[0].replace(" ", "\0"), text)
     indent = "  " * block.startswith("- ")
-    lines = textwrap.wrap(
-        text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-    )
+    lines = textwrap.wrap(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
     return "\n".join(lines).replace("\0", " ") + "\n" * block.endswith("\n")
 
 

@@ -74,9 +74,7 @@ def main(words: Sequence[str]) -> int:
     )
     parser.add_argument("path", metavar="PATH", type=Path, help="the checkout's root folder")
     how = parser.add_mutually_exclusive_group()
-    how.add_argument(
-        "--check", action="store_true", help="change nothing; exit 0: in place, 1: not yet, 2: cannot be"
-    )
+    how.add_argument("--check", action="store_true", help="change nothing; exit 0: in place, 1: not yet, 2: cannot be")
     how.add_argument("--revert", action="store_true", help="take out what apply put in")
     args = parser.parse(words)
     if args.check:
@@ -153,17 +151,13 @@ def _survey(root: Path) -> tuple[list[File], list[File]]:
     names = [name for name in KNOWN if detection or name != DETECTION]
     for name in (*names, "mdistiller/__init__.py"):
         if not (root / name).is_file():
-            raise UserError(
-                f"{root}: has no {name}; PATH must be the root folder of a checkout of mdistiller"
-            )
+            raise UserError(f"{root}: has no {name}; PATH must be the root folder of a checkout of mdistiller")
     folder = shipped("configs")
     if (root / "configs").resolve() == folder.resolve():
         raise UserError(f"{root}: its configs/ are the plugin's own; PATH must be a checkout of mdistiller")
     try:
         scripts = [_script(root, name) for name in names]
-        places = [
-            (file, _place(file.relative_to(folder), detection)) for file in sorted(folder.rglob("*.yaml"))
-        ]
+        places = [(file, _place(file.relative_to(folder), detection)) for file in sorted(folder.rglob("*.yaml"))]
         configs = [_config(root, name, file.read_bytes()) for file, name in places if name is not None]
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror}); nothing was changed") from None
@@ -194,9 +188,7 @@ def _config(root: Path, name: str, ours: bytes) -> File:
     # what is reached over a symbolic link may be somebody's only copy
     linked = path.resolve() != root.resolve() / name
     in_place = now == ours
-    return File(
-        name, path, "in place" if in_place else "kept", now, now, None if in_place and not linked else now
-    )
+    return File(name, path, "in place" if in_place else "kept", now, now, None if in_place and not linked else now)
 
 
 def _place(file: Path, detection: bool) -> str | None:
@@ -243,9 +235,7 @@ def _change(root: Path, files: Iterable[File], after: Callable[[File], bytes | N
                 _put(root, file.path, file.now)
             if not isinstance(error, OSError):
                 raise
-            raise UserError(
-                f"{begun[-1].path}: cannot be changed ({error.strerror}); nothing was changed"
-            ) from None
+            raise UserError(f"{begun[-1].path}: cannot be changed ({error.strerror}); nothing was changed") from None
     return changed
 
 

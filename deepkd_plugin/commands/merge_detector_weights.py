@@ -25,9 +25,7 @@ def main(words: Sequence[str]) -> int:
         help="a resnet18, resnet50 or mobilenet_v2 of torchvision (.pth), or MSRA's R-50.pkl",
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="the file to write, .pth")
-    parser.add_argument(
-        "--classes", metavar="N", type=count, help="refuse a teacher of another number of classes"
-    )
+    parser.add_argument("--classes", metavar="N", type=count, help="refuse a teacher of another number of classes")
     args = parser.parse(words)
     from ..detection.detectron2.merge import merge
 

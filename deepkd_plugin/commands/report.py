@@ -12,8 +12,7 @@ def main(words: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
     parser = Parser(
         "deepkd report",
-        description="Write report.md, report.csv and report.html, which needs no other file, from the runs of a "
-        "table.",
+        description="Write report.md, report.csv and report.html, which needs no other file, from the runs of a table.",
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="where reproduce put a table")
     folder = parser.parse(words).folder

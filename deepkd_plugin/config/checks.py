@@ -69,9 +69,7 @@ def check_momenta(cfg: CfgNode, origin: dict[str, str]) -> None:
         # an allocation may give a stream either end of its range
         if not all(0 <= solver.MOMENTUM + d < 1 for d in ((delta, -delta) if measured else (delta,))):
             low, high = -solver.MOMENTUM, 1 - solver.MOMENTUM
-            allowed = (
-                f"in [{low:g}, {high:g}), so that SOLVER.MOMENTUM {solver.MOMENTUM:g} plus it is in [0, 1)"
-            )
+            allowed = f"in [{low:g}, {high:g}), so that SOLVER.MOMENTUM {solver.MOMENTUM:g} plus it is in [0, 1)"
             if measured:
                 allowed += ", and minus it too with SOLVER.DECOUPLED.ALLOCATION gsnr"
             raise wrong(origin, path, delta, allowed)
@@ -87,9 +85,7 @@ def check_momenta(cfg: CfgNode, origin: dict[str, str]) -> None:
         allowed = "'fixed' with SOLVER.DECOUPLED.VARIANT release, which ties two streams together"
         raise wrong(origin, path, node.ALLOCATION, allowed)
     if measured and sum(node.DELTA[stream.upper()] != 0 for stream in streams(cfg)) < 2:
-        allowed = (
-            "'fixed' if fewer than two of SOLVER.DECOUPLED.DELTA differ from 0: their sizes are its bounds"
-        )
+        allowed = "'fixed' if fewer than two of SOLVER.DECOUPLED.DELTA differ from 0: their sizes are its bounds"
         raise wrong(origin, path, node.ALLOCATION, allowed)
 
 
@@ -120,9 +116,7 @@ def check_mask(cfg: CfgNode, origin: dict[str, str], num_classes: int) -> None:
         except ValueError as error:
             raise UserError(f"{origin.get(path, 'default')}: {path}: {error}") from None
     if mask.TYPE == "dynamic" and sizes["INITIAL"] > sizes["OPTIMAL"]:
-        path = next(
-            (p for p in ("DeepKD.MASK.INITIAL", "DeepKD.MASK.OPTIMAL") if p in origin), "DeepKD.MASK.INITIAL"
-        )
+        path = next((p for p in ("DeepKD.MASK.INITIAL", "DeepKD.MASK.OPTIMAL") if p in origin), "DeepKD.MASK.INITIAL")
         raise UserError(
             f"{origin.get(path, 'default')}: DeepKD.MASK.INITIAL is {mask.INITIAL} ({sizes['INITIAL']} classes) and "
             f"DeepKD.MASK.OPTIMAL {mask.OPTIMAL} ({sizes['OPTIMAL']}); the mask must not shrink"

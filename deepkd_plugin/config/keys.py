@@ -85,9 +85,7 @@ _FIXED = (
         "DELTA as it stands, or within its size by the measured GSNR (see gsnr.GSNRAllocation)",
         *one_of("fixed", "gsnr"),
     ),
-    Key(
-        "SOLVER.DECOUPLED.SEPARATION", 2.0, "highest over lowest GSNR that gives the whole DELTA", *ABOVE_ONE
-    ),
+    Key("SOLVER.DECOUPLED.SEPARATION", 2.0, "highest over lowest GSNR that gives the whole DELTA", *ABOVE_ONE),
     Key("SOLVER.DECOUPLED.SMOOTHING", 0.5, "what a window keeps of the GSNR before it", *FRACTION),
     Key(
         "SOLVER.LR_SCHEDULE",

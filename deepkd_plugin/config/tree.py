@@ -132,9 +132,7 @@ def flatten(cfg: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return dotted path → value for every leaf of a tree, each behind a prefix."""
     leaves: dict[str, Any] = {}
     for name, value in cfg.items():
-        leaves |= (
-            flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-        )
+        leaves |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return leaves
 
 
@@ -143,9 +141,7 @@ def wrong(origin: dict[str, str], path: str, value: Any, allowed: str) -> UserEr
     return UserError(f"{origin.get(path, 'default')}: {path} is {value!r}; it must be {allowed}")
 
 
-def _merge(
-    root: CfgNode, node: CfgNode, tree: dict[str, Any], prefix: str, file: str, origin: dict[str, str]
-) -> None:
+def _merge(root: CfgNode, node: CfgNode, tree: dict[str, Any], prefix: str, file: str, origin: dict[str, str]) -> None:
     """Merge a YAML mapping into a node of the tree, key by key."""
     for name, value in tree.items():
         path = f"{prefix}{name}"
@@ -167,9 +163,7 @@ def _set(node: CfgNode, leaf: str, value: Any, path: str, source: str) -> None:
     """Set one leaf, with yacs's rules of type and whole numbers accepted for floats."""
     old = node[leaf]
     if isinstance(old, CfgNode):
-        raise UserError(
-            f"{source}: {path} is {value!r}; it is a section and must hold keys: {', '.join(old)}"
-        )
+        raise UserError(f"{source}: {path} is {value!r}; it is a section and must hold keys: {', '.join(old)}")
     if isinstance(value, str) and not isinstance(old, str):
         with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             value = ast.literal_eval(value)
@@ -179,7 +173,6 @@ def _set(node: CfgNode, leaf: str, value: Any, path: str, source: str) -> None:
         value = type(old)(value)
     if old is not None and type(value) is not type(old):
         raise UserError(
-            f"{source}: {path} is {value!r} ({type(value).__name__}); it must be {type(old).__name__}, "
-            f"like {old!r}"
+            f"{source}: {path} is {value!r} ({type(value).__name__}); it must be {type(old).__name__}, like {old!r}"
         )
     node[leaf] = value

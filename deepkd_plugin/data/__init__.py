@@ -72,9 +72,7 @@ def _choose(images: Any, node: Any) -> tuple[np.ndarray, np.ndarray]:
     return choose(np.asarray(images.targets), node.TRAIN_PER_CLASS, node.HOLDOUT)
 
 
-def _loader(
-    cfg: Any, data_set: Source, samples: Dataset, images: Any, chosen: np.ndarray, training: bool
-) -> Loader:
+def _loader(cfg: Any, data_set: Source, samples: Dataset, images: Any, chosen: np.ndarray, training: bool) -> Loader:
     """Make the loader of `samples`, whose images are those of `images` at the places `chosen`."""
     size = cfg.SOLVER.BATCH_SIZE if training else cfg.DATASET.TEST.BATCH_SIZE
     target_device = device.pick()

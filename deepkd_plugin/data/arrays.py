@@ -16,9 +16,7 @@ from ..errors import UserError
 class ArrayDataset(Dataset[tuple[Any, ...]]):
     """Images (N, H, W, 3) uint8 with labels `targets` (N,): (transform(PIL image), label)."""
 
-    def __init__(
-        self, images: np.ndarray, targets: np.ndarray, transform: Callable[[Any], Any] | None
-    ) -> None:
+    def __init__(self, images: np.ndarray, targets: np.ndarray, transform: Callable[[Any], Any] | None) -> None:
         self.images, self.targets, self.transform = images, targets, transform
 
     def __len__(self) -> int:
@@ -55,9 +53,7 @@ class Contrast(Dataset[tuple[Any, ...]]):
     def __init__(self, dataset: Dataset, labels: np.ndarray, count: int, relaxed: bool) -> None:
         self.dataset, self.labels, self.count, self.relaxed = dataset, labels, count, relaxed
         self.order = np.argsort(labels, kind="stable")
-        self.start, self.end = (
-            np.searchsorted(labels[self.order], labels, side) for side in ("left", "right")
-        )
+        self.start, self.end = (np.searchsorted(labels[self.order], labels, side) for side in ("left", "right"))
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -66,9 +66,7 @@ def class_folders(folder: Path, num_classes: int, kind: str) -> tuple[list[str],
     try:
         classes = sum(entry.is_dir() for entry in folder.iterdir())
         if classes != num_classes:
-            raise UserError(
-                f"{folder}: DATASET.ROOT must hold {num_classes} class folders for {kind}, holds {classes}"
-            )
+            raise UserError(f"{folder}: DATASET.ROOT must hold {num_classes} class folders for {kind}, holds {classes}")
         images = ImageFolder(str(folder))
     except OSError as error:
         raise UserError(f"{folder}: DATASET.ROOT is not {kind} ({error})") from None

@@ -25,9 +25,7 @@ from .sources import Source, register_dataset
 # Left out: characters that equal another up to size, since size is random here (c o s u v w x z k p θ π φ ψ),
 # or in some of the fonts (l, 0, 1, and the Greek and Cyrillic capitals that are drawn as Latin ones), and
 # small Cyrillic letters, whose italics look like other letters.
-CHARACTERS = (
-    "ABCDEFGHIJKLMNOPQRSTUVWXYZabdefghijmnqrty23456789ΓΔΘΛΞΠΣΦΨΩαβγδεζηλμξσωБДЖИЛЦЧШЩЫЭЮЯ#$%&@?+=±÷€£¥§¶«"
-)
+CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabdefghijmnqrty23456789ΓΔΘΛΞΠΣΦΨΩαβγδεζηλμξσωБДЖИЛЦЧШЩЫЭЮЯ#$%&@?+=±÷€£¥§¶«"
 FONTS = (
     *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
     *(f"DejaVuSansMono{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
@@ -62,9 +60,7 @@ STROKE_WIDTH = (1.0, 2.5)  # pixels
 
 
 @functools.cache
-def glyph_masks(
-    characters: str, fonts: tuple[str, ...] = FONTS
-) -> tuple[list[list[Image.Image]], np.ndarray]:
+def glyph_masks(characters: str, fonts: tuple[str, ...] = FONTS) -> tuple[list[list[Image.Image]], np.ndarray]:
     """Draw characters in some of FONTS: masks[character][font], and the glyphs' (width, height) in a mask's pixels.
 
     A mask is an "L" image of ATLAS_SIDE x ATLAS_SIDE with the glyph in its middle; the sizes are float64
@@ -132,9 +128,7 @@ def _stroke(points: np.ndarray, width: float) -> Image.Image:
     return mask
 
 
-def colours(
-    rng: np.random.Generator, base: np.ndarray, contrasts: tuple[float, float] = CONTRAST
-) -> np.ndarray:
+def colours(rng: np.random.Generator, base: np.ndarray, contrasts: tuple[float, float] = CONTRAST) -> np.ndarray:
     """Draw colours (N, 3), each lighter or darker than its `base` (N, 3) by a contrast; 1 is black on white."""
     n = len(base)
     contrast = rng.uniform(*contrasts, n) * rng.choice([-1.0, 1.0], n)
@@ -216,9 +210,7 @@ def load_glyphs100(root: str | Path, split: str, seed: int = 0) -> tuple[np.ndar
     """
     if split not in PER_CLASS:
         raise ValueError(f"split must be one of {', '.join(PER_CLASS)}, not {split!r}")
-    key = (
-        f"s{seed}-n{PER_CLASS[split]}-g{GENERATOR_VERSION}-pillow{PIL.__version__}-mpl{version('matplotlib')}"
-    )
+    key = f"s{seed}-n{PER_CLASS[split]}-g{GENERATOR_VERSION}-pillow{PIL.__version__}-mpl{version('matplotlib')}"
     count = PER_CLASS[split] * len(CHARACTERS)
 
     def fits(images: np.ndarray, labels: np.ndarray) -> bool:

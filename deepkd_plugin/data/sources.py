@@ -91,9 +91,7 @@ class Source(Facts):
         try:
             images, labels = self.read(node.ROOT, split)
         except OSError as error:
-            raise UserError(
-                f"DATASET.ROOT {node.ROOT}: {node.TYPE} cannot be read from it ({error})"
-            ) from None
+            raise UserError(f"DATASET.ROOT {node.ROOT}: {node.TYPE} cannot be read from it ({error})") from None
         labels = np.asarray(labels)
         name = f"DATASET.ROOT {node.ROOT}: {node.TYPE}, {split}"
         if isinstance(images, np.ndarray):
@@ -171,9 +169,7 @@ class Sources(dict[str, S], Generic[S]):
     def register(self, name: str, source: S) -> None:
         """Add a data set; UserError if its name is taken."""
         if self.get(name, source) is not source:
-            raise UserError(
-                f"the data set {name!r} is registered already; another must have a name of its own"
-            )
+            raise UserError(f"the data set {name!r} is registered already; another must have a name of its own")
         extensions.remember(source.read)
         self[name] = source
 
@@ -194,9 +190,7 @@ def register_dataset(name: str, source: Source) -> None:
         register_dataset("dots", Source(read, num_classes=7, train=700, test=70, side=48, mean=MEAN, std=STD))
     """
     if source.zoo not in ZOOS:
-        raise UserError(
-            f"the data set {name!r} has the zoo {source.zoo!r}; it must be one of {', '.join(ZOOS)}"
-        )
+        raise UserError(f"the data set {name!r} has the zoo {source.zoo!r}; it must be one of {', '.join(ZOOS)}")
     if ZOOS[source.zoo] not in (None, source.num_classes):
         raise UserError(
             f"the data set {name!r} has {source.num_classes} classes; with the zoo {source.zoo!r} it must have "

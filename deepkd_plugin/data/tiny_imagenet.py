@@ -48,9 +48,7 @@ def _annotated(annotations: Path) -> tuple[list[str], list[int]]:
     for number, line in enumerate(lines, 1):
         name, wnid, *_ = *line.split(), "", ""
         if not wnid:
-            raise UserError(
-                f"{annotations}: line {number} is {line!r}; it must be the name of an image and its wnid"
-            )
+            raise UserError(f"{annotations}: line {number} is {line!r}; it must be the name of an image and its wnid")
         if name not in present:
             raise UserError(f"{annotations}: line {number} names {name}, which is not in {images}")
         names.append(name)

@@ -113,9 +113,7 @@ def cut_out(image: Image.Image, share: float, centre: tuple[float, float]) -> Im
 class TwoViews:
     """[weak view, strong view] of an image, each drawn for itself."""
 
-    def __init__(
-        self, weak: Callable[[Image.Image], Tensor], strong: Callable[[Image.Image], Tensor]
-    ) -> None:
+    def __init__(self, weak: Callable[[Image.Image], Tensor], strong: Callable[[Image.Image], Tensor]) -> None:
         self.weak, self.strong = weak, strong
 
     def __call__(self, image: Image.Image) -> list[Tensor]:

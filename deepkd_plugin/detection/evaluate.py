@@ -24,9 +24,7 @@ def _main(words: list[str]) -> None:
     parser = Parser("tools/eval_detection.py", description="Test a student file or a teacher under a config.")
     parser.add_argument("--cfg", required=True, metavar="FILE", help=f"for example {EXAMPLE}")
     parser.add_argument("--ckpt", required=True, metavar="FILE", help="a run's student_best; builtin:NAME")
-    parser.add_argument(
-        "--model", metavar="NAME", help="the network; by default the config's DISTILLER.STUDENT"
-    )
+    parser.add_argument("--model", metavar="NAME", help="the network; by default the config's DISTILLER.STUDENT")
     parser.add_pairs()
     args = parser.parse(words)
     cfg, _ = read_config(args.cfg, args.options)
@@ -38,7 +36,5 @@ def _main(words: list[str]) -> None:
     torch_device = device.pick()
     detector = trained_network(name, len(classes), cfg.DETECTION, args.ckpt, "--ckpt")
     results = evaluate(device.place(detector, torch_device, False), loader, torch_device)
-    numbers = ", ".join(
-        f"{measure} {results[f'test_{measure.lower()}']:.2f} %" for measure in ("AP", "AP50", "AP75")
-    )
+    numbers = ", ".join(f"{measure} {results[f'test_{measure.lower()}']:.2f} %" for measure in ("AP", "AP50", "AP75"))
     print(f"{name} on {cfg.DATASET.TYPE}: {numbers} over {len(loader.dataset)} images")

@@ -44,9 +44,7 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
     device.seed_everything(cfg.SOLVER.SEED)
     train_loader, test_loader, count, classes = get_detection_sets(cfg)
     config.check_mask(cfg, origin, len(classes) + 1)
-    print(
-        f"{name}: {cfg.DISTILLER.TYPE} on {cfg.DATASET.TYPE}, {count} images, {device.describe(torch_device)}"
-    )
+    print(f"{name}: {cfg.DISTILLER.TYPE} on {cfg.DATASET.TYPE}, {count} images, {device.describe(torch_device)}")
     if DETECTION_SETS[cfg.DATASET.TYPE].pretrained and not cfg.DETECTION.STUDENT_BACKBONE:
         print("student   starts from random numbers: DETECTION.STUDENT_BACKBONE names no file")
     distiller = device.place(make_distiller(cfg, len(classes)), torch_device, False)

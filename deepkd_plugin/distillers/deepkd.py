@@ -20,9 +20,7 @@ _CLASSES: Rule = (
 )
 _PHASES: Rule = (
     "two ends in order, 0 <= phi1 < phi2 <= 1",
-    lambda value: (
-        [type(end) in (int, float) for end in value] == [True, True] and 0 <= value[0] < value[1] <= 1
-    ),
+    lambda value: [type(end) in (int, float) for end in value] == [True, True] and 0 <= value[0] < value[1] <= 1,
 )
 
 

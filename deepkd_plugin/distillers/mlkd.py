@@ -66,9 +66,7 @@ class MLKD(Method):
             classes, samples = (rows.mean().expand_as(rows) for rows in (classes, samples))
 
         def distance(gram: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-            pairs = [
-                (F.softmax(teacher / t, dim=1), F.softmax(student / t, dim=1)) for t in node.TEMPERATURES
-            ]
+            pairs = [(F.softmax(teacher / t, dim=1), F.softmax(student / t, dim=1)) for t in node.TEMPERATURES]
             return total(((gram(t) - gram(s)).square().sum(1) * rows).sum() / len(rows) for t, s in pairs)
 
         with torch.autocast(student.device.type, enabled=False):  # it would multiply matrices in bfloat16

@@ -33,10 +33,7 @@ def standardised(terms: Iterable[Term], enabled: bool) -> list[Term]:
     """Return the terms on standardised logits if `enabled` (EXPERIMENT.LOGIT_STAND), else as they are."""
     if not enabled:
         return list(terms)
-    return [
-        t._replace(student=standardise_logits(t.student), teacher=standardise_logits(t.teacher))
-        for t in terms
-    ]
+    return [t._replace(student=standardise_logits(t.student), teacher=standardise_logits(t.teacher)) for t in terms]
 
 
 def divergence(terms: Iterable[Term]) -> Tensor:

@@ -182,9 +182,7 @@ def check_trainer(cfg: Any, origin: Mapping[str, str], trainer: type) -> None:
         raise config.wrong(origin, "SOLVER.TRAINER", cfg.SOLVER.TRAINER, f"{config.TRAINER}: {reason}")
     for key in config.all_keys():
         if key.path.removeprefix("SOLVER.") in _OURS_ALONE and config.get(cfg, key.path) != key.default:
-            allowed = (
-                f"{key.default!r} under mdistiller's trainer {cfg.SOLVER.TRAINER}, which does not read it"
-            )
+            allowed = f"{key.default!r} under mdistiller's trainer {cfg.SOLVER.TRAINER}, which does not read it"
             raise config.wrong(origin, key.path, config.get(cfg, key.path), allowed)
 
 
@@ -215,9 +213,7 @@ def _measure_teachers(base_trainer: type) -> None:
     """Let mdistiller's trainers say how good the teacher is before they write anything."""
     construct = base_trainer.__init__
 
-    def tested(
-        self: Any, name: str, distiller: nn.Module, train_loader: Any, val_loader: Any, cfg: Any
-    ) -> None:
+    def tested(self: Any, name: str, distiller: nn.Module, train_loader: Any, val_loader: Any, cfg: Any) -> None:
         measure_teacher(distiller.module, val_loader, cfg)
         construct(self, name, distiller, train_loader, val_loader, cfg)
 

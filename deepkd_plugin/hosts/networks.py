@@ -24,9 +24,7 @@ def register_network(name: str, make: Callable[..., nn.Module]) -> None:
     Raises ValueError if another constructor has the name.
     """
     if NETWORKS.setdefault(name, make) is not make:
-        raise ValueError(
-            f"the network {name!r} is registered already, as {NETWORKS[name]!r}; give another name"
-        )
+        raise ValueError(f"the network {name!r} is registered already, as {NETWORKS[name]!r}; give another name")
     extensions.remember(make)
 
 
@@ -39,9 +37,7 @@ def add_networks(host: Host) -> list[str]:
     for name, make in NETWORKS.items():
         for zoo in zoos:
             if zoo.get(name, (make,))[0] is not make:
-                raise UserError(
-                    f"{host.name} already has the network {name!r}; register yours under another name"
-                )
+                raise UserError(f"{host.name} already has the network {name!r}; register yours under another name")
     added = [name for name in NETWORKS if name not in host.cifar_models]
     for name in added:
         for zoo in zoos:
@@ -63,9 +59,7 @@ def network(host: Host, dataset: str, name: str, num_classes: int) -> nn.Module:
     return entry[0](num_classes=num_classes) if isinstance(entry, tuple) else entry(pretrained=False)
 
 
-def trained_network(
-    host: Host, dataset: str, name: str, num_classes: int, weights: str, key: str
-) -> nn.Module:
+def trained_network(host: Host, dataset: str, name: str, num_classes: int, weights: str, key: str) -> nn.Module:
     """Make a network with weights: of a file, of one that the package ships (builtin:NAME), or the zoo's own ("").
 
     `key` is the config key or option that gave `weights`, for errors.
@@ -80,9 +74,7 @@ def trained_network(
                 f"{key} names no file and torchvision's weights of {name} cannot be fetched ({error}); name a file"
             ) from None
     if not path:
-        raise UserError(
-            f"{key} names no file and the zoo has no weights of {name}; it must name a checkpoint"
-        )
+        raise UserError(f"{key} names no file and the zoo has no weights of {name}; it must name a checkpoint")
     made = network(host, dataset, name, num_classes)
     checkpoint.load_weights(made, path, key, name)
     return made.requires_grad_(False)

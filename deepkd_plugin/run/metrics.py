@@ -111,9 +111,7 @@ def weights_and_biases(folder: Path, cfg: Any) -> Any:
     """Return the open run of W&B, or a new one."""
     import wandb  # an extra: config.check has seen that it is there
 
-    return wandb.run or wandb.init(
-        project=cfg.EXPERIMENT.PROJECT, name=folder.name, tags=cfg.EXPERIMENT.TAG.split(",")
-    )
+    return wandb.run or wandb.init(project=cfg.EXPERIMENT.PROJECT, name=folder.name, tags=cfg.EXPERIMENT.TAG.split(","))
 
 
 def _numbers(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:

@@ -36,13 +36,9 @@ def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
         latest = (folder / "latest").is_file()
         holds_run = latest or (folder / FILE).exists()
     except OSError as error:  # a name of many options is longer than a file system takes
-        raise UserError(
-            f"{folder}: EXPERIMENT.NAME must be set to a shorter name ({error.strerror})"
-        ) from None
+        raise UserError(f"{folder}: EXPERIMENT.NAME must be set to a shorter name ({error.strerror})") from None
     if resume and not latest:
-        raise UserError(
-            f"{folder}: --resume finds no checkpoint 'latest' there; leave it out to start the run"
-        )
+        raise UserError(f"{folder}: --resume finds no checkpoint 'latest' there; leave it out to start the run")
     if not resume and not overwrite and holds_run:
         raise UserError(
             f"{folder}: holds a run already; go on with --resume, start again with --overwrite "

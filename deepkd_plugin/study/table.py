@@ -131,9 +131,7 @@ class Table:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(self.folder / FILE, lambda file: file.write(text.encode()))
         except OSError as error:
-            raise UserError(
-                f"{self.folder}: --out must be a folder that can be written ({error.strerror})"
-            ) from None
+            raise UserError(f"{self.folder}: --out must be a folder that can be written ({error.strerror})") from None
 
     def _entry(self, run: Run) -> dict[str, Any]:
         folder = run.folder.absolute().relative_to(self.folder.absolute())

@@ -249,9 +249,7 @@ def test_edits_after_apply_survive_revert(fake, deepkd):
     assert (fake / "tools/train.py").read_bytes() == SCRIPTS["tools/train.py"] + b"# mine\n"
     assert (fake / CONFIGS[0]).read_bytes() == b"mine: 1\n"
     assert not any((fake / name).exists() for name in SOURCES if name != CONFIGS[0])
-    assert out.splitlines()[-1] == (
-        f"left 1 file not as the plugin ships them, or behind a link: {CONFIGS[0]}"
-    )
+    assert out.splitlines()[-1] == (f"left 1 file not as the plugin ships them, or behind a link: {CONFIGS[0]}")
 
 
 def test_crlf_stays_crlf(fake, deepkd):
@@ -273,9 +271,7 @@ def test_crlf_stays_crlf(fake, deepkd):
 
 def test_a_checkout_with_one_file_patched_by_hand(fake, deepkd):
     before = tree(fake)
-    put(
-        fake / "tools/eval.py", TWO_LINES + TWO_LINES + SCRIPTS["tools/eval.py"]
-    )  # git apply does not mind twice
+    put(fake / "tools/eval.py", TWO_LINES + TWO_LINES + SCRIPTS["tools/eval.py"])  # git apply does not mind twice
     code, out, _ = deepkd(fake)
     assert code == 0
     assert out.splitlines()[0] == "patched   tools/train.py, detection/train_net.py"

@@ -156,9 +156,7 @@ def test_gsnr_draws_runs_together(tmp_path, capsys):
     assert cli.main(["gsnr", "--out", str(out), "--runs", *folders, str(tmp_path / "none")]) == 2
     captured = capsys.readouterr()
     assert (captured.out, captured.err.count("\n")) == ("", 1)
-    assert captured.err.startswith(
-        f"deepkd: error: {tmp_path / 'none' / 'config.yaml'}: must be the config of"
-    )
+    assert captured.err.startswith(f"deepkd: error: {tmp_path / 'none' / 'config.yaml'}: must be the config of")
 
 
 @pytest.fixture

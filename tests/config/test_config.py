@@ -130,8 +130,7 @@ def test_values_come_from_the_file_and_then_from_the_options(cfg, tmp_path):
         ),
         (
             "SOLVER: {LR_SCHEDULE: cosine, WARMUP_EPOCHS: 240}",
-            "some.yaml: SOLVER.WARMUP_EPOCHS is 240; it must be below SOLVER.EPOCHS, 240, with the cosine "
-            "schedule",
+            "some.yaml: SOLVER.WARMUP_EPOCHS is 240; it must be below SOLVER.EPOCHS, 240, with the cosine schedule",
         ),
         ("GSNR: {EVERY: 0}", "some.yaml: GSNR.EVERY is 0; it must be a number above 0"),
         ("GSNR: {WINDOW: 1}", "some.yaml: GSNR.WINDOW is 1; it must be a whole number from 2 on"),
@@ -157,17 +156,13 @@ def test_one_line_names_file_key_value_and_what_is_allowed(cfg, tmp_path, text, 
     assert message(cfg, tmp_path, text) == expected
 
 
-@pytest.mark.parametrize(
-    "phases", ["[a, b]", "[null, 0.2]", "[[0.1], 0.2]", "[false, true]", "[0.1]", "[0.1, .nan]"]
-)
+@pytest.mark.parametrize("phases", ["[a, b]", "[null, 0.2]", "[[0.1], 0.2]", "[false, true]", "[0.1]", "[0.1, .nan]"])
 def test_phases_of_other_things_than_numbers(cfg, tmp_path, phases):
     assert "it must be two ends in order" in message(cfg, tmp_path, f"DeepKD: {{MASK: {{PHASES: {phases}}}}}")
 
 
 def test_the_command_line_is_named_too(cfg, tmp_path):
-    assert message(cfg, tmp_path, "SOLVER: {LR: 0.1}", "SOLVER.LR", "-1").startswith(
-        "command line: SOLVER.LR is -1"
-    )
+    assert message(cfg, tmp_path, "SOLVER: {LR: 0.1}", "SOLVER.LR", "-1").startswith("command line: SOLVER.LR is -1")
     assert "come in pairs KEY VALUE, 'SOLVER.LR' has no value" in message(cfg, tmp_path, "{}", "SOLVER.LR")
 
 

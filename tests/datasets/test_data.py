@@ -57,9 +57,7 @@ def test_cifar100_in_class_folders(tmp_path, below):
     assert labels.tolist() == list(range(100))
     assert np.array_equal(images[99], pixels)
     Image.fromarray(pixels[:30]).save(tmp_path / below / "test" / "class_07" / "0002.png")
-    with pytest.raises(
-        UserError, match="0002.png: this image is 32 x 30; those of its data set must be 32 x 32"
-    ):
+    with pytest.raises(UserError, match="0002.png: this image is 32 x 30; those of its data set must be 32 x 32"):
         cifar100.read_cifar100(tmp_path, "test")
     (tmp_path / below / "test" / "class_07" / "0002.png").write_bytes(b"broken")
     with pytest.raises(UserError, match="0002.png: DATASET.ROOT has an image that cannot be read"):
@@ -88,9 +86,7 @@ def test_bad_cifar100_files(data_cfg, tmp_path):
         write(tmp_path / name, **change)
         with pytest.raises(UserError, match=f"{name}.*{expected}"):
             get_dataset(data_cfg("cifar100", tmp_path / name))
-    with pytest.raises(
-        UserError, match="DATASET.ROOT holds no CIFAR-100.*; DATASET.DOWNLOAD True fetches it"
-    ):
+    with pytest.raises(UserError, match="DATASET.ROOT holds no CIFAR-100.*; DATASET.DOWNLOAD True fetches it"):
         cifar100.read_cifar100(tmp_path, "train")
 
 
@@ -197,8 +193,7 @@ def test_a_holdout_comes_from_the_training_images_unaugmented(data_cfg, cifar_ro
     assert (count, len(test.dataset)) == (200, 100)
     images, _ = cifar100.read_cifar100(cifar_root, "train")
     used, held = (
-        {part.dataset.images[i].tobytes() for i in part.indices}
-        for part in (train.dataset.dataset, test.dataset)
+        {part.dataset.images[i].tobytes() for i in part.indices} for part in (train.dataset.dataset, test.dataset)
     )
     assert used | held == {image.tobytes() for image in images}
     assert not held & used
@@ -216,9 +211,7 @@ def test_a_holdout_that_leaves_nothing(data_cfg, cifar_root, holdout, left):
 
 def test_testing_does_not_need_the_training_images(data_cfg, tmp_path, cifar_root):
     (tmp_path / "cifar-100-python").mkdir()
-    (tmp_path / "cifar-100-python" / "test").write_bytes(
-        (cifar_root / "cifar-100-python" / "test").read_bytes()
-    )
+    (tmp_path / "cifar-100-python" / "test").write_bytes((cifar_root / "cifar-100-python" / "test").read_bytes())
     loader, classes = get_test_set(data_cfg("cifar100", tmp_path))
     assert (len(loader.dataset), classes) == (100, 100)
 
@@ -279,9 +272,7 @@ def test_an_unknown_data_set_lists_what_there_is(data_cfg):
         get_dataset(data_cfg("mnist", "x"))
 
 
-@pytest.mark.skipif(
-    not os.environ.get("CIFAR100_ROOT"), reason="CIFAR100_ROOT does not name a folder with CIFAR-100"
-)
+@pytest.mark.skipif(not os.environ.get("CIFAR100_ROOT"), reason="CIFAR100_ROOT does not name a folder with CIFAR-100")
 @pytest.mark.slow
 def test_real_cifar100():
     """The official numbering and pixels: class sizes, per-channel statistics, and what mdistiller normalises by."""

@@ -95,9 +95,7 @@ def test_a_rotation_is_pils(size):
 
 def cells(images):
     """How often each (rows, columns, flipped) is seen, in images whose pixels hold their row and column."""
-    mean, std = (
-        torch.tensor(values)[:, None] for values in (DATASETS["cifar100"].mean, DATASETS["cifar100"].std)
-    )
+    mean, std = (torch.tensor(values)[:, None] for values in (DATASETS["cifar100"].mean, DATASETS["cifar100"].std))
     found = ((images[:, :, 16, 15:17] * std + mean) * 255).round().int()
     upper, left, right = found[:, 1, 0], found[:, 0, 0], found[:, 0, 1]
     flipped = right < left
@@ -112,9 +110,7 @@ def test_crops_and_flips_are_distributed_as_the_workers():
     image = np.stack([column, row, np.full((32, 32), 255)], 2).astype(np.uint8)
     count = 8100
     torch.manual_seed(0)
-    ours = cells(
-        torch.cat([batch[0] for batch in loader_of("cifar100", np.stack([image] * count), 500)]).cpu()
-    )
+    ours = cells(torch.cat([batch[0] for batch in loader_of("cifar100", np.stack([image] * count), 500)]).cpu())
     transform = DATASETS["cifar100"].training_transform(1)
     theirs = cells(torch.stack([transform(Image.fromarray(image)) for _ in range(count)]))
     for observed in (ours, theirs):
@@ -134,9 +130,7 @@ def test_angles_are_uniform_and_flips_are_fair():
 
 
 def test_a_distortion_without_a_counterpart():
-    with pytest.raises(
-        UserError, match="RandomResizedCrop.*, which is not made on a device for images of 64 x 64"
-    ):
+    with pytest.raises(UserError, match="RandomResizedCrop.*, which is not made on a device for images of 64 x 64"):
         batchwise(DATASETS["imagenet"].augmentation[0], 64, 64)
     with pytest.raises(UserError, match="RandomCrop.* images of 64 x 64"):
         batchwise(DATASETS["cifar100"].augmentation[0], 64, 64)
@@ -203,8 +197,7 @@ def test_training_sets_are_the_workers(data_cfg, roots, kind):
     """The same images under the same indices with TRAIN_PER_CLASS and HOLDOUT, and the same single samples."""
     node = {"TRAIN_PER_CLASS": 1, "HOLDOUT": 0.34}
     (ours, _, count, classes), (theirs, *rest) = (
-        get_dataset(data_cfg(kind, roots[kind], PIPELINE=pipeline, **node))
-        for pipeline in ("device", "workers")
+        get_dataset(data_cfg(kind, roots[kind], PIPELINE=pipeline, **node)) for pipeline in ("device", "workers")
     )
     assert [count, classes] == rest[1:] == [len(theirs.dataset), len(theirs.dataset)]
     assert len(ours.dataset) == count
@@ -271,9 +264,7 @@ class Images(nn.Module):
         ),
     ],
 )
-def test_what_the_device_cannot_make_is_refused_before_anything_is_read(
-    data_cfg, tmp_path, kind, method, base, reason
-):
+def test_what_the_device_cannot_make_is_refused_before_anything_is_read(data_cfg, tmp_path, kind, method, base, reason):
     with pytest.raises(UserError) as caught:
         get_dataset(data_cfg(kind, tmp_path / "none", method, base, PIPELINE="device"))
     assert str(caught.value) == f"config: DATASET.PIPELINE is 'device'; it must be 'workers' with {reason}"
@@ -314,9 +305,7 @@ def test_a_run_on_the_device_resumes_bitwise(train, monkeypatch):
         code, _, err = train("vanilla", *options)
         assert (code, "interrupted in epoch 2" in err) == (130, True)
     assert train("vanilla", *options, flags=["--resume"])[0] == 0
-    ends = [
-        checkpoint.load(train.folder.parent / n / "student_latest", "test")["model"] for n in ("whole", "run")
-    ]
+    ends = [checkpoint.load(train.folder.parent / n / "student_latest", "test")["model"] for n in ("whole", "run")]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
     code, _, err = train("vanilla", flags=["--resume"])
     assert code == 2

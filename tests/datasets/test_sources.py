@@ -46,9 +46,7 @@ def test_a_reader_is_a_data_set(dots, data_cfg):
     image, target, _ = next(iter(train))
     assert image.shape == (28, 3, 48, 48)
     brightness = (image * 0.25 + 0.5) * 255
-    assert torch.allclose(
-        brightness, (target * 30.0 + 5)[:, None, None, None].expand_as(brightness), atol=1e-3
-    )
+    assert torch.allclose(brightness, (target * 30.0 + 5)[:, None, None, None].expand_as(brightness), atol=1e-3)
 
 
 def test_the_device_makes_its_batches_too(dots, data_cfg):
@@ -125,9 +123,7 @@ def test_what_a_reader_must_give(dots, data_cfg, reader, line):
 def test_a_reader_that_finds_nothing_is_one_line(dots, data_cfg):
     dots(absent)
     line = complaint(get_dataset, data_cfg("dots", "there"))
-    assert (
-        line == "DATASET.ROOT there: dots cannot be read from it ([Errno 2] No such file: 'there/dots.npz')"
-    )
+    assert line == "DATASET.ROOT there: dots cannot be read from it ([Errno 2] No such file: 'there/dots.npz')"
 
 
 def test_names_are_unique_and_known(dots):
@@ -174,9 +170,7 @@ def test_images_and_steps_are_those_of_the_loaders(data_cfg, data_root, node, tr
 @pytest.mark.parametrize("views", [1, 2])
 @pytest.mark.parametrize("kind", ["cifar100", "tiny_imagenet"])
 def test_noise_has_the_form_of_the_loader_s_batches(data_cfg, cifar_root, tiny_root, kind, views):
-    cfg = data_cfg(
-        kind, {"cifar100": cifar_root, "tiny_imagenet": tiny_root}[kind], method=("KD", "MLKD")[views - 1]
-    )
+    cfg = data_cfg(kind, {"cifar100": cifar_root, "tiny_imagenet": tiny_root}[kind], method=("KD", "MLKD")[views - 1])
     noise, batch = source(kind).noise(32, views), next(iter(get_dataset(cfg)[0]))
 
     def form(part):

@@ -55,9 +55,7 @@ def test_batches(data_cfg, tiny_root):
 
 
 def test_workers_read_the_same_images(data_cfg, tiny_root):
-    loaders = [
-        get_test_set(data_cfg("tiny_imagenet", tiny_root, NUM_WORKERS=workers))[0] for workers in (0, 2)
-    ]
+    loaders = [get_test_set(data_cfg("tiny_imagenet", tiny_root, NUM_WORKERS=workers))[0] for workers in (0, 2)]
     for (image, target), (other, other_target) in zip(*loaders):
         assert torch.equal(image, other)
         assert torch.equal(target, other_target)
@@ -144,9 +142,7 @@ def test_bad_images(tmp_path, tiny_folders, parts):
     whole = file.read_bytes()
     for content in (b"", b"broken", whole[: len(whole) // 2]):
         file.write_bytes(content)
-        with pytest.raises(
-            UserError, match="_0.JPEG: DATASET.ROOT has an image that cannot be read"
-        ) as caught:
+        with pytest.raises(UserError, match="_0.JPEG: DATASET.ROOT has an image that cannot be read") as caught:
             images[7]
         assert "\n" not in str(caught.value)
     Image.new("RGB", (64, 63)).save(file)

@@ -227,8 +227,7 @@ def test_views_are_cropped_and_flipped_independently(monkeypatch):
     image = Image.fromarray(np.stack([column, row, np.full((32, 32), 255)], 2).astype(np.uint8))
     transform = DATASETS["cifar100"].training_transform(2)
     mean, std = (
-        torch.tensor(values)[:, None]
-        for values in (data.source("cifar100").mean, data.source("cifar100").std)
+        torch.tensor(values)[:, None] for values in (data.source("cifar100").mean, data.source("cifar100").std)
     )
     torch.manual_seed(0)
     found = []
@@ -317,9 +316,7 @@ def test_the_strong_view_begins_with_the_weak_ones_operations(kind):
     two, one = source.training_transform(2), source.training_transform(1)
     weak, strong = two.weak.transforms, two.strong.transforms
     assert [repr(step) for step in weak] == [repr(step) for step in one.transforms]
-    assert [repr(step) for step in strong[: len(source.augmentation)]] == [
-        repr(s) for s in source.augmentation
-    ]
+    assert [repr(step) for step in strong[: len(source.augmentation)]] == [repr(s) for s in source.augmentation]
     assert isinstance(strong[len(source.augmentation)], StrongAugment)
     assert [repr(step) for step in strong[-2:]] == [repr(step) for step in weak[-2:]]
     assert len(strong) == len(weak) + 1

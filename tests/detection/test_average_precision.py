@@ -44,22 +44,14 @@ NOTHING = found([], [])
         pytest.param([found([A], [1])], [truth([A, B], [1, 1])], (5100 / 101,) * 3, id="half of a class"),
         pytest.param([found([A], [1])], [truth([A, B], [1, 2])], (50, 50, 50), id="one of two classes"),
         # the wrong box first: precision 1/2 at every recall
-        pytest.param(
-            [found([FAR, A], [1, 1], [0.9, 0.8])], [truth([A], [1])], (50, 50, 50), id="a wrong one first"
-        ),
-        pytest.param(
-            [found([FAR, A], [1, 1], [0.8, 0.9])], [truth([A], [1])], (100, 100, 100), id="a wrong one last"
-        ),
-        pytest.param(
-            [found([A], [1]), found([B], [1])], [truth([B], [1]), truth([A], [1])], (0, 0, 0), id="swapped"
-        ),
+        pytest.param([found([FAR, A], [1, 1], [0.9, 0.8])], [truth([A], [1])], (50, 50, 50), id="a wrong one first"),
+        pytest.param([found([FAR, A], [1, 1], [0.8, 0.9])], [truth([A], [1])], (100, 100, 100), id="a wrong one last"),
+        pytest.param([found([A], [1]), found([B], [1])], [truth([B], [1]), truth([A], [1])], (0, 0, 0), id="swapped"),
         pytest.param([found([A], [2])], [truth([A], [1])], (0, 0, 0), id="another class"),
         pytest.param([NOTHING], [truth([A], [1])], (0, 0, 0), id="nothing found"),
         # IoU 20 * 14 / 20 * 20 = 0.7: right at 0.50, 0.55, 0.60, 0.65 (0.70 is rounding's) and not at 0.75
         pytest.param([found([[10, 10, 30, 23.9]], [1])], [truth([A], [1])], (40, 100, 0), id="IoU 0.695"),
-        pytest.param(
-            [found([A, A], [1, 1], [0.9, 0.8])], [truth([A, B], [1, 1])], (5100 / 101,) * 3, id="found twice"
-        ),
+        pytest.param([found([A, A], [1, 1], [0.9, 0.8])], [truth([A, B], [1, 1])], (5100 / 101,) * 3, id="found twice"),
         # detections inside a crowd box are neither right nor wrong
         pytest.param(
             [found([[52, 52, 60, 60], A], [1, 1], [0.9, 0.8])],
@@ -86,9 +78,7 @@ def test_a_hundred_detections_of_an_image_count(pycocotools):
     scores = [0.9] * 100 + [0.5]
     assert average_precision([found([*wrong, A], [1] * 101, scores)], [truth([A], [1])], 1)["AP"] == 0
     scores[0] = 0.1  # the right one is among the hundred now
-    assert average_precision([found([*wrong, A], [1] * 101, scores)], [truth([A], [1])], 1)[
-        "AP"
-    ] == pytest.approx(1)
+    assert average_precision([found([*wrong, A], [1] * 101, scores)], [truth([A], [1])], 1)["AP"] == pytest.approx(1)
 
 
 def test_against_pycocotools_own_summary(pycocotools, capsys):

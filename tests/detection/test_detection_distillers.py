@@ -141,9 +141,7 @@ def test_dkd_with_its_warm_up(make, batch):
     assert losses.keys() == NAMES["DKD"]
     assert all(torch.equal(losses[name], 0.5 * step.losses[name]) for name in TASK)
     target, non_target = dkd(step.logits, taught, step.labels, 2.0)
-    assert losses["loss_kd"].item() == pytest.approx(
-        (0.25 * (1.5 * target + 4 * non_target)).item(), rel=1e-4
-    )
+    assert losses["loss_kd"].item() == pytest.approx((0.25 * (1.5 * target + 4 * non_target)).item(), rel=1e-4)
 
 
 WEIGHTS = ("DeepKD.CE_WEIGHT", "0.5", "DeepKD.TCG_WEIGHT", "2.0", "DeepKD.NCG_WEIGHT", "3.0")

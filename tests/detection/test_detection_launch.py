@@ -225,9 +225,7 @@ def test_the_tool_is_main():
 
 
 def test_a_student_without_imagenet_weights_is_told_of_on_coco(detect, any_teacher, monkeypatch):
-    monkeypatch.setitem(
-        DETECTION_SETS, "coco", replace(DETECTION_SETS["coco"], read=DETECTION_SETS["tiny"].read)
-    )
+    monkeypatch.setitem(DETECTION_SETS, "coco", replace(DETECTION_SETS["coco"], read=DETECTION_SETS["tiny"].read))
     code, out, err = detect("NONE", "SOLVER.EPOCHS", "1", "DATASET.TYPE", "coco")
     assert code == 0, err
     assert out.splitlines()[1].endswith("DETECTION.STUDENT_BACKBONE names no file")

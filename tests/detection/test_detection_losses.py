@@ -45,9 +45,7 @@ def test_kds_terms_add_up_to_kd():
     student, teacher, target = proposals()
     whole = proposal_kd(student, teacher, 2.0)
     assert whole == kd_divergence(student, teacher, 2.0).mean()
-    torch.testing.assert_close(
-        sum(proposal_terms(student, teacher, target, base="KD", temperature=2.0)), whole
-    )
+    torch.testing.assert_close(sum(proposal_terms(student, teacher, target, base="KD", temperature=2.0)), whole)
 
 
 def test_the_backgrounds_column_does_not_matter():

@@ -138,9 +138,7 @@ def test_weights_of_a_file(saved, node):
     assert any(isinstance(m, nn.BatchNorm2d) for m in made.modules())
 
 
-@pytest.mark.parametrize(
-    ("file", "eps"), [("fasterrcnn_resnet50_fpn_coco-258fb6c6.pth", 0.0), ("other.pth", 1e-5)]
-)
+@pytest.mark.parametrize(("file", "eps"), [("fasterrcnn_resnet50_fpn_coco-258fb6c6.pth", 0.0), ("other.pth", 1e-5)])
 def test_frozen_norms_of_a_file_and_their_epsilon(saved, node, file, eps):
     path, _ = saved(trained=True, file=file)
     made = trained_network(SMALL, 5, node, str(path), KEY)
@@ -222,9 +220,7 @@ def test_files_that_do_not_fit(saved, node, tmp_path):
         ),
     ],
 )
-def test_a_student_that_starts_from_imagenet_weights(
-    name, classifier, prefix, fixed, trained, node, tmp_path
-):
+def test_a_student_that_starts_from_imagenet_weights(name, classifier, prefix, fixed, trained, node, tmp_path):
     torch.manual_seed(0)
     state = classifier(weights=None).state_dict()
     torch.save(state, tmp_path / "backbone.pth")

@@ -157,9 +157,7 @@ def test_momenta_of_their_own_cost_a_second_pass_and_change_the_weights(make, mo
 
 
 def test_losses_without_a_stream_are_refused_where_streams_differ(make, momenta):
-    with pytest.raises(
-        UserError, match=r"SOLVER.DECOUPLED.LOSS_STREAMS: loss 'loss_objectness' belongs to no"
-    ):
+    with pytest.raises(UserError, match=r"SOLVER.DECOUPLED.LOSS_STREAMS: loss 'loss_objectness' belongs to no"):
         make("KD", *momenta).rehearse()
 
 
@@ -198,9 +196,7 @@ def test_a_teachers_own_numbers(detector, detection_config, any_teacher, monkeyp
     assert capsys.readouterr().out == "teacher   fasterrcnn_resnet8_fpn AP 41.00 % on the test set\n"
     assert measure_teacher(DISTILLERS["NONE"](detector(0), cfg), loader, cfg, "file.yaml") is None
     monkeypatch.undo()
-    monkeypatch.setattr(
-        module, "average_precision", lambda detections, truths, classes: numbers | {"AP": 0.99}
-    )
+    monkeypatch.setattr(module, "average_precision", lambda detections, truths, classes: numbers | {"AP": 0.99})
     with pytest.raises(UserError) as error:
         measure_teacher(distiller, loader, cfg, "file.yaml")
     assert str(error.value) == (
@@ -225,9 +221,7 @@ def test_ap_is_of_the_test_set(detector, detection_config):
     _, loader, *_ = get_detection_sets(detection_config("DATASET.TEST.BATCH_SIZE", "3"))
     truths = [target for _, targets in loader for target in targets]
     assert len(truths) == 4
-    right = [
-        {"boxes": t["boxes"], "labels": t["labels"], "scores": torch.ones(len(t["labels"]))} for t in truths
-    ]
+    right = [{"boxes": t["boxes"], "labels": t["labels"], "scores": torch.ones(len(t["labels"]))} for t in truths]
     oracle = Oracle(detector(0), right)
     numbers = evaluate(oracle, loader, torch.device("cpu"))
     assert numbers == pytest.approx({"test_ap": 100, "test_ap50": 100, "test_ap75": 100})

@@ -67,10 +67,7 @@ def test_mlkd_formula_written_out(cfg, setting, golden_losses, count, uncertain)
     classes = total.argsort()[:50].tolist()
     kd = cc = bc = 0.0
     for temperature in (2, 3, 4, 5, 6):
-        kd += (
-            kd_divergence(s, t, temperature)[samples].sum() / count
-            + kd_divergence(*strong, temperature).mean()
-        )
+        kd += kd_divergence(s, t, temperature)[samples].sum() / count + kd_divergence(*strong, temperature).mean()
         p, q = ((x / temperature).softmax(1) for x in (s, t))
         cc += ((p.T @ p - q.T @ q) ** 2)[classes].sum() / 100
         bc += ((p @ p.T - q @ q.T) ** 2)[samples].sum() / count

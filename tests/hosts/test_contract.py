@@ -165,17 +165,13 @@ def test_every_method_as_one_stream_is_mdistillers_own_trainer(mdistiller, tmp_p
     trainer.train_epoch(1)
     own = mdistiller.trainers["crd" if method == "CRD" else "base"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            mdistiller_host, "measure_teacher", lambda *args: None
-        )  # these loaders have no test images
+        patch.setattr(mdistiller_host, "measure_teacher", lambda *args: None)  # these loaders have no test images
         reference = own("theirs", theirs, loader, loader, tree)
     theirs.train()
     meter = types.SimpleNamespace(update=lambda *args: None, avg=0.0)
     seed_everything(1)
     for batch in loader:
-        reference.train_iter(
-            batch, 1, dict.fromkeys(("training_time", "data_time", "losses", "top1", "top5"), meter)
-        )
+        reference.train_iter(batch, 1, dict.fromkeys(("training_time", "data_time", "losses", "top1", "top5"), meter))
     for a, b in zip(learned(ours), learned(theirs.module)):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -199,8 +195,7 @@ def test_two_streams_by_config_are_dot(host, cfg, golden_optimizers):
         def __init__(self):
             super().__init__()
             self.student = nn.ParameterList(
-                nn.Parameter(torch.arange(n, dtype=torch.float64).sin().reshape(s))
-                for n, s in zip(sizes, shapes)
+                nn.Parameter(torch.arange(n, dtype=torch.float64).sin().reshape(s)) for n, s in zip(sizes, shapes)
             )
 
         def get_learnable_parameters(self):
@@ -241,9 +236,7 @@ def test_two_streams_are_mdistillers_dot_trainer(mdistiller, tmp_path):
     theirs.train()
     meter = types.SimpleNamespace(update=lambda *args: None, avg=0.0)
     for batch in loader:
-        reference.train_iter(
-            batch, 1, dict.fromkeys(("training_time", "data_time", "losses", "top1", "top5"), meter)
-        )
+        reference.train_iter(batch, 1, dict.fromkeys(("training_time", "data_time", "losses", "top1", "top5"), meter))
     # it moves the weights twice in a step, ours once: the rounding differs
     for a, b, before in zip(learned(ours), learned(theirs.module), start):
         assert (a - b).norm() < 5e-3 * (a - before).norm()
@@ -277,9 +270,7 @@ def test_our_launcher_gives_one_run_on_either_host(train, mdistiller, monkeypatc
 
 
 @pytest.mark.parametrize("trainer", ["dot", "base"])
-def test_our_launcher_runs_mdistillers_methods_and_trainers(
-    train, mdistiller, monkeypatch, cfg_options, trainer
-):
+def test_our_launcher_runs_mdistillers_methods_and_trainers(train, mdistiller, monkeypatch, cfg_options, trainer):
     monkeypatch.setattr(launch, "find_host", lambda: mdistiller)
     method = "KD" if trainer == "dot" else "REVIEWKD"
     code, out, err = train("kd", "DISTILLER.TYPE", method, "SOLVER.TRAINER", trainer, *cfg_options)
@@ -502,9 +493,7 @@ def test_logit_standardisation_reaches_mdistillers_methods(train, mdistiller, mo
     monkeypatch.setattr(launch, "find_host", lambda: mdistiller)
     ends = []
     for name, flag in (("off", "False"), ("on", "True")):
-        code, _, err = train(
-            "kd", "DISTILLER.TYPE", method, "EXPERIMENT.NAME", name, "EXPERIMENT.LOGIT_STAND", flag
-        )
+        code, _, err = train("kd", "DISTILLER.TYPE", method, "EXPERIMENT.NAME", name, "EXPERIMENT.LOGIT_STAND", flag)
         assert code == 0, err
         folder = train.folder.parent / name
         ends.append(checkpoint.load(folder / "student_latest", "test")["model"]["fc.weight"])

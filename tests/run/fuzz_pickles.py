@@ -37,9 +37,7 @@ class Made:
 
 def dtype(draw: random.Random) -> Any:
     """Make a type of numbers, or of anything else, whose state may contradict it."""
-    code = draw.choice(
-        ["f4", "u1", "O", "O8", "V8", "V16", "S8", "U2", "M8[s]", "c16", "i8,i8", "(2,)f4", 8, None]
-    )
+    code = draw.choice(["f4", "u1", "O", "O8", "V8", "V16", "S8", "U2", "M8[s]", "c16", "i8,i8", "(2,)f4", 8, None])
     place = draw.choice([0, 8, -8, 1 << 40])
     fields = draw.choice(
         [None, None, {"a": (np.dtype("O"), 0)}, {"a": (np.dtype("f4"), 0), "b": (np.dtype("O"), place)}]
@@ -63,9 +61,7 @@ def array(draw: random.Random) -> Any:
 
 def scalar(draw: random.Random) -> Any:
     """Make a number out of a type and bytes."""
-    return Made(
-        np.float64(0).__reduce__()[0], (dtype(draw), draw.choice([b"A" * 8, b"A" * 16, b"", "A" * 8]))
-    )
+    return Made(np.float64(0).__reduce__()[0], (dtype(draw), draw.choice([b"A" * 8, b"A" * 16, b"", "A" * 8])))
 
 
 def damaged(content: bytes, draw: random.Random) -> bytes:

@@ -105,9 +105,7 @@ def refused(tmp_path, reason, content=None):
     with pytest.raises(UserError, match=reason) as caught:
         array_pickle.load(tmp_path / "w.pkl", "TEACHER")
     message = str(caught.value)
-    assert message.startswith(
-        f"{tmp_path / 'w.pkl'}: TEACHER must name a pickle of arrays and plain containers"
-    )
+    assert message.startswith(f"{tmp_path / 'w.pkl'}: TEACHER must name a pickle of arrays and plain containers")
     assert "\n" not in message
 
 
@@ -159,9 +157,7 @@ def test_a_file_leaves_nothing_behind_for_the_next(tmp_path):
     assert array_pickle.load(tmp_path / "meddling.pkl", "KEY").__defaults__ == ()
     (tmp_path / "w.pkl").write_bytes(name + b".")
     assert array_pickle.load(tmp_path / "w.pkl", "KEY").__defaults__ is None
-    refused(
-        tmp_path, "this file is not one", b"cnumpy\ndtype\n(N}X\x04\x00\x00\x00codeX\x01\x00\x00\x00Ostb."
-    )
+    refused(tmp_path, "this file is not one", b"cnumpy\ndtype\n(N}X\x04\x00\x00\x00codeX\x01\x00\x00\x00Ostb.")
 
 
 def test_a_file_that_is_missing(tmp_path):

@@ -42,9 +42,7 @@ def test_no_bar_without_a_terminal(monkeypatch, forced):
 
 @pytest.mark.parametrize(("seconds", "left"), [(0.9, "00:00"), (125.0, "02:05"), (36125.0, "10:02:05")])
 def test_a_step_s_text(seconds, left):
-    assert (
-        step_text(MEANS, None, 99.6, seconds) == f"tog 1.250 tcg 0.500 top-1 12.35 100 images/s {left} left"
-    )
+    assert step_text(MEANS, None, 99.6, seconds) == f"tog 1.250 tcg 0.500 top-1 12.35 100 images/s {left} left"
     assert step_text({"task": 2.0}, 50, 8.0, seconds) == f"task 2.000 K 50 8 images/s {left} left"
 
 

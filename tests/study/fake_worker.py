@@ -46,9 +46,7 @@ def main():
     states, latest = Path(options["FAKE.STATES"]), folder / "latest"
     epochs, epoch, lines = int(options["SOLVER.EPOCHS"]), 0, []
     if how == "--resume":
-        (epoch,) = (
-            int(state.name) for state in states.iterdir() if state.read_bytes() == latest.read_bytes()
-        )
+        (epoch,) = (int(state.name) for state in states.iterdir() if state.read_bytes() == latest.read_bytes())
         held = (folder / "metrics.jsonl").read_text().splitlines()
         lines = [json.loads(line) for line in held][:epoch]
     else:

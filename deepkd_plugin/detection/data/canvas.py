@@ -186,9 +186,7 @@ def load_glyph_canvas(root: str | Path, split: str, seed: int = 0) -> Canvases:
     """
     if split not in COUNTS:
         raise ValueError(f"split must be one of {', '.join(COUNTS)}, not {split!r}")
-    versions = (
-        f"g{glyphs.GENERATOR_VERSION}.{GENERATOR_VERSION}-pillow{PIL.__version__}-mpl{version('matplotlib')}"
-    )
+    versions = f"g{glyphs.GENERATOR_VERSION}.{GENERATOR_VERSION}-pillow{PIL.__version__}-mpl{version('matplotlib')}"
     count = COUNTS[split]
 
     def fits(images: np.ndarray, boxes: np.ndarray, labels: np.ndarray, offsets: np.ndarray) -> bool:

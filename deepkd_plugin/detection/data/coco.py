@@ -48,9 +48,7 @@ def load_coco(root: str | Path, split: str) -> AnnotatedImages:
         raise UserError(f"{file}: must be COCO's annotations in JSON ({_brief(error)})") from None
     categories = [read.coco.cats[key] for key in sorted(read.coco.cats)]
     if not categories or not read.ids:
-        raise UserError(
-            f"{file}: names {len(categories)} categories and {len(read.ids)} images; both are needed"
-        )
+        raise UserError(f"{file}: names {len(categories)} categories and {len(read.ids)} images; both are needed")
     try:
         images = [read.coco.imgs[key] for key in read.ids]
         paths = [str(folder / image["file_name"]) for image in images]
@@ -123,7 +121,5 @@ def _brief(error: Exception) -> str:
 
 DETECTION_SETS.register(
     "coco",
-    DetectionSource(
-        load_coco, num_classes=len(COCO_IDS), train=117_266, test=5_000, size=(640, 480), pretrained=True
-    ),
+    DetectionSource(load_coco, num_classes=len(COCO_IDS), train=117_266, test=5_000, size=(640, 480), pretrained=True),
 )

@@ -82,9 +82,7 @@ class DetectionSamples(Dataset[Sample]):
     by torch's random numbers.
     """
 
-    def __init__(
-        self, images: AnnotatedImages, chosen: np.ndarray, *, flip: float = 0.0, for_ap: bool = False
-    ) -> None:
+    def __init__(self, images: AnnotatedImages, chosen: np.ndarray, *, flip: float = 0.0, for_ap: bool = False) -> None:
         self.images, self.chosen, self.flip, self.for_ap = images, chosen, flip, for_ap
 
     def __len__(self) -> int:

@@ -59,9 +59,7 @@ def require(root: Path | None = None) -> ModuleType:
         raise UserError(f"{folder}: cannot be imported ({type(error).__name__}: {error})") from None
     imported = Path(getattr(module, "__file__", None) or ".").resolve().parent
     if imported != folder.resolve():
-        raise UserError(
-            f"{folder}: another package named model is imported already, from {imported}; only one can be"
-        )
+        raise UserError(f"{folder}: another package named model is imported already, from {imported}; only one can be")
     _loaded = module
     return module
 

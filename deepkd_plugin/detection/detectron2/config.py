@@ -114,9 +114,7 @@ def load(file: str | Path, options: Sequence[str] = ()) -> tuple[CfgNode, dict[s
     except (OSError, UnicodeDecodeError, TypeError, AssertionError, yaml.YAMLError) as error:
         raise UserError(f"{file}: cannot be read as a config file ({' '.join(str(error).split())})") from None
     if isinstance(tree, dict) and tree.get("VERSION", cfg.VERSION) != cfg.VERSION:
-        raise UserError(
-            f"{file}: VERSION is {tree['VERSION']!r}; it must be {cfg.VERSION}, detectron2's of today"
-        )
+        raise UserError(f"{file}: VERSION is {tree['VERSION']!r}; it must be {cfg.VERSION}, detectron2's of today")
     return cfg, config.merge(cfg, tree, str(file), options)
 
 
@@ -135,9 +133,7 @@ def check_architecture(cfg: CfgNode, origin: Mapping[str, str] | None = None) ->
     """Raise UserError if the meta architecture does not know KD.TYPE, or teacher and student differ in classes."""
     origin, meta = origin or {}, cfg.MODEL.META_ARCHITECTURE
     if meta == "RCNNKD" and cfg.KD.TYPE in TYPES:
-        raise config.wrong(
-            origin, "MODEL.META_ARCHITECTURE", meta, f"{META_ARCHITECTURE} with KD.TYPE {cfg.KD.TYPE}"
-        )
+        raise config.wrong(origin, "MODEL.META_ARCHITECTURE", meta, f"{META_ARCHITECTURE} with KD.TYPE {cfg.KD.TYPE}")
     student, teacher = cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.TEACHER.MODEL.ROI_HEADS.NUM_CLASSES
     if meta in ("RCNNKD", META_ARCHITECTURE) and student != teacher:
         path = "TEACHER.MODEL.ROI_HEADS.NUM_CLASSES"
@@ -170,9 +166,7 @@ def _as_classification(cfg: CfgNode) -> CfgNode:
         "LOSS_STREAMS": assigned,
     }
     solver = {"TRAINER": config.TRAINER, "MOMENTUM": cfg.SOLVER.MOMENTUM, "DECOUPLED": decoupled}
-    return CfgNode(
-        {"SOLVER": solver, "DISTILLER": {"TYPE": "DeepKD"}, "DeepKD": {"MASK": cfg.KD.DEEPKD.MASK.clone()}}
-    )
+    return CfgNode({"SOLVER": solver, "DISTILLER": {"TYPE": "DeepKD"}, "DeepKD": {"MASK": cfg.KD.DEEPKD.MASK.clone()}})
 
 
 def _check_momenta(cfg: CfgNode, origin: Mapping[str, str]) -> None:
@@ -180,9 +174,7 @@ def _check_momenta(cfg: CfgNode, origin: Mapping[str, str]) -> None:
     names = streams(cfg)
     for name, delta in cfg.SOLVER.DECOUPLED.DELTA.items():
         if delta and (len(names) == 1 or name.lower() not in names):
-            allowed = (
-                f"0.0 with KD.TYPE {cfg.KD.TYPE} on {cfg.MODEL.META_ARCHITECTURE}, which has no such stream"
-            )
+            allowed = f"0.0 with KD.TYPE {cfg.KD.TYPE} on {cfg.MODEL.META_ARCHITECTURE}, which has no such stream"
             raise config.wrong(origin, f"SOLVER.DECOUPLED.DELTA.{name}", delta, allowed)
 
 

@@ -85,9 +85,7 @@ def work(args: Namespace) -> Any:
         raise Stopped(f"interrupted at iteration {trainer.iter}. {left}", exit_code(interruption)) from None
     except FloatingPointError as error:
         reason = " ".join(str(error).split())
-        raise UserError(
-            f"{cfg.OUTPUT_DIR}: {reason}; SOLVER.BASE_LR must be lower, or look at the teacher"
-        ) from None
+        raise UserError(f"{cfg.OUTPUT_DIR}: {reason}; SOLVER.BASE_LR must be lower, or look at the teacher") from None
 
 
 def read_config(args: Namespace) -> Any:
@@ -117,9 +115,7 @@ def check_folder(cfg: Any, resume: bool) -> None:
     if not (folder / "run.json").is_file():
         return
     if not resume:
-        raise UserError(
-            f"{folder}: OUTPUT_DIR holds a run already; go on with --resume, name another, or remove it"
-        )
+        raise UserError(f"{folder}: OUTPUT_DIR holds a run already; go on with --resume, name another, or remove it")
     if not (folder / "last_checkpoint").is_file():  # interrupted before the first checkpoint: it starts again
         return
     ours = Computed(cfg)

@@ -45,9 +45,7 @@ def merge(teacher: Path, student: Path, out: Path, classes: int | None = None) -
     Raises UserError if a file is missing, holds something else or cannot be written. OUT is then what it was before.
     """
     if out.suffix != ".pth":
-        raise UserError(
-            f"command line: OUT is {out}; it must end in .pth, which detectron2 reads as it stands"
-        )
+        raise UserError(f"command line: OUT is {out}; it must end in .pth, which detectron2 reads as it stands")
     for key, file in (("TEACHER", teacher), ("STUDENT", student)):
         if file.exists() and out.exists() and out.samefile(file):
             raise UserError(f"command line: OUT is {out}; it must be another file than {key}")
@@ -99,9 +97,7 @@ def read_teacher(file: Path, classes: int | None = None) -> Teacher:
     parts = ("backbone.", "proposal_generator.", "roi_heads.")
     # anchors come from the config, and frozen norms count no batches
     made = re.compile(r".*anchor_generator\.|.*num_batches_tracked$")
-    taken = {
-        name: value for name, value in tensors.items() if name.startswith(parts) and not made.match(name)
-    }
+    taken = {name: value for name, value in tensors.items() if name.startswith(parts) and not made.match(name)}
     left_out = [name for name in tensors if name not in taken]
     teacher = Teacher(file, taken, left_out)
     if classes not in (None, teacher.classes):
@@ -203,9 +199,7 @@ NAMINGS = (
 
 def _is_backbone(name: str) -> bool:
     """Say whether mdistiller's backbones can have a tensor of this name; MobileNetV2's end before features.18."""
-    return bool(
-        re.fullmatch(r"(stem|res[2-5]|features\.(?!18\.)\d+)\..*\.(weight|bias|running_(mean|var))", name)
-    )
+    return bool(re.fullmatch(r"(stem|res[2-5]|features\.(?!18\.)\d+)\..*\.(weight|bias|running_(mean|var))", name))
 
 
 @cache
@@ -293,9 +287,7 @@ def _pixels(student: Student) -> tuple[str, list[str]]:
         return "BGR with a standard deviation of 1, detectron2's defaults", []
     if student.naming.owner == "detectron2":
         return "as in the config that the student's file was trained with", []
-    words = (
-        "RGB with ImageNet's mean [123.675, 116.28, 103.53] and standard deviation [58.395, 57.12, 57.375]"
-    )
+    words = "RGB with ImageNet's mean [123.675, 116.28, 103.53] and standard deviation [58.395, 57.12, 57.375]"
     if student.network == "resnet18":
         return (
             f"{words}; mdistiller's R18 configs say RGB and have the numbers in the order BGR "

@@ -41,9 +41,9 @@ would keep theirs."""
 TRAINED = {"student": ("backbone.", "proposal_generator.", "roi_heads.")}
 """What a file must hold to be tested."""
 
-EXPECTED = dict.fromkeys(
-    START, "it must hold teacher and student, as `deepkd merge-detector-weights` writes it"
-) | {"student": "it must be the checkpoint of a run under this config"}
+EXPECTED = dict.fromkeys(START, "it must hold teacher and student, as `deepkd merge-detector-weights` writes it") | {
+    "student": "it must be the checkpoint of a run under this config"
+}
 
 Clipper = Callable[[list[Tensor]], Any]
 
@@ -118,9 +118,7 @@ class StreamTrainer(SimpleTrainer):
         super().load_state_dict(state_dict)
         if self.scaler is not None and "grad_scaler" in state_dict:
             self.scaler.load_state_dict(state_dict["grad_scaler"])
-        self.totals = {
-            n: torch.tensor(t, dtype=torch.float64) for n, t in state_dict.get("totals", {}).items()
-        }
+        self.totals = {n: torch.tensor(t, dtype=torch.float64) for n, t in state_dict.get("totals", {}).items()}
         self.steps = state_dict.get("steps", 0)
 
     def _count(self, by_stream: Mapping[str, Tensor]) -> None:
@@ -160,9 +158,7 @@ class Checkpointer(DetectionCheckpointer):
             content = array_pickle.load(filename, "MODEL.WEIGHTS")
             if "model" in content and "__author__" in content:
                 return content
-            weights = {
-                name: w for name, w in content.get("blobs", content).items() if not name.endswith("_momentum")
-            }
+            weights = {name: w for name, w in content.get("blobs", content).items() if not name.endswith("_momentum")}
             return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
         content = checkpoint.load(filename, "MODEL.WEIGHTS")
         return content if "model" in content else {"model": content}
@@ -241,9 +237,7 @@ class Trainer(DefaultTrainer):
         )
         momentum, decay_stream = momenta(cfg)
         dampening = "ema" if solver.DECOUPLED.DAMPENING == "ema" else 0.0
-        return DecoupledMomentumSGD(
-            groups, solver.BASE_LR, momentum, solver.WEIGHT_DECAY, decay_stream, dampening
-        )
+        return DecoupledMomentumSGD(groups, solver.BASE_LR, momentum, solver.WEIGHT_DECAY, decay_stream, dampening)
 
     @classmethod
     def build_train_loader(cls, cfg: Any) -> Any:
@@ -256,9 +250,7 @@ class Trainer(DefaultTrainer):
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
         if kind not in EVALUATORS:
             known = ", ".join(EVALUATORS)
-            raise UserError(
-                f"DATASETS.TEST: {dataset_name} is a set of type {kind!r}; it must be one of {known}"
-            )
+            raise UserError(f"DATASETS.TEST: {dataset_name} is a set of type {kind!r}; it must be one of {known}")
         return EVALUATORS[kind](dataset_name, output_folder or str(Path(cfg.OUTPUT_DIR) / "inference"))
 
 

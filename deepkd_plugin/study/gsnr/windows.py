@@ -58,9 +58,7 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
     for run in runs:
         file = run.folder / "config.yaml"
         if run.seed in seeds:
-            raise UserError(
-                f"{file}: SOLVER.SEED is {run.seed}; it must be another than that of {seeds[run.seed]}"
-            )
+            raise UserError(f"{file}: SOLVER.SEED is {run.seed}; it must be another than that of {seeds[run.seed]}")
         seeds[run.seed] = run.folder
         for key in sorted(first.settings.keys() | run.settings.keys()):
             value, wanted = run.settings.get(key), first.settings.get(key)
@@ -87,9 +85,7 @@ def read_run(folder: Path) -> Run:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(f"{path}: must be the config of a run ({reason})") from None
     # for keys that are newer than the run; YAML has no tuples
-    defaults = {
-        k.path: list(k.default) if isinstance(k.default, tuple) else k.default for k in config.all_keys()
-    }
+    defaults = {k.path: list(k.default) if isinstance(k.default, tuple) else k.default for k in config.all_keys()}
     settings = defaults | settings
     path = folder / GSNR
     try:

@@ -119,8 +119,7 @@ def _number(cell: Cell, name: str, gain: Difference | None, holm_p: float | None
     known = cell.published.comparable_value if cell.published else None
     minus = None if known is None else compare_published(cell.values(name), known)
     further = {
-        other: summarise([record.further[name][other] for record in cell.records])
-        for other in cell.measures.further
+        other: summarise([record.further[name][other] for record in cell.records]) for other in cell.measures.further
     }
     return Number(summarise(cell.values(name)), minus, gain, holm_p, further)
 
@@ -155,9 +154,7 @@ def headline(group: Sequence[Cell], number: str = "last") -> str:
     stay = sum(verdict != EQUAL for verdict in clear)
     if len(judged) > 1:
         verdicts = Counter(gain.verdict for gain, _ in judged)
-        parts = [
-            f"{verdict} in {verdicts[verdict]}" for verdict in (HIGHER, LOWER, EQUAL) if verdicts[verdict]
-        ]
+        parts = [f"{verdict} in {verdicts[verdict]}" for verdict in (HIGHER, LOWER, EQUAL) if verdicts[verdict]]
         text = f"{', '.join(parts)} of {len(judged)} comparisons; gain {span([gain.value for gain, _ in judged])}"
         text += f"; {stay} of {len(clear)} also after Holm's correction" if clear else ""
     else:

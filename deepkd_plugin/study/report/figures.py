@@ -138,9 +138,7 @@ def curves(groups: Mapping[str, Sequence[Cell]], what: str, name: str) -> dict[s
     low, high = min(values.min() for values in late), max(values.max() for values in late)
     margin = 0.06 * (high - low) or 1.0
     return {
-        heading: _panel(
-            drawn, (low - margin, high + margin), step, f"{heading}: {what} by {step}", f"{name}-{i}"
-        )
+        heading: _panel(drawn, (low - margin, high + margin), step, f"{heading}: {what} by {step}", f"{name}-{i}")
         for i, (heading, drawn) in enumerate(panels.items(), 1)
     }
 
@@ -185,9 +183,7 @@ def dot_plot(groups: Mapping[str, Sequence[tuple[str, Cell]]], number: str, titl
         form, colour, fill = MARKS[gain.verdict]
         if gain.low is not None and gain.high is not None:
             axes.plot((gain.low, gain.high), (y, y), color=COLOURS[colour], linewidth=2)
-        axes.plot(
-            gain.value, y, form, color=COLOURS[colour], markerfacecolor=COLOURS[fill], markeredgewidth=1.8
-        )
+        axes.plot(gain.value, y, form, color=COLOURS[colour], markerfacecolor=COLOURS[fill], markeredgewidth=1.8)
     axes.margins(x=0.04)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.yaxis.set_visible(False)

@@ -56,9 +56,7 @@ def left_out(table: Results) -> list[tuple[str, str, str, str]]:
     methods = {method.name: method.label for method in table.methods}
     rows: dict[tuple[str, str, str], list[int]] = {}
     for left in table.left_out:
-        rows.setdefault((pairs[left.run.pair], methods[left.run.method], left.reason), []).append(
-            left.run.seed
-        )
+        rows.setdefault((pairs[left.run.pair], methods[left.run.method], left.reason), []).append(left.run.seed)
     return [(pair, method, ranges(seeds), reason) for (pair, method, reason), seeds in rows.items()]
 
 

@@ -164,9 +164,7 @@ def _teacher(record: Record) -> str | None:
 
 
 def _versions(record: Record) -> str:
-    return ", ".join(
-        f"{name} {version}" for name, version in (("python", record.python), *record.versions.items())
-    )
+    return ", ".join(f"{name} {version}" for name, version in (("python", record.python), *record.versions.items()))
 
 
 _PROTOCOL: tuple[tuple[str, Callable[[Record], str | None]], ...] = (

@@ -100,9 +100,7 @@ def find(
         return None
     notes = []
     if over and masked != name.endswith("+DTM"):
-        notes.append(
-            "published without DTM, ours with it" if masked else "published with DTM, ours without it"
-        )
+        notes.append("published without DTM, ours with it" if masked else "published with DTM, ours without it")
     if network != student:
         notes.append(f"published for {network}, the network that mdistiller has under this name")
     if settings.get("EXPERIMENT.LOGIT_STAND"):
@@ -124,9 +122,7 @@ def find(
     except ValueError:  # "+47% to +59%"
         number = None
     comparable = not any(note.startswith(UNLIKE) for note in notes)
-    return Published(
-        name, row["value"], number, row["source"], row["certainty"], "; ".join(notes), comparable
-    )
+    return Published(name, row["value"], number, row["source"], row["certainty"], "; ".join(notes), comparable)
 
 
 def without_pair(dataset: str, metric: str) -> list[str]:

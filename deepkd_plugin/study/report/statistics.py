@@ -73,9 +73,7 @@ def compare(ours: Sequence[float], base: Sequence[float], names: tuple[str, str]
     if short:
         return Difference(value, reason=f"a verdict needs {MIN_RUNS} runs, {' and '.join(short)}")
     if np.ptp(ours) <= NO_SPREAD and np.ptp(base) <= NO_SPREAD:
-        return Difference(
-            value, reason="no seed differs from another in either cell, so there is no spread to test by"
-        )
+        return Difference(value, reason="no seed differs from another in either cell, so there is no spread to test by")
     with warnings.catch_warnings():
         # scipy's, of a cell whose runs are all alike: the other one's spread is enough
         warnings.simplefilter("ignore", RuntimeWarning)
@@ -99,9 +97,7 @@ def compare_published(ours: Sequence[float], published: float) -> Difference | N
         there = "is 1" if len(ours) == 1 else f"are {len(ours)}"
         return Difference(value, reason=f"an interval needs {MIN_RUNS} runs, there {there}")
     if np.ptp(ours) <= NO_SPREAD:
-        return Difference(
-            value, reason="no seed differs from another, so there is no spread to make an interval of"
-        )
+        return Difference(value, reason="no seed differs from another, so there is no spread to make an interval of")
     interval = stats.ttest_1samp(np.subtract(ours, published), 0.0).confidence_interval(LEVEL)
     return Difference(value, float(interval.low), float(interval.high))
 

@@ -96,9 +96,7 @@ def describe(
 ) -> str:
     """Put the plan into words. unfit: how many runs of --reuse have a config of the plan and must not be taken over."""
     count = Counter(states.values())
-    parts = {
-        name: dict.fromkeys(getattr(run, name) for run in plan.runs) for name in ("pair", "method", "seed")
-    }
+    parts = {name: dict.fromkeys(getattr(run, name) for run in plan.runs) for name in ("pair", "method", "seed")}
     numbers = " × ".join(_number(len(what), name) for name, what in parts.items())
     there = [f"{count[state]} {words}" for state, words in DONE.items() if count[state]]
     entries = {
@@ -126,9 +124,7 @@ def describe(
     return "\n".join(_entry(name, text) for name, text in entries.items() if text)
 
 
-def _as_taken(
-    plan: Plan, states: Mapping[Run, str], taken: Mapping[Run, reuse.Other]
-) -> tuple[Plan, dict[Run, str]]:
+def _as_taken(plan: Plan, states: Mapping[Run, str], taken: Mapping[Run, reuse.Other]) -> tuple[Plan, dict[Run, str]]:
     """Give the plan and states as they would be with the taken runs finished where they are, whose times are known."""
     runs = [replace(run, folder=taken[run].folder) if run in taken else run for run in plan.runs]
     as_taken = ["finished" if run in taken else states[run] for run in plan.runs]
@@ -159,9 +155,7 @@ def slurm_parameters(request: Request) -> dict[str, Any]:
 def _plan(request: Request) -> Plan:
     table = tables.find(request.table, request.base, request.dataset)
     if table.over is not None and not request.pairs and len(table.pairs) > 1:
-        raise UserError(
-            f"command line: --pairs is missing; {table.title} must name some of {', '.join(table.pairs)}"
-        )
+        raise UserError(f"command line: --pairs is missing; {table.title} must name some of {', '.join(table.pairs)}")
     pairs = tables.choose(request.pairs, table.pairs, "--pairs")
     methods = tables.choose(request.methods, [method.name for method in table.methods], "--methods")
     out = request.out or Path("output") / table.name

@@ -155,9 +155,7 @@ class LiveDisplay(Display):
             run, values = task.fields["run"], task.fields["values"]
             numbers = [f"{value:.2f}" for value in (values[-1], max(values))] if values else ["-", "-"]
             times = _short(task.elapsed), _short(task.time_remaining)
-            table.add_row(
-                _cell(run), f"seed {run.seed}", f"{task.completed:.0f}/{run.epochs}", *numbers, *times
-            )
+            table.add_row(_cell(run), f"seed {run.seed}", f"{task.completed:.0f}/{run.epochs}", *numbers, *times)
         return table
 
     def _bar(self, running: Sequence[Task], more: int) -> Table:
@@ -168,9 +166,7 @@ class LiveDisplay(Display):
         words += [_short(whole.elapsed)]
         if whole.speed:
             longest = max((task.time_remaining or 0.0 for task in running), default=0.0)
-            words += [
-                f"{_short(max(sum(task.remaining or 0.0 for task in each) / whole.speed, longest))} left"
-            ]
+            words += [f"{_short(max(sum(task.remaining or 0.0 for task in each) / whole.speed, longest))} left"]
         # by epochs, so that it moves before the first run ends
         share = self.done + sum(task.completed / max(task.total or 0.0, 1) for task in running)
         width = self.console.width - 3  # Ctrl-C leaves its "^C" behind the cursor

@@ -65,8 +65,7 @@ def make_plan(
     runs = tuple(run for run in planned if (run.cell, run.seed) in asked)
     if not runs:
         raise UserError(
-            f"command line: --methods is {' '.join(methods)}; {table.place} has none of them for "
-            f"{' '.join(pairs)}"
+            f"command line: --methods is {' '.join(methods)}; {table.place} has none of them for {' '.join(pairs)}"
         )
     now = {(run.cell, run.seed): run.hash for run in planned}
     cells = {run.cell for run in runs}
@@ -112,9 +111,7 @@ def is_taught(folder: Path) -> bool:
     return find_run(folder).get("teacher") is not None
 
 
-def _resolve(
-    table: Outline, pair: str, method: Row, file: Path, options: Sequence[str]
-) -> tuple[Any, list[str]]:
+def _resolve(table: Outline, pair: str, method: Row, file: Path, options: Sequence[str]) -> tuple[Any, list[str]]:
     """Read the config of a cell; returns it with the options that make it of its file."""
     kind = table.kind
     base = kind.read(file, options)
@@ -126,9 +123,7 @@ def _resolve(
     except UserError as error:  # the row's own options are nobody's words
         raise UserError(f"{table.name}, {pair} {method.name}: {error}") from None
     if table.over is not None and row_name(cfg.DeepKD.BASE) != table.over:
-        raise UserError(
-            f"{file}: DeepKD.BASE is {cfg.DeepKD.BASE!r}; for --base {table.over} it must be that"
-        )
+        raise UserError(f"{file}: DeepKD.BASE is {cfg.DeepKD.BASE!r}; for --base {table.over} it must be that")
     return cfg, words
 
 
@@ -163,9 +158,7 @@ def _document(
         seeds=tuple(sorted({run.seed for run in runs})),
         pairs=tuple(pairs),
         methods=tuple(
-            Method(row.name, label(row, first[row.name]), bases[row.name])
-            for row in table.methods
-            if row.name in first
+            Method(row.name, label(row, first[row.name]), bases[row.name]) for row in table.methods if row.name in first
         ),
         runs=tuple(
             replace(run, config=Path(kind.shown(run.config)), options=_of_others(run.options, kind.ours))
@@ -189,9 +182,7 @@ def _earlier_runs(out: Path, table: Outline) -> tuple[Run, ...]:
     try:
         earlier = Table.read(out)
     except UserError as error:
-        raise UserError(
-            f"{error}; give another --out, or delete it: the runs beside it are found again"
-        ) from None
+        raise UserError(f"{error}; give another --out, or delete it: the runs beside it are found again") from None
     if (earlier.name, earlier.over, earlier.dataset) != (table.name, table.over, table.dataset):
         raise UserError(f"{out}: --out holds the table {earlier.title}; give another for {table.title}")
     return earlier.runs

@@ -39,17 +39,13 @@ def elsewhere(runs: Sequence[Run], folders: Iterable[Path]) -> dict[Path, list[O
             planned.setdefault((run.kind, run.hash), []).append(other)
     return {
         run.folder: [
-            other
-            for other in planned.get((run.kind, run.hash), [])
-            if other.folder.resolve() != run.folder.resolve()
+            other for other in planned.get((run.kind, run.hash), []) if other.folder.resolve() != run.folder.resolve()
         ]
         for run in runs
     }
 
 
-def usable(
-    runs: Sequence[Run], others: Mapping[Path, Sequence[Other]], code: str
-) -> tuple[dict[Run, Other], int]:
+def usable(runs: Sequence[Run], others: Mapping[Path, Sequence[Other]], code: str) -> tuple[dict[Run, Other], int]:
     """Tell which of these runs other tables have finished, and how many of them only by runs that must not be taken.
 
     Those are runs of other code, of another teacher, or of one that is not known here.

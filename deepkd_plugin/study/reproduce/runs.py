@@ -67,9 +67,7 @@ class Failure:
     def __str__(self) -> str:
         times = "once" if self.attempts == 1 else f"{self.attempts} times"
         end = "".join(f"\n    {line}" for line in self.lines)
-        return (
-            f"{self.run.name} failed {times} ({ending(self.code)}), log {self.run.folder / 'log.txt'}:{end}"
-        )
+        return f"{self.run.name} failed {times} ({ending(self.code)}), log {self.run.folder / 'log.txt'}:{end}"
 
 
 def ending(code: int) -> str:

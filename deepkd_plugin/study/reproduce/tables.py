@@ -217,9 +217,7 @@ def _source(what: str, word: str, known: Sequence[str]) -> str:
             f"PAIR/METHOD.yaml"
         )
     if not any(path.glob("*/*.yaml")):
-        raise UserError(
-            f"command line: {what} is {word!r}; it must hold configs PAIR/METHOD.yaml, and has none"
-        )
+        raise UserError(f"command line: {what} is {word!r}; it must hold configs PAIR/METHOD.yaml, and has none")
     return str(path)
 
 

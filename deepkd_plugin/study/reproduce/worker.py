@@ -36,9 +36,7 @@ def check(code: str, planned: str, kind: Kind, words: Sequence[str]) -> None:
     """Raise UserError if the run would not be the one that was planned, before it takes its time."""
     now = record.code_hash()
     if now != code:
-        raise UserError(
-            f"the package's code was changed since the table was started: it was {code}, is {now}"
-        )
+        raise UserError(f"the package's code was changed since the table was started: it was {code}, is {now}")
     _, file, _, *options = words
     resolved = kind.hash(kind.read(Path(file), options))
     if resolved != planned:

@@ -29,9 +29,7 @@ def drawn():
 
 
 def same(first, second):
-    return all(
-        np.array_equal(a, b) for x, y in zip(first, second, strict=True) for a, b in zip(x, y, strict=True)
-    )
+    return all(np.array_equal(a, b) for x, y in zip(first, second, strict=True) for a, b in zip(x, y, strict=True))
 
 
 def test_twenty_classes_of_glyphs100():

@@ -32,9 +32,7 @@ def test_glyph_canvas_as_batches(root, detection_cfg):
     assert list(seen) != list(range(20))  # shuffled
     for place, (image, target) in seen.items():
         assert (image.shape, image.dtype) == ((3, 96, 96), torch.float32)
-        assert torch.equal(
-            (image * 255).round().to(torch.uint8), torch.from_numpy(pixels[place]).permute(2, 0, 1)
-        )
+        assert torch.equal((image * 255).round().to(torch.uint8), torch.from_numpy(pixels[place]).permute(2, 0, 1))
         assert np.array_equal(target["boxes"].numpy(), boxes[place])
         assert np.array_equal(target["labels"].numpy(), labels[place])
     assert any(len(target["boxes"]) == 0 for _, target in seen.values())  # empty canvases are trained on
@@ -81,9 +79,7 @@ def test_nothing_to_find_on_the_test_set_is_one_line(root, detection_cfg, monkey
     def without_boxes(root, split):
         pixels, boxes, labels = load(root, split)
         first = 15 if split == "train" else 0
-        boxes, labels = (
-            [one[: 0 if i >= first else None] for i, one in enumerate(held)] for held in (boxes, labels)
-        )
+        boxes, labels = ([one[: 0 if i >= first else None] for i, one in enumerate(held)] for held in (boxes, labels))
         return pixels, boxes, labels
 
     monkeypatch.setattr(canvas, "load_glyph_canvas", without_boxes)

@@ -84,9 +84,7 @@ def test_momenta_mean_what_they_mean_in_classification(d2, configs):
 
 def test_whole_numbers_stand_for_floats(d2, configs, tmp_path):
     file = tmp_path / "a.yaml"
-    file.write_text(
-        f"_BASE_: {configs / 'DeepKD-R18-R101.yaml'}\nKD:\n  DEEPKD:\n    MASK: {{OPTIMAL: 40}}\n"
-    )
+    file.write_text(f"_BASE_: {configs / 'DeepKD-R18-R101.yaml'}\nKD:\n  DEEPKD:\n    MASK: {{OPTIMAL: 40}}\n")
     cfg = read(d2, file, "SOLVER.BASE_LR", "1", "KD.DEEPKD.T", "4", "SOLVER.WEIGHT_DECAY_BIAS", "0.0")
     assert (cfg.KD.DEEPKD.MASK.OPTIMAL, cfg.SOLVER.BASE_LR, cfg.KD.DEEPKD.T) == (40.0, 1.0, 4.0)
     assert cfg.SOLVER.WEIGHT_DECAY_BIAS == 0.0

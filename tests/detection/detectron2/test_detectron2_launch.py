@@ -64,29 +64,19 @@ def test_train_resume_and_test(train_net, tmp_path, monkeypatch):
     assert (folder / "config.yaml").read_text() == config
     code, _ = train_net("DeepKD-R18-R101", *often, flags=["--resume"])
     assert code == 0
-    assert [
-        json.loads(text)["iteration"] for text in (folder / "metrics.jsonl").read_text().splitlines()
-    ] == [1, 2]
+    assert [json.loads(text)["iteration"] for text in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2]
     assert (folder / "metrics.jsonl").read_text().startswith(line)
     run = json.loads((folder / "run.json").read_text())
     assert run["command"].startswith("python detection/train_net.py --config-file ")
     (folder / "inference").rename(tmp_path / "before")
-    code, _ = train_net(
-        "DeepKD-R18-R101", "MODEL.WEIGHTS", str(folder / "model_final.pth"), flags=["--eval-only"]
-    )
+    code, _ = train_net("DeepKD-R18-R101", "MODEL.WEIGHTS", str(folder / "model_final.pth"), flags=["--eval-only"])
     assert code == 0
-    again, before = (
-        path / "coco_instances_results.json" for path in (folder / "inference", tmp_path / "before")
-    )
+    again, before = (path / "coco_instances_results.json" for path in (folder / "inference", tmp_path / "before"))
     assert json.loads(again.read_text()) == json.loads(before.read_text())
     weights = torch.load(folder / "model_final.pth", weights_only=True)["model"]
     lost = [name for name in weights if name.startswith("roi_heads.")]
-    torch.save(
-        {"model": {name: weights[name] for name in weights if name not in lost}}, tmp_path / "part.pth"
-    )
-    code, err = train_net(
-        "DeepKD-R18-R101", "MODEL.WEIGHTS", str(tmp_path / "part.pth"), flags=["--eval-only"]
-    )
+    torch.save({"model": {name: weights[name] for name in weights if name not in lost}}, tmp_path / "part.pth")
+    code, err = train_net("DeepKD-R18-R101", "MODEL.WEIGHTS", str(tmp_path / "part.pth"), flags=["--eval-only"])
     assert code == 2
     assert f"lacks {len(lost)} tensors of the student, {lost[0]} for one; it must be the checkpoint" in err
 
@@ -181,9 +171,7 @@ def test_files_are_found_here_or_in_detection(tmp_path, monkeypatch):
     (tmp_path / "here/a.yaml").write_text("")
     assert launch.find_file("a.yaml", root, "x").resolve() == tmp_path / "here/a.yaml"
     for name in ("b.yaml", ""):
-        with pytest.raises(
-            UserError, match=f"x is '{name}'; it must name a file, here or in {root / 'detection'}"
-        ):
+        with pytest.raises(UserError, match=f"x is '{name}'; it must name a file, here or in {root / 'detection'}"):
             launch.find_file(name, root, "x")
 
 
@@ -206,9 +194,7 @@ def ends_in(message, capsys):
 def test_without_detectron2(fresh, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(launch, "locate", lambda: tmp_path)
     monkeypatch.setitem(sys.modules, "detectron2", None)
-    ends_in(
-        "detectron2 is not installed; pip install git+https://github.com/facebookresearch/detectron2", capsys
-    )
+    ends_in("detectron2 is not installed; pip install git+https://github.com/facebookresearch/detectron2", capsys)
 
 
 def test_a_detectron2_that_is_too_old(fresh, monkeypatch, tmp_path, host, capsys):
@@ -240,9 +226,7 @@ def checkout(tmp_path_factory, mdistiller_root, host):
 
     root = tmp_path_factory.mktemp("checkout") / "mdistiller"
     for name in ("detection", "mdistiller", "tools"):
-        shutil.copytree(
-            mdistiller_root / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "*.ipynb")
-        )
+        shutil.copytree(mdistiller_root / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "*.ipynb"))
     apply.apply(root)
     things = [{"id": c["id"], "name": c["name"]} for c in COCO_CATEGORIES if c["isthing"]]
     coco = root / "detection/datasets/coco"

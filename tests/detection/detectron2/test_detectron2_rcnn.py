@@ -24,9 +24,7 @@ def build(host, small):
     def make(name, *pairs):
         torch.manual_seed(0)
         model = DefaultTrainer.build_model(small(name, *pairs))
-        with (
-            torch.no_grad()
-        ):  # class logits of a few units, whatever a random teacher without norms makes of an image
+        with torch.no_grad():  # class logits of a few units, whatever a random teacher without norms makes of an image
             model.roi_heads.box_predictor.cls_score.weight.mul_(50.0)
             model.teacher.roi_heads.box_predictor.cls_score.weight.mul_(0.1)
         return model.train()
@@ -69,9 +67,7 @@ def test_dkd_is_mdistiller_s_own_and_deepkd_its_parts(build, weights):
     names = ("KD.DEEPKD.TCG_WEIGHT", "KD.DEEPKD.NCG_WEIGHT", "KD.DEEPKD.T")
     apart = build("DeepKD-R18-R101-noDTM", *(part for pair in zip(names, (alpha, beta, t)) for part in pair))
     parts = step(apart, build.images)
-    assert (parts["loss_tcg"] + parts["loss_ncg"]).item() == pytest.approx(
-        expected["loss_dkd"].item(), rel=1e-5
-    )
+    assert (parts["loss_tcg"] + parts["loss_ncg"]).item() == pytest.approx(expected["loss_dkd"].item(), rel=1e-5)
     assert {name: parts[name].item() for name in parts if name in expected} == {
         name: loss.item() for name, loss in expected.items() if name != "loss_dkd"
     }
@@ -90,9 +86,7 @@ def test_kd_is_the_sum_of_its_parts(build):
 
 
 def test_the_task_s_weight(build):
-    one, half = (
-        step(build("DeepKD-R18-R101", "KD.DEEPKD.TASK_WEIGHT", w), build.images) for w in ("1", "0.5")
-    )
+    one, half = (step(build("DeepKD-R18-R101", "KD.DEEPKD.TASK_WEIGHT", w), build.images) for w in ("1", "0.5"))
     for name in one:
         factor = 1.0 if name in ("loss_tcg", "loss_ncg") else 0.5
         assert half[name].item() == pytest.approx(factor * one[name].item())
@@ -163,10 +157,6 @@ def test_a_teacher_of_other_classes(host, configs, deepkd_tiny, options):
 
     from deepkd_plugin.detection.detectron2 import config, rcnn  # noqa: F401
 
-    cfg, _ = config.load(
-        configs / "DeepKD-R18-R101.yaml", options("TEACHER.MODEL.ROI_HEADS.NUM_CLASSES", "4")
-    )
-    with pytest.raises(
-        UserError, match=r"TEACHER.MODEL.ROI_HEADS.NUM_CLASSES is 4; it must be 3, the student's MODEL"
-    ):
+    cfg, _ = config.load(configs / "DeepKD-R18-R101.yaml", options("TEACHER.MODEL.ROI_HEADS.NUM_CLASSES", "4"))
+    with pytest.raises(UserError, match=r"TEACHER.MODEL.ROI_HEADS.NUM_CLASSES is 4; it must be 3, the student's MODEL"):
         build_model(cfg)

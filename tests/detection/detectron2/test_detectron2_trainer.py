@@ -116,10 +116,7 @@ def test_two_processes_are_one_with_the_whole_batch(host, tmp_path, mdistiller_r
 def test_losses_go_to_their_streams(host):
     from deepkd_plugin.detection.detectron2.trainer import losses_by_stream
 
-    losses = {
-        name: torch.tensor(float(i))
-        for i, name in enumerate(("loss_cls", "loss_mask", "loss_tcg", "loss_ncg"))
-    }
+    losses = {name: torch.tensor(float(i)) for i, name in enumerate(("loss_cls", "loss_mask", "loss_tcg", "loss_ncg"))}
     by_stream = losses_by_stream(losses, ("tog", "tcg", "ncg"))
     assert {name: loss.item() for name, loss in by_stream.items()} == {"tog": 1.0, "tcg": 2.0, "ncg": 3.0}
     assert losses_by_stream({"loss_dkd": losses["loss_ncg"]}, ("tog",))["tog"].item() == 3.0
@@ -152,9 +149,7 @@ def test_without_deltas_it_is_detectron2_s_own_sgd(make_trainer, clip):
     other = copy.deepcopy(trainer.model)
     optimizer = build_optimizer(trainer.cfg, other)
     assert len(optimizer.param_groups) > 1
-    groups = [
-        [(g["lr"], g["weight_decay"]) for g in opt.param_groups] for opt in (trainer.optimizer, optimizer)
-    ]
+    groups = [[(g["lr"], g["weight_decay"]) for g in opt.param_groups] for opt in (trainer.optimizer, optimizer)]
     assert groups[0] == groups[1]
     data = iter(trainer.data_loader)
     for iteration in range(2):
@@ -256,9 +251,7 @@ def test_what_a_run_leaves(make_trainer, tmp_path):
     assert run["teacher"]
     cfg = type(trainer.cfg)(type(trainer.cfg).load_yaml_with_base(str(folder / "config.yaml")))
     assert cfg.KD.TYPE == "DeepKD"
-    assert {"metrics.json", "model_final.pth", "worklog.txt", "train.events"} <= {
-        p.name for p in folder.iterdir()
-    }
+    assert {"metrics.json", "model_final.pth", "worklog.txt", "train.events"} <= {p.name for p in folder.iterdir()}
 
 
 @pytest.mark.parametrize(
@@ -287,9 +280,7 @@ def test_what_a_run_leaves(make_trainer, tmp_path):
 )
 def test_every_method_of_every_pair_trains(make_trainer, name, pairs, monkeypatch):
     """The networks of the configs as they are, on small images; random weights, so tiny steps."""
-    trainer = make_trainer(
-        name, *pairs, "SOLVER.MAX_ITER", "1", "SOLVER.STEPS", "()", "SOLVER.BASE_LR", "1e-9"
-    )
+    trainer = make_trainer(name, *pairs, "SOLVER.MAX_ITER", "1", "SOLVER.STEPS", "()", "SOLVER.BASE_LR", "1e-9")
     monkeypatch.setattr(trainer, "test", lambda *args: {})  # evaluation has its own tests
     monkeypatch.setattr(trainer.checkpointer, "save", lambda *args, **kwargs: None)
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
@@ -297,9 +288,7 @@ def test_every_method_of_every_pair_trains(make_trainer, name, pairs, monkeypatc
     (line,) = lines(Path(trainer.cfg.OUTPUT_DIR))
     assert all(abs(loss) < float("inf") for loss in line["loss"].values())
     assert set(line["loss"]) == set(trainer.optimizer.streams)
-    moved = {
-        name.split(".")[0] for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])
-    }
+    moved = {name.split(".")[0] for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
     parts = {"backbone", "proposal_generator", "roi_heads"}
     assert moved == parts | ({"kd_trans"} if "Review" in trainer.cfg.KD.TYPE else set())
 
@@ -359,14 +348,10 @@ def test_weights_without_the_teacher_are_refused(make_trainer, tmp_path):
     assert all(torch.equal(loaded[name], tensor + 1) for name, tensor in state.items())
     start({name: tensor for name, tensor in state.items() if not name.startswith("roi_heads.")})
     lost = [name for name in state if name.startswith("teacher.roi_heads.")]
-    with pytest.raises(
-        UserError, match=rf"lacks {len(lost)} tensors of the teacher, {lost[0]} for one; .*merge-det"
-    ):
+    with pytest.raises(UserError, match=rf"lacks {len(lost)} tensors of the teacher, {lost[0]} for one; .*merge-det"):
         start({name: tensor for name, tensor in state.items() if name not in lost})
     name = "teacher.roi_heads.box_predictor.cls_score.bias"
-    with pytest.raises(
-        UserError, match=rf"its {name} has the shape \(9,\); this config's teacher needs \(4,\)"
-    ):
+    with pytest.raises(UserError, match=rf"its {name} has the shape \(9,\); this config's teacher needs \(4,\)"):
         start(state | {name: torch.zeros(9)})
     lost = [name for name in state if name.startswith("backbone.bottom_up.")]
     with pytest.raises(

@@ -84,9 +84,7 @@ def arrays(tensors):
 
 def test_the_merged_file_has_both_under_the_names_of_rcnnkd(tmp_path, capsys, backbones):
     tensors, network = detector(), backbones["resnet18"]
-    teacher = as_pickle(
-        tmp_path / "t.pkl", {"model": arrays(tensors), "__author__": "Detectron2 Model Zoo"}, 2
-    )
+    teacher = as_pickle(tmp_path / "t.pkl", {"model": arrays(tensors), "__author__": "Detectron2 Model Zoo"}, 2)
     student, out = (
         as_torch(tmp_path / "s.pth", network.state_dict()),
         tmp_path / "pretrained" / "r18-r101.pth",
@@ -340,9 +338,7 @@ def rcnnkd(mdistiller_root, mdistiller):
         ("MV2-R50", "mobilenet_v2", "torchvision"),
     ],
 )
-def test_detectron2_loads_the_file_into_mdistiller_s_modules(
-    tmp_path, caplog, rcnnkd, backbones, pair, name, form
-):
+def test_detectron2_loads_the_file_into_mdistiller_s_modules(tmp_path, caplog, rcnnkd, backbones, pair, name, form):
     from detectron2.checkpoint import DetectionCheckpointer
 
     network = backbones[name]
@@ -369,9 +365,7 @@ def test_detectron2_loads_the_file_into_mdistiller_s_modules(
     assert (keys.unexpected_keys, keys.incorrect_shapes) == ([], [])
     # what is not in the file is the student's, from its FPN on
     assert {key.split("_")[0].split(".")[0] for key in keys.missing_keys} == {"backbone", "proposal", "roi"}
-    assert all(
-        key.startswith(("backbone.fpn_", "proposal_generator.", "roi_heads.")) for key in keys.missing_keys
-    )
+    assert all(key.startswith(("backbone.fpn_", "proposal_generator.", "roi_heads.")) for key in keys.missing_keys)
     loaded = built.teacher.state_dict()
     assert all(torch.equal(loaded[key], value) for key, value in tensors.items())
 

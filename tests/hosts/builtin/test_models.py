@@ -135,9 +135,7 @@ def test_channels_and_batchnorms_for_feature_distillers(case):
         assert [bn.num_features for bn in net.get_bn_before_relu()] == without_stem
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in NETWORKS if c not in ("imagenet/ResNet34", "imagenet/ResNet101")]
-)
+@pytest.mark.parametrize("case", [c for c in NETWORKS if c not in ("imagenet/ResNet34", "imagenet/ResNet101")])
 def test_features_are_consistent_and_running_statistics_move_once(case):
     torch.manual_seed(0)
     net = make(case)
@@ -325,9 +323,7 @@ def test_imagenet_pretrained_loads_the_first_weights(monkeypatch):
     weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
     state = torchvision.models.resnet18().state_dict()
     asked = []
-    monkeypatch.setattr(
-        type(weights), "get_state_dict", lambda self, *args, **kwargs: asked.append(self) or state
-    )
+    monkeypatch.setattr(type(weights), "get_state_dict", lambda self, *args, **kwargs: asked.append(self) or state)
     net = imagenet_model_dict["ResNet18"](pretrained=True)
     assert asked == [weights]
     torch.testing.assert_close(net.state_dict(), state)
@@ -344,6 +340,4 @@ def test_imagenet_names(name):
     with torch.device("meta"):
         ours = imagenet_model_dict[name]()
         theirs = getattr(torchvision.models, name.lower())()
-    assert {k: v.shape for k, v in ours.state_dict().items()} == {
-        k: v.shape for k, v in theirs.state_dict().items()
-    }
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}

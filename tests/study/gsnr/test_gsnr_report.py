@@ -125,13 +125,10 @@ def test_a_table_of_layers_drawn_before_does_not_stay(make, tmp_path):
 
 def test_the_figure_of_one_run(make):
     momenta = [MOMENTUM, {"tog": 0.9, "tcg": 0.85, "ncg": 0.95}]
-    figure = draw(
-        read_runs([make("a", [window(1, momentum=momenta[0]), window(2, 0.4, momentum=momenta[1])])])
-    )
+    figure = draw(read_runs([make("a", [window(1, momentum=momenta[0]), window(2, 0.4, momentum=momenta[1])])]))
     ratio, mean, angle, momentum = figure.axes
     assert figure.get_suptitle() == (
-        "glyphs100, resnet20 → resnet8, DeepKD over KD\n"
-        "seed 0; gradients every 200 iterations, windows of 10 samples"
+        "glyphs100, resnet20 → resnet8, DeepKD over KD\nseed 0; gradients every 200 iterations, windows of 10 samples"
     )
     assert "ratio of sums" in ratio.get_ylabel()
     assert "mean over coordinates" in mean.get_ylabel()
@@ -151,9 +148,7 @@ def test_the_figure_of_one_run(make):
 
 
 def test_the_figure_says_where_momenta_were_set_by_the_gsnr(make):
-    *_, momentum = draw(
-        read_runs([make("a", [window(1)], SOLVER={"DECOUPLED": {"ALLOCATION": "gsnr"}})])
-    ).axes
+    *_, momentum = draw(read_runs([make("a", [window(1)], SOLVER={"DECOUPLED": {"ALLOCATION": "gsnr"}})])).axes
     assert momentum.get_ylabel() == "momentum\n(set by GSNR)"
 
 
@@ -343,9 +338,7 @@ def test_a_run_that_was_not_measured(make, tmp_path):
 
 
 def test_a_folder_without_a_run(make, tmp_path):
-    assert refusal(tmp_path / "none").startswith(
-        f"{tmp_path / 'none' / 'config.yaml'}: must be the config of a run ("
-    )
+    assert refusal(tmp_path / "none").startswith(f"{tmp_path / 'none' / 'config.yaml'}: must be the config of a run (")
     folder = make("a", [window(1)])
     for text in ("- a list\n", "{DATASET: {TYPE: cifar100}}\n", "a: [1\n", "text"):
         (folder / "config.yaml").write_text(text)

@@ -145,9 +145,7 @@ def test_what_is_missing_is_one_line_each(tmp_path, read_by, pycocotools):
     assert data == "no such folder"
     files = f"none.pth ({', '.join(table.pairs)})"
     assert teachers.startswith(f"DISTILLER.TEACHER_WEIGHTS: files of teachers are missing: {files}; ")
-    named = make_plan(
-        table, table.pairs, ("vanilla",), 1, ["DETECTION.STUDENT_BACKBONE", "r18.pth"], tmp_path
-    )
+    named = make_plan(table, table.pairs, ("vanilla",), 1, ["DETECTION.STUDENT_BACKBONE", "r18.pth"], tmp_path)
     _, backbone = problems(named, named.runs, prepare=False)
     assert backbone == "DETECTION.STUDENT_BACKBONE is 'r18.pth'; it must name a file of ImageNet weights"
     alone = [run for run in made.runs if run.method == "vanilla"]
@@ -267,9 +265,7 @@ def test_a_place_without_mdistiller_or_detectron2_is_told_in_one_line(tmp_path, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(host, "_loaded", None)
     line = complaint(tables.find, "coco")
-    assert line.startswith(
-        "environment: MDISTILLER_ROOT must name a checkout of mdistiller, whose detection/ "
-    )
+    assert line.startswith("environment: MDISTILLER_ROOT must name a checkout of mdistiller, whose detection/ ")
     for folder in ("detection/model", "mdistiller/distillers"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "detection/model/rcnn.py").touch()
@@ -362,9 +358,7 @@ def test_a_run_on_detectron2_has_the_hash_that_its_record_will_have(checkout, tm
     from deepkd_plugin.detection.detectron2.recorder import Computed
 
     table = tables.find("coco")
-    made = make_plan(
-        table, ("r101_r18",), ("deepkd_dkd",), 2, ["TEST.EVAL_PERIOD", "50000"], tmp_path / "out"
-    )
+    made = make_plan(table, ("r101_r18",), ("deepkd_dkd",), 2, ["TEST.EVAL_PERIOD", "50000"], tmp_path / "out")
     for run in made.runs:
         held = DETECTRON2.read(run.config, run.options)
         assert record.config_hash(Computed(held)) == run.hash

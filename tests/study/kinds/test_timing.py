@@ -120,9 +120,7 @@ def test_a_run_costs_its_steps_and_its_tests(clock, method, options, views, back
     tested = TESTED / 8
     expected = 10 * (STEPS * step + tested * student) + tested * teacher
     (taken,) = seconds(cfg(method, *options))
-    assert taken == pytest.approx(
-        expected, rel=5e-3
-    )  # relations of classes, angles of gradients are counted too
+    assert taken == pytest.approx(expected, rel=5e-3)  # relations of classes, angles of gradients are counted too
 
 
 def test_a_pair_s_runs_are_timed_as_each_alone_and_its_networks_are_tested_once(clock):

@@ -38,8 +38,7 @@ CONFIG = {
     "LOG": {"PREFIX": "out"},
 }
 DECOUPLED = {"DISTILLER.TYPE": "DeepKD"} | {
-    f"SOLVER.DECOUPLED.DELTA.{name}": value
-    for name, value in (("TOG", 0.075), ("TCG", -0.075), ("NCG", 0.075))
+    f"SOLVER.DECOUPLED.DELTA.{name}": value for name, value in (("TOG", 0.075), ("TCG", -0.075), ("NCG", 0.075))
 }
 """Settings of a run of DeepKD."""
 
@@ -51,9 +50,7 @@ def make_table(folder, accuracies, methods=(KD, DEEPKD), pairs=PAIRS, epochs=4, 
     """
     planned = []
     for (pair, method), values in accuracies.items():
-        keywords = {"settings": DECOUPLED if method.startswith("deepkd") else {}} | (runs or {}).get(
-            (pair, method), {}
-        )
+        keywords = {"settings": DECOUPLED if method.startswith("deepkd") else {}} | (runs or {}).get((pair, method), {})
         length = keywords.pop("epochs", epochs)
         for seed, last in enumerate(values):
             hash_ = f"{pair}{method}{seed}".encode().hex()[-16:]
@@ -158,9 +155,7 @@ DETECTION = {
     "dataset": "glyph_canvas",
     "metric": "AP (%)",
     "kind": "detection",
-    "pairs": [
-        {"name": "res20_res8", "teacher": "fasterrcnn_resnet20_fpn", "student": "fasterrcnn_resnet8_fpn"}
-    ],
+    "pairs": [{"name": "res20_res8", "teacher": "fasterrcnn_resnet20_fpn", "student": "fasterrcnn_resnet8_fpn"}],
 }
 """Entries of table.json of this package's detectors."""
 

@@ -202,9 +202,7 @@ def test_a_result_that_is_not_what_the_metrics_say_is_left_out(folder):
 
 
 def test_a_folder_without_a_plan_is_refused(tmp_path):
-    with pytest.raises(
-        UserError, match="holds no table.json; it must be a folder that 'deepkd reproduce' made"
-    ):
+    with pytest.raises(UserError, match="holds no table.json; it must be a folder that 'deepkd reproduce' made"):
         collect(tmp_path)
 
 

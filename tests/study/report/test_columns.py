@@ -11,9 +11,7 @@ LOW, HIGH = [73.0, 73.2, 73.4], [76.0, 76.3, 76.6]
 
 @pytest.fixture
 def cells_of(tmp_path):
-    return lambda accuracies, **keywords: assemble(
-        collect(make_table(tmp_path / "table", accuracies, **keywords))
-    )
+    return lambda accuracies, **keywords: assemble(collect(make_table(tmp_path / "table", accuracies, **keywords)))
 
 
 def said(cells, number, row):
@@ -28,8 +26,7 @@ def test_the_main_table_has_the_published_value_with_source_and_certainty(cells_
     assert fields["Ours, last epoch"] == ("76.30\u00a0±\u00a00.30",)
     assert fields["Published"] == (
         "76.69",
-        "KD+DeepKD; a reader's note on the paper (+3.36); value and pair inferred; "
-        "published without DTM, ours with it",
+        "KD+DeepKD; a reader's note on the paper (+3.36); value and pair inferred; published without DTM, ours with it",
     )
     assert fields["Ours − published [95\u00a0%]"][0].startswith("−0.39 [−1.14,")
     assert fields["Gain over KD [95\u00a0%]"][0].startswith("+3.10 [+2.")

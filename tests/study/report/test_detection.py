@@ -153,9 +153,7 @@ def test_a_step_on_detectron2_is_an_evaluation(theirs):
     for text in texts(theirs):
         assert "Best of all evaluations, chosen on the test images: AP (%)" in text
         assert "Last evaluation: the AP at the end of training." in text
-        assert not re.search(
-            r"(last|best|all|by|of) epochs?\b(?!\))", text.replace("Momenta, last epoch", "")
-        )
+        assert not re.search(r"(last|best|all|by|of) epochs?\b(?!\))", text.replace("Momenta, last epoch", ""))
 
 
 def test_published_values_of_no_pair_are_apart(theirs, folder):

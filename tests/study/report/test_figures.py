@@ -17,9 +17,7 @@ NAME = "the comparison"
 
 @pytest.fixture
 def cells_of(tmp_path):
-    return lambda accuracies, **keywords: assemble(
-        collect(make_table(tmp_path / "table", accuracies, **keywords))
-    )
+    return lambda accuracies, **keywords: assemble(collect(make_table(tmp_path / "table", accuracies, **keywords)))
 
 
 class Svg:
@@ -83,9 +81,7 @@ def test_a_curve_is_the_mean_of_its_runs_on_a_scale_that_holds_all_of_them(cells
     # runs of 70.25, 70 and 80.25, 80: an axis from 70 − 6 % to 80.25 + 6 %, of 190 points below 8 of margin
     curve = next(line for line in svg.lines("ink") if line[0][0] != line[1][0] and line[0][1] != line[1][1])
     high, span = 80.25 + 0.06 * 10.25, 1.12 * 10.25
-    assert [y for _, y in curve] == pytest.approx(
-        [8 + 190 * (high - v) / span for v in (75.25, 75.0)], abs=0.01
-    )
+    assert [y for _, y in curve] == pytest.approx([8 + 190 * (high - v) / span for v in (75.25, 75.0)], abs=0.01)
     assert curve[0][0] < curve[1][0]
 
 
@@ -103,9 +99,7 @@ def test_a_band_goes_from_the_lowest_run_to_the_highest(cells_of):
 
 
 def test_the_scale_leaves_out_what_is_below_the_second_half(cells_of):
-    cells = cells_of(
-        {(PAIR, "kd"): [70.0]}, methods=(KD,), runs={(PAIR, "kd"): {"curve": [10.0, 68.0, 70.0, 70.0]}}
-    )
+    cells = cells_of({(PAIR, "kd"): [70.0]}, methods=(KD,), runs={(PAIR, "kd"): {"curve": [10.0, 68.0, 70.0, 70.0]}})
     svg = Svg(panel(cells))
 
     assert {"68.0", "70.0"} <= set(svg.letters)
@@ -163,9 +157,7 @@ def test_a_mark_and_its_interval_are_where_their_values_are(cells_of, ours, colo
     (mark,) = svg.marks(colour)
     assert mark[0] == place(gain.value)
     whiskers = [line for line in svg.lines(colour) if line[0][1] == line[1][1] == mark[1]]
-    assert whiskers == (
-        [] if gain.low is None else [[(place(end), mark[1]) for end in (gain.low, gain.high)]]
-    )
+    assert whiskers == ([] if gain.low is None else [[(place(end), mark[1]) for end in (gain.low, gain.high)]])
     fills = re.findall(r"<use [^>]*fill: var\(--(\w+)\)", svg.text)
     assert fills == ([dot] if dot else fills)
     (diamond,) = svg.marks("ink")

@@ -36,8 +36,6 @@ def test_p_values(p, text):
     assert p_value(p) == text
 
 
-@pytest.mark.parametrize(
-    ("numbers", "text"), [([0, 1, 2], "0–2"), ([4, 0, 2, 1], "0–2, 4"), ([7], "7"), ([], "")]
-)
+@pytest.mark.parametrize(("numbers", "text"), [([0, 1, 2], "0–2"), ([4, 0, 2, 1], "0–2, 4"), ([7], "7"), ([], "")])
 def test_ranges(numbers, text):
     assert ranges(numbers) == text

@@ -30,9 +30,7 @@ class Page(HTMLParser):
         assert self.open == []
 
     def handle_starttag(self, name, attributes):
-        self.elements.append(
-            {"tag": name, "in": [e["tag"] for e in self.open], "text": "", **dict(attributes)}
-        )
+        self.elements.append({"tag": name, "in": [e["tag"] for e in self.open], "text": "", **dict(attributes)})
         if name != "meta":
             self.open.append(self.elements[-1])
 
@@ -122,9 +120,7 @@ def test_every_drawing_has_a_text_alternative(page_of):
     assert all(texts.values())
     for drawing in drawings:
         assert drawing["role"] == "img"
-        assert drawing["aria-labelledby"].split() == [
-            name for name in texts if name in drawing["aria-labelledby"]
-        ]
+        assert drawing["aria-labelledby"].split() == [name for name in texts if name in drawing["aria-labelledby"]]
 
 
 def test_every_gain_is_there_as_text_beside_its_drawing(page_of):
@@ -272,14 +268,10 @@ def test_names_from_configs_files_and_logs_are_escaped(tmp_path):
 
 def test_an_ablations_rows_keep_their_order_and_share_panels_by_five(page_of):
     rows = [{"name": f"d{i}", "label": f"|Δ| = {i}", "base": "d0" if i else None} for i in range(7)]
-    page = page_of(
-        {(PAIR, row["name"]): LOW for row in rows}, methods=rows, table="ablation-delta", over="kd"
-    )
+    page = page_of({(PAIR, row["name"]): LOW for row in rows}, methods=rows, table="ablation-delta", over="kd")
 
     gains = next(e for e in page.all("table") if "The same in numbers" in e["text"])
-    assert re.findall(r"\|Δ\| = \d", gains["text"].split("Gain over |Δ| = 0")[1]) == [
-        row["label"] for row in rows[1:]
-    ]
+    assert re.findall(r"\|Δ\| = \d", gains["text"].split("Gain over |Δ| = 0")[1]) == [row["label"] for row in rows[1:]]
     panels = [e["text"] for e in page.all("h4")]
     assert panels == ["|Δ| = 0 and 4 rows over it, part 1", "|Δ| = 0 and 2 rows over it, part 2"]
     assert page.all("h1")[0]["text"] == "DeepKD: ablation-delta over kd on cifar100"

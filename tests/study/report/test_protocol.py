@@ -53,9 +53,7 @@ def test_everything_that_the_numbers_depend_on_is_told(tmp_path):
     ],
 )
 def test_settings_that_change_the_protocol_show(tmp_path, settings, what, answer):
-    made = cells(
-        tmp_path, {(PAIR, "deepkd"): [76.0]}, runs={(PAIR, "deepkd"): {"settings": DECOUPLED | settings}}
-    )
+    made = cells(tmp_path, {(PAIR, "deepkd"): [76.0]}, runs={(PAIR, "deepkd"): {"settings": DECOUPLED | settings}})
 
     assert dict(protocol(made))[what] == [answer]
 
@@ -74,9 +72,7 @@ def test_what_most_methods_share_comes_first_and_exceptions_are_named(tmp_path):
 
 def test_many_answers_stand_by_row(tmp_path):
     rows = [{"name": f"row{i}", "label": f"row {i}", "base": None} for i in range(5)]
-    masks = {
-        (PAIR, f"row{i}"): {"settings": DECOUPLED | {"DeepKD.MASK.OPTIMAL": 0.5 + i / 10}} for i in range(5)
-    }
+    masks = {(PAIR, f"row{i}"): {"settings": DECOUPLED | {"DeepKD.MASK.OPTIMAL": 0.5 + i / 10}} for i in range(5)}
     made = cells(tmp_path, {cell: [60.0] for cell in masks}, methods=rows, runs=masks)
 
     told = dict(protocol(made))["Mask"]

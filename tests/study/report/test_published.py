@@ -56,9 +56,7 @@ def test_a_note_says_where_the_published_variant_differs(settings, note):
 
 def test_the_published_variant_with_the_mask_is_taken_where_there_is_one():
     held = published.find("imagenet", TOP1, "ResNet34", "ResNet18", "deepkd_crld")
-    without = published.find(
-        "imagenet", TOP1, "ResNet34", "ResNet18", "deepkd_crld", {"DeepKD.MASK.TYPE": "none"}
-    )
+    without = published.find("imagenet", TOP1, "ResNet34", "ResNet18", "deepkd_crld", {"DeepKD.MASK.TYPE": "none"})
 
     assert (held.method, held.value, held.note) == ("CRLD+DeepKD+DTM", 74.23, "")
     assert without.note == "published with DTM, ours without it"
@@ -77,9 +75,7 @@ def test_of_two_published_variants_the_one_like_ours_is_taken(monkeypatch, mask,
 
 
 def test_imagenets_mobilenet_goes_by_two_names():
-    v1, v2 = (
-        published.find("imagenet", TOP1, "ResNet50", name, "kd") for name in ("MobileNetV1", "MobileNetV2")
-    )
+    v1, v2 = (published.find("imagenet", TOP1, "ResNet50", name, "kd") for name in ("MobileNetV1", "MobileNetV2"))
 
     assert v1.value == v2.value == 70.5
     assert v1.note == ""

@@ -123,9 +123,7 @@ def test_difference_from_a_published_number_is_scipys_interval_of_our_mean():
 
     difference = compare_published(ours, 76.0)
 
-    assert (difference.low, difference.high) == pytest.approx(
-        (interval.low - 76.0, interval.high - 76.0), abs=1e-10
-    )
+    assert (difference.low, difference.high) == pytest.approx((interval.low - 76.0, interval.high - 76.0), abs=1e-10)
 
 
 @pytest.mark.filterwarnings("error")

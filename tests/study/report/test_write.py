@@ -194,7 +194,5 @@ def test_finished_runs_that_do_not_count_are_told_of(tmp_path, capsys):
     change(next(folder.glob("runs/*/kd/seed0-*")) / "run.json", {"code": "another"})
     report(folder)
     err = capsys.readouterr().err
-    assert err.startswith(
-        f"{folder}: 1 of the runs there do not count, the first {folder}/runs/{PAIR}/kd/seed0-"
-    )
+    assert err.startswith(f"{folder}: 1 of the runs there do not count, the first {folder}/runs/{PAIR}/kd/seed0-")
     assert err.count("\n") == 1

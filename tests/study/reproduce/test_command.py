@@ -215,9 +215,7 @@ def test_runs_of_other_code_are_refused_or_made_anew(reproduce, calls):
     assert calls.executed[1][2] is True
 
 
-def test_runs_of_another_teacher_are_refused_before_anything_is_trained_or_made_anew(
-    reproduce, calls, tmp_path
-):
+def test_runs_of_another_teacher_are_refused_before_anything_is_trained_or_made_anew(reproduce, calls, tmp_path):
     from deepkd_plugin.hosts.networks import trained_network
     from deepkd_plugin.hosts.registry import BUILTIN
     from deepkd_plugin.run import checkpoint
@@ -398,10 +396,7 @@ def test_runs_of_another_table_are_taken_over(reproduce, calls, tmp_path):
     code, out, _ = reproduce(*words, "--dry-run")
     assert (code, entry(out, "runs")) == (0, "2 to take over, 2 new")
     assert entry(out, "reuse") == "first.dir: 2 runs to take over"
-    assert (
-        entry(out, "not taken")
-        == "1 run of --reuse, of other code, or of a teacher that is another or not here"
-    )
+    assert entry(out, "not taken") == "1 run of --reuse, of other code, or of a teacher that is another or not here"
     # of the cells of both a run is there to tell how long they take
     assert "an estimate: 2 by finished runs of their kind" in entry(out, "time")
     assert not (tmp_path / "second").exists()

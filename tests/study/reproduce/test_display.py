@@ -34,9 +34,7 @@ def clock(monkeypatch):
 def live(clock):
     """A display on a terminal of 80 columns; live.lines() is what it shows of its runs."""
     terminal = Terminal()
-    console = Console(
-        file=terminal, force_terminal=True, width=80, height=24, get_time=lambda: clock.now, _environ={}
-    )
+    console = Console(file=terminal, force_terminal=True, width=80, height=24, get_time=lambda: clock.now, _environ={})
     made = LiveDisplay(console)
 
     def lines(width=80, height=24):

@@ -165,9 +165,7 @@ def test_a_folder_that_cannot_be_is_told(out, monkeypatch):
     out.unlink()
     made = make(out)
     out.write_text("a file")
-    assert (
-        complaint(made.document.write) == f"{out}: --out must be a folder that can be written (File exists)"
-    )
+    assert complaint(made.document.write) == f"{out}: --out must be a folder that can be written (File exists)"
 
 
 @pytest.mark.parametrize(

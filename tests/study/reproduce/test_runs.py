@@ -119,9 +119,7 @@ def test_runs_are_made_once(fake_run):
     assert all(state(run) == "finished" for run in runs)
     assert told.events[0] == ("begin", 3, 0)
     assert told.events[-1] == ("close",)
-    assert sorted(told.events[1:-1]) == sorted(
-        [(what, seed) for what in ("started", "finished") for seed in range(3)]
-    )
+    assert sorted(told.events[1:-1]) == sorted([(what, seed) for what in ("started", "finished") for seed in range(3)])
     assert {event[1] for event in told.events[1:3]} == {0, 1}  # the first two at once
     command, *written = (runs[0].folder / "log.txt").read_text().splitlines()
     assert command.startswith("--- 20")
@@ -202,9 +200,7 @@ def test_files_changed_after_the_start_are_told_of(fake_run):
     worker = (sys.executable, "-c", other, *fake_run.worker)
     (failure,) = execute([fake_run()], 1, attempts=1, worker=worker)
     assert failure.code == 0
-    assert failure.lines[0].startswith(
-        f"{fake_run().folder}: the run there was made by other code (other; now "
-    )
+    assert failure.lines[0].startswith(f"{fake_run().folder}: the run there was made by other code (other; now ")
 
 
 def test_a_process_that_ends_well_without_a_result_has_failed(fake_run):
@@ -299,9 +295,7 @@ def test_code_that_changes_meanwhile_is_not_mixed_in(fake_run, monkeypatch):
     (failure,) = execute([run], 1)  # the real worker, which reads the files
     assert (failure.code, failure.attempts) == (2, 1)
     (line,) = failure.lines
-    assert line.startswith(
-        "deepkd: error: the package's code was changed since the table was started: it was before"
-    )
+    assert line.startswith("deepkd: error: the package's code was changed since the table was started: it was before")
     assert not (run.folder / "run.json").exists()
 
 
@@ -310,9 +304,7 @@ def test_a_worker_checks_that_it_has_the_planned_run():
     cfg, _ = launch.read_config(find_host(), str(CONFIG), words[3:])
     planned = record.config_hash(cfg)
     worker.check(record.code_hash(), planned, KINDS["classification"], words)
-    with pytest.raises(
-        UserError, match="kd.yaml: its config was changed since .*: its hash was .* host builtin"
-    ):
+    with pytest.raises(UserError, match="kd.yaml: its config was changed since .*: its hash was .* host builtin"):
         worker.check(record.code_hash(), planned, KINDS["classification"], words[:3])
 
 
@@ -504,10 +496,7 @@ def tiny_runs(out, data_root, count):
 
 def numbers(run):
     """A run's metrics without the times that it took."""
-    return [
-        {key: value for key, value in line.items() if "second" not in key}
-        for line in read_metrics(run.folder)
-    ]
+    return [{key: value for key, value in line.items() if "second" not in key} for line in read_metrics(run.folder)]
 
 
 @pytest.mark.skipif(

@@ -46,9 +46,7 @@ def folder(tmp_path):
     for pair, methods in {"a_b": "kd deepkd vanilla teacher mine", "c_d": "kd vanilla"}.items():
         (ours / pair).mkdir(parents=True)
         for method in methods.split():
-            shutil.copy(
-                CONFIGS / f"{'kd' if method == 'mine' else method}.yaml", ours / pair / f"{method}.yaml"
-            )
+            shutil.copy(CONFIGS / f"{'kd' if method == 'mine' else method}.yaml", ours / pair / f"{method}.yaml")
     (ours / "notes").mkdir()
     return ours
 
@@ -147,9 +145,7 @@ def test_an_ablation_is_of_the_base_that_was_asked_for(folder):
     shutil.copy(CONFIGS / "deepkd.yaml", folder / "a_b" / "deepkd_dkd.yaml")
     table = tables.find("ablation-delta", "dkd", str(folder))
     line = complaint(make_plan, table, table.pairs, names(table), 1, [], Path("nowhere"))
-    assert line == (
-        f"{folder / 'a_b' / 'deepkd_dkd.yaml'}: DeepKD.BASE is 'KD'; for --base dkd it must be that"
-    )
+    assert line == (f"{folder / 'a_b' / 'deepkd_dkd.yaml'}: DeepKD.BASE is 'KD'; for --base dkd it must be that")
 
 
 def test_labels_say_what_the_configs_are():
@@ -159,9 +155,7 @@ def test_labels_say_what_the_configs_are():
         return {method.name: tables.label(method, held[method.name]) for method in table.methods}
 
     plain = {name: name.upper() for name in ("kd", "dkd", "mlkd", "crld")}
-    deep = {"deepkd": "KD + DeepKD"} | {
-        f"deepkd_{b}": f"{b.upper()} + DeepKD" for b in ("dkd", "mlkd", "crld")
-    }
+    deep = {"deepkd": "KD + DeepKD"} | {f"deepkd_{b}": f"{b.upper()} + DeepKD" for b in ("dkd", "mlkd", "crld")}
     masked = {name: f"{text} + DTM" for name, text in deep.items()}
     assert labels("glyphs100") == {"vanilla": "student alone"} | plain | masked
     assert labels("glyphs100", "DeepKD.MASK.TYPE", "none") == {"vanilla": "student alone"} | plain | deep

@@ -27,9 +27,7 @@ class Unit(nn.Module):
         mid = made // 4
         # the stem has too few channels to split (the paper, section 3.2)
         self.groups = 1 if c_in == STEM else _GROUPS
-        add_convolutions(
-            self, (c_in, mid, 1, 1, self.groups), (mid, mid, 3, stride, mid), (mid, made, 1, 1, _GROUPS)
-        )
+        add_convolutions(self, (c_in, mid, 1, 1, self.groups), (mid, mid, 3, stride, mid), (mid, made, 1, 1, _GROUPS))
         self.ends_stage = ends_stage
 
     def forward(self, x: Tensor) -> Tensor:

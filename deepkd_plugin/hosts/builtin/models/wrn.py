@@ -102,7 +102,5 @@ class WideResNet(nn.Module):
         return self.fc(pooled), features
 
 
-WIDE_RESNETS = {
-    f"wrn_{depth}_{factor}": partial(WideResNet, depth, factor) for depth in (16, 40) for factor in (1, 2)
-}
+WIDE_RESNETS = {f"wrn_{depth}_{factor}": partial(WideResNet, depth, factor) for depth in (16, 40) for factor in (1, 2)}
 """By name; num_classes is still to be given."""
