@@ -1,7 +1,5 @@
 """Accuracy of a student while it trains, and of its teacher before that."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The only module that knows which device a run is on."""
 
-from __future__ import annotations
-
 import contextlib
 import random
 from collections.abc import Callable, Iterator

@@ -5,8 +5,6 @@ brings when it is imported (distillers.register_distiller, data.register_dataset
 Every process of a table inherits the variable, so each of its runs knows the same methods.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import inspect

@@ -10,8 +10,6 @@ Neither is free of the noise in the mean itself: gradients without any signal gi
 `noise_floor(n)`. The weights move within a window, and what they do to the gradient counts as noise.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """From a config file to a trained student: loaders, networks, distiller, trainer."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ Everything is computed in log space and in float32 or wider, whatever autocast i
 and gradients stay finite if one logit is a thousand above the others.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """Registers the plugin when mdistiller's own scripts import it; see patches/ and `deepkd apply`."""
 
-from __future__ import annotations
-
 import sys
 import traceback
 from types import TracebackType

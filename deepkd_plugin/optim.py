@@ -1,7 +1,5 @@
 """Stochastic gradient descent with one momentum buffer for each gradient stream (DeepKD, section 3)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 

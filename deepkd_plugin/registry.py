@@ -3,8 +3,6 @@
 `python -m deepkd_plugin.registry` says what it finds, as `deepkd doctor` does.
 """
 
-from __future__ import annotations
-
 from .hosts.registry import find_host, register
 
 __all__ = ["find_host", "register"]

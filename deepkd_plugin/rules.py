@@ -1,7 +1,5 @@
 """What a config key is, and the rules that keys share about the values they take."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """What a config asks of training beside the networks: optimizer, gradient monitor, momenta set by it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

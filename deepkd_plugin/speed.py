@@ -1,7 +1,5 @@
 """Faster ways to run a training step. Every way takes the same step, to rounding."""
 
-from __future__ import annotations
-
 import copy
 import statistics
 import time

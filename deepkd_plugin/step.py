@@ -1,7 +1,5 @@
 """One training step: forward passes, losses by stream, their gradients, the update."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

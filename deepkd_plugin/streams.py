@@ -5,8 +5,6 @@ class TCG, non-target class NCG). Momentum is linear in the gradient, so streams
 may share one backward pass and one buffer without changing the result.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """How the commands begin and end: their words, one line for a mistake or an interruption, and the exit code."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import re

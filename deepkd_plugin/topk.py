@@ -1,7 +1,5 @@
 """Which non-target classes a student learns from: the top-K mask and its schedule over training."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The epoch loop: batches through a distiller, losses into streams, streams into the optimizer."""
 
-from __future__ import annotations
-
 import copy
 import math
 import shlex

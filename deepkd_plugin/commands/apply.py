@@ -5,8 +5,6 @@ enough. Its detection/train_net.py hands over to our launcher before it imports 
 patches/, which `git apply --unidiff-zero` takes too.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os

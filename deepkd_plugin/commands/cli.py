@@ -1,7 +1,5 @@
 """`deepkd COMMAND …`: what the plugin does besides training and testing. A command's module has its arguments."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from importlib import import_module

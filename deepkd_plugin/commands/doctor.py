@@ -1,7 +1,5 @@
 """What a machine has for the plugin: `deepkd doctor`, `python -m deepkd_plugin.registry`."""
 
-from __future__ import annotations
-
 import importlib.util
 import platform
 import sys

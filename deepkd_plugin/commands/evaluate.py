@@ -1,7 +1,5 @@
 """Accuracy of a network's weights on a data set's test images."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 

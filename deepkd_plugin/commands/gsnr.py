@@ -1,7 +1,5 @@
 """`deepkd gsnr`: the gradient signal-to-noise ratio of the streams, measured and drawn."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Sequence
 from pathlib import Path

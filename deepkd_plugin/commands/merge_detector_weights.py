@@ -1,7 +1,5 @@
 """`deepkd merge-detector-weights`: a teacher's detector and a student's backbone in one file."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

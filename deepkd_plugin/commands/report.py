@@ -1,7 +1,5 @@
 """`deepkd report`: the report of a table, of what there is."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`deepkd reproduce`: a table from its configs to its report."""
 
-from __future__ import annotations
-
 import argparse
 import shlex
 from collections.abc import Sequence

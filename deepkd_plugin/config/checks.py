@@ -1,7 +1,5 @@
 """Refuse a config whose values cannot be meant, in one line that names the key and where its value came from."""
 
-from __future__ import annotations
-
 import importlib.util
 import math
 from collections.abc import Sequence

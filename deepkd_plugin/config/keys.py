@@ -3,8 +3,6 @@
 Distillers declare the keys of their own nodes (distillers/); the others are here.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from ..distillers import DISTILLERS

@@ -1,7 +1,5 @@
 """What a checked config asks for: momenta by stream, views of an image, and which keys compute."""
 
-from __future__ import annotations
-
 from yacs.config import CfgNode
 
 from ..distillers import DISTILLERS

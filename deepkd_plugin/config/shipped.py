@@ -1,7 +1,5 @@
 """The folders of files that come with the package and are no Python: configs/ and patches/."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from ..errors import UserError

@@ -4,8 +4,6 @@ mdistiller keeps its settings in a yacs tree whose keys must exist before a file
 ours. `load` names the file in its errors and remembers each value's origin, so that checks.py can name it too.
 """
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import difflib

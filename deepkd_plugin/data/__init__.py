@@ -1,7 +1,5 @@
 """Data sets by config: what mdistiller's get_dataset gives, for the sets that are registered."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

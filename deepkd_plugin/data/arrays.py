@@ -1,7 +1,5 @@
 """Small image sets held in memory, and the choice of a subset."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

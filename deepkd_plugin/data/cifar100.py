@@ -1,7 +1,5 @@
 """CIFAR-100 from disk: torchvision's layout, or class folders of PNG files."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Data sets of image files, read one by one as they are asked for."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ a small network takes long to learn them. Some classes resemble each other (b an
 likeness is what a teacher can pass on. docs/glyphs100.md shows them and says what the set is good for.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Callable

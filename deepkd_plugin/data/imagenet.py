@@ -1,7 +1,5 @@
 """ImageNet-1K from class folders, with mdistiller's augmentation."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from torchvision import transforms

@@ -6,8 +6,6 @@ the pixels are equal: a distortion only says which pixel of its image each pixel
 arithmetic, so a batch is one gather. No operation waits for the device.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol

@@ -1,7 +1,5 @@
 """What a data set says of itself, and the data sets by name."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass

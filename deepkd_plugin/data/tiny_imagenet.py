@@ -4,8 +4,6 @@ Files are read as they are asked for: decoding takes a worker about as long as t
 one core), while all images in memory are 1.3 GB, decoded anew by every run.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from torchvision import transforms

@@ -5,8 +5,6 @@ cut-out. All random numbers come from torch, whose generators a loader seeds in 
 draw from `random` and `numpy.random`, and so the same values in other orders.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Measure the AP of a detector's weights on a data set's test images."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

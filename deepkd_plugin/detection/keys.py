@@ -1,7 +1,5 @@
 """The config keys of a detection run beside the classification ones: the node DETECTION."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from ..rules import ANY, NOT_NEGATIVE, PROBABILITY, SHARE, WHOLE, Key

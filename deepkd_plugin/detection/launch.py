@@ -1,7 +1,5 @@
 """From a config file to a trained detector: sets, networks, distiller, trainer (torchvision's models)."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 from collections.abc import Sequence

@@ -8,8 +8,6 @@ Normaliser: every term is the mean over the N proposals that the step sampled, o
 mdistiller's rcnn_dkd_loss and detectors' own classification losses do it. Without proposals every term is 0.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from torch import Tensor

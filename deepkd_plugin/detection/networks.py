@@ -3,8 +3,6 @@
 State-dict keys of the first three are torchvision's for the models of the same names, so that its weights load.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial

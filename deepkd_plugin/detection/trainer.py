@@ -1,7 +1,5 @@
 """The trainer of detectors: the classification trainer's loop with boxes, a warm-up by iteration, and AP."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Cross-view consistency regularisation for knowledge distillation (Zhang et al., 2024)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """DeepKD: a base method's loss taken apart into the streams TOG, TCG and NCG (arXiv 2505.15133)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Knowledge distillation (Hinton et al., 2015)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

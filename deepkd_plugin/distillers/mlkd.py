@@ -1,7 +1,5 @@
 """Multi-level logit distillation (Jin et al., 2023): instances, batch and classes at several temperatures."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

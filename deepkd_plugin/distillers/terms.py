@@ -5,8 +5,6 @@ which terms it has. Whether a term counts whole (KL) or falls into target and no
 then the same question for all of them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 

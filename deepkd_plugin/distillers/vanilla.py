@@ -1,7 +1,5 @@
 """Training without a teacher."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """What the plugin sees of a host: mdistiller, a fork of it, or the built-in one."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

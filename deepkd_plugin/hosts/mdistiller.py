@@ -4,8 +4,6 @@ This is the only module that knows mdistiller's inside (commit a08d46f, its last
 replaces three of its functions, in place and wherever they were imported by name.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import os

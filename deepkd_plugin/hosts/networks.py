@@ -1,7 +1,5 @@
 """Networks of a host's zoo, fresh or with weights."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from importlib.resources import files

@@ -1,7 +1,5 @@
 """Find the host and put the plugin into its registries, in place."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

@@ -4,8 +4,6 @@ This is the package's own safe unpickler: for model zoos' weights and CIFAR-100.
 (run/checkpoint.py), which takes numpy's numbers from here.
 """
 
-from __future__ import annotations
-
 import math
 import pickle
 import re

@@ -1,7 +1,5 @@
 """Reading and writing checkpoints: whole files or none, and never any code from them."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os

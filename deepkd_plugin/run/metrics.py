@@ -1,7 +1,5 @@
 """What a run measures and where it writes it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A run's folder and its run.json: which code, config and machine its numbers come from. Only this module reads it."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import platform

@@ -1,7 +1,5 @@
 """The checkpoint that a run goes on from: read, and refused if it is another run's."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

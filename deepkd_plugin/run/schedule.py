@@ -1,7 +1,5 @@
 """Learning rate by epoch, for torch's LambdaLR."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

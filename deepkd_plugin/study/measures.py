@@ -1,7 +1,5 @@
 """What the runs of each kind of table measure, and what reports call it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """What planning, running and reporting a table have in common."""
 
-from __future__ import annotations
-
 import csv
 import io
 import os

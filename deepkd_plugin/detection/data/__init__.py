@@ -1,7 +1,5 @@
 """Detection sets by config, for the torchvision host."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -5,8 +5,6 @@ Q, b and 6, Ш and Щ): finding a glyph is easy, telling it from its like is wha
 docs/glyph_canvas.md shows them.
 """
 
-from __future__ import annotations
-
 from importlib.metadata import version
 from pathlib import Path
 

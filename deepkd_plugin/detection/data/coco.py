@@ -1,7 +1,5 @@
 """Detection sets in COCO's format, read by torchvision's data set and pycocotools."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import math

@@ -1,7 +1,5 @@
 """What a detection set says of itself, and the sets by name."""
 
-from __future__ import annotations
-
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 

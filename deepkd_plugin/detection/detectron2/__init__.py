@@ -7,8 +7,6 @@ module, launch.py and merge.py they cannot be imported without detectron2 and md
 one line what is missing.
 """
 
-from __future__ import annotations
-
 import importlib
 import sys
 from operator import attrgetter

@@ -4,8 +4,6 @@ detectron2 keeps its settings in a yacs tree of its own. If a classification run
 allowed values come from deepkd_plugin/config/keys.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

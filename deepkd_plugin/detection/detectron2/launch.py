@@ -1,7 +1,5 @@
 """What mdistiller's detection/train_net.py runs after `deepkd apply`, with detectron2's own arguments."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import sys

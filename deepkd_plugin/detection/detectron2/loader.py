@@ -5,8 +5,6 @@ AspectRatioGroupedDataset, but it can start at any iteration, and each draw of a
 a resumed run is the uninterrupted one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from itertools import count, islice
 from typing import Any

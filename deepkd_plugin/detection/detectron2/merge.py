@@ -5,8 +5,6 @@ mdistiller's RCNNKD loads both from MODEL.WEIGHTS: the student's backbone as `ba
 random numbers.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """A hook in detectron2's loop that leaves the records of every run of ours."""
 
-from __future__ import annotations
-
 import math
 import shlex
 import sys

@@ -1,7 +1,5 @@
 """detectron2's training with a momentum for each stream of the losses."""
 
-from __future__ import annotations
-
 import copy
 import time
 import weakref

@@ -3,8 +3,6 @@
 The dictionaries below have mdistiller's names and shapes, so that `registry` can treat both alike.
 """
 
-from __future__ import annotations
-
 from importlib.resources import files
 
 from yacs.config import CfgNode

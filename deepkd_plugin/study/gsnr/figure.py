@@ -1,7 +1,5 @@
 """The figure of `deepkd gsnr`, after the paper's figures 1a and 2: GSNR, angles and momenta over iterations."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from functools import reduce

@@ -1,7 +1,5 @@
 """`deepkd gsnr`: the gradient signal-to-noise ratio of measured runs, as tables and a summary."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median

@@ -1,7 +1,5 @@
 """The windows of gradient samples that measured runs left, checked to belong together."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass

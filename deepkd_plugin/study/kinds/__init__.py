@@ -1,7 +1,5 @@
 """The kinds of tables, by name: classification, torchvision's detectors, mdistiller's detectors on detectron2."""
 
-from __future__ import annotations
-
 from .classification import Classification
 from .detection import Detection
 from .detectron2 import Detectron2

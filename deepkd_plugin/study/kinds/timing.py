@@ -1,7 +1,5 @@
 """How long runs will take: the steps of their own trainers, taken here on noise."""
 
-from __future__ import annotations
-
 import time
 import warnings
 from collections.abc import Callable, Sequence

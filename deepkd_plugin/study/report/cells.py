@@ -1,7 +1,5 @@
 """A table's cells with their numbers and comparisons, which report.md, report.csv and the page all show."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace

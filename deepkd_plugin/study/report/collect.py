@@ -4,8 +4,6 @@ Only runs that belong together are in one cell (a pair, a method): finished, und
 the same code, teacher and settings.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

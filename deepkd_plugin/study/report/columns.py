@@ -1,7 +1,5 @@
 """The columns of a pair's tables: what each says of a cell, in Markdown and on the page."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

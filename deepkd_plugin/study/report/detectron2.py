@@ -1,7 +1,5 @@
 """The settings of runs of mdistiller's detectors, under the names that other runs have for them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The page's figures by matplotlib: SVG whose letters are text and whose colours are those of page.css."""
 
-from __future__ import annotations
-
 import io
 import re
 import textwrap

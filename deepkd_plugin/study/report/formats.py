@@ -1,7 +1,5 @@
 """How the report writes numbers, in Markdown as on the page."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 from .statistics import LEVEL, Difference, Summary

@@ -1,7 +1,5 @@
 """The report's sentences: what was run, which runs do not count and why, how to read the numbers."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 

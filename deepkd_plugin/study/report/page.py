@@ -1,7 +1,5 @@
 """report.md and report.html, a page that holds everything, opens from disk, needs no network and no script."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

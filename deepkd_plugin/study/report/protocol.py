@@ -1,7 +1,5 @@
 """The protocol under which the numbers of a pair were made, read from its runs' records and configs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 

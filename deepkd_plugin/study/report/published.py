@@ -1,7 +1,5 @@
 """The published numbers, each with its source and how sure it is, and which of our cells they belong to."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Mapping
 from dataclasses import dataclass

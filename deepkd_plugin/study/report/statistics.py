@@ -6,8 +6,6 @@ sizes) and train for hundreds of epochs, so nobody knows whether two runs of one
 give half the degrees of freedom for that. If they do go together, Welch's interval is wider than it need be.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """`deepkd report DIR`: a table's runs as report.md, report.csv, runs.csv and report.html in its folder."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Sequence

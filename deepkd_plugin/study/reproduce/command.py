@@ -1,7 +1,5 @@
 """`deepkd reproduce` from its arguments to its exit code."""
 
-from __future__ import annotations
-
 import ast
 import sys
 import textwrap

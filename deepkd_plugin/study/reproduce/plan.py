@@ -1,7 +1,5 @@
 """A table's plan: which runs, under which configs, where, and what could stop them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product

@@ -1,7 +1,5 @@
 """Runs that other tables have finished, taken over instead of trained again: --reuse."""
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The runs of a table as processes: what is left of each on disk, N of them side by side, what failed."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import json

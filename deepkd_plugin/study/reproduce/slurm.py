@@ -1,7 +1,5 @@
 """A table's runs as one array job of a Slurm cluster, through submitit."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

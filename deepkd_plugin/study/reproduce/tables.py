@@ -1,7 +1,5 @@
 """The tables that can be reproduced: those of configs in folders, and ablations of DeepKD made of one of them."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """The process of one run, which runs.execute starts."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal
