@@ -71,11 +71,7 @@ class TopKSchedule:
     """
 
     def __init__(
-        self,
-        num_classes: int,
-        initial: float = 0.05,
-        optimal: float = 0.5,
-        phases: Sequence[float] = (1 / 3, 2 / 3),
+        self, num_classes: int, initial: float = 0.05, optimal: float = 0.5, phases: Sequence[float] = (1 / 3, 2 / 3)
     ) -> None:
         if num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, got {num_classes!r}")

@@ -120,10 +120,7 @@ class Trainer:
         if not self.gradients:
             node = self.cfg.SOLVER
             self.gradients = choose_gradients(
-                node.GRADIENTS,
-                self.step,
-                lambda: self.samples(node.BATCH_SIZE),
-                apart=self.allocation is not None,
+                node.GRADIENTS, self.step, lambda: self.samples(node.BATCH_SIZE), apart=self.allocation is not None
             )
         self.optimizer.batched = self.gradients == "batched"
 

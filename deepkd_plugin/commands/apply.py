@@ -32,7 +32,7 @@ KNOWN = {
         "9c1d8f40c49fbe0371e14a2a29c59cfccd3a24e83e2f8a30da532d1465d1ec27": "e8c5bb3",
     },
     "detection/train_net.py": {
-        "7b0912ac813277530f88af38e1764d1141cd49dc5487af80e412a74f17c53762": "a08d46f",  # and e8c5bb3
+        "7b0912ac813277530f88af38e1764d1141cd49dc5487af80e412a74f17c53762": "a08d46f"  # and e8c5bb3
     },
 }
 DETECTION = "detection/train_net.py"

@@ -73,10 +73,7 @@ def check_momenta(cfg: CfgNode, origin: dict[str, str]) -> None:
             raise wrong(origin, path, delta, allowed)
     decays = momenta(cfg)[1]
     if cfg.SOLVER.TRAINER == TRAINER and decays not in streams(cfg):
-        path, allowed = (
-            "SOLVER.DECOUPLED.WEIGHT_DECAY_STREAM",
-            f"one of the run's streams, {', '.join(streams(cfg))}",
-        )
+        path, allowed = ("SOLVER.DECOUPLED.WEIGHT_DECAY_STREAM", f"one of the run's streams, {', '.join(streams(cfg))}")
         raise wrong(origin, path, decays, allowed)
     path = "SOLVER.DECOUPLED.ALLOCATION"
     if measured and node.VARIANT == "release":

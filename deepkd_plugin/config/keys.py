@@ -12,11 +12,9 @@ from ..streams import EXTRA_STREAMS, STREAMS
 TRAINER = "DecoupledMomentumSGD"
 """Registry key of the trainer that reads SOLVER.DECOUPLED."""
 
-MEANING = {
-    "tog": "the task stream",
-    "tcg": "the target-class stream",
-    "ncg": "the non-target-class stream",
-} | {"feat": "a stream of feature losses"}
+MEANING = {"tog": "the task stream", "tcg": "the target-class stream", "ncg": "the non-target-class stream"} | {
+    "feat": "a stream of feature losses"
+}
 """What some streams are called in words."""
 
 _DELTA: Rule = ("a number in (-1, 1)", lambda value: -1 < value < 1)
@@ -64,18 +62,8 @@ def all_keys() -> tuple[Key, ...]:
 
 
 _FIXED = (
-    Key(
-        "EXPERIMENT.LOGIT_STAND",
-        False,
-        "standardised logits in every distillation term (Sun et al., 2024)",
-        *FLAG,
-    ),
-    Key(
-        "SOLVER.DECOUPLED.VARIANT",
-        "paper",
-        "assignment of momenta, see momenta()",
-        *one_of("paper", "release"),
-    ),
+    Key("EXPERIMENT.LOGIT_STAND", False, "standardised logits in every distillation term (Sun et al., 2024)", *FLAG),
+    Key("SOLVER.DECOUPLED.VARIANT", "paper", "assignment of momenta, see momenta()", *one_of("paper", "release")),
     Key("SOLVER.DECOUPLED.DAMPENING", "none", "none, or ema for 1 - momentum", *one_of("none", "ema")),
     Key(
         "SOLVER.DECOUPLED.ALLOCATION",
@@ -85,12 +73,7 @@ _FIXED = (
     ),
     Key("SOLVER.DECOUPLED.SEPARATION", 2.0, "highest over lowest GSNR that gives the whole DELTA", *ABOVE_ONE),
     Key("SOLVER.DECOUPLED.SMOOTHING", 0.5, "what a window keeps of the GSNR before it", *FRACTION),
-    Key(
-        "SOLVER.LR_SCHEDULE",
-        "step",
-        "step: mdistiller's rule; cosine: the release's",
-        *one_of("step", "cosine"),
-    ),
+    Key("SOLVER.LR_SCHEDULE", "step", "step: mdistiller's rule; cosine: the release's", *one_of("step", "cosine")),
     Key("SOLVER.WARMUP_EPOCHS", 0, "epochs of linear warm-up from 0.1 x LR", *NOT_NEGATIVE),
     Key("SOLVER.MIN_LR", 0.0, "the cosine schedule's floor (release: 5e-5)", *NOT_NEGATIVE),
     Key("SOLVER.AMP", False, "bfloat16 autocast of both networks; losses stay in float32", *FLAG),
@@ -110,13 +93,7 @@ _FIXED = (
     Key("SOLVER.SEED", 0, "seed of weights, order and augmentation", *NOT_NEGATIVE),
     Key("GSNR.MEASURE", False, "measure the streams' gradient signal-to-noise ratio (gsnr.py)", *FLAG),
     Key("GSNR.EVERY", 200, "iterations between two samples of the gradients (paper)", *POSITIVE),
-    Key(
-        "GSNR.WINDOW",
-        10,
-        "samples that one measurement takes",
-        "a whole number from 2 on",
-        lambda value: value > 1,
-    ),
+    Key("GSNR.WINDOW", 10, "samples that one measurement takes", "a whole number from 2 on", lambda value: value > 1),
     Key("GSNR.COORDINATES", 500_000, "coordinates followed, drawn once; 0: all", *NOT_NEGATIVE),
     Key("GSNR.LAYERS", False, "also by layer", *FLAG),
     Key("DISTILLER.TEACHER_WEIGHTS", "", "teacher file; empty: the zoo's; builtin:NAME: one we ship", *ANY),

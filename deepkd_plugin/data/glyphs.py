@@ -178,10 +178,7 @@ def _render_block(rng: np.random.Generator, masks: list[list[Image.Image]], side
     stroke = np.zeros((n, SIZE, SIZE, 1), np.float32)
     for i in range(n):
         mask = masks[i][fonts[i]].transform(
-            (SIZE * SUPERSAMPLING,) * 2,
-            Image.Transform.AFFINE,
-            placements[i].tolist(),
-            Image.Resampling.BILINEAR,
+            (SIZE * SUPERSAMPLING,) * 2, Image.Transform.AFFINE, placements[i].tolist(), Image.Resampling.BILINEAR
         )
         blur = ImageFilter.GaussianBlur(float(blurs[i]) * SUPERSAMPLING)
         glyph[i, :, :, 0] = mask.filter(blur).reduce(SUPERSAMPLING)

@@ -31,9 +31,7 @@ class Operation(NamedTuple):
 
 
 def _affine(
-    image: Image.Image,
-    shear: tuple[float, float] = (0.0, 0.0),
-    shift: tuple[float, float] = (0.0, 0.0),
+    image: Image.Image, shear: tuple[float, float] = (0.0, 0.0), shift: tuple[float, float] = (0.0, 0.0)
 ) -> Image.Image:
     """Give pixel (x, y) the value of (x + shear[0] y + shift[0], y + shear[1] x + shift[1]), black outside the image.
 

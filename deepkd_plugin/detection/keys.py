@@ -25,12 +25,7 @@ DETECTION_KEYS = (
     Key("DETECTION.RANKED_TEST", 1000, "best proposals of a map before suppression in tests", *WHOLE),
     Key("DETECTION.KEPT_TRAIN", 2000, "proposals kept after suppression in training", *WHOLE),
     Key("DETECTION.KEPT_TEST", 1000, "proposals kept after suppression in tests", *WHOLE),
-    Key(
-        "DETECTION.WARMUP_ITERATIONS",
-        1000,
-        "iterations of linear warm-up from 0.001 x the rate",
-        *NOT_NEGATIVE,
-    ),
+    Key("DETECTION.WARMUP_ITERATIONS", 1000, "iterations of linear warm-up from 0.001 x the rate", *NOT_NEGATIVE),
     Key("DETECTION.CLIP_NORM", 0.0, "largest norm of the whole gradient; 0: no limit", *NOT_NEGATIVE),
     Key(
         "DETECTION.STUDENT_BACKBONE",

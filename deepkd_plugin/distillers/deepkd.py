@@ -40,10 +40,7 @@ class DeepKD(Distiller):
         Key("DeepKD.TEMPERATURE", 4.0, "softmax temperature (over MLKD: MLKD.TEMPERATURES)", *POSITIVE),
         Key("DeepKD.WARMUP", 0, "epochs of linear warm-up of TCG and NCG (DKD: 20)", *NOT_NEGATIVE),
         Key(
-            "DeepKD.MASK.TYPE",
-            "dynamic",
-            "top-K mask on the non-target classes",
-            *one_of("none", "static", "dynamic"),
+            "DeepKD.MASK.TYPE", "dynamic", "top-K mask on the non-target classes", *one_of("none", "static", "dynamic")
         ),
         Key("DeepKD.MASK.K", 0.5, "classes kept by the static mask", *_CLASSES),
         Key("DeepKD.MASK.INITIAL", 0.05, "classes kept at the start of the dynamic mask (paper)", *_CLASSES),
@@ -73,11 +70,7 @@ class DeepKD(Distiller):
         tog = total([node.CE_WEIGHT * cross_entropy(views, target), *task.values()])
         tcg, ncg = self.decoupled(self.base.terms(views, self.cfg, float(node.TEMPERATURE)), target, epoch)
         warmup = warmup_factor(epoch, node.WARMUP)
-        return views[0][0], {
-            "tog": tog,
-            "tcg": warmup * node.TCG_WEIGHT * tcg,
-            "ncg": warmup * node.NCG_WEIGHT * ncg,
-        }
+        return views[0][0], {"tog": tog, "tcg": warmup * node.TCG_WEIGHT * tcg, "ncg": warmup * node.NCG_WEIGHT * ncg}
 
     def decoupled(self, terms: Sequence[Term], target: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         """Return the target-class and the non-target-class parts of the terms, two scalars."""

@@ -53,11 +53,7 @@ class Host:
     def check(self, cfg: CfgNode, origin: dict[str, str]) -> None:
         """Raise UserError if the config is out of range or names what this host does not have."""
         models = self.models(cfg.DATASET.TYPE)
-        known = [
-            ("DISTILLER.TYPE", self.distillers),
-            ("SOLVER.TRAINER", self.trainers),
-            ("DISTILLER.STUDENT", models),
-        ]
+        known = [("DISTILLER.TYPE", self.distillers), ("SOLVER.TRAINER", self.trainers), ("DISTILLER.STUDENT", models)]
         if cfg.DISTILLER.TYPE != "NONE":
             known.append(("DISTILLER.TEACHER", models))
         for path, names in known:

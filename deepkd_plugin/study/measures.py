@@ -19,12 +19,7 @@ class Measures:
     step: str = "epoch"
 
 
-_AP = {
-    "metric": "AP (%)",
-    "key": "test_ap",
-    "noun": "AP",
-    "further": {"AP50": "test_ap50", "AP75": "test_ap75"},
-}
+_AP = {"metric": "AP (%)", "key": "test_ap", "noun": "AP", "further": {"AP50": "test_ap50", "AP75": "test_ap75"}}
 
 CLASSIFICATION, DETECTION, DETECTRON2 = "classification", "detection", "detectron2"
 

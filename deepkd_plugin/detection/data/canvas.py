@@ -88,11 +88,7 @@ def render_glyph_canvas(split: str, count: int | None = None, seed: int = 0) -> 
 
 
 def _draw(
-    rng: np.random.Generator,
-    canvas: np.ndarray,
-    ground: np.ndarray,
-    masks: list[list[Image.Image]],
-    sides: np.ndarray,
+    rng: np.random.Generator, canvas: np.ndarray, ground: np.ndarray, masks: list[list[Image.Image]], sides: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Put glyphs on a float canvas (96, 96, 3), in place, and return their boxes and labels."""
     wanted = 0 if rng.random() < EMPTY else int(rng.integers(1, MOST + 1))
@@ -223,11 +219,6 @@ def _annotated(root: str, split: str) -> AnnotatedImages:
 DETECTION_SETS.register(
     "glyph_canvas",
     DetectionSource(
-        _annotated,
-        num_classes=NUM_CLASSES,
-        **COUNTS,
-        size=(SIZE, SIZE),
-        drawn=True,
-        no_mirror="a mirrored b is a d",
+        _annotated, num_classes=NUM_CLASSES, **COUNTS, size=(SIZE, SIZE), drawn=True, no_mirror="a mirrored b is a d"
     ),
 )

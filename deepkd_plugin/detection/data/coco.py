@@ -73,10 +73,7 @@ def _boxes(coco: Any, ids: list[int], file: Path) -> Boxes:
     table = np.array(rows, np.float64).reshape(-1, 6)
     table[:, 2:4] += table[:, :2]
     return Boxes(
-        table[:, :4].astype(np.float32),
-        table[:, 4].astype(np.int64),
-        table[:, 5] > 0,
-        np.array(offsets, np.int64),
+        table[:, :4].astype(np.float32), table[:, 4].astype(np.int64), table[:, 5] > 0, np.array(offsets, np.int64)
     )
 
 

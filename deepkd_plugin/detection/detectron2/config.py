@@ -157,12 +157,7 @@ def _as_classification(cfg: CfgNode) -> CfgNode:
     assigned = [f"{loss}:{stream}" for loss, stream in LOSS_STREAMS.items() if stream in streams(cfg)]
     # users' distillers may have brought streams that this tree has no key for
     delta = {name.upper(): 0.0 for name in config.known_streams()} | cfg.SOLVER.DECOUPLED.DELTA
-    decoupled = {
-        **cfg.SOLVER.DECOUPLED,
-        "DELTA": delta,
-        "ALLOCATION": "fixed",
-        "LOSS_STREAMS": assigned,
-    }
+    decoupled = {**cfg.SOLVER.DECOUPLED, "DELTA": delta, "ALLOCATION": "fixed", "LOSS_STREAMS": assigned}
     solver = {"TRAINER": config.TRAINER, "MOMENTUM": cfg.SOLVER.MOMENTUM, "DECOUPLED": decoupled}
     return CfgNode({"SOLVER": solver, "DISTILLER": {"TYPE": "DeepKD"}, "DeepKD": {"MASK": cfg.KD.DEEPKD.MASK.clone()}})
 

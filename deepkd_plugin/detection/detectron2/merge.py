@@ -187,11 +187,7 @@ NAMINGS = (
     Naming("torchvision", r"layer1\.0\.conv1\.weight", _torchvision_resnet),
     Naming("torchvision", r"features\.1\.conv\.0\.0\.weight", _torchvision_mobilenet),
     CAFFE2,
-    Naming(
-        "detectron2",
-        r"(backbone\.)?(bottom_up\.)?(stem\.conv1\.weight|features\.1\.conv\.0\.weight)",
-        _detectron2,
-    ),
+    Naming("detectron2", r"(backbone\.)?(bottom_up\.)?(stem\.conv1\.weight|features\.1\.conv\.0\.weight)", _detectron2),
 )
 
 
@@ -297,10 +293,7 @@ def _pixels(student: Student) -> tuple[str, list[str]]:
     # mdistiller subtracts the teacher's mean before it turns the student's RGB into the teacher's BGR
     options += ["TEACHER.MODEL.PIXEL_MEAN", mean]
     if student.network == "resnet50":
-        options += [
-            "MODEL.RESNETS.STRIDE_IN_1X1",
-            "False",
-        ]  # torchvision's strides are in the 3x3 convolutions
+        options += ["MODEL.RESNETS.STRIDE_IN_1X1", "False"]  # torchvision's strides are in the 3x3 convolutions
     return words, options
 
 

@@ -100,11 +100,7 @@ class RCNNDeepKD(model.RCNNKD):
         )
         weighted = {name: node.TASK_WEIGHT * loss for name, loss in task.items()}
         by_stream = losses_by_stream(
-            weighted,
-            terms,
-            tcg_weight=node.TCG_WEIGHT,
-            ncg_weight=node.NCG_WEIGHT,
-            feature_losses=feature_losses,
+            weighted, terms, tcg_weight=node.TCG_WEIGHT, ncg_weight=node.NCG_WEIGHT, feature_losses=feature_losses
         )
         del by_stream["tog"]  # the sum of the weighted losses, which a log should show one by one
         return weighted | {f"loss_{stream}": loss for stream, loss in by_stream.items()}

@@ -10,18 +10,7 @@ from . import published
 from .collect import Record, Results
 from .formats import CONFIDENCE, interval, span
 from .published import Published
-from .statistics import (
-    EQUAL,
-    HIGHER,
-    LEVEL,
-    LOWER,
-    Difference,
-    Summary,
-    compare,
-    compare_published,
-    holm,
-    summarise,
-)
+from .statistics import EQUAL, HIGHER, LEVEL, LOWER, Difference, Summary, compare, compare_published, holm, summarise
 
 NUMBERS = {"last": "last epoch", "best": "best of all epochs, chosen on the test images"}
 """The two numbers of a run. The last epoch's is the main one: it needs no look at the test images."""

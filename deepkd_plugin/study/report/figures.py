@@ -31,13 +31,7 @@ COLOURS = {
 }
 """What page.css calls them -> the light scheme's. On the page they stand by name, so they follow its scheme."""
 
-LINES = (
-    ("ink", (0, (3, 2))),
-    ("blue", "-"),
-    ("red", (0, (7, 2))),
-    ("green", (0, (1, 1.5))),
-    ("purple", "-."),
-)
+LINES = (("ink", (0, (3, 2))), ("blue", "-"), ("red", (0, (7, 2))), ("green", (0, (1, 1.5))), ("purple", "-."))
 """Colour and dashes of a panel's lines, in the order in which they take them."""
 
 MARKS = {

@@ -30,12 +30,7 @@ class Plan:
 
 
 def make_plan(
-    table: Outline,
-    pairs: Sequence[str],
-    methods: Sequence[str],
-    seeds: int,
-    options: Sequence[str],
-    out: Path,
+    table: Outline, pairs: Sequence[str], methods: Sequence[str], seeds: int, options: Sequence[str], out: Path
 ) -> Plan:
     """Plan the runs of pairs × methods × seeds 0 … seeds − 1, with the plan that `out` holds already.
 

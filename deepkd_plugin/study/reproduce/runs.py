@@ -218,10 +218,7 @@ class _Crew:
         """Train a run. If that fails it waits again, behind the others, as long as it has attempts left."""
         try:
             started = self.start(run, attempt, slot)
-        except (
-            UserError,
-            OSError,
-        ) as error:  # something changed since the command began, or a disk is full, say
+        except (UserError, OSError) as error:  # something changed since the command began, or a disk is full, say
             cannot = f"{run.folder}: its process cannot be started ({error})"
             why = str(error) if isinstance(error, UserError) else cannot
             self.failed(Failure(run, 2, attempt, (why,)), why)

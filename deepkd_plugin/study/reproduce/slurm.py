@@ -45,13 +45,7 @@ class Job:
         return DelayedSubmission(self, run)
 
 
-def submit(
-    runs: Sequence[Run],
-    folder: Path,
-    parameters: Mapping[str, Any],
-    *,
-    overwrite: bool = False,
-) -> list[str]:
+def submit(runs: Sequence[Run], folder: Path, parameters: Mapping[str, Any], *, overwrite: bool = False) -> list[str]:
     """Submit the runs that are not finished as one array job, with its logs in folder/slurm; returns the jobs' numbers.
 
     parameters: submitit's, such as timeout_min, gpus_per_node, cpus_per_task, slurm_partition or

@@ -329,11 +329,7 @@ ABLATIONS: dict[str, tuple[tuple[str, ...], Sequence[Row]]] = {
     "ablation-phases": (
         ("DeepKD.MASK.TYPE", "DeepKD.MASK.PHASES"),
         [
-            Row(
-                name,
-                f"φ = {what}",
-                options=fixed("DeepKD.MASK.TYPE", "dynamic", "DeepKD.MASK.PHASES", str(ends)),
-            )
+            Row(name, f"φ = {what}", options=fixed("DeepKD.MASK.TYPE", "dynamic", "DeepKD.MASK.PHASES", str(ends)))
             for name, (what, ends) in PHASES.items()
         ],
     ),

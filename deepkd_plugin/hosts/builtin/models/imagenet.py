@@ -5,13 +5,7 @@ from functools import partial
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models import (
-    ResNet18_Weights,
-    ResNet34_Weights,
-    ResNet50_Weights,
-    ResNet101_Weights,
-    WeightsEnum,
-)
+from torchvision.models import ResNet18_Weights, ResNet34_Weights, ResNet50_Weights, ResNet101_Weights, WeightsEnum
 
 from .staged import BasicBlock, Bottleneck, ResidualNetwork
 

@@ -13,11 +13,7 @@ from torchvision.ops import Conv2dNormActivation
 from ....errors import UserError
 
 # channels and stride of each depthwise separable convolution
-_LAYERS = (
-    *((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2)),
-    *((512, 1),) * 5,
-    *((1024, 2), (1024, 1)),
-)
+_LAYERS = (*((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2)), *((512, 1),) * 5, *((1024, 2), (1024, 1)))
 _FEATURES = (3, 5, 11, 13)  # the last entries of `model` at H/4, H/8, H/16 and H/32
 
 

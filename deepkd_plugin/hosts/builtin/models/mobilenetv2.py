@@ -14,15 +14,7 @@ from torchvision.ops import Conv2dNormActivation
 from .staged import fan_out_normal_
 
 # expansion, channels at full width, blocks, stride
-_STAGES = (
-    (1, 16, 1, 1),
-    (6, 24, 2, 1),
-    (6, 32, 3, 2),
-    (6, 64, 4, 2),
-    (6, 96, 3, 1),
-    (6, 160, 3, 2),
-    (6, 320, 1, 1),
-)
+_STAGES = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 _FEATURES = (1, 2, 4, 6)  # the stages whose outputs are features
 
 

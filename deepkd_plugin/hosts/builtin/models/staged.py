@@ -119,12 +119,7 @@ class ResidualNetwork(StagedNetwork):
     """The name of the convolution and norm beside a block."""
 
     def __init__(
-        self,
-        stem: nn.Conv2d,
-        block: type[_Residual],
-        widths: Sequence[int],
-        blocks: Sequence[int],
-        num_classes: int,
+        self, stem: nn.Conv2d, block: type[_Residual], widths: Sequence[int], blocks: Sequence[int], num_classes: int
     ) -> None:
         channels = [stem.out_channels, *(block.expansion * width for width in widths)]
         shapes = zip(channels, channels[1:], blocks, [1] + [2] * (len(blocks) - 1))
