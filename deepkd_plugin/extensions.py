@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import inspect
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,30 @@ VARIABLE = "DEEPKD_EXTENSIONS"
 
 _PACKAGE = Path(__file__).parent
 _contents: dict[str, str] = {}
-"""Registered module -> the hash of its file, as it was when the module registered something."""
+"""Module -> the hash of its file, as it was when it was imported or registered something."""
 
 
 def load() -> None:
-    """Import the modules that DEEPKD_EXTENSIONS names; UserError for one that cannot be imported."""
+    """Import the modules that DEEPKD_EXTENSIONS names; UserError for one that cannot be imported.
+
+    What they import from their own folder, or from below it, is part of a run's code hash too.
+    """
     for name in filter(None, map(str.strip, os.environ.get(VARIABLE, "").split(","))):
+        before = set(sys.modules)
         try:
-            importlib.import_module(name)
+            folder = Path(importlib.import_module(name).__file__ or "").resolve().parent
         except UserError:
             raise
         except Exception as error:  # a user's module may fail in any way
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            missing = "; is its folder in PYTHONPATH?" if isinstance(error, ModuleNotFoundError) else ""
             raise UserError(
-                f"environment: {VARIABLE} names {name!r}, which cannot be imported ({type(error).__name__}: {error})"
+                f"environment: {VARIABLE} names {name!r}, which cannot be imported ({reason}{missing})"
             ) from None
+        for other in set(sys.modules) - before:
+            file = Path(getattr(sys.modules[other], "__file__", None) or "/").resolve()
+            if folder in file.parents and "site-packages" not in file.relative_to(folder).parts:
+                _contents[other] = hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def remember(registered: Any) -> None:

@@ -204,7 +204,8 @@ class Trainer:
     def losses_by_stream(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
         """Sum a distiller's losses into streams; UserError for one that belongs to none."""
         streams, assignment = self.optimizer.streams, self.assignment
-        if self.monitor is None and len(set(self.optimizer.param_groups[0]["momentum"].values())) == 1:
+        declared = getattr(self.module, "streams", ())
+        if not declared and self.monitor is None and len(set(self.optimizer.param_groups[0]["momentum"].values())) == 1:
             # no stream differs from another, nor is looked at, so any stream will do for a loss without one
             assignment = {name: streams[0] for name in losses if name not in streams} | assignment
         try:
@@ -239,6 +240,12 @@ class Trainer:
         """Pass two images through a copy, so that losses without a stream are found before a run."""
         _, losses = copy.deepcopy(self.module).train()(**self.samples(2), epoch=1)
         self.losses_by_stream(losses)
+        silent = [stream for stream in getattr(self.module, "streams", ()) if stream not in losses]
+        if silent:
+            raise UserError(
+                f"DISTILLER.TYPE {self.cfg.DISTILLER.TYPE}: it declares the streams {', '.join(silent)} and gives them "
+                f"no loss; its losses are {', '.join(losses)}"
+            )
 
     def samples(self, count: int) -> dict[str, Any]:
         """Return a training batch of `count` images, spread over the set, as the distiller's arguments."""

@@ -57,7 +57,7 @@ def extend(folder, monkeypatch):
         *(DISTILLERS, sources.DATASETS, networks.NETWORKS, builtin.distiller_dict, builtin.trainer_dict),
         *(builtin.cifar_model_dict, builtin.tiny_imagenet_model_dict, builtin.imagenet_model_dict),
     )
-    before = [dict(one) for one in registries]
+    before, tree = [dict(one) for one in registries], builtin.CFG.clone()
     monkeypatch.setattr(extensions, "_contents", {})
     monkeypatch.syspath_prepend(folder)
 
@@ -66,7 +66,7 @@ def extend(folder, monkeypatch):
         registry.register(registry.find_host())
 
     yield load
-    for one, content in zip(registries, before):
+    for one, content in zip((*registries, builtin.CFG), (*before, tree)):
         one.clear()
         one.update(content)
     for name in FILES:
@@ -166,7 +166,7 @@ def test_a_data_set_and_a_network_train(extend, config, train):
 def test_a_table_of_them_is_planned_estimated_trained_and_compared(config, folder):
     """In processes of their own, which are told of the extensions by the environment alone."""
     config("vanilla", DISTILLER={"TYPE": "NONE", "STUDENT": "tiny"})
-    names = "mtkd,bars,tiny"
+    names = "mtkd,relational,bars,tiny"
     first = deepkd(folder, "reproduce", "./mine", "--seeds", "1", "--out", "out", extensions=names)
     assert first.returncode == 0, first.stdout + first.stderr
     (best,) = (folder / "out").glob("runs/tiny_tiny/vanilla/*/student_best")
@@ -174,9 +174,10 @@ def test_a_table_of_them_is_planned_estimated_trained_and_compared(config, folde
     config("kd", DISTILLER=taught | {"TYPE": "KD"})
     config("mtkd", DISTILLER=taught | {"TYPE": "MTKD"})
     config("deepkd_mtkd", DISTILLER=taught | {"TYPE": "DeepKD"}, DeepKD={"BASE": "MTKD"})
+    config("relational", DISTILLER=taught | {"TYPE": "Relational"})
     planned = deepkd(folder, "reproduce", "./mine", "--seeds", "1", "--out", "out", "--dry-run", extensions=names)
     assert planned.returncode == 0, planned.stderr
-    assert "1 finished, 3 new" in planned.stdout
+    assert "1 finished, 4 new" in planned.stdout
     assert re.search(r"time +about", planned.stdout)
     whole = deepkd(folder, "reproduce", "./mine", "--seeds", "1", "--out", "out", extensions=names)
     assert whole.returncode == 0, whole.stdout + whole.stderr
@@ -186,16 +187,22 @@ def test_a_table_of_them_is_planned_estimated_trained_and_compared(config, folde
         "kd": None,
         "mtkd": None,
         "deepkd_mtkd": "mtkd",
+        "relational": "kd",
     }
+    assert {row["label"] for row in table["methods"]} >= {"MTKD + DeepKD + DTM", "KD + Relational + DTM"}
     assert "over MTKD" in (folder / "out" / "report.md").read_text()
 
 
 def test_a_file_s_content_is_part_of_the_code_s_hash(config, folder):
-    """A table does not mix runs of two versions of an extension."""
+    """A table does not mix runs of two versions of an extension, nor of what that imports from its folder."""
     config("vanilla", DISTILLER={"TYPE": "NONE", "STUDENT": "tiny"})
     words = ("reproduce", "./mine", "--seeds", "1", "--out", "out", "SOLVER.EPOCHS", "1")
+    (folder / "widths.py").write_text("WIDTH = 8\n")
+    (folder / "tiny.py").write_text(
+        "from widths import WIDTH\n" + FILES["tiny"].replace("nn.Conv2d(3, 8", "nn.Conv2d(3, WIDTH")
+    )
     assert deepkd(folder, *words, extensions="bars,tiny").returncode == 0
-    (folder / "tiny.py").write_text(FILES["tiny"] + "# changed\n")
+    (folder / "widths.py").write_text("WIDTH = 8  # changed\n")
     again = deepkd(folder, *words, extensions="bars,tiny")
     assert again.returncode == 2
     assert "was made by other code" in again.stderr
@@ -208,10 +215,48 @@ def test_what_cannot_be_registered_is_said(extend, folder, config, train):
     extend("bars", "tiny")
     with pytest.raises(ValueError, match="'tiny' is registered already"):
         networks.register_network("tiny", lambda num_classes: None)
-    other = type("KD", (DISTILLERS["KD"],), {"__module__": __name__})
-    with pytest.raises(ValueError, match="needs another `name`"):
-        register_distiller(other)
+    for name in ("KD", "kd"):
+        with pytest.raises(ValueError, match="needs another `name`"):
+            register_distiller(type(name, (DISTILLERS["KD"],), {"__module__": __name__}))
+    for streams in ("rel", ("tog", "Rel"), ("a.b",)):
+        with pytest.raises(ValueError, match="must be a tuple of names in small letters"):
+            register_distiller(type("Odd", (DeepKD,), {"streams": streams}))
     file = config("vanilla", DISTILLER={"TYPE": "NONE", "STUDENT": "tinny"})
     code, _, err = train(str(file))
     assert code == 2
     assert "DISTILLER.STUDENT is 'tinny'" in err
+
+
+@pytest.mark.parametrize(
+    ("streams", "loss", "said"),
+    [
+        (("tog", "tcg", "ncg", "rel"), "rell", "loss 'rell' belongs to no stream"),
+        (("tog", "tcg", "ncg", "rel", "idle"), "rel", "it declares the streams idle and gives them no loss"),
+    ],
+)
+def test_losses_and_declared_streams_must_fit(extend, config, train, streams, loss, said):
+    """Whatever the momenta are: here all are equal, and no loss slips into another stream."""
+
+    class Odd(DeepKD):
+        def forward_train(self, image, target, epoch, **batch):
+            logits, losses = super().forward_train(image, target, epoch, **batch)
+            return logits, losses | {loss: logits.square().mean()}
+
+    Odd.streams = streams
+    extend("bars", "tiny")
+    register_distiller(Odd)
+    code, _, err = train(str(config("vanilla", DISTILLER={"TYPE": "NONE", "STUDENT": "tiny"})), *WHOLE)
+    assert code == 0, err
+    best = str(train.folder.parent.parent / "errands/run/student_best")
+    taught = {"TYPE": "Odd", "TEACHER": "tiny", "STUDENT": "tiny", "TEACHER_WEIGHTS": best}
+    code, _, err = train(str(config("odd", DISTILLER=taught)), *WHOLE, "EXPERIMENT.NAME", "odd")
+    assert code == 2
+    assert said in err
+
+
+def test_a_delta_of_a_stream_that_the_run_does_not_have_is_refused(extend, config, train):
+    extend("relational", "bars", "tiny")
+    file = config("vanilla", DISTILLER={"TYPE": "NONE", "STUDENT": "tiny"})
+    code, _, err = train(str(file), "SOLVER.DECOUPLED.DELTA.REL", "0.05")
+    assert code == 2
+    assert "SOLVER.DECOUPLED.DELTA.REL is 0.05; it must be 0.0: the run's streams are tog, tcg, ncg" in err

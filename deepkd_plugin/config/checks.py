@@ -71,10 +71,15 @@ def check_momenta(cfg: CfgNode, origin: dict[str, str]) -> None:
             if measured:
                 allowed += ", and minus it too with SOLVER.DECOUPLED.ALLOCATION gsnr"
             raise wrong(origin, path, delta, allowed)
+        if delta and stream not in streams(cfg):
+            raise wrong(origin, path, delta, f"0.0: the run's streams are {', '.join(streams(cfg))}")
+    if node.VARIANT == "release" and not {"tog", "tcg"} <= set(streams(cfg)):
+        allowed = f"'paper': the run's streams are {', '.join(streams(cfg))}, and release ties tog to tcg"
+        raise wrong(origin, "SOLVER.DECOUPLED.VARIANT", node.VARIANT, allowed)
     decays = momenta(cfg)[1]
     if cfg.SOLVER.TRAINER == TRAINER and decays not in streams(cfg):
-        path, allowed = ("SOLVER.DECOUPLED.WEIGHT_DECAY_STREAM", f"one of the run's streams, {', '.join(streams(cfg))}")
-        raise wrong(origin, path, decays, allowed)
+        allowed = f"one of the run's streams, {', '.join(streams(cfg))}"
+        raise wrong(origin, "SOLVER.DECOUPLED.WEIGHT_DECAY_STREAM", decays, allowed)
     path = "SOLVER.DECOUPLED.ALLOCATION"
     if measured and node.VARIANT == "release":
         allowed = "'fixed' with SOLVER.DECOUPLED.VARIANT release, which ties two streams together"

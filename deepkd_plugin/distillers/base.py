@@ -154,15 +154,19 @@ Class = TypeVar("Class", bound=type[nn.Module])
 def register_distiller(cls: Class) -> Class:
     """Make a class a value of DISTILLER.TYPE and, if it is a Method, of DeepKD.BASE; usable as a decorator.
 
-    Raises ValueError if another class has the name.
+    Raises ValueError if another class has the name, in capitals or not, or if `streams` are no names.
     """
     name = vars(cls).get("name", cls.__name__)
-    known = DISTILLERS.setdefault(name, cls)
-    if known is not cls:
-        raise ValueError(
-            f"DISTILLER.TYPE {name!r} is {known.__module__}.{known.__qualname__} already; "
-            f"{cls.__module__}.{cls.__qualname__} needs another `name`"
-        )
+    for other, known in DISTILLERS.items():
+        if other.lower() == name.lower() and known is not cls:
+            raise ValueError(
+                f"DISTILLER.TYPE {other!r} is {known.__module__}.{known.__qualname__} already; "
+                f"{cls.__module__}.{cls.__qualname__} needs another `name`"
+            )
+    streams = getattr(cls, "streams", ())
+    if isinstance(streams, str) or not all(stream.isidentifier() and stream.islower() for stream in streams):
+        raise ValueError(f"{cls.__qualname__}.streams is {streams!r}; it must be a tuple of names in small letters")
+    DISTILLERS[name] = cls
     cls.name = name  # type: ignore[attr-defined]
     extensions.remember(cls)
     return cls

@@ -240,9 +240,8 @@ def test_an_allocation_starts_from_equal_momenta(cfg, tmp_path):
             "SOLVER.DECOUPLED.DELTA differ from 0: their sizes are its bounds",
         ),
         (  # a stream without a loss is none
-            ("SOLVER.DECOUPLED.DELTA.TCG", "0", "SOLVER.DECOUPLED.DELTA.FEAT", "0.05"),
-            "command line: SOLVER.DECOUPLED.ALLOCATION is 'gsnr'; it must be 'fixed' if fewer than two of "
-            "SOLVER.DECOUPLED.DELTA differ from 0: their sizes are its bounds",
+            ("SOLVER.DECOUPLED.DELTA.FEAT", "0.05"),
+            "command line: SOLVER.DECOUPLED.DELTA.FEAT is 0.05; it must be 0.0: the run's streams are tog, tcg, ncg",
         ),
         (
             ("SOLVER.DECOUPLED.DELTA.NCG", "-0.1"),

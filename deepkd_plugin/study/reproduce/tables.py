@@ -10,7 +10,7 @@ from typing import Any
 from ... import extensions
 from ...config.tree import get
 from ...data import source
-from ...distillers import bases
+from ...distillers import DISTILLERS, DeepKD, bases
 from ...errors import UserError
 from ...streams import STREAMS
 from ..kinds import KINDS
@@ -145,16 +145,21 @@ def label(method: Row, cfg: Any) -> str:
         return method.label
     if cfg.DISTILLER.TYPE == "NONE":
         return "student alone"
-    if cfg.DISTILLER.TYPE != "DeepKD":
+    if not _is_deepkd(cfg):
         return cfg.DISTILLER.TYPE
     mask = {"none": "", "static": " + static mask", "dynamic": " + DTM"}[cfg.DeepKD.MASK.TYPE]
     variant = ", release's momenta" if cfg.SOLVER.DECOUPLED.VARIANT == "release" else ""
-    return f"{cfg.DeepKD.BASE} + DeepKD{mask}{variant}"
+    return f"{cfg.DeepKD.BASE} + {cfg.DISTILLER.TYPE}{mask}{variant}"
 
 
 def taken_apart(method: Row, cfg: Any) -> str | None:
     """Name the method that a row's config puts DeepKD over; None without one, and for rows that name their base."""
-    return cfg.DeepKD.BASE if method.label is None and cfg.DISTILLER.TYPE == "DeepKD" else None
+    return cfg.DeepKD.BASE if method.label is None and _is_deepkd(cfg) else None
+
+
+def _is_deepkd(cfg: Any) -> bool:
+    """Tell whether a config's method is DeepKD or a user's class over it."""
+    return issubclass(DISTILLERS.get(cfg.DISTILLER.TYPE, object), DeepKD)
 
 
 def base_rows(table: Outline, cfgs: Mapping[Cell, Any]) -> dict[str, str | None]:
