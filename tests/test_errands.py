@@ -208,6 +208,13 @@ def test_a_file_s_content_is_part_of_the_code_s_hash(config, folder):
     assert "was made by other code" in again.stderr
 
 
+WRONG_NETWORKS = {
+    "plain": lambda num_classes: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(num_classes)),
+    "large": lambda num_classes: networks.NETWORKS["tiny"](num_classes=num_classes + 2),
+    "odd": lambda classes: None,
+}
+
+
 def test_what_cannot_be_registered_is_said(extend, folder, config, train):
     (folder / "broken.py").write_text("import nothing_of_the_kind\n")
     with pytest.raises(UserError, match=r"DEEPKD_EXTENSIONS names 'broken', which cannot be imported"):
@@ -221,10 +228,15 @@ def test_what_cannot_be_registered_is_said(extend, folder, config, train):
     for streams in ("rel", ("tog", "Rel"), ("a.b",)):
         with pytest.raises(ValueError, match="must be a tuple of names in small letters"):
             register_distiller(type("Odd", (DeepKD,), {"streams": streams}))
-    file = config("vanilla", DISTILLER={"TYPE": "NONE", "STUDENT": "tinny"})
-    code, _, err = train(str(file))
-    assert code == 2
-    assert "DISTILLER.STUDENT is 'tinny'" in err
+    for name, make in WRONG_NETWORKS.items():
+        networks.register_network(name, make)
+    registry.register(registry.find_host())
+    said = {"tinny": "DISTILLER.STUDENT is 'tinny'", "plain": "returns Tensor for one image; it must return"}
+    said |= {"large": "logits of the shape (1, 9)", "odd": "cannot take an image of 48 x 48 pixels (TypeError"}
+    for name, words in said.items():
+        code, _, err = train(str(config("vanilla", DISTILLER={"TYPE": "NONE", "STUDENT": name})), *WHOLE)
+        assert code == 2
+        assert words in err
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,10 @@ from collections.abc import Callable
 from functools import partial
 from importlib.resources import files
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from .. import extensions
+from .. import data, extensions
 from ..errors import UserError
 from ..run import checkpoint
 from .host import Host
@@ -51,8 +52,29 @@ def _of_imagenet(make: Callable[..., nn.Module], pretrained: bool = False) -> nn
     return make(num_classes=1000)
 
 
+def _tried(name: str, side: int, num_classes: int) -> nn.Module:
+    """Make a user's own network; UserError if an image does not become (logits, features) in it."""
+    try:
+        network = NETWORKS[name](num_classes=num_classes)
+        with torch.no_grad():
+            outcome = network.eval()(torch.zeros(1, 3, side, side))
+    except Exception as error:  # a user's network may fail in any way
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"the network {name!r} cannot take an image of {side} x {side} pixels ({reason})") from None
+    logits = outcome[0] if isinstance(outcome, tuple) and len(outcome) == 2 else None
+    if not isinstance(logits, Tensor) or logits.shape != (1, num_classes):
+        found = f"logits of the shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(outcome).__name__
+        raise UserError(
+            f"the network {name!r} returns {found} for one image; it must return (logits, features), and logits must "
+            f"have the shape (1, {num_classes})"
+        )
+    return network.train()
+
+
 def network(host: Host, dataset: str, name: str, num_classes: int) -> nn.Module:
     """Make a fresh network of the host's zoo."""
+    if name in NETWORKS:
+        return _tried(name, data.source(dataset).side, num_classes)
     entry = host.models(dataset)[name]
     return entry[0](num_classes=num_classes) if isinstance(entry, tuple) else entry(pretrained=False)
 
