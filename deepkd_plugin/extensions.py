@@ -5,12 +5,14 @@ brings when it is imported (distillers.register_distiller, data.register_dataset
 Every process of a table inherits the variable, so each of its runs knows the same methods.
 """
 
+import functools
 import hashlib
 import importlib
 import inspect
 import os
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from .errors import UserError
@@ -39,27 +41,31 @@ def load() -> None:
             raise UserError(
                 f"environment: {VARIABLE} names {name!r}, which cannot be imported ({reason}{missing})"
             ) from None
-        for other in set(sys.modules) - before:
+        for other in {name, *sys.modules} - (before - {name}):
             file = Path(getattr(sys.modules[other], "__file__", None) or "/").resolve()
             if folder in file.parents and "site-packages" not in file.relative_to(folder).parts:
                 _contents[other] = hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def remember(registered: Any) -> None:
-    """Note the file of a class or function that was registered, unless it is this package's own.
+    """Note the files of what was registered and of the module that registers it, unless they are this package's own.
 
-    What is computed depends on it, so it is part of a run's code hash (run.record.code_hash).
+    What is computed depends on them, so they are part of a run's code hash (run.record.code_hash).
     """
-    module = inspect.getmodule(registered)
-    try:
-        file = Path(inspect.getsourcefile(registered) or "")
-        content = file.read_bytes()
-    except (OSError, TypeError):  # typed into a shell
-        content = repr(registered).encode()
-    else:
+    while isinstance(registered, functools.partial):
+        registered = registered.func
+    kind = registered if inspect.isclass(registered) or inspect.isroutine(registered) else type(registered)
+    frame: FrameType | None = sys._getframe()
+    while frame and frame.f_code.co_name != "<module>":
+        frame = frame.f_back
+    by = frame.f_globals if frame else {}
+    for name in {kind.__module__, by.get("__name__", "__main__")}:
+        file = Path(getattr(sys.modules.get(name), "__file__", None) or "")
         if _PACKAGE in file.resolve().parents:
-            return
-    _contents[getattr(module, "__name__", "__main__")] = hashlib.sha256(content).hexdigest()
+            continue
+        # none for what is typed into a shell
+        content = file.read_bytes() if file.is_file() else kind.__qualname__.encode()
+        _contents[name] = hashlib.sha256(content).hexdigest()
 
 
 def contents() -> dict[str, str]:

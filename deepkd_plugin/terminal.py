@@ -6,6 +6,8 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
 from typing import Any, NoReturn
 
 from .errors import UserError
@@ -15,35 +17,47 @@ KEY = re.compile(r"[A-Za-z]\w*(\.[A-Za-z_]\w*)+")
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells of a mistake in one line, as everything else does; its words may come in any order (parse)."""
+    """Tells of a mistake in one line, as everything else does."""
 
-    def __init__(self, *args: Any, **named: Any) -> None:
-        super().__init__(*args, **named)
-        # Python 3.14's own; the one of before takes -7.5e-2 for an option
-        self._negative_number_matcher = re.compile(r"-\.?\d")
+    takes_pairs = False
 
     def add_pairs(self) -> None:
         """Take the KEY VALUE pairs that stand anywhere between the flags, as `options`."""
-        keys = "config keys, after the file's"
-        self.add_argument("options", metavar="KEY VALUE", nargs="*", default=None, action="extend", help=keys)
+        self.takes_pairs = True
+        self.add_argument("options", metavar="KEY VALUE", nargs="*", default=[], help="config keys, after the file's")
 
-    def parse(self, words: Sequence[str] | None = None) -> argparse.Namespace:
-        return self.parse_intermixed_args(words)
+    def parse(self, words: Sequence[str]) -> argparse.Namespace:
+        """Read the words, in any order; of two pairs with one KEY the later is the later in `options`.
+
+        A KEY takes the next word, however that looks, and ends the words of a flag that takes several (but for
+        names of files, which may look like one).
+        """
+        free: list[str] = []
+        flags: list[str] = []
+        pairs: list[str] = []
+        flag: argparse.Action | None = None
+        left = iter(words)
+        for word in left:
+            if word.startswith("-"):
+                flags.append(word)
+                flag = self._option_string_actions.get(word)
+                if flag and flag.nargs is None:
+                    flags += islice(left, 1)
+            elif self.takes_pairs and KEY.fullmatch(word) and not (flag and flag.nargs and flag.type is Path):
+                pairs += [word, *islice(left, 1)]
+                flag = None
+            elif flag and flag.nargs == "+":
+                flags.append(word)
+            else:
+                free.append(word)
+        args = self.parse_args([*free, *flags])
+        if self.takes_pairs:
+            # what is neither is at the end, where a word without its value is told of
+            args.options = [*pairs, *args.options]
+        return args
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"command line: {message}; see {self.prog} --help")
-
-
-class UpToKey(argparse.Action):
-    """Of a flag that takes several words: they end before the first KEY, which begins the KEY VALUE pairs."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        end = next((place for place, word in enumerate(values) if KEY.fullmatch(word)), len(values))
-        if not end:
-            raise argparse.ArgumentError(self, "expected at least one argument")
-        setattr(namespace, self.dest, values[:end])
-        if values[end:]:
-            namespace.options = [*(getattr(namespace, "options", None) or ()), *values[end:]]
 
 
 def count(text: str) -> int:

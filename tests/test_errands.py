@@ -1,5 +1,6 @@
 """The package's extension points, by the files that docs/extending.md shows: each works from outside the package."""
 
+import hashlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import torch
 import yaml
 
 from deepkd_plugin import extensions
+from deepkd_plugin.config import flatten
 from deepkd_plugin.data import sources
 from deepkd_plugin.distillers import DISTILLERS, DeepKD, bases, register_distiller
 from deepkd_plugin.errors import UserError
@@ -19,6 +21,7 @@ from deepkd_plugin.hosts import builtin, networks, registry
 from deepkd_plugin.launch import read_config
 from deepkd_plugin.losses import decoupled_kd, kd_divergence
 from deepkd_plugin.optim import DecoupledMomentumSGD
+from deepkd_plugin.run import resume
 from deepkd_plugin.run.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -208,6 +211,48 @@ def test_a_file_s_content_is_part_of_the_code_s_hash(config, folder):
     assert "was made by other code" in again.stderr
 
 
+def test_the_registering_module_is_hashed_whatever_it_registers(extend, folder):
+    """Also where the reader and the network are nobody's file: this package's own, and arguments put before another."""
+    (folder / "borrowed.py").write_text(
+        "from dataclasses import replace\nfrom functools import partial\n"
+        "from deepkd_plugin.data import register_dataset\nfrom deepkd_plugin.data.sources import DATASETS\n"
+        "from deepkd_plugin.hosts.networks import register_network\nfrom tiny import Tiny\n"
+        "register_dataset('glyphs_brighter', replace(DATASETS['glyphs100'], mean=(0.4, 0.4, 0.4)))\n"
+        "register_network('tiny_too', partial(Tiny))\n"
+    )
+    extend("tiny", "borrowed")
+    assert extensions.contents() == {
+        name: hashlib.sha256((folder / f"{name}.py").read_bytes()).hexdigest() for name in ("borrowed", "tiny")
+    }
+    del sys.modules["borrowed"]
+
+
+@pytest.mark.parametrize("zoo", ["cifar_models", "imagenet_models"])
+def test_a_network_of_the_host_is_not_replaced(extend, zoo):
+    getattr(registry.BUILTIN, zoo)["theirs"] = (None, None)
+    networks.register_network("theirs", lambda num_classes: None)
+    with pytest.raises(UserError, match="already has the network 'theirs'; register yours under another name"):
+        extend("bars")
+
+
+def test_a_run_goes_on_without_an_extension_it_had_no_use_of(extend, config, tmp_path):
+    """Its checkpoint has that extension's keys; keys that are newer than a checkpoint have their defaults."""
+    extend("relational", "mtkd", "bars", "tiny")
+    file = str(config("vanilla", DISTILLER={"TYPE": "NONE", "STUDENT": "tiny"}))
+    later = read_config(registry.BUILTIN, file, [])[0].clone()
+    later.defrost()
+    state = {"config": flatten(later), "teacher": None}
+    del state["config"]["SOLVER.AMP"]
+    for gone in ("MTKD.WEIGHT", "SOLVER.DECOUPLED.DELTA.REL"):
+        assert gone in state["config"]
+    torch.save(state, tmp_path / "latest")
+    del later["MTKD"], later.SOLVER.DECOUPLED.DELTA["REL"]
+    assert resume.read_state(tmp_path / "latest", later, None)["config"] == state["config"]
+    later.SOLVER.AMP = True
+    with pytest.raises(UserError, match="needs the run's own config: SOLVER.AMP was False, is True"):
+        resume.read_state(tmp_path / "latest", later, None)
+
+
 WRONG_NETWORKS = {
     "plain": lambda num_classes: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(num_classes)),
     "large": lambda num_classes: networks.NETWORKS["tiny"](num_classes=num_classes + 2),
@@ -272,3 +317,16 @@ def test_a_delta_of_a_stream_that_the_run_does_not_have_is_refused(extend, confi
     code, _, err = train(str(file), "SOLVER.DECOUPLED.DELTA.REL", "0.05")
     assert code == 2
     assert "SOLVER.DECOUPLED.DELTA.REL is 0.05; it must be 0.0: the run's streams are tog, tcg, ncg" in err
+
+
+def test_the_weights_are_decayed_in_a_stream_that_the_run_has(extend, config):
+    class Two(DeepKD):
+        streams = ("tog", "ncg")
+
+    extend("bars", "tiny")
+    register_distiller(Two)
+    file = str(config("two", DISTILLER={"TYPE": "Two", "TEACHER": "tiny", "STUDENT": "tiny"}))
+    key = "SOLVER.DECOUPLED.WEIGHT_DECAY_STREAM"
+    with pytest.raises(UserError, match=f"{key} is 'tcg'; it must be one of the run's streams, tog, ncg"):
+        read_config(registry.BUILTIN, file, [])
+    read_config(registry.BUILTIN, file, [key, "ncg"])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..terminal import Parser, UpToKey, count
+from ..terminal import Parser, count
 
 
 def main(words: Sequence[str]) -> int:
@@ -22,7 +22,7 @@ def main(words: Sequence[str]) -> int:
         argument_default=argparse.SUPPRESS,  # Request has the defaults
     )
     add = parser.add_argument
-    several: dict[str, Any] = {"nargs": "+", "action": UpToKey}
+    several: dict[str, Any] = {"nargs": "+"}
     add("table", metavar="TABLE", help="cifar100, imagenet, glyphs100, glyph_canvas, coco, ..., or a folder")
     add("--pairs", metavar="PAIR", **several, help="some of the table's pairs (default: all)")
     add("--methods", metavar="METHOD", **several, help="some of the table's rows (default: all)")

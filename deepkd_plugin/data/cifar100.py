@@ -76,7 +76,10 @@ def _from_pickle(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _from_folders(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    paths, labels = class_folders(folder, NUM_CLASSES, "cifar100")
+    def valid(path: str) -> bool:
+        return path.endswith(".png") and Path(path).parent.parent == folder
+
+    paths, labels = class_folders(folder, NUM_CLASSES, "cifar100", valid)
     images = ImageFiles(paths, labels, None, (32, 32)).pixels(np.arange(len(paths)))
     return images, np.asarray(labels, dtype=np.int64)
 

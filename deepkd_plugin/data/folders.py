@@ -56,16 +56,19 @@ class ImageFiles(Dataset[tuple[Any, ...]]):
         return image
 
 
-def class_folders(folder: Path, num_classes: int, kind: str) -> tuple[list[str], list[int]]:
+def class_folders(
+    folder: Path, num_classes: int, kind: str, valid: Callable[[str], bool] | None = None
+) -> tuple[list[str], list[int]]:
     """List paths and labels of <class>/**/<image> below `folder`, classes in alphabetical order.
 
-    kind: DATASET.TYPE, for errors. Raises UserError if a class is empty or there are not `num_classes`.
+    kind: DATASET.TYPE, for errors. valid: which paths are images of the set; by default by their endings. Raises
+    UserError if a class is empty or there are not `num_classes`.
     """
     try:
         classes = sum(entry.is_dir() for entry in folder.iterdir())
         if classes != num_classes:
             raise UserError(f"{folder}: DATASET.ROOT must hold {num_classes} class folders for {kind}, holds {classes}")
-        images = ImageFolder(str(folder))
+        images = ImageFolder(str(folder), is_valid_file=valid)
     except OSError as error:
         raise UserError(f"{folder}: DATASET.ROOT is not {kind} ({error})") from None
     return [path for path, _ in images.samples], images.targets

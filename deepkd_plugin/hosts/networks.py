@@ -33,11 +33,10 @@ def add_networks(host: Host) -> list[str]:
     Raises UserError, before anything is changed, if the host has a network of such a name itself.
     """
     zoos = (host.cifar_models, host.tiny_imagenet_models)
-    for name, make in NETWORKS.items():
-        for zoo in zoos:
-            if zoo.get(name, (make,))[0] is not make:
-                raise UserError(f"{host.name} already has the network {name!r}; register yours under another name")
-    added = [name for name in NETWORKS if name not in host.cifar_models]
+    added = [name for name, make in NETWORKS.items() if host.cifar_models.get(name) != (make, None)]
+    for name in added:
+        if any(name in zoo for zoo in (*zoos, host.imagenet_models)):
+            raise UserError(f"{host.name} already has the network {name!r}; register yours under another name")
     for name in added:
         for zoo in zoos:
             zoo[name] = (NETWORKS[name], None)

@@ -229,6 +229,19 @@ def test_gsnr_s_mistakes_in_training_are_those_of_the_launcher(tmp_path, capsys)
                 **{"overwrite": True, "options": ["DATASET.ROOT", "x"]},
             },
         ),
+        # in the order they were given, wherever the flags stand
+        (
+            "--jobs 2 glyphs100 SOLVER.LR 0.1 --pairs a SOLVER.LR 0.2 --methods kd SOLVER.LR 0.3 --dry-run",
+            {
+                **{"pairs": ["a"], "methods": ["kd"], "jobs": 2, "dry_run": True},
+                **{"options": ["SOLVER.LR", "0.1", "SOLVER.LR", "0.2", "SOLVER.LR", "0.3"]},
+            },
+        ),
+        # a value that is like a flag, and TABLE behind the pairs
+        (
+            "--pairs a DKD.ALPHA -inf EXPERIMENT.TAG --seeds glyphs100",
+            {"table": "glyphs100", "pairs": ["a"], "options": ["DKD.ALPHA", "-inf", "EXPERIMENT.TAG", "--seeds"]},
+        ),
         ("ablation-mask --base dkd --dataset cifar100", {"base": "dkd", "dataset": "cifar100", "slurm": ()}),
     ],
 )

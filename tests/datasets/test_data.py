@@ -53,6 +53,10 @@ def test_cifar100_in_class_folders(tmp_path, below):
             folder.mkdir(parents=True)
             pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / "0001.png")
+    # neither of these is of the set
+    Image.fromarray(pixels[:30]).save(folder / "0000.jpg")
+    (folder / "previews").mkdir()
+    Image.fromarray(pixels[:30]).save(folder / "previews" / "0000.png")
     images, labels = cifar100.read_cifar100(tmp_path, "test")
     assert labels.tolist() == list(range(100))
     assert np.array_equal(images[99], pixels)
