@@ -16,7 +16,7 @@ from deepkd_plugin.errors import UserError
 from deepkd_plugin.study.report.cells import assemble
 from deepkd_plugin.study.report.collect import collect
 from deepkd_plugin.study.report.figures import draw_curve, mean_curve
-from deepkd_plugin.study.report.formats import count
+from deepkd_plugin.study.shared import count
 from deepkd_plugin.terminal import guarded
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, each with a line style of its own

@@ -35,10 +35,7 @@ def read_words(words: Sequence[str], tool: str, description: str, example: str) 
     """Read the arguments of `train` from the command line of `tool`."""
     parser = Parser(tool, description=description)
     parser.add_argument("--cfg", dest="file", required=True, metavar="FILE", help=f"for example {example}")
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
-    how.add_argument("--overwrite", action="store_true", help="start again over a run that is there")
-    parser.add_pairs()
+    parser.add_run()
     args = parser.parse(words)
     return vars(args) | {"command": shlex.join(["python", tool, "--cfg", args.file, *args.options])}
 

@@ -79,7 +79,7 @@ class GraphedStep(Step):
             with device.side_stream():
                 return super().__call__(batch, epoch)
         if self.graph is None:
-            self.inputs = _clone(batch)
+            self.inputs = {k: [t.clone() for t in v] if isinstance(v, list) else v.clone() for k, v in batch.items()}
             run = super().__call__
             self.graph, self.outcome = device.capture(lambda: run(self.inputs, epoch))
         torch._foreach_copy_(_tensors(self.inputs), tensors)
@@ -149,7 +149,3 @@ def faster(step: Step, batch: Batch, apart: bool = False, rounds: int = 10) -> s
 
 def _tensors(batch: Batch) -> list[Tensor]:
     return [t for part in batch.values() for t in (part if isinstance(part, list) else [part])]
-
-
-def _clone(batch: Batch) -> dict[str, Any]:
-    return {name: [t.clone() for t in part] if isinstance(part, list) else part.clone() for name, part in batch.items()}

@@ -26,6 +26,13 @@ class Parser(argparse.ArgumentParser):
         self.takes_pairs = True
         self.add_argument("options", metavar="KEY VALUE", nargs="*", default=[], help="config keys, after the file's")
 
+    def add_run(self) -> None:
+        """Take what training takes: --resume or --overwrite, and KEY VALUE pairs."""
+        how = self.add_mutually_exclusive_group()
+        how.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+        how.add_argument("--overwrite", action="store_true", help="start again over a run that is there")
+        self.add_pairs()
+
     def parse(self, words: Sequence[str]) -> argparse.Namespace:
         """Read the words, in any order; of two pairs with one KEY the later is the later in `options`.
 

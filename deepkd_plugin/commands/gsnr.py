@@ -19,10 +19,7 @@ def main(words: Sequence[str]) -> int:
     source.add_argument("--cfg", metavar="FILE", help="train under this config")
     source.add_argument("--runs", metavar="FOLDER", type=Path, nargs="+", help="draw these runs together")
     parser.add_argument("--out", metavar="DIR", type=Path, help="with --runs: where tables and figure go")
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
-    how.add_argument("--overwrite", action="store_true", help="start again over a run that is there")
-    parser.add_pairs()
+    parser.add_run()
     args = parser.parse(words)
     if args.runs and (args.resume or args.overwrite or args.options):
         parser.error("--resume, --overwrite and KEY VALUE go with --cfg, not with --runs")

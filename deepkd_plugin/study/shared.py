@@ -28,6 +28,11 @@ def duration(seconds: float, short: bool = False) -> str:
     return f"{seconds:.0f} {'s' if short else 'seconds'}"
 
 
+def count(number: int, what: str) -> str:
+    """Write how many there are: "1 run", "2 runs"."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """Write rows as CSV under the first one's keys; None is an empty field."""
     text = io.StringIO()

@@ -163,12 +163,12 @@ def _as_classification(cfg: CfgNode) -> CfgNode:
 
 
 def _check_momenta(cfg: CfgNode, origin: Mapping[str, str]) -> None:
-    config.check_momenta(_as_classification(cfg), dict(origin))
     names = streams(cfg)
     for name, delta in cfg.SOLVER.DECOUPLED.DELTA.items():
         if delta and (len(names) == 1 or name.lower() not in names):
             allowed = f"0.0 with KD.TYPE {cfg.KD.TYPE} on {cfg.MODEL.META_ARCHITECTURE}, which has no such stream"
             raise config.wrong(origin, f"SOLVER.DECOUPLED.DELTA.{name}", delta, allowed)
+    config.check_momenta(_as_classification(cfg), dict(origin))
 
 
 def _check_mask(cfg: CfgNode, origin: Mapping[str, str]) -> None:

@@ -18,6 +18,7 @@ from ...run import checkpoint
 from ...solver import check_window, samples_gradients
 from ...trainer import Trainer
 from ..measures import CLASSIFICATION
+from ..shared import count
 from .kind import Kind
 from .timing import Timer
 
@@ -79,7 +80,7 @@ class Classification(Kind):
 
     def protocol(self, cfg: Any) -> str:
         epochs = cfg.SOLVER.EPOCHS
-        return f"{epochs} epoch{'' if epochs == 1 else 's'} in batches of {cfg.SOLVER.BATCH_SIZE} images"
+        return f"{count(epochs, 'epoch')} in batches of {cfg.SOLVER.BATCH_SIZE} images"
 
     def problems(self, runs: Sequence[tuple[Run, Any]], prepare: bool) -> list[str]:
         """Name data sets that are not there, and teachers without a file. (Torchvision's are fetched later.)"""

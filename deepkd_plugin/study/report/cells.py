@@ -91,15 +91,14 @@ def assemble(table: Results) -> list[Cell]:
             cells[pair.name, method.name] = Cell(pair, method, base, runs, records, known, table.measures)
     with_base = [(cell, cells.get((cell.pair.name, cell.method.base))) for cell in cells.values()]
     for name in NUMBERS:
-        gains = [_gain(cell, base, name) if base else None for cell, base in with_base]
+        gains = [
+            compare(cell.values(name), base.values(name), (cell.method.label, base.method.label)) if base else None
+            for cell, base in with_base
+        ]
         adjusted = holm([gain.p if gain else None for gain in gains])
         for (cell, _), gain, holm_p in zip(with_base, gains, adjusted):
             cell.numbers[name] = _number(cell, name, gain, holm_p)
     return [replace(cell, base_published=base.published if base else None) for cell, base in with_base]
-
-
-def _gain(cell: Cell, base: Cell, name: str) -> Difference | None:
-    return compare(cell.values(name), base.values(name), (cell.method.label, base.method.label))
 
 
 def _number(cell: Cell, name: str, gain: Difference | None, holm_p: float | None) -> Number:

@@ -15,8 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from ..shared import count
 from .cells import Cell
-from .formats import count
 from .statistics import EQUAL, HIGHER, LOWER
 
 COLOURS = {

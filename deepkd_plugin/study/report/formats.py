@@ -12,11 +12,6 @@ CONFIDENCE = f"{100 * LEVEL:g}\u00a0%"
 # no-break spaces: a line may end before an interval, not inside it
 
 
-def count(number: int, what: str) -> str:
-    """Write how many there are: "1 run", "2 runs"."""
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
 def ranges(numbers: Iterable[int]) -> str:
     """Write whole numbers in short: "0–4, 7"."""
     runs: list[list[int]] = []

@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ..measures import CLASSIFICATION, MEASURES
-from ..shared import duration
+from ..shared import count, duration
 from .cells import Cell, comparisons, number_name
 from .collect import NOT_STARTED, UNFINISHED, Results
-from .formats import CONFIDENCE, count, ranges
+from .formats import CONFIDENCE, ranges
 from .published import without_pair
 from .statistics import LEVEL, MIN_RUNS
 

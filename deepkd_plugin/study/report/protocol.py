@@ -161,10 +161,6 @@ def _teacher(record: Record) -> str | None:
     return f"{noun}{record.teacher_acc:.2f} % on the test images ({weights})"
 
 
-def _versions(record: Record) -> str:
-    return ", ".join(f"{name} {version}" for name, version in (("python", record.python), *record.versions.items()))
-
-
 _PROTOCOL: tuple[tuple[str, Callable[[Record], str | None]], ...] = (
     ("Learning rate", _rate),
     ("Batch", _setting(lambda settings: f"{settings['SOLVER.BATCH_SIZE']} images")),
@@ -179,7 +175,7 @@ _PROTOCOL: tuple[tuple[str, Callable[[Record], str | None]], ...] = (
     ("Momenta, last epoch", _momenta),
     ("Mask", _setting(_mask)),
     ("Execution", lambda record: " and ".join(record.execution)),
-    ("Versions", _versions),
+    ("Versions", lambda record: ", ".join(map(" ".join, (("python", record.python), *record.versions.items())))),
     ("Hardware", lambda record: f"{record.device}; {record.processor}"),
     ("Commit", lambda record: record.commit),
     ("Code", lambda record: record.codes[0]),

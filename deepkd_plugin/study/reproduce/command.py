@@ -13,7 +13,7 @@ from ... import device
 from ...errors import UserError
 from ...run import record
 from ...terminal import Stopped, exit_code
-from ..shared import cores
+from ..shared import cores, count
 from ..table import Run
 from . import reuse, tables
 from .estimate import Estimate, estimate
@@ -93,24 +93,24 @@ def describe(
     plan: Plan, states: Mapping[Run, str], where: str, expected: Estimate | None, request: Request, unfit: int
 ) -> str:
     """Put the plan into words. unfit: how many runs of --reuse have a config of the plan and must not be taken over."""
-    count = Counter(states.values())
+    by_state = Counter(states.values())
     parts = {name: dict.fromkeys(getattr(run, name) for run in plan.runs) for name in ("pair", "method", "seed")}
-    numbers = " × ".join(_number(len(what), name) for name, what in parts.items())
-    there = [f"{count[state]} {words}" for state, words in DONE.items() if count[state]]
+    numbers = " × ".join(count(len(what), name) for name, what in parts.items())
+    there = [f"{by_state[state]} {words}" for state, words in DONE.items() if by_state[state]]
     entries = {
-        "table": f"{plan.table.title}, {plan.document.metric}: {numbers} = {_number(len(plan.runs), 'run')}",
+        "table": f"{plan.table.title}, {plan.document.metric}: {numbers} = {count(len(plan.runs), 'run')}",
         "pairs": " ".join(parts["pair"]),
         "methods": " ".join(parts["method"]),
         "runs": ", ".join(there),
         "protocol": _protocol(plan),
         "options": " ".join(request.options),
-        "reuse": f"{', '.join(map(str, request.reuse))}: {_number(count['elsewhere'], 'run')} to take over"
+        "reuse": f"{', '.join(map(str, request.reuse))}: {count(by_state['elsewhere'], 'run')} to take over"
         if request.reuse
         else "",
-        "not taken": f"{_number(unfit, 'run')} of --reuse, of other code, or of a teacher that is another or not here"
+        "not taken": f"{count(unfit, 'run')} of --reuse, of other code, or of a teacher that is another or not here"
         if unfit
         else "",
-        "earlier": f"{_number(plan.replaced, 'run')} of earlier calls had other options or config files; they "
+        "earlier": f"{count(plan.replaced, 'run')} of earlier calls had other options or config files; they "
         f"stay on disk, and are no part of the table until a call has their options again"
         if plan.replaced
         else "",
@@ -190,10 +190,6 @@ def _submit(request: Request, plan: Plan, parameters: Mapping[str, Any]) -> int:
     return 0
 
 
-def _number(count: int, name: str) -> str:
-    return f"{count} {name}{'' if count == 1 else 's'}"
-
-
 def _without_base(plan: Plan) -> str:
     """Say which methods will have no gain, because their base has no row, or is neither asked for nor in the table."""
     bases = {method.name: method.base for method in plan.document.methods}
@@ -224,9 +220,8 @@ def _protocol(plan: Plan) -> str:
 
 
 def _machine() -> str:
-    count = device.count()
-    if count:
-        return f"{count} x {device.describe(device.pick())}"
+    if gpus := device.count():
+        return f"{gpus} x {device.describe(device.pick())}"
     return f"{record.processor()}, {cores()} cores"
 
 

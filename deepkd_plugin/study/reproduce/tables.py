@@ -26,7 +26,6 @@ DATASET = "glyphs100"
 
 _DELTAS = tuple(f"SOLVER.DECOUPLED.DELTA.{stream.upper()}" for stream in STREAMS)
 
-
 Options = Callable[[Any], Sequence[str]]
 """Resolved config of a row's file -> KEY VALUE pairs that make the row of it."""
 
