@@ -4,7 +4,6 @@ import argparse
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ..terminal import Parser, count
 
@@ -22,10 +21,9 @@ def main(words: Sequence[str]) -> int:
         argument_default=argparse.SUPPRESS,  # Request has the defaults
     )
     add = parser.add_argument
-    several: dict[str, Any] = {"nargs": "+"}
     add("table", metavar="TABLE", help="cifar100, imagenet, glyphs100, glyph_canvas, coco, ..., or a folder")
-    add("--pairs", metavar="PAIR", **several, help="some of the table's pairs (default: all)")
-    add("--methods", metavar="METHOD", **several, help="some of the table's rows (default: all)")
+    add("--pairs", metavar="PAIR", nargs="+", help="some of the table's pairs (default: all)")
+    add("--methods", metavar="METHOD", nargs="+", help="some of the table's rows (default: all)")
     add("--base", metavar="METHOD", help="of an ablation: the row that DeepKD is put over (default: kd)")
     add("--dataset", metavar="NAME", help="of an ablation: glyphs100 (default), cifar100, ..., or a folder")
     add("--seeds", metavar="N", type=count, help="seeds 0 to N - 1 (default: 5)")
@@ -39,7 +37,7 @@ def main(words: Sequence[str]) -> int:
     add("--reuse", metavar="DIR", type=Path, action="append", help=reuse)
     where = "processes here (default), or one array job of a Slurm cluster"
     add("--launcher", choices=("local", "slurm"), help=where)
-    add("--slurm", metavar="KEY=VALUE", **several, help="submitit's parameters, for one run")
+    add("--slurm", metavar="KEY=VALUE", nargs="+", help="submitit's parameters, for one run")
     parser.add_pairs()
     args = parser.parse(words)
     from ..study.reproduce.command import Request, reproduce

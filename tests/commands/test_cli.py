@@ -186,6 +186,11 @@ def test_gsnr_trains_and_draws_into_the_run_s_folder(trained, tmp_path, capsys):
     assert (tmp_path / "run" / "gsnr.svg").exists()
 
 
+def test_a_folder_of_runs_may_be_called_like_a_key(tmp_path, capsys):
+    assert cli.main(["gsnr", "--runs", "my.runs", "--out", str(tmp_path / "out")]) == 2
+    assert "error: my.runs/config.yaml: must be the config of a run" in capsys.readouterr().err
+
+
 def test_gsnr_starts_again_where_it_is_told_to(trained):
     assert cli.main(["gsnr", "--cfg", "a.yaml", "--overwrite", "GSNR.MEASURE", "False"]) == 0
     (arguments,) = trained
