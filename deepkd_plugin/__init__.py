@@ -7,7 +7,7 @@ The parts are ordinary PyTorch pieces (arXiv 2505.15133)::
 
 from .gsnr import GradientMonitor, GSNRAllocation
 from .losses import DecoupledKD, decoupled_kd
-from .optim import DecoupledMomentumSGD
+from .optim import DecoupledMomentumSGD, backward, from_sgd, to_sgd
 from .topk import TopKSchedule
 
 __all__ = [
@@ -16,8 +16,11 @@ __all__ = [
     "GSNRAllocation",
     "GradientMonitor",
     "TopKSchedule",
+    "backward",
     "decoupled_kd",
+    "from_sgd",
     "register",
+    "to_sgd",
 ]
 __version__ = "0.2.0"
 

@@ -640,13 +640,13 @@ def test_every_stream_is_measured_apart_whatever_the_optimizer_merges(momentum):
 
 
 @pytest.mark.parametrize(
-    ("momentum", "merge", "batched"),
-    [(m, True, batched) for m in MOMENTA for batched in (False, True)] + [(MOMENTA[0], False, False)],
+    ("momentum", "merge"),
+    [(m, True) for m in MOMENTA] + [(MOMENTA[0], False)],
 )
-def test_sampling_changes_no_bit_of_the_training(momentum, merge, batched):
+def test_sampling_changes_no_bit_of_the_training(momentum, merge):
     def run(every):
         net = toy()
-        optimizer = optimizer_of(net, momentum, merge=merge, batched=batched)
+        optimizer = optimizer_of(net, momentum, merge=merge)
         monitor = GradientMonitor(net.named_parameters(), STREAMS, every, window=2)
         seen = []
         for step in range(1, 6):
@@ -660,7 +660,7 @@ def test_sampling_changes_no_bit_of_the_training(momentum, merge, batched):
             seen += [p.grad.clone() for p in net.parameters() if p.requires_grad]
             optimizer.step()
             seen += [value.clone() for value in net.state_dict().values()]
-        buffers = [b.clone() for state in optimizer.state.values() for b in state["buffers"]]
+        buffers = [b.clone() for state in optimizer.state.values() for b in state.values()]
         return seen + buffers, monitor.moments.samples
 
     (plain, none), (sampled, some) = run(every=100), run(every=2)

@@ -111,7 +111,7 @@ def assert_same_end(one, other):
     assert states[0]["param_groups"] == states[1]["param_groups"]
     assert list(states[0]["state"]) == list(states[1]["state"])
     for p, q in zip(*(s["state"].values() for s in states)):
-        assert all(torch.equal(a, b) for a, b in zip(p["buffers"], q["buffers"]))
+        assert all(torch.equal(a, b) for a, b in zip(p.values(), q.values()))
 
 
 # Measuring
