@@ -210,9 +210,14 @@ def test_losses_of_other_methods_are_assigned_by_config(cfg):
     assert set(read_metrics(trainer.folder)[0]["loss"]) == {"tog", "ncg"}
 
 
-def test_ema_dampening_reaches_the_optimizer(cfg):
-    cfg.SOLVER.DECOUPLED.DAMPENING = "ema"
-    assert make(cfg).optimizer.param_groups[0]["dampening"] == "ema"
+@pytest.mark.parametrize(
+    ("how", "dampening", "matched_to"), [("none", 0.0, None), ("ema", "ema", None), ("matched", "matched", 0.8)]
+)
+def test_dampening_reaches_the_optimizer(cfg, how, dampening, matched_to):
+    cfg.SOLVER.DECOUPLED.DAMPENING = how
+    cfg.SOLVER.MOMENTUM = 0.8
+    group = make(cfg).optimizer.param_groups[0]
+    assert (group["dampening"], group["matched_to"]) == (dampening, matched_to)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_saved(cfg):

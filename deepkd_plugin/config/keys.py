@@ -64,7 +64,13 @@ def all_keys() -> tuple[Key, ...]:
 _FIXED = (
     Key("EXPERIMENT.LOGIT_STAND", False, "standardised logits in every distillation term (Sun et al., 2024)", *FLAG),
     Key("SOLVER.DECOUPLED.VARIANT", "paper", "assignment of momenta, see momenta()", *one_of("paper", "release")),
-    Key("SOLVER.DECOUPLED.DAMPENING", "none", "none, or ema for 1 - momentum", *one_of("none", "ema")),
+    Key(
+        "SOLVER.DECOUPLED.DAMPENING",
+        "none",
+        "factor of a stream's gradient; none: 1; ema: 1 - momentum; matched: plain SGD's step length "
+        "(see DecoupledMomentumSGD)",
+        *one_of("none", "ema", "matched"),
+    ),
     Key(
         "SOLVER.DECOUPLED.ALLOCATION",
         "fixed",

@@ -38,6 +38,15 @@ def momenta(cfg: CfgNode) -> tuple[dict[str, float], str]:
     return momentum, node.WEIGHT_DECAY_STREAM
 
 
+def dampening(cfg: CfgNode) -> dict[str, str | float | None]:
+    """Return DecoupledMomentumSGD's arguments for DAMPENING; `matched` keeps the step length of MOMENTUM."""
+    how = cfg.SOLVER.DECOUPLED.DAMPENING
+    return {
+        "dampening": 0.0 if how == "none" else how,
+        "matched_to": cfg.SOLVER.MOMENTUM if how == "matched" else None,
+    }
+
+
 def computes(path: str) -> bool:
     """Tell whether a key says what a run computes, rather than where it finds things and how it goes about it."""
     if path == "EXPERIMENT.LOGIT_STAND":  # its place in the releases of logit standardisation and DeepKD
