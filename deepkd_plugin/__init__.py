@@ -6,7 +6,7 @@ The parts are ordinary PyTorch pieces (arXiv 2505.15133)::
 """
 
 from .gsnr import GradientMonitor, GSNRAllocation
-from .losses import DecoupledKD, decoupled_kd
+from .losses import DecoupledKD, decoupled_kd, per_sample
 from .optim import DecoupledMomentumSGD
 from .topk import TopKSchedule
 
@@ -17,6 +17,7 @@ __all__ = [
     "GradientMonitor",
     "TopKSchedule",
     "decoupled_kd",
+    "per_sample",
     "register",
 ]
 __version__ = "0.2.0"
