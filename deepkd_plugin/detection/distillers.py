@@ -15,7 +15,7 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 
-from ..distillers.base import warmup_factor
+from ..distillers.base import Taught, warmup_factor
 from ..losses import wide
 from ..topk import mask_size
 from .losses import losses_by_stream, proposal_kd, proposal_terms
@@ -81,17 +81,12 @@ class Detector(nn.Module):
         return step.losses
 
 
-class Distilled(Detector):
+class Distilled(Taught, Detector):
     """What the methods with a teacher have in common."""
 
     def __init__(self, student: FasterRCNN, teacher: FasterRCNN, cfg: Any) -> None:
         super().__init__(student, cfg)
         self.teacher = teacher
-
-    def train(self, mode: bool = True) -> Distilled:
-        super().train(mode)
-        self.teacher.eval()
-        return self
 
     @torch.no_grad()
     def teach(self, step: Pass) -> Tensor:

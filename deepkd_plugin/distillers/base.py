@@ -16,7 +16,23 @@ Losses = dict[str, Tensor]
 """Name -> scalar: what a training step minimises the sum of."""
 
 
-class Distiller(nn.Module):
+class Taught(nn.Module):
+    """A module whose part `teacher` is in evaluation mode from the moment it is set, whatever mode the module is in."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "teacher" and isinstance(value, nn.Module):
+            value.eval()
+        super().__setattr__(name, value)
+
+    def train(self, mode: bool = True) -> Taught:
+        super().train(mode)
+        teacher = getattr(self, "teacher", None)
+        if isinstance(teacher, nn.Module):
+            teacher.eval()
+        return self
+
+
+class Distiller(Taught):
     """A student that trains beside a teacher in evaluation mode.
 
     In training, `forward(image=, target=, epoch=, …)` returns `(logits, {name: scalar loss})`. In evaluation,
@@ -55,12 +71,6 @@ class Distiller(nn.Module):
     def views_of(cls, cfg: Any) -> int:
         """Return how many views of an image the method needs under a config."""
         return cls.views
-
-    def train(self, mode: bool = True) -> Distiller:
-        super().train(mode)
-        if hasattr(self, "teacher"):
-            self.teacher.eval()
-        return self
 
     def get_learnable_parameters(self) -> list[nn.Parameter]:
         return list(self.student.parameters())
