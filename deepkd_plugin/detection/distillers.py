@@ -109,7 +109,7 @@ class KD(Distilled):
 class DKD(Distilled):
     """CE_WEIGHT · the detection losses + warm-up · (ALPHA · TCKD + BETA · NCKD), from the config node DKD."""
 
-    def losses(self, step: Pass, epoch: int, **batch: Any) -> dict[str, Tensor]:
+    def losses(self, step: Pass, epoch: float, **batch: Any) -> dict[str, Tensor]:
         node = self.cfg.DKD
         tckd, nckd = proposal_terms(step.logits, self.teach(step), step.labels, temperature=float(node.T))
         dkd = warmup_factor(epoch, node.WARMUP) * (node.ALPHA * tckd + node.BETA * nckd)
@@ -122,7 +122,7 @@ class DeepKD(Distilled):
     The mask's K, of the K + 1 classes with the background, follows the iterations.
     """
 
-    def losses(self, step: Pass, epoch: int, progress: float, **batch: Any) -> dict[str, Tensor]:
+    def losses(self, step: Pass, epoch: float, progress: float, **batch: Any) -> dict[str, Tensor]:
         node = self.cfg.DeepKD
         terms = proposal_terms(
             step.logits,

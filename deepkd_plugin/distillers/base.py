@@ -47,6 +47,9 @@ class Distiller(Taught):
     streams: the streams that its losses are named after; () if they are named otherwise, and
         SOLVER.DECOUPLED.LOSS_STREAMS assigns them.
     on_logits: whether it compares logits, which EXPERIMENT.LOGIT_STAND then standardises.
+    warmup: the config key of the epochs over which its losses warm up; "" if they do not. It gets them from
+        warmup_factor(epoch, …). `epoch` counts from 1 and is a whole number, but while a warm-up by
+        SOLVER.WARMUP_UNIT iteration lasts: then it is a fraction, which the epoch's last iteration makes whole.
     """
 
     name: ClassVar[str]
@@ -54,6 +57,7 @@ class Distiller(Taught):
     views: ClassVar[int] = 1
     streams: ClassVar[tuple[str, ...]] = ()
     on_logits: ClassVar[bool] = False
+    warmup: ClassVar[str] = ""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__()
@@ -84,7 +88,7 @@ class Distiller(Taught):
             return self.forward_train(**batch)
         return self.student(batch["image"])[0]
 
-    def forward_train(self, image: Any, target: Tensor, epoch: int, **batch: Any) -> tuple[Tensor, Losses]:
+    def forward_train(self, image: Any, target: Tensor, epoch: float, **batch: Any) -> tuple[Tensor, Losses]:
         raise NotImplementedError(f"{type(self).__name__} must define forward_train")
 
     def compare(self, image: Tensor | Sequence[Tensor]) -> list[View]:
@@ -144,7 +148,7 @@ class Method(Distiller):
         """Return the weights of the cross-entropy and of the sum of the terms."""
         return 1.0, 1.0
 
-    def forward_train(self, image: Any, target: Tensor, epoch: int, **batch: Any) -> tuple[Tensor, Losses]:
+    def forward_train(self, image: Any, target: Tensor, epoch: float, **batch: Any) -> tuple[Tensor, Losses]:
         views = self.compare(image)
         ce_weight, kd_weight = self.weights(self.cfg)
         terms = standardised(self.terms(views, self.cfg), self.standardise)
@@ -187,6 +191,6 @@ def bases() -> dict[str, type[Method]]:
     return {name: cls for name, cls in DISTILLERS.items() if issubclass(cls, Method)}
 
 
-def warmup_factor(epoch: int, epochs: int) -> float:
+def warmup_factor(epoch: float, epochs: float) -> float:
     """Return DKD's linear warm-up of the distillation loss: epoch / epochs up to 1 (epochs are counted from 1)."""
     return min(epoch / epochs, 1.0) if epochs else 1.0
