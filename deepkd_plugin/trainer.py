@@ -188,7 +188,7 @@ class Trainer:
         """
         node = self.cfg.SOLVER
         # a class that says nothing of its warm-up, as mdistiller's, may have one of any length
-        known = hasattr(self.module, "warmup")
+        known = hasattr(self.module, "warmup_key")
         longest = max(config.warmups(self.cfg, self.module).values()) if known else math.inf
         point = warmup_point(node.WARMUP_UNIT, longest, epoch, step, len(self.train_loader))
         if node.WARMUP_UNIT == "iteration" and node.WARMUP_EPOCHS:

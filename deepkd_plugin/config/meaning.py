@@ -51,7 +51,7 @@ def warmups(cfg: CfgNode, method: object) -> dict[str, int]:
 
     method: a distiller or its class.
     """
-    own = getattr(method, "warmup", "")
+    own = getattr(method, "warmup_key", "")
     return {path: get(cfg, path) for path in ("SOLVER.WARMUP_EPOCHS", own) if path}
 
 

@@ -47,7 +47,7 @@ class Distiller(Taught):
     streams: the streams that its losses are named after; () if they are named otherwise, and
         SOLVER.DECOUPLED.LOSS_STREAMS assigns them.
     on_logits: whether it compares logits, which EXPERIMENT.LOGIT_STAND then standardises.
-    warmup: the config key of the epochs over which its losses warm up; "" if they do not. It gets them from
+    warmup_key: the config key of the epochs over which its losses warm up; "" if they do not. It gets them from
         warmup_factor(epoch, …). `epoch` counts from 1 and is a whole number, but while a warm-up by
         SOLVER.WARMUP_UNIT iteration lasts: then it is a fraction, which the epoch's last iteration makes whole.
     """
@@ -57,7 +57,7 @@ class Distiller(Taught):
     views: ClassVar[int] = 1
     streams: ClassVar[tuple[str, ...]] = ()
     on_logits: ClassVar[bool] = False
-    warmup: ClassVar[str] = ""
+    warmup_key: ClassVar[str] = ""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__()

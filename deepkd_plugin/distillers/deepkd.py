@@ -34,7 +34,7 @@ class DeepKD(Distiller):
 
     streams = STREAMS
     on_logits = True
-    warmup = "DeepKD.WARMUP"
+    warmup_key = "DeepKD.WARMUP"
     keys = (
         Key("DeepKD.CE_WEIGHT", 1.0, "alpha, weight of the cross-entropy (TOG)", *NOT_NEGATIVE),
         Key("DeepKD.TCG_WEIGHT", 1.0, "beta, weight of the target-class loss (TCG)", *NOT_NEGATIVE),

@@ -14,7 +14,7 @@ class DKD(Method):
     """CE_WEIGHT · CE + warm-up · (ALPHA · TCKD + BETA · NCKD) at DKD.T, all from the config node DKD."""
 
     on_proposals = True
-    warmup = "DKD.WARMUP"
+    warmup_key = "DKD.WARMUP"
 
     @classmethod
     def terms(cls, views: Sequence[View], cfg: Any, temperature: float | None = None) -> list[Term]:
