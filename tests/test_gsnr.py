@@ -289,6 +289,15 @@ def test_what_is_not_finite_is_counted_and_left_out(coordinates):
     assert {found["not_finite"] for found in moments.summary()["gsnr"].values()} == {0}
 
 
+def test_a_variance_that_overflows_is_not_finite():
+    moments = GradientMoments({"w": torch.zeros(2, dtype=torch.float64)}, ("task",))
+    for value in (1e200, -1e200, 1e200):
+        moments.add({"task": [torch.tensor([value, value > 0], dtype=torch.float64)]})
+    found = moments.summary()["gsnr"]["task"]
+    assert (found["not_finite"], found["zero_variance"], found["missing"]) == (1, 0, 0)
+    assert found["mean"] == found["ratio"] == pytest.approx((2 / 3) ** 2 / (1 / 3))
+
+
 def test_a_stream_that_is_never_finite_has_no_number():
     moments = GradientMoments({"w": torch.zeros(2)}, ("a", "b"))
     for value in (1.0, 2.0):

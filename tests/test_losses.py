@@ -413,6 +413,15 @@ def test_masked_classes_in_narrow_types(logits, dtype):
     assert gradient(terms.tckd.sum() + terms.nckd.sum(), student).isfinite().all()
 
 
+def test_masked_classes_beside_a_logit_near_the_largest_number():
+    student = torch.tensor([[1e32, 3.0, -math.inf, 5.0], [-1e32, 1e32, -math.inf, 5.0]], requires_grad=True)
+    teacher = torch.tensor([[5.0, 1e32, -math.inf, 2.0], [1e32, 1.0, -math.inf, 5.0]])
+    terms = decoupled_kd(student, teacher, torch.tensor([0, 1]), 1.0, 2)
+    loss = terms.tckd.sum() + terms.nckd.sum() + kd_divergence(student, teacher).sum()
+    assert loss.isfinite()
+    assert gradient(loss, student).isfinite().all()
+
+
 def test_a_sample_of_masked_classes_alone_adds_nothing():
     student = torch.full((2, 5), -math.inf).requires_grad_()
     kd = kd_divergence(student, torch.full((2, 5), -math.inf))

@@ -332,6 +332,13 @@ def test_mdistillers_trainers_refuse_to_measure(cfg):
     mdistiller_host.check_trainer(cfg, {}, Trainer)
 
 
+def test_mdistillers_trainers_know_no_unit_of_warm_up(cfg):
+    cfg.SOLVER.WARMUP_UNIT = "iteration"
+    with pytest.raises(UserError, match="SOLVER.WARMUP_UNIT is 'iteration'; it must be 'epoch' under mdistiller's"):
+        mdistiller_host.check_trainer(cfg, {}, object)
+    mdistiller_host.check_trainer(cfg, {}, Trainer)
+
+
 def test_the_builtin_tree_is_mdistillers():
     """Every key and default of mdistiller at a08d46f, and no other."""
     theirs = yaml.safe_load((DATA / "mdistiller-config.yaml").read_text())

@@ -80,6 +80,13 @@ def test_both_units_agree_at_the_end_of_an_epoch_and_after_warm_up(settings):
         assert [warmup_point("epoch", solver.WARMUP_EPOCHS, epoch, step, 7) for step in range(1, 8)] == [epoch] * 7
 
 
+def test_only_warm_up_changes_within_an_epoch():
+    """The losses' warm-up may be longer than the rate's."""
+    for settings, point in ((COSINE, 30.25), (STEP, 150.5), (STEP | {"WARMUP_EPOCHS": 2}, 2.5)):
+        solver = CfgNode(settings)
+        assert lr_factor(solver, point) == lr_factor(solver, math.ceil(point))
+
+
 def test_a_rate_is_set_for_every_group_and_the_scheduler_goes_on_by_epochs():
     solver = CfgNode(STEP | {"WARMUP_EPOCHS": 2})
     groups = [{"params": [torch.zeros(1, requires_grad=True)], "lr": lr} for lr in (0.1, 0.4)]
