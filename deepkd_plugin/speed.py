@@ -29,7 +29,7 @@ class CompiledStep(Step):
         functorch_config.donated_buffer = False
         self.tried = False
 
-    def gradients(self, batch: Batch, epoch: int) -> Outcome:
+    def gradients(self, batch: Batch, epoch: float) -> Outcome:
         if self.tried:
             return super().gradients(batch, epoch)
         self.tried = True
@@ -52,7 +52,8 @@ class GraphedStep(Step):
 
     Learning rate, mask size and warm-up are constants of an epoch, so a capture may contain them. Momenta that the
     GSNR sets end it. The first steps after either run eagerly, as a capture needs. So do batches of another size, such
-    as the last, and steps in which gradients are sampled.
+    as the last, and steps in which gradients are sampled. While a warm-up by SOLVER.WARMUP_UNIT iteration lasts, the
+    learning rate or the losses' factor is another in every step; so is `epoch`, and none of them is captured.
     """
 
     name = "graphs"
@@ -65,7 +66,7 @@ class GraphedStep(Step):
         self.seen = 0
         self.graph: Any = None
 
-    def __call__(self, batch: Batch, epoch: int) -> Outcome:
+    def __call__(self, batch: Batch, epoch: float) -> Outcome:
         tensors = _tensors(batch)
         if self.constants is None or epoch != self.constants[0]:
             self.shapes = [t.shape for t in tensors]

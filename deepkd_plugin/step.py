@@ -21,6 +21,9 @@ Outcome = tuple[Tensor, dict[str, Tensor]]
 class Step:
     """One step of training: `step(batch, epoch)` moves the student's weights.
 
+    epoch: for the distiller, which reads its warm-up and mask from it; counted from 1, a fraction while a warm-up by
+    iteration lasts (Trainer.advance_warmup).
+
     by_stream: the distiller's losses -> losses by stream. amp: run both networks under bfloat16 autocast.
     """
 
@@ -44,14 +47,14 @@ class Step:
         self.amp = amp
         self.device = device
 
-    def __call__(self, batch: Batch, epoch: int) -> Outcome:
+    def __call__(self, batch: Batch, epoch: float) -> Outcome:
         logits, losses = self.gradients(batch, epoch)
         if self.clip_norm:
             self.optimizer.clip(lambda params: clip_grad_norm_(params, self.clip_norm))
         self.optimizer.step()
         return logits, losses
 
-    def gradients(self, batch: Batch, epoch: int) -> Outcome:
+    def gradients(self, batch: Batch, epoch: float) -> Outcome:
         """Do all of a step but its update."""
         self.optimizer.zero_grad()  # first, so that old gradients take no memory beside the new activations
         with autocast(self.device, self.amp):

@@ -17,6 +17,6 @@ class Vanilla(Distiller):
         nn.Module.__init__(self)
         self.student = student
 
-    def forward_train(self, image: Tensor, target: Tensor, epoch: int, **batch: Any) -> tuple[Tensor, Losses]:
+    def forward_train(self, image: Tensor, target: Tensor, epoch: float, **batch: Any) -> tuple[Tensor, Losses]:
         logits = self.student(image)[0]
         return logits, {"ce": F.cross_entropy(logits, target)}
