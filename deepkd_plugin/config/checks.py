@@ -100,8 +100,8 @@ def check_warmups(cfg: CfgNode, origin: dict[str, str]) -> None:
         # the cosine schedule begins at the end of the learning rate's
         if epochs == 1 and not (path == "SOLVER.WARMUP_EPOCHS" and solver.LR_SCHEDULE == "cosine"):
             warn(
-                f"{origin.get(path, 'default')}: {path} is 1, which changes nothing: the first epoch has all of it "
-                f"already; with SOLVER.WARMUP_UNIT iteration it rises within that epoch"
+                f"{origin.get(path, 'default')}: {path} is 1, which changes nothing: by epoch the first has the "
+                f"whole factor; with SOLVER.WARMUP_UNIT iteration it rises within the first"
             )
 
 

@@ -141,7 +141,7 @@ HOST_KEYS = (
     Key("DATASET.TEST.BATCH_SIZE", 64, "images in a test batch", *POSITIVE),
     Key("KD.TEMPERATURE", 4, "temperature", *POSITIVE),
     Key("DKD.T", 4.0, "temperature", *POSITIVE),
-    Key("DKD.WARMUP", 20, "W epochs of linear warm-up: epoch e has min(e/W, 1) of the loss", *NOT_NEGATIVE),
+    Key("DKD.WARMUP", 20, "W epochs of linear warm-up: epoch e has min(e/W, 1) of it, so 1 is none", *NOT_NEGATIVE),
     Key("CRD.MODE", "exact", "the positive sample", *one_of("exact", "relax")),
     Key("CRD.NCE.K", 16384, "negative samples", *POSITIVE),
 )
