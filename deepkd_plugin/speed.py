@@ -112,7 +112,6 @@ class GraphedStep(Step):
             # the graph before lives until there is another, or their pool would end with it
             self.graph, self.outcome = self.captures.capture(lambda: run(self.inputs, epoch))
         except Exception as error:  # whatever a distiller does that a graph cannot hold
-            self.optimizer.zero_grad()
             _restore(before)
             self.graph, self.inputs = None, {}
             _say_eager(self, error)
