@@ -122,14 +122,13 @@ class GraphedStep(Step):
         for group in self.optimizer.param_groups:
             for p in group["params"]:
                 yield p
-                for entry in self.optimizer.state.get(p, {}).values():
-                    yield from (t for t in (entry if isinstance(entry, list) else [entry]) if isinstance(t, Tensor))
+                yield from self.optimizer.state.get(p, {}).values()
 
 
 STEPS: dict[str, type[Step]] = {"eager": Step, "compile": CompiledStep, "graphs": GraphedStep}
 """By SOLVER.EXECUTION."""
 
-BOOKKEEPING = ("params", "buffers")
+BOOKKEEPING = ("params", "momentum_shares")
 """Entries of a parameter group that are no options."""
 
 
@@ -156,7 +155,6 @@ def _say_eager(step: Step, error: Exception) -> None:
 
 def _keep_buffers(optimizer: DecoupledMomentumSGD) -> None:
     """Let gradients never become buffers: the next step writes its own where they are."""
-    optimizer.capturable = True
     for group in optimizer.param_groups:
         group["capturable"] = True
 

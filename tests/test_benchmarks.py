@@ -94,11 +94,10 @@ def test_the_steps_of_a_cifar_and_an_imagenet_pair(run, tmp_path):
 
 
 def test_a_step_in_other_modes(run, tmp_path):
-    options = ("--batched", "--channels-last", "--amp", "--pairs", "resnet8:resnet8")
+    options = ("--channels-last", "--amp", "--pairs", "resnet8:resnet8")
     run("step", *SMALL, *options, "--write", tmp_path / "table.md")
     record = json.loads((tmp_path / "table.json").read_text())
     assert record["settings"] == {"memory format": "channels last", "precision": "bfloat16 autocast"}
-    assert [row["gradients"] for row in record["rows"][4:]] == ["2 batched", "2 batched", "3 batched"]
     assert all(row["peak MiB"] > 0 for row in record["rows"])
 
 
@@ -156,23 +155,6 @@ def test_memory_format_and_precision_reach_the_networks(given, script):
     assert distiller.student.conv1.weight.is_contiguous(memory_format=torch.channels_last) == given
     assert logits.dtype == (torch.bfloat16 if given else torch.float32)
     assert step.parts(of)["F_s"]().dtype == logits.dtype
-
-
-@pytest.mark.parametrize("mode", ["sequential", "batched"])
-def test_a_mode_reaches_autograd(mode, script, monkeypatch):
-    step = script("step")
-    calls = []
-    grad = torch.autograd.grad
-    monkeypatch.setattr(
-        torch.autograd,
-        "grad",
-        lambda outputs, inputs, *args, **options: (
-            calls.append(options.get("is_grads_batched", False)) or grad(outputs, inputs, *args, **options)
-        ),
-    )
-    taken = step.our_step(step.Setting("resnet8:resnet8", 2, 32), "DeepKD, 2 coefficients", mode)
-    taken()
-    assert any(calls) == (mode == "batched")
 
 
 @pytest.mark.parametrize(
@@ -304,7 +286,7 @@ def checkout(variable):
     ("variable", "trainer", "passes", "twin"),
     [
         ("MDISTILLER_ROOT", "base", 1, ("kd_step",)),
-        ("MDISTILLER_ROOT", "dot", 2, ("our_step", "two streams", "sequential")),
+        ("MDISTILLER_ROOT", "dot", 2, ("our_step", "two streams")),
         ("DEEPKD_RELEASE_ROOT", "deepkd", 3, None),
     ],
 )
@@ -406,7 +388,7 @@ def epochs_of(run, data_root, path, *options, **variables):
 
 
 def test_epochs_of_both_pipelines(run, data_root, tmp_path):
-    options = ("--channels-last", "--amp", "--gradients", "batched")
+    options = ("--channels-last", "--amp")
     record, rows = epochs_of(run, data_root, tmp_path / "table.md", *options)
     assert record["settings"] == {"memory format": "channels last", "precision": "bfloat16 autocast"}
     ours = "deepkd_plugin"
@@ -415,7 +397,7 @@ def test_epochs_of_both_pipelines(run, data_root, tmp_path):
     for row in rows.values():
         reference = rows[ours, "KD", "workers"]["images/s"]
         assert row["to reference"] == pytest.approx(row["images/s"] / reference)
-        assert row["steps"] == "eager, batched gradients"
+        assert row["steps"] == "eager"
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from deepkd_plugin import config, data, device, solver, speed
@@ -246,8 +246,7 @@ def test_capturable_buffers_stay_where_they_are():
 
 def buffers(optimizer):
     """The tensors of the optimizer's state."""
-    values = [value for state in optimizer.state.values() for value in state.values()]
-    return [t for value in values for t in (value if isinstance(value, list) else [value]) if isinstance(t, Tensor)]
+    return [buffer for state in optimizer.state.values() for buffer in state.values()]
 
 
 class Memory:
