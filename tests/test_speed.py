@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from deepkd_plugin import config, data, device, solver, speed
 from deepkd_plugin.data.glyphs import load_glyphs100
+from deepkd_plugin.data.resident import ResidentLoader
 from deepkd_plugin.distillers import DISTILLERS, DKD, KD, DeepKD
 from deepkd_plugin.distillers.base import Distiller
 from deepkd_plugin.gsnr import GradientMonitor
@@ -26,6 +27,7 @@ from deepkd_plugin.run import checkpoint
 from deepkd_plugin.run.metrics import read_metrics
 from deepkd_plugin.run.schedule import make_scheduler
 from deepkd_plugin.step import Outcome
+from deepkd_plugin.trainer import Trainer
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -226,6 +228,43 @@ def test_a_capture_that_fails_leaves_no_trace_and_the_run_goes_on(captures, monk
         "and more)\n"
     )
     assert captures[0].warm == graphed.EAGER
+
+
+@pytest.mark.parametrize("pipeline", ["device", "workers"])
+def test_images_and_meters_are_in_the_capture(train, captures, monkeypatch, pipeline):
+    """A whole run by the trainer, with what an epoch logs: as the eager one."""
+    options = ("SOLVER.BATCH_SIZE", "40", "DATASET.PIPELINE", pipeline, "DeepKD.MASK.TYPE", "static")
+    options += ("SOLVER.LR_SCHEDULE", "step", "SOLVER.WARMUP_EPOCHS", "0")
+    assert train("deepkd", *options, "EXPERIMENT.NAME", "eager")[0] == 0
+    made, complete, measure = [], ResidentLoader.make, Trainer.measure
+    capture = Captures.capture
+
+    def recorded(self, function):
+        def counted():
+            made.clear()
+            outcome = function()
+            inside.append(tuple(made))
+            return outcome
+
+        return capture(self, counted)
+
+    inside = []
+    monkeypatch.setattr(Captures, "capture", recorded)
+    monkeypatch.setattr(ResidentLoader, "make", lambda *args: made.append("images") or complete(*args))
+    monkeypatch.setattr(Trainer, "measure", lambda *args: made.append("meters") or measure(*args))
+    # on a CPU make_step takes the eager one
+    monkeypatch.setitem(speed.STEPS, "eager", speed.GraphedStep)
+    assert train("deepkd", *options)[0] == 0
+    # 5 batches an epoch: the fifth is the first that is replayed, as only after the first are the classes known
+    parts = ("images", "meters") if pipeline == "device" else ("meters",)
+    assert inside == [parts] * 6
+    assert [made.count for made in captures] == [1]
+    eager, graphed = (read_metrics(train.folder.parent / name) for name in ("eager", "run"))
+    for one, other in zip(eager, graphed, strict=True):
+        assert (one.pop("execution"), other.pop("execution")) == ("eager", "graphs")
+        for timed in ("seconds", "images_per_second", "data_seconds"):
+            del one[timed], other[timed]
+        assert config.flatten(other) == pytest.approx(config.flatten(one), rel=1e-5)
 
 
 def test_a_step_leaves_no_graph():
