@@ -9,6 +9,7 @@ from torch import nn
 
 from deepkd_plugin import device
 from deepkd_plugin.errors import UserError
+from deepkd_plugin.run import checkpoint
 
 CUDA = torch.device("cuda")
 
@@ -63,6 +64,16 @@ def test_the_other_size_of_workspace_is_kept(repeatable):
     repeatable.setenv(device.WORKSPACE, ":16:8")
     device.tune(deterministic=True)
     assert device.os.environ[device.WORKSPACE] == ":16:8"
+
+
+def test_runs_that_repeat_bit_for_bit(train, repeatable):
+    ends = []
+    for name in ("one", "other"):
+        code, _, err = train("deepkd", "SOLVER.DETERMINISTIC", "True", "EXPERIMENT.NAME", name)
+        assert code == 0, err
+        assert torch.are_deterministic_algorithms_enabled()
+        ends.append(checkpoint.load(train.folder.parent / name / "student_latest", "test")["model"])
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
 def test_an_operation_without_a_deterministic_algorithm_is_named():
