@@ -177,16 +177,20 @@ class Captures:
     def capture(self, function: Callable[[], Any]) -> tuple[Any, Any]:
         """Capture what a function launches as a CUDA graph, not yet run; returns it and what a replay fills.
 
-        Other threads, as the one that pins memory for a loader, may call CUDA meanwhile. If the function fails, the
-        generator of random numbers is as before, and nothing was launched.
+        Other threads, as the one that pins memory for a loader, may call CUDA meanwhile. If the function fails, nothing
+        was launched, and stream, allocator and generator of random numbers are as before.
         """
-        graph = torch.cuda.CUDAGraph()
-        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        graph, stream, index = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.current_device()
+        generator = torch.cuda.default_generators[index]
         before = generator.clone_state()
         try:
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                 result = function()
         except Exception:
+            # torch.cuda.graph leaves its own stream current, and PyTorch before 2.13 its pool, if it ends by an error
+            torch.cuda.set_stream(stream)
+            with contextlib.suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(index, self.pool)
             generator.graphsafe_set_state(before)
             raise
         return graph, result

@@ -146,7 +146,7 @@ class Cuda:
     """Stands in for the parts of torch.cuda that captures use; `done` has what was asked of it."""
 
     def __init__(self, monkeypatch):
-        self.done, self.streams, self.pools = [], 0, 0
+        self.done, self.streams, self.pools, self.ended = [], 0, 0, False
         self.now = SimpleNamespace(name="main", wait_stream=lambda other: self.done.append(("main waits", other.name)))
         self.generator = SimpleNamespace(
             clone_state=lambda: "before", graphsafe_set_state=lambda state: self.done.append(("generator", state))
@@ -155,6 +155,8 @@ class Cuda:
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", self.pool)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.now)
         monkeypatch.setattr(torch.cuda, "stream", self.on)
+        monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(self, "now", stream))
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self.end, raising=False)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
         monkeypatch.setattr(torch.cuda, "graph", self.graph)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -175,10 +177,18 @@ class Cuda:
         yield
         self.now = before
 
+    def end(self, index, pool):
+        self.done.append(("no more of", pool))
+        if self.ended:
+            raise RuntimeError("not currently recording to this pool")
+
     @contextlib.contextmanager
     def graph(self, graph, **options):
+        """As torch.cuda.graph: if the capture cannot be ended, its stream stays the current one."""
         self.done.append(("capture", options["stream"].name, options["pool"], options["capture_error_mode"]))
+        before, self.now = self.now, options["stream"]
         yield
+        self.now = before
 
 
 def test_captures_share_one_stream_and_one_pool(monkeypatch):
@@ -195,15 +205,18 @@ def test_captures_share_one_stream_and_one_pool(monkeypatch):
     assert (cuda.streams, cuda.pools) == (1, 1)
 
 
-def test_a_failed_capture_gives_the_generator_back(monkeypatch):
+@pytest.mark.parametrize("ended", [True, False], ids=["from 2.13 on", "before"])
+def test_a_failed_capture_gives_back_what_it_took(monkeypatch, ended):
     cuda = Cuda(monkeypatch)
+    cuda.ended = ended
 
     def failing():
         raise RuntimeError("not permitted")
 
     with pytest.raises(RuntimeError, match="not permitted"):
         device.Captures().capture(failing)
-    assert cuda.done[-1] == ("generator", "before")
+    assert cuda.done[-2:] == [("no more of", "pool 1"), ("generator", "before")]
+    assert cuda.now.name == "main"
 
 
 class Wide(nn.Linear):
