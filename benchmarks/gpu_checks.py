@@ -45,6 +45,9 @@ from deepkd_plugin.step import Step
 from deepkd_plugin.streams import assign_losses
 from deepkd_plugin.terminal import Parser, guarded
 
+ROUNDS, REPEAT = 15, 10
+"""Readings of the clock, and steps between two of them, of which step_times takes the median."""
+
 BUDGET = 440.0
 """Seconds after which no further row begins."""
 
@@ -156,13 +159,16 @@ def batches_of(case: Case, count: int) -> list[dict[str, Tensor]]:
 
 
 def take(step: Step, batches: Sequence[Mapping[str, Tensor]], epochs: int = 3) -> list[Tensor]:
-    """Take steps, of a changing mask and learning rate; returns every loss, then weights and statistics."""
+    """Take steps, of a changing mask and learning rate; returns the losses of each, and all weights as one.
+
+    The rates are low, because training makes any difference of rounding grow.
+    """
     seen = []
     for epoch in range(1, epochs + 1):
-        step.optimizer.param_groups[0]["lr"] = 0.01 if epoch < epochs else 0.001
+        step.optimizer.param_groups[0]["lr"] = 1e-3 if epoch < epochs else 1e-4
         for batch in batches:
-            seen += [loss.clone() for loss in step(batch, epoch).losses.values()]
-    return seen + [value.clone() for value in step.module.state_dict().values()]
+            seen.append(torch.stack(list(step(batch, epoch).losses.values())))
+    return [*seen, torch.cat([p.detach().flatten() for p in step.module.get_learnable_parameters()])]
 
 
 def distance(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
@@ -478,13 +484,13 @@ def step_times(case: Case) -> Finding:
             for _ in range(8):
                 step(batch, 1)
             times = []
-            for _ in range(15):
+            for _ in range(ROUNDS):
                 torch.cuda.synchronize()
                 start = time.perf_counter()
-                for _ in range(10):
+                for _ in range(REPEAT):
                     step(batch, 1)
                 torch.cuda.synchronize()
-                times.append(100 * (time.perf_counter() - start))
+                times.append(1e3 * (time.perf_counter() - start) / REPEAT)
             found[f"{name}, {way}"] = {"ms": statistics.median(times), "way": step.name}
             del step
     for name in methods:

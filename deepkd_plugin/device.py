@@ -187,7 +187,7 @@ class Captures:
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                 result = function()
         except Exception:
-            # torch.cuda.graph leaves its own stream current, and PyTorch before 2.13 its pool, if it ends by an error
+            # torch.cuda.graph leaves its own stream current, and an older PyTorch its pool, if it ends by an error
             torch.cuda.set_stream(stream)
             with contextlib.suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(index, self.pool)

@@ -205,7 +205,7 @@ def test_captures_share_one_stream_and_one_pool(monkeypatch):
     assert (cuda.streams, cuda.pools) == (1, 1)
 
 
-@pytest.mark.parametrize("ended", [True, False], ids=["from 2.13 on", "before"])
+@pytest.mark.parametrize("ended", [True, False], ids=["today", "older"])
 def test_a_failed_capture_gives_back_what_it_took(monkeypatch, ended):
     cuda = Cuda(monkeypatch)
     cuda.ended = ended

@@ -1,15 +1,13 @@
 """Every way to run a step takes the same step: against the eager one."""
 
-import contextlib
 import copy
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
-from typing import ClassVar
 
 import pytest
 import torch
+from captures import Captures
 from torch import nn
 from torch.nn import functional as F
 
@@ -26,7 +24,6 @@ from deepkd_plugin.optim import DecoupledMomentumSGD
 from deepkd_plugin.run import checkpoint
 from deepkd_plugin.run.metrics import read_metrics
 from deepkd_plugin.run.schedule import make_scheduler
-from deepkd_plugin.step import Outcome
 from deepkd_plugin.trainer import Trainer
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -77,39 +74,6 @@ def assert_same(one, other, tolerance=1e-12):
     assert len(one) == len(other)
     for a, b in zip(one, other):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-
-
-class Captures:
-    """device.Captures with the semantics of a capture: nothing runs until a replay, which fills the same memory."""
-
-    made: ClassVar[list] = []
-    """Of this test, each with the number of its captures."""
-
-    def __init__(self):
-        self.count = self.warm = 0
-        self.made.append(self)
-
-    @contextlib.contextmanager
-    def warm_up(self):
-        self.warm += 1
-        yield
-
-    def capture(self, function):
-        self.count += 1
-        static = Outcome(torch.empty(0), {}, {})
-
-        def replay():
-            outcome = function()
-            if not static.losses:
-                static.logits.data = outcome.logits.clone()
-                static.losses.update({name: loss.clone() for name, loss in outcome.losses.items()})
-                static.sums.update({name: value.clone() for name, value in outcome.sums.items()})
-            static.logits.copy_(outcome.logits)
-            for part in ("losses", "sums"):
-                for name, value in getattr(outcome, part).items():
-                    getattr(static, part)[name].copy_(value)
-
-        return SimpleNamespace(replay=replay), static
 
 
 @pytest.fixture
