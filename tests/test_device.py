@@ -67,13 +67,15 @@ def test_the_other_size_of_workspace_is_kept(repeatable):
 
 
 def test_runs_that_repeat_bit_for_bit(train, repeatable):
-    ends = []
+    ends, asked, pick = [], [], device.pick
+    repeatable.setattr(device, "pick", lambda: asked.append(torch.are_deterministic_algorithms_enabled()) or pick())
     for name in ("one", "other"):
         code, _, err = train("deepkd", "SOLVER.DETERMINISTIC", "True", "EXPERIMENT.NAME", name)
         assert code == 0, err
         assert torch.are_deterministic_algorithms_enabled()
         ends.append(checkpoint.load(train.folder.parent / name / "student_latest", "test")["model"])
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert all(asked)  # before a device is looked for, so before CUDA starts
 
 
 def test_an_operation_without_a_deterministic_algorithm_is_named():
