@@ -33,7 +33,7 @@ class CompiledStep(Step):
             self.hooks.append(self.module.register_forward_pre_hook(lambda *_: device.begin_step()))
         self.tried = False
 
-    def gradients(self, batch: Batch, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def gradients(self, batch: Batch, epoch: float) -> tuple[Tensor, dict[str, Tensor]]:
         if self.tried:
             return super().gradients(batch, epoch)
         self.tried = True
@@ -56,7 +56,8 @@ class GraphedStep(Step):
     Its numbers are constants of the capture: the optimizer's options, such as learning rate and momenta, and what the
     distiller's `constants` names. A capture is good until one of them changes. The first steps after that run eagerly,
     as a capture needs. So do batches of another size, such as an epoch's last, and steps in which gradients are
-    sampled. If a capture fails, all steps from there on are eager.
+    sampled. If a capture fails, all steps from there on are eager. In a warm-up by
+    SOLVER.WARMUP_UNIT iteration a constant changes in every step, so none of them is captured.
     """
 
     name = "graphs"
@@ -73,7 +74,7 @@ class GraphedStep(Step):
         self.inputs: Batch = {}
         self.graph: Any = None
 
-    def __call__(self, batch: Batch, epoch: int) -> Outcome:
+    def __call__(self, batch: Batch, epoch: float) -> Outcome:
         if self.name != "graphs":
             return super().__call__(batch, epoch)
         shapes = [t.shape for t in _tensors(batch)]
@@ -95,14 +96,14 @@ class GraphedStep(Step):
         self.graph.replay()
         return self.outcome
 
-    def constants_of(self, epoch: int) -> Any:
+    def constants_of(self, epoch: float) -> Any:
         """Return every number that a capture in this epoch would contain; without a distiller's word, the epoch."""
         options = [{k: v for k, v in group.items() if k not in BOOKKEEPING} for group in self.optimizer.param_groups]
         if self.classes is None or not isinstance(self.module, Distiller):
             return options, epoch
         return options, self.module.constants(epoch, self.classes)
 
-    def capture(self, batch: Batch, epoch: int) -> bool:
+    def capture(self, batch: Batch, epoch: float) -> bool:
         """Capture a step on inputs of its own, in the place of the capture before; returns whether that went well."""
         if not self.inputs:
             self.inputs = {k: [t.clone() for t in v] if isinstance(v, list) else v.clone() for k, v in batch.items()}

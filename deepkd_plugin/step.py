@@ -29,6 +29,9 @@ class Outcome(NamedTuple):
 class Step:
     """One step of training: `step(batch, epoch)` moves the student's weights.
 
+    epoch: for the distiller, which reads its warm-up and mask from it; counted from 1, a fraction while a warm-up by
+    iteration lasts (Trainer.advance_warmup).
+
     by_stream: the distiller's losses -> losses by stream. amp: run both networks under bfloat16 autocast, but the
     teacher's last layer in float32.
     """
@@ -65,7 +68,7 @@ class Step:
         """Return what a batch adds to the epoch's sums; replaced by who keeps such sums."""
         return {}
 
-    def __call__(self, batch: Batch, epoch: int) -> Outcome:
+    def __call__(self, batch: Batch, epoch: float) -> Outcome:
         batch = self.complete(batch)
         logits, losses = self.gradients(batch, epoch)
         if self.clip_norm:
@@ -75,7 +78,7 @@ class Step:
         logits, losses = logits.detach(), {stream: loss.detach() for stream, loss in losses.items()}
         return Outcome(logits, losses, self.measure(logits, losses, batch))
 
-    def gradients(self, batch: Batch, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def gradients(self, batch: Batch, epoch: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Do all of a step but its update; returns the logits and the losses by stream."""
         self.optimizer.zero_grad()  # first, so that old gradients take no memory beside the new activations
         logits, losses = self.distiller(**batch, epoch=epoch)

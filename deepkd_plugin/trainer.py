@@ -22,7 +22,7 @@ from .run import checkpoint, record
 from .run.metrics import RunLog, Sums
 from .run.progress import EpochBar, epoch_line, step_text
 from .run.resume import read_state
-from .run.schedule import make_scheduler
+from .run.schedule import make_scheduler, set_rate, warmup_point
 from .speed import make_step
 from .step import Batch, Outcome
 from .streams import assign_losses
@@ -153,7 +153,7 @@ class Trainer:
                 batch = next(batches)
                 waited += time.perf_counter() - asked
                 parts = self.prepare(batch, epoch, step)
-                outcome = self.take_step(parts, epoch)
+                outcome = self.take_step(parts, epoch, self.advance_warmup(epoch, step))
                 sums.add(outcome.sums, len(parts["target"]))
                 if step % READ_EVERY == 0 or step == steps:
                     seconds = time.perf_counter() - start
@@ -177,12 +177,26 @@ class Trainer:
             "execution": self.step.name,
         }
 
-    def take_step(self, parts: dict[str, Any], epoch: int) -> Outcome:
-        """Take one training step; end a window of gradient samples if it is full."""
+    def advance_warmup(self, epoch: int, step: int) -> float:
+        """Set the learning rate of a step if warm-up changes it within the epoch; returns the epoch for the losses'.
+
+        That is the same number in all steps of an epoch, but while a warm-up by SOLVER.WARMUP_UNIT iteration lasts.
+        """
+        node = self.cfg.SOLVER
+        # a class that says nothing of its warm-up, as mdistiller's, may have one of any length
+        known = hasattr(self.module, "warmup_key")
+        longest = max(config.warmups(self.cfg, self.module).values()) if known else math.inf
+        point = warmup_point(node.WARMUP_UNIT, longest, epoch, step, len(self.train_loader))
+        if node.WARMUP_UNIT == "iteration" and node.WARMUP_EPOCHS:
+            set_rate(self.scheduler, node, point)
+        return point
+
+    def take_step(self, parts: dict[str, Any], epoch: int, point: float) -> Outcome:
+        """Take one training step, at advance_warmup's point; end a window of gradient samples if it is full."""
         if self.monitor is None:
-            return self.step(parts, epoch)
+            return self.step(parts, point)
         self.monitor.tick()
-        outcome = self.step(parts, epoch)
+        outcome = self.step(parts, point)
         if self.monitor.full:
             self.windows.append({"epoch": epoch} | self.finish_window(self.monitor))
         return outcome

@@ -244,6 +244,18 @@ def test_a_step_leaves_no_graph():
     assert outcome.sums == {}
 
 
+def test_no_step_of_a_warm_up_by_iteration_is_captured(captures):
+    """Its factor is another in every step; the first steps after it are eager too, and then a capture is made."""
+    graphed, eager = make(speed.GraphedStep), make()
+    points = [0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, *[3] * 5]
+    image, target = torch.randn(8, 3, 8, 8, dtype=torch.float64), torch.arange(8) % 5
+    for step, epoch in enumerate(points):
+        batch = {"image": image.roll(step, 0), "target": target}
+        one, other = graphed(batch, epoch), eager(batch, epoch)
+        assert_same(list(one.losses.values()), list(other.losses.values()))
+        assert captures[0].count == (step >= 11)
+
+
 def test_capturable_buffers_stay_where_they_are():
     eager, capturable = make(), make()
     speed._keep_buffers(capturable.optimizer)

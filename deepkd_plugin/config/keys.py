@@ -80,7 +80,20 @@ _FIXED = (
     Key("SOLVER.DECOUPLED.SEPARATION", 2.0, "highest over lowest GSNR that gives the whole DELTA", *ABOVE_ONE),
     Key("SOLVER.DECOUPLED.SMOOTHING", 0.5, "what a window keeps of the GSNR before it", *FRACTION),
     Key("SOLVER.LR_SCHEDULE", "step", "step: mdistiller's rule; cosine: the release's", *one_of("step", "cosine")),
-    Key("SOLVER.WARMUP_EPOCHS", 0, "epochs of linear warm-up from 0.1 x LR", *NOT_NEGATIVE),
+    Key(
+        "SOLVER.WARMUP_EPOCHS",
+        0,
+        "W epochs of linear warm-up: epoch e < W has 0.1 + 0.9 e/W of the rate, from 1 on, so W = 1 warms nothing up; "
+        "the cosine schedule begins at its end",
+        *NOT_NEGATIVE,
+    ),
+    Key(
+        "SOLVER.WARMUP_UNIT",
+        "epoch",
+        "what warm-ups of the rate and of losses rise by: e = 1, 2, … in whole epochs, or e grows by one over the "
+        "steps of an epoch in every iteration",
+        *one_of("epoch", "iteration"),
+    ),
     Key("SOLVER.MIN_LR", 0.0, "the cosine schedule's floor (release: 5e-5)", *NOT_NEGATIVE),
     Key("SOLVER.AMP", False, "bfloat16 autocast of both networks; losses and teacher's logits in float32", *FLAG),
     Key(
@@ -127,7 +140,7 @@ HOST_KEYS = (
     Key("DATASET.TEST.BATCH_SIZE", 64, "images in a test batch", *POSITIVE),
     Key("KD.TEMPERATURE", 4, "temperature", *POSITIVE),
     Key("DKD.T", 4.0, "temperature", *POSITIVE),
-    Key("DKD.WARMUP", 20, "epochs", *NOT_NEGATIVE),
+    Key("DKD.WARMUP", 20, "W epochs of linear warm-up: epoch e has min(e/W, 1) of the loss", *NOT_NEGATIVE),
     Key("CRD.MODE", "exact", "the positive sample", *one_of("exact", "relax")),
     Key("CRD.NCE.K", 16384, "negative samples", *POSITIVE),
 )

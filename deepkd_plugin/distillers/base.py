@@ -17,7 +17,23 @@ Losses = dict[str, Tensor]
 """Name -> scalar: what a training step minimises the sum of."""
 
 
-class Distiller(nn.Module):
+class Taught(nn.Module):
+    """A module whose part `teacher` is in evaluation mode from the moment it is set, whatever mode the module is in."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "teacher" and isinstance(value, nn.Module):
+            value.eval()
+        super().__setattr__(name, value)
+
+    def train(self, mode: bool = True) -> Taught:
+        super().train(mode)
+        teacher = getattr(self, "teacher", None)
+        if isinstance(teacher, nn.Module):
+            teacher.eval()
+        return self
+
+
+class Distiller(Taught):
     """A student that trains beside a teacher in evaluation mode.
 
     In training, `forward(image=, target=, epoch=, …)` returns `(logits, {name: scalar loss})`. In evaluation,
@@ -32,6 +48,9 @@ class Distiller(nn.Module):
     streams: the streams that its losses are named after; () if they are named otherwise, and
         SOLVER.DECOUPLED.LOSS_STREAMS assigns them.
     on_logits: whether it compares logits, which EXPERIMENT.LOGIT_STAND then standardises.
+    warmup_key: the config key of the epochs over which its losses warm up; "" if they do not. It gets them from
+        warmup_factor(epoch, …). `epoch` counts from 1 and is a whole number, but while a warm-up by
+        SOLVER.WARMUP_UNIT iteration lasts: then it is a fraction, which the epoch's last iteration makes whole.
     """
 
     name: ClassVar[str]
@@ -39,6 +58,7 @@ class Distiller(nn.Module):
     views: ClassVar[int] = 1
     streams: ClassVar[tuple[str, ...]] = ()
     on_logits: ClassVar[bool] = False
+    warmup_key: ClassVar[str] = ""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__()
@@ -66,19 +86,13 @@ class Distiller(nn.Module):
             # what the class above says of its own step does not hold for this one
             cls.constants = Distiller.constants  # type: ignore[method-assign]
 
-    def constants(self, epoch: int, num_classes: int) -> Hashable:
+    def constants(self, epoch: float, num_classes: int) -> Hashable:
         """Return every number of a training step that the epoch decides; steps with equal ones may share a capture.
 
         By default the epoch itself, which is safe. A class whose own methods take the epoch, or that defines `forward`
         or `forward_train`, inherits no other answer than this one.
         """
         return epoch
-
-    def train(self, mode: bool = True) -> Distiller:
-        super().train(mode)
-        if hasattr(self, "teacher"):
-            self.teacher.eval()
-        return self
 
     def get_learnable_parameters(self) -> list[nn.Parameter]:
         return list(self.student.parameters())
@@ -92,7 +106,7 @@ class Distiller(nn.Module):
             return self.forward_train(**batch)
         return self.student(batch["image"])[0]
 
-    def forward_train(self, image: Any, target: Tensor, epoch: int, **batch: Any) -> tuple[Tensor, Losses]:
+    def forward_train(self, image: Any, target: Tensor, epoch: float, **batch: Any) -> tuple[Tensor, Losses]:
         raise NotImplementedError(f"{type(self).__name__} must define forward_train")
 
     def compare(self, image: Tensor | Sequence[Tensor]) -> list[View]:
@@ -154,10 +168,10 @@ class Method(Distiller):
         """Return the weights of the cross-entropy and of the sum of the terms."""
         return 1.0, 1.0
 
-    def constants(self, epoch: int, num_classes: int) -> Hashable:
+    def constants(self, epoch: float, num_classes: int) -> Hashable:
         return ()
 
-    def forward_train(self, image: Any, target: Tensor, epoch: int, **batch: Any) -> tuple[Tensor, Losses]:
+    def forward_train(self, image: Any, target: Tensor, epoch: float, **batch: Any) -> tuple[Tensor, Losses]:
         views = self.compare(image)
         ce_weight, kd_weight = self.weights(self.cfg)
         terms = standardised(self.terms(views, self.cfg), self.standardise)
@@ -200,6 +214,6 @@ def bases() -> dict[str, type[Method]]:
     return {name: cls for name, cls in DISTILLERS.items() if issubclass(cls, Method)}
 
 
-def warmup_factor(epoch: int, epochs: int) -> float:
+def warmup_factor(epoch: float, epochs: float) -> float:
     """Return DKD's linear warm-up of the distillation loss: epoch / epochs up to 1 (epochs are counted from 1)."""
     return min(epoch / epochs, 1.0) if epochs else 1.0

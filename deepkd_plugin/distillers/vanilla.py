@@ -18,9 +18,9 @@ class Vanilla(Distiller):
         nn.Module.__init__(self)
         self.student = student
 
-    def constants(self, epoch: int, num_classes: int) -> Hashable:
+    def constants(self, epoch: float, num_classes: int) -> Hashable:
         return ()
 
-    def forward_train(self, image: Tensor, target: Tensor, epoch: int, **batch: Any) -> tuple[Tensor, Losses]:
+    def forward_train(self, image: Tensor, target: Tensor, epoch: float, **batch: Any) -> tuple[Tensor, Losses]:
         logits = self.student(image)[0]
         return logits, {"ce": F.cross_entropy(logits, target)}

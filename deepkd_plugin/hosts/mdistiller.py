@@ -36,7 +36,7 @@ _PLACES = {
     "load_checkpoint": ("mdistiller.engine.utils", "load_checkpoint"),
 }
 _OURS_ALONE = (
-    *("LR_SCHEDULE", "WARMUP_EPOCHS", "MIN_LR", "AMP", "CHANNELS_LAST", "DETERMINISTIC", "EXECUTION"),
+    *("LR_SCHEDULE", "WARMUP_EPOCHS", "WARMUP_UNIT", "MIN_LR", "AMP", "CHANNELS_LAST", "DETERMINISTIC", "EXECUTION"),
     "GSNR.MEASURE",
 )
 """Keys that only our trainers read; those outside SOLVER are given with their section."""

@@ -52,6 +52,25 @@ def every_step(trainer, look):
     return seen
 
 
+def test_the_losses_warm_up_by_iteration_beside_the_rates_own_warm_up(make):
+    options = ("DETECTION.WARMUP_ITERATIONS", "4", "SOLVER.LR", "0.2", "SOLVER.EPOCHS", "3", "DKD.WARMUP", "2")
+    seen, rates = {}, {}
+    for unit in ("epoch", "iteration"):
+        trainer = make("DKD", *options, "SOLVER.WARMUP_UNIT", unit)
+        rates[unit] = every_step(trainer, lambda trainer=trainer: trainer.optimizer.param_groups[0]["lr"])
+        seen[unit], run = [], trainer.step.gradients
+
+        def gradients(batch, epoch, seen=seen[unit], run=run):
+            seen.append(epoch)
+            return run(batch, epoch)
+
+        trainer.step.gradients = gradients
+        epochs(trainer, 2)
+    assert seen["epoch"] == [1, 1, 1, 2, 2, 2]
+    assert seen["iteration"] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])
+    assert rates["epoch"] == rates["iteration"]
+
+
 def test_the_rate_warms_up_by_iteration_and_then_is_the_schedules(make):
     trainer = make("NONE", "DETECTION.WARMUP_ITERATIONS", "4", "SOLVER.LR", "0.2", "SOLVER.EPOCHS", "3")
     trainer.rehearse()

@@ -402,6 +402,14 @@ class TestSettle:
         settle()
         assert mdistiller.distillers["KD"] is own
 
+    def test_no_warm_up_takes_our_dkd(self, settle, mdistiller):
+        """mdistiller's divides by it."""
+        own = mdistiller.distillers["DKD"]
+        settle(DISTILLER__TYPE="DKD", DKD__WARMUP=0)
+        assert mdistiller.distillers["DKD"].__module__ == "deepkd_plugin.distillers.dkd"
+        settle(DISTILLER__TYPE="DKD", DKD__WARMUP=2)
+        assert mdistiller.distillers["DKD"] is own
+
     def test_the_teachers_file_stands_where_the_launcher_looks(self, settle, mdistiller):
         models = mdistiller.models("cifar100")
         own = models["resnet20"]
