@@ -216,7 +216,8 @@ def autocast_within(module: nn.Module, device: torch.device) -> None:
         thread.context.__exit__(None, None, None)
 
     module.register_forward_pre_hook(enter)
-    module.register_forward_hook(leave, always_call=True)
+    # first of all, so that of several such pairs the last to enter is the first to leave
+    module.register_forward_hook(leave, always_call=True, prepend=True)
 
 
 @functools.cache

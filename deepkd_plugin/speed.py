@@ -56,8 +56,8 @@ class GraphedStep(Step):
     Its numbers are constants of the capture: the optimizer's options, such as learning rate and momenta, and what the
     distiller's `constants` names. A capture is good until one of them changes. The first steps after that run eagerly,
     as a capture needs. So do batches of another size, such as an epoch's last, and steps in which gradients are
-    sampled. If a capture fails, all steps from there on are eager. In a warm-up by
-    SOLVER.WARMUP_UNIT iteration a constant changes in every step, so none of them is captured.
+    sampled. In a warm-up by SOLVER.WARMUP_UNIT iteration a constant changes in every step, so none of them is captured.
+    If a capture fails, all steps from there on are eager.
     """
 
     name = "graphs"

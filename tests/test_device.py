@@ -221,6 +221,17 @@ def test_a_failed_capture_gives_back_what_it_took(monkeypatch, ended):
     assert cuda.now.name == "main"
 
 
+def test_autocast_within_may_be_asked_for_twice():
+    network = nn.Linear(3, 4)
+    for _ in range(2):
+        device.autocast_within(network, torch.device("cpu"))
+    assert network(torch.randn(2, 3)).dtype == torch.bfloat16
+    assert not torch.is_autocast_enabled("cpu")
+    with pytest.raises(RuntimeError):
+        network(torch.randn(2, 5))
+    assert not torch.is_autocast_enabled("cpu")
+
+
 class Wide(nn.Linear):
     """A kind of linear layer of somebody's own."""
 
