@@ -125,7 +125,6 @@ def assert_same_end(one, other):
         (DeepKD, DecoupledMomentumTrainer, (0.0, 0.0, 0.0), {}),
         (DeepKD, DecoupledMomentumTrainer, (0.075, -0.075, 0.075), {}),
         (DeepKD, DecoupledMomentumTrainer, PAPER, {}),
-        (DeepKD, DecoupledMomentumTrainer, PAPER, {"GRADIENTS": "batched"}),
         (DeepKD, DecoupledMomentumTrainer, PAPER, {"AMP": True}),
     ],
 )

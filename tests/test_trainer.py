@@ -346,6 +346,26 @@ def test_resuming_needs_the_same_config(cfg):
     make(cfg).train(resume=True)
 
 
+def test_a_key_that_is_gone_does_not_end_a_run(cfg):
+    """A checkpoint of before, with its way to make several backward passes."""
+    trainer = make(cfg)
+    stop_after(trainer, 1)
+    latest = trainer.folder / "latest"
+    state = checkpoint.load(latest, "test")
+    state["config"]["SOLVER.GRADIENTS"] = "auto"
+    checkpoint.save(state | {"gradients": "sequential"}, latest)
+    assert make(cfg).train(resume=True)["epochs"] == cfg.SOLVER.EPOCHS
+
+
+def test_an_operation_that_cannot_be_repeated_ends_a_run_in_one_line(cfg):
+    class Unrepeatable(KD):
+        def forward_train(self, image, target, epoch, **batch):
+            raise RuntimeError("bincount_cuda does not have a deterministic implementation, but you set …")
+
+    with pytest.raises(UserError, match="SOLVER.DETERMINISTIC is True, and bincount_cuda does not"):
+        make(cfg, Unrepeatable).train()
+
+
 def test_resuming_needs_the_same_teacher(cfg):
     stop_after(make(cfg), 1)
     other = make(cfg)

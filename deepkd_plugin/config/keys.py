@@ -95,19 +95,15 @@ _FIXED = (
         *one_of("epoch", "iteration"),
     ),
     Key("SOLVER.MIN_LR", 0.0, "the cosine schedule's floor (release: 5e-5)", *NOT_NEGATIVE),
-    Key("SOLVER.AMP", False, "bfloat16 autocast of both networks; losses stay in float32", *FLAG),
-    Key(
-        "SOLVER.GRADIENTS",
-        "auto",
-        "several backward passes: in turn, stacked, or what measures faster (GPU)",
-        *one_of("auto", "sequential", "batched"),
-    ),
+    Key("SOLVER.AMP", False, "bfloat16 autocast of both networks; losses and teacher's logits in float32", *FLAG),
     Key(
         "SOLVER.EXECUTION",
         "eager",
         "the step: as written, networks compiled, or replayed CUDA graphs",
         *one_of("eager", "compile", "graphs"),
     ),
+    Key("SOLVER.DATA_PARALLEL", False, "split each batch over all GPUs; BatchNorm then sees a part", *FLAG),
+    Key("SOLVER.DETERMINISTIC", False, "only algorithms that repeat their results bit for bit, on a GPU too", *FLAG),
     Key("SOLVER.CHANNELS_LAST", False, "memory format of networks and images", *FLAG),
     Key("SOLVER.SEED", 0, "seed of weights, order and augmentation", *NOT_NEGATIVE),
     Key("GSNR.MEASURE", False, "measure the streams' gradient signal-to-noise ratio (gsnr.py)", *FLAG),
@@ -127,6 +123,9 @@ _FIXED = (
     Key("DATASET.TRAIN_PER_CLASS", 0, "training images of each class, the first ones; 0: all", *NOT_NEGATIVE),
     Key("DATASET.HOLDOUT", 0.0, "share of each class kept from training and tested on instead", *FRACTION),
 )
+
+REMOVED = {"SOLVER.GRADIENTS": "backward passes are made in turn, which was the faster way"}
+"""Keys of older configs, and what is done instead."""
 
 HOST_KEYS = (
     Key("SOLVER.LR", 0.05, "learning rate", *POSITIVE),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Hashable, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -76,6 +77,23 @@ class Distiller(Taught):
         """Return how many views of an image the method needs under a config."""
         return cls.views
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        own = {name: getattr(value, "__func__", value) for name, value in vars(cls).items()}
+        functions = {name: value for name, value in own.items() if inspect.isfunction(value)}
+        reads = [name for name, value in functions.items() if "epoch" in inspect.signature(value).parameters]
+        if "constants" not in own and {"forward", "forward_train", *reads} & own.keys():
+            # what the class above says of its own step does not hold for this one
+            cls.constants = Distiller.constants  # type: ignore[method-assign]
+
+    def constants(self, epoch: float, num_classes: int) -> Hashable:
+        """Return every number of a training step that the epoch decides; steps with equal ones may share a capture.
+
+        By default the epoch itself, which is safe. A class whose own methods take the epoch, or that defines `forward`
+        or `forward_train`, inherits no other answer than this one.
+        """
+        return epoch
+
     def get_learnable_parameters(self) -> list[nn.Parameter]:
         return list(self.student.parameters())
 
@@ -109,7 +127,9 @@ class Distiller(Taught):
     def _view(self, image: Tensor) -> View:
         with torch.inference_mode():  # without autograd's bookkeeping
             teacher_logits = self.teacher(image)[0]
-        return self.student(image)[0], teacher_logits.clone()  # an ordinary tensor again
+        # an ordinary tensor again, and before the student's pass: compiled networks may use the memory again
+        teacher_logits = teacher_logits.clone()
+        return self.student(image)[0], teacher_logits
 
 
 class Method(Distiller):
@@ -147,6 +167,9 @@ class Method(Distiller):
     def weights(cls, cfg: Any) -> tuple[float, float]:
         """Return the weights of the cross-entropy and of the sum of the terms."""
         return 1.0, 1.0
+
+    def constants(self, epoch: float, num_classes: int) -> Hashable:
+        return ()
 
     def forward_train(self, image: Any, target: Tensor, epoch: float, **batch: Any) -> tuple[Tensor, Losses]:
         views = self.compare(image)

@@ -1,7 +1,7 @@
 """DeepKD: a base method's loss taken apart into the streams TOG, TCG and NCG (arXiv 2505.15133)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -68,6 +68,9 @@ class DeepKD(Distiller):
     @classmethod
     def views_of(cls, cfg: Any) -> int:
         return bases()[cfg.DeepKD.BASE].views
+
+    def constants(self, epoch: float, num_classes: int) -> Hashable:
+        return warmup_factor(epoch, self.cfg.DeepKD.WARMUP), self.top_k(epoch, num_classes)
 
     def forward_train(
         self, image: Tensor | Sequence[Tensor], target: Tensor, epoch: float, **batch: Any

@@ -1,6 +1,6 @@
 """Decoupled knowledge distillation (Zhao et al., 2022)."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +19,9 @@ class DKD(Method):
     @classmethod
     def terms(cls, views: Sequence[View], cfg: Any, temperature: float | None = None) -> list[Term]:
         return [Term(*views[0], temperature or float(cfg.DKD.T))]
+
+    def constants(self, epoch: float, num_classes: int) -> Hashable:
+        return warmup_factor(epoch, self.cfg.DKD.WARMUP)
 
     def forward_train(self, image: Tensor, target: Tensor, epoch: float, **batch: Any) -> tuple[Tensor, Losses]:
         node, views = self.cfg.DKD, self.compare(image)

@@ -1,5 +1,6 @@
 """Training without a teacher."""
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch.nn.functional as F
@@ -16,6 +17,9 @@ class Vanilla(Distiller):
     def __init__(self, student: nn.Module) -> None:
         nn.Module.__init__(self)
         self.student = student
+
+    def constants(self, epoch: float, num_classes: int) -> Hashable:
+        return ()
 
     def forward_train(self, image: Tensor, target: Tensor, epoch: float, **batch: Any) -> tuple[Tensor, Losses]:
         logits = self.student(image)[0]

@@ -102,6 +102,11 @@ def test_values_come_from_the_file_and_then_from_the_options(cfg, tmp_path):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        (
+            "SOLVER: {GRADIENTS: auto}",
+            "some.yaml: SOLVER.GRADIENTS is no longer a config key, backward passes are made in turn, which was the "
+            "faster way; leave it out",
+        ),
         ("SOLVER: {LRR: 1}", "some.yaml: unknown config key SOLVER.LRR; did you mean SOLVER.LR?"),
         (
             "DeepKD: {MASK: 3}",

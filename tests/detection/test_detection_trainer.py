@@ -196,15 +196,6 @@ def test_bfloat16_is_close_to_float32(make, momenta):
     assert narrow["loss"] == pytest.approx(wide["loss"], rel=0.1, abs=0.01)
 
 
-def test_stacked_backward_passes_take_the_same_steps(make, momenta):
-    one, other = make("DeepKD", *momenta), make("DeepKD", *momenta)
-    other.optimizer.batched = True
-    epochs(one)
-    epochs(other)
-    for name, value in weights(one).items():
-        torch.testing.assert_close(weights(other)[name], value, rtol=1e-4, atol=1e-6)
-
-
 def test_a_teachers_own_numbers(detector, detection_config, any_teacher, monkeypatch, capsys):
     cfg = detection_config("DISTILLER.TYPE", "KD")
     *_, loader = get_detection_sets(cfg)[:2]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from deepkd_plugin import data, launch
+from deepkd_plugin import config, data, device, launch
 from deepkd_plugin.device import seed_everything
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.hosts import mdistiller as mdistiller_host
@@ -387,6 +387,13 @@ class TestSettle:
             settle(SOLVER__SEED=seed)
             drawn.append(torch.rand(1).item())
         assert drawn[0] == drawn[1] != drawn[2]
+
+    def test_deterministic_algorithms_are_asked_for_before_cuda_starts(self, settle, monkeypatch):
+        asked = []
+        monkeypatch.setattr(device, "tune", asked.append)
+        settle(SOLVER__DETERMINISTIC=True, SOLVER__TRAINER=config.TRAINER)
+        settle()
+        assert asked == [True, False]
 
     def test_standardised_logits_take_our_class_for_that_config_alone(self, settle, mdistiller):
         own = mdistiller.distillers["KD"]
