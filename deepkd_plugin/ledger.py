@@ -346,7 +346,8 @@ def _agree(now: Tensor, parts: Sequence[Tensor], factor: float) -> bool:
         return not bool(now.any())
     was, size = sum(parts[1:], parts[0]), sum((part.abs() for part in parts[1:]), parts[0].abs())
     limits = torch.finfo(now.dtype)
-    near = (now - factor * was).abs() <= 8 * limits.eps * abs(factor) * size + limits.tiny
+    # the second part is the distance of numbers next to 0: in float16 whole gradients are smaller than limits.tiny
+    near = (now - factor * was).abs() <= 8 * limits.eps * (abs(factor) * size + limits.tiny)
     return bool((near | ~was.isfinite()).all())
 
 

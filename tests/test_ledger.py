@@ -112,6 +112,24 @@ def test_a_factor_is_followed_in_any_precision(dtype):
         torch.testing.assert_close(sum(opt.state[p].values()), g, rtol=0.05, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_change_of_small_gradients_is_seen(dtype):
+    """float16's gradients may all be below its smallest normal number."""
+
+    def train(change):
+        net, opt = make()
+        net.to(dtype)
+        opt.backward({name: 1e-5 * loss for name, loss in losses_of_type(net, 0, dtype).items()})
+        change(net, opt)
+        opt.step()
+        return [buffer for p in net.parameters() for buffer in opt.state[p].values()]
+
+    for theirs, ours in zip(train(times(0.25)), train(lambda net, opt: opt.scale_gradients(0.25))):
+        torch.testing.assert_close(theirs, ours, rtol=0.05, atol=1e-7)
+    with pytest.raises(RuntimeError, match="more than one common factor"):
+        train(lambda net, opt: (1e-5 * losses_of_type(net, 1, dtype)["ncg"]).backward())
+
+
 def losses_of_type(net, step, dtype):
     out = net(torch.randn(5, 3, generator=torch.Generator().manual_seed(step)).to(dtype))
     return {"tog": out.square().mean(), "tcg": out.sin().mean(), "ncg": out[:, 0].mean()}
