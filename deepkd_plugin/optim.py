@@ -404,18 +404,23 @@ def to_sgd(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     SGD's buffer is the sum of the streams'. Momentum and dampening are those of `optimizer`, an SGD; learning rate,
     decay, nesterov and maximize are the state's. Another state is returned as it is.
     """
-    if _is_sgd(state_dict):
+    if not _is_ours(state_dict):
         return state_dict
     state = {}
     for i, buffers in state_dict["state"].items():
-        first, *rest = buffers.values()
+        first, *rest = buffers.get("buffers") or buffers.values()  # a list in 0.1
         state[i] = {"momentum_buffer": sum(rest, first)}
     return {"state": state, "param_groups": _groups_for(optimizer, state_dict)}
 
 
 def _is_sgd(state_dict: Mapping[str, Any]) -> bool:
-    groups = state_dict["param_groups"]
-    return all(isinstance(group.get("momentum"), Real) and "momentum_shares" not in group for group in groups)
+    """Tell whether a state is torch.optim.SGD's; other optimizers there have a momentum too, such as RMSprop."""
+    options = {"momentum", "dampening", "nesterov"}
+    return not _is_ours(state_dict) and all(options <= group.keys() for group in state_dict["param_groups"])
+
+
+def _is_ours(state_dict: Mapping[str, Any]) -> bool:
+    return all("weight_decay_stream" in group for group in state_dict["param_groups"])
 
 
 def _groups_for(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -652,6 +652,31 @@ class TestConversion:
         state = sgd.state_dict()
         assert to_sgd(sgd, state) is state
 
+    @pytest.mark.parametrize("kind", ["Adam", "RMSprop"])
+    def test_the_state_of_another_kind_of_optimizer_is_left_alone(self, kind):
+        """Adam's averages are no momentum buffers to add up, and RMSprop has a momentum that means another thing."""
+        params = random_params()
+        other = getattr(torch.optim, kind)(params)
+        linear_loss(params, random_gradients(0, 0)).backward()
+        other.step()
+        state = other.state_dict()
+        assert to_sgd(torch.optim.SGD(params, 0.1, 0.9), state) is state
+        opt = DecoupledMomentumSGD(params, 0.1, {"x": 0.9, "y": 0.5})
+        opt.register_load_state_dict_pre_hook(from_sgd)
+        with pytest.raises(ValueError, match="the state has the streams None"):
+            opt.load_state_dict(state)
+
+    def test_a_state_of_0_1_becomes_sgds(self):
+        params = random_params()
+        opt = DecoupledMomentumSGD(params, 0.1, {"x": 0.9, "y": 0.5})
+        one_step(opt, params, 0)
+        expected = to_sgd(torch.optim.SGD(params, 0.1, 0.9), opt.state_dict())["state"]
+        old = opt.state_dict()
+        old["state"] = {i: {"buffers": list(buffers.values())} for i, buffers in old["state"].items()}
+        converted = to_sgd(torch.optim.SGD(params, 0.1, 0.9), old)["state"]
+        for i, buffers in expected.items():
+            torch.testing.assert_close(converted[i], buffers, rtol=0, atol=0)
+
     def test_another_number_of_groups_is_refused(self):
         a, b = random_params(1), random_params(2)
         sgd = torch.optim.SGD([{"params": a}, {"params": b}], 0.1, 0.9)
