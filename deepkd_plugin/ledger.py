@@ -194,7 +194,8 @@ class Ledger:
 
     def average(self, params: Sequence[Tensor], group: Any = None) -> None:
         """Average p.grad and every set's gradients over the processes of torch.distributed's `group`."""
-        self.settle(params)
+        # reducing waits for the device anyway, and then the sets are written over p.grad
+        self.settle(params, unscaled=self._disagrees(params))
         sums = {p: p.grad for p in params if p.grad is not None}
         averaged = average(self.by_set if self.apart else [sums], params, group)
         self.reduced = True
@@ -237,9 +238,9 @@ class Ledger:
         for p in params:
             if p.grad is not None:
                 self._known[p] = (p.grad, p.grad._version)
-        # of the smallest alone, and only if that waits for no device
-        here = [p for p, (grad, _) in self._known.items() if type(grad) is Tensor and grad.device.type == "cpu"]
-        smallest = min(here, key=Tensor.numel, default=None)
+        # of the smallest that a factor would change, and only if that waits for no device
+        here = [p for p, (grad, _) in self._known.items() if _is_plain(grad)]
+        smallest = next((p for p in sorted(here, key=Tensor.numel) if bool(self._known[p][0].any())), None)
         self._probe = None if smallest is None else (smallest, self._known[smallest][0].clone())
 
     def _changed_unseen(self) -> bool:
@@ -248,6 +249,14 @@ class Ledger:
             return False
         p, held = self._probe
         return p.grad is not None and not self._unknown([p]) and not torch.equal(p.grad, held)
+
+    def _disagrees(self, params: Sequence[Tensor]) -> bool:
+        """Tell whether the smallest p.grad that is not 0 is another than the sets' sum; waits for the device."""
+        present = sorted((p for p in params if p.grad is not None), key=Tensor.numel)
+        for p in present if self.apart else []:
+            if p.grad is not None and _any_nonzero([p]):
+                return not _agree(_local(p.grad), [_local(g[p]) for g in self.by_set if p in g], 1.0)
+        return False
 
     def _unknown(self, params: Sequence[Tensor]) -> list[Tensor]:
         """Return the parameters whose p.grad is not what it was left as."""
@@ -307,6 +316,11 @@ def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 def _local(tensor: Tensor) -> Tensor:
     """Return a tensor's values on this process: a DTensor's own shard."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _is_plain(grad: Tensor) -> bool:
+    """Tell whether a gradient's values can be compared without waiting: a dense tensor on the CPU."""
+    return type(grad) is Tensor and grad.device.type == "cpu" and grad.layout == torch.strided
 
 
 def _any_nonzero(params: Sequence[Tensor]) -> bool:

@@ -9,7 +9,7 @@ from processes import in_two_processes
 from torch import nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
-from deepkd_plugin import DecoupledMomentumSGD, backward
+from deepkd_plugin import DecoupledMomentumSGD, backward, ledger
 
 APART = {"tog": 0.9, "tcg": 0.5, "ncg": 0.7}
 EQUAL = dict.fromkeys(APART, 0.9)
@@ -432,6 +432,52 @@ def test_collect_says_what_is_missing():
         opt.collect("tog")
     with pytest.raises(ValueError, match="unknown stream 'feat'"):
         opt.collect("feat")
+
+
+UNSCALED = {
+    "step": lambda net, opt: None,
+    "clip": lambda net, opt: opt.clip(lambda params: clip_grad_norm_(params, 1e9)),
+    "average": lambda net, opt: opt.average_gradients(),
+}
+
+
+@pytest.mark.parametrize("dead", [(), (0,), (1,)], ids=["none", "no element", "zero"])
+@pytest.mark.parametrize("call", UNSCALED)
+def test_gradients_that_a_scaler_unscaled_are_found_whatever_is_smallest(monkeypatch, call, dead):
+    """A parameter without elements, or one with a gradient of 0, looks the same after a factor as before."""
+    monkeypatch.setattr(dist, "all_reduce", lambda *arguments, **options: None)
+    monkeypatch.setattr(dist, "get_world_size", lambda *arguments: 1)
+
+    def step(scale):
+        net, opt = make()
+        if dead:
+            net.dead = nn.Parameter(torch.zeros(dead, dtype=torch.float64))
+            opt.add_param_group({"params": [net.dead]})
+        losses = losses_of(net)
+        if dead:
+            losses["tog"] = losses["tog"] + 0 * net.dead.sum()
+        opt.backward({stream: scale * loss for stream, loss in losses.items()})
+        if scale != 1:
+            grads = [p.grad for p in net.parameters()]
+            torch._amp_foreach_non_finite_check_and_unscale_(grads, torch.zeros(1), torch.tensor(1 / scale))
+        UNSCALED[call](net, opt)
+        opt.step()
+        return net
+
+    assert_same(step(1024.0), step(1))
+
+
+def test_averaging_follows_what_a_scaler_unscaled_on_a_gpu(monkeypatch):
+    """On a GPU no copy of a gradient is compared, but averaging would write the sets' sum over p.grad."""
+    monkeypatch.setattr(dist, "all_reduce", lambda *arguments, **options: None)
+    monkeypatch.setattr(dist, "get_world_size", lambda *arguments: 1)
+    monkeypatch.setattr(ledger, "_is_plain", lambda grad: False)
+
+    def change(net, opt):
+        FACTORS["without a trace"](net, opt)
+        opt.average_gradients()
+
+    assert_same(train(change, scale=4.0), train())
 
 
 def alone(rank, momentum, call):
