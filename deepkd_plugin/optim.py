@@ -62,8 +62,9 @@ class DecoupledMomentumSGD(Optimizer):
     and uses up the streams' own gradients. If somebody else multiplied p.grad meanwhile by one common factor
     (clip_grad_norm_, a GradScaler), the streams follow; p.grad = None drops that parameter's gradients. Any
     other change is refused by the next call here: it goes through `clip`, `scale_gradients`,
-    `average_gradients` or `collect`. A GradScaler steps this optimizer by its own protocol: one scale, one
-    decision to skip, and a step that is skipped leaves every buffer alone.
+    `average_gradients` or `collect`. A change of p.grad.data, which PyTorch does not count, may go unnoticed.
+    A GradScaler steps this optimizer by its own protocol: one scale, one decision to skip, and a step that is
+    skipped leaves every buffer alone.
 
     Several processes: `backward` uses torch.autograd.grad, so it runs neither DistributedDataParallel's hooks
     nor those of register_post_accumulate_grad_hook, which would see the sum of the streams only. Call
@@ -222,9 +223,8 @@ class DecoupledMomentumSGD(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
-        for group in state["param_groups"]:
-            if isinstance(group["momentum"], Mapping):
-                group["momentum"] = dict(group["momentum"])  # of a plain class, for safe loaders
+        for group in state["param_groups"]:  # of plain classes, for safe loaders: numpy's numbers are none
+            group.update({key: _plain(value) for key, value in group.items()})
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -374,7 +374,7 @@ def backward(optimizer: Any, losses: Mapping[str, Tensor], retain_graph: bool = 
     while not isinstance(inner, DecoupledMomentumSGD):
         steps = getattr(getattr(inner, "gradient_state", None), "num_steps", 1)
         scaler = getattr(inner, "scaler", None)
-        if isinstance(losses, Mapping):
+        if isinstance(losses, Mapping) and all(isinstance(loss, Tensor) for loss in losses.values()):
             scaled = {name: loss / steps for name, loss in scaled.items()}
             scaled = {name: scaler.scale(loss) for name, loss in scaled.items()} if scaler is not None else scaled
         inner = getattr(inner, "optimizer", None)
@@ -478,6 +478,13 @@ def _shares(momentum: Mapping[str, float]) -> dict[str, float]:
     """Return each stream's momentum as a share of the largest; all 1 if that is 0."""
     largest = max(momentum.values())
     return {name: m / largest if largest else 1.0 for name, m in momentum.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Return a group's value as dictionaries and numbers of Python."""
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    return value.item() if hasattr(value, "item") and not isinstance(value, Tensor) else value
 
 
 def _check_names(momentum: Mapping[str, float]) -> None:

@@ -61,7 +61,7 @@ def backward_by_set(
     `params`, in their order; None for a parameter that does not take part. The graph is kept between the
     passes and, with `retain_graph`, after the last. The caller may write to the gradients. Raises
     TypeError for what is no mapping to tensors, ValueError for an unknown stream or a loss that is not a
-    scalar, RuntimeError if no loss needs a gradient or none reaches a parameter.
+    scalar, RuntimeError if no loss or no parameter needs a gradient, or none reaches one.
     """
     known = [name for names in sets for name in names]
     _check_losses(losses, known)
@@ -72,6 +72,8 @@ def backward_by_set(
     present = [total for total in totals if total is not None]
     if not present:
         raise RuntimeError(f"none of the losses {list(losses)} needs a gradient")
+    if not params:
+        raise RuntimeError("no parameter needs a gradient: all are frozen (requires_grad False), or there are none")
     columns = []
     for i, total in enumerate(present):
         keep = retain_graph or i < len(present) - 1

@@ -337,6 +337,14 @@ def test_replaced_parameters_are_not_reached():
         opt.backward(losses_of(net))
 
 
+def test_a_network_that_is_frozen_whole_is_named():
+    net, opt = make()
+    losses = losses_of(net)
+    net.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"no parameter needs a gradient: all are frozen"):
+        opt.backward(losses)
+
+
 class Wrapper:
     """As Lightning's and Fabric's: a dynamic subclass that reads from the optimizer and writes to itself."""
 
@@ -388,6 +396,8 @@ def test_backward_finds_the_optimizer_inside():
         backward(Outer(torch.optim.SGD(net.parameters(), 0.1)), losses_of(net))
     with pytest.raises(TypeError, match="losses must map streams"):
         backward(Outer(opt, steps=4), losses_of(net)["tog"])
+    with pytest.raises(TypeError, match="the loss of stream 'tog' must be a scalar tensor, got NoneType"):
+        backward(Outer(opt, steps=4), {"tog": None})
 
 
 def collected(momentum, steps=3):

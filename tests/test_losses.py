@@ -223,7 +223,8 @@ def test_the_non_target_term_keeps_its_digits_beside_a_large_target():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
+        ({"temperature": float("inf")}, "temperature must be positive and finite, got inf"),
         ({"top_k": 0}, "K must be an integer from 1 to 9"),
         ({"top_k": 10}, "K must be an integer from 1 to 9"),
         ({"mask": "both"}, "mask must be one of"),

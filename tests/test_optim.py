@@ -1,6 +1,7 @@
 import copy
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -698,6 +699,17 @@ class TestState:
             assert all(isinstance(buffer, torch.Tensor) for buffer in opt.state[p].values())
         state = opt.state_dict()
         assert type(state["param_groups"][0]["momentum"]) is dict
+
+    def test_numpys_numbers_are_saved_as_pythons(self, tmp_path):
+        """torch.load(weights_only=True) refuses numpy's."""
+        params = random_params()
+        momentum = {"a": np.float32(0.5), "b": np.float64(0.25)}
+        opt = DecoupledMomentumSGD(params, np.float64(0.1), momentum, np.float32(0.5), "a", nesterov=np.bool_(True))
+        one_step(opt, params, 0)
+        torch.save(opt.state_dict(), tmp_path / "state.pt")
+        (group,) = torch.load(tmp_path / "state.pt", weights_only=True)["param_groups"]
+        assert group["momentum"] == momentum
+        assert (group["lr"], group["weight_decay"], group["nesterov"]) == (0.1, 0.5, True)
 
     def test_a_state_of_0_1_loads(self):
         """Lists of buffers, whose streams stood in the group; no nesterov, maximize and capturable."""
