@@ -89,7 +89,8 @@ class Ledger:
     def collect(self, stream: str, sets: Sets, params: Sequence[Tensor]) -> None:
         """Take what was added to p.grad since the last call of this object into a stream's set."""
         present = [p for p in params if p.grad is not None]
-        if not present:
+        changed = self._unknown(present)
+        if not (changed if self.apart else present):
             raise RuntimeError(f"collect({stream!r}) finds no gradient: call loss.backward() before it")
         if self.sets and self.sets != sets:
             raise RuntimeError("coefficients changed between two backward calls of one step")
@@ -98,7 +99,6 @@ class Ledger:
         if not self.apart:
             return
         home = self.by_set[next(s for s, names in enumerate(sets) if stream in names)]
-        changed = self._unknown(present)
         before = _total([{p: g[p] for p in changed if p in g} for g in self.by_set])
         for p in changed:
             assert p.grad is not None

@@ -168,8 +168,9 @@ class DecoupledMomentumSGD(Optimizer):
             opt.step()
 
         For wrappers that reduce gradients in their hooks, such as FSDP2. p.grad must not be changed by anything else
-        between two calls. Of the second stream on, what p.grad gained is taken, so a gradient is exact to the
-        rounding of the sum. Raises ValueError for an unknown stream, RuntimeError if there is no gradient.
+        between two calls: what is not to be stepped on is given up by this object's zero_grad, not by the network's.
+        Of the second stream on, what p.grad gained is taken, so a gradient is exact to the rounding of the sum.
+        Raises ValueError for an unknown stream, RuntimeError if there is no gradient.
         """
         if stream not in self.streams:
             raise ValueError(f"unknown stream {stream!r}; the streams are {list(self.streams)}")

@@ -444,6 +444,14 @@ def test_collect_says_what_is_missing():
         opt.collect("feat")
 
 
+def test_collect_without_a_backward_since_the_last_one_is_refused():
+    net, opt = make()
+    losses_of(net)["tog"].backward()
+    opt.collect("tog")
+    with pytest.raises(RuntimeError, match=r"collect\('tcg'\) finds no gradient: call loss.backward\(\) before it"):
+        opt.collect("tcg")
+
+
 UNSCALED = {
     "step": lambda net, opt: None,
     "clip": lambda net, opt: opt.clip(lambda params: clip_grad_norm_(params, 1e9)),
