@@ -95,10 +95,12 @@ def update_foreach(
         alike.setdefault((type(p), p.device, p.dtype, buffers[i] is None, present), []).append(i)
     for (_, _, _, first, present), members in alike.items():
         ps = [params[i] for i in members]
+        before = [of_parameter for of_parameter in (buffers[i] for i in members) if of_parameter is not None]
         moves = []
         for s, (m, gain, from_zero) in enumerate(coefficients):
-            old = [of_parameter[s] for i in members if (of_parameter := buffers[i]) is not None]
-            gs = [torch.zeros_like(params[i]) if (g := gradients[s][i]) is None else g for i in members]
+            old = [of_parameter[s] for of_parameter in before]
+            column = [gradients[s][i] for i in members]
+            gs = [torch.zeros_like(p) if g is None else g for p, g in zip(ps, column)]
             owned = not options.in_place or not present[s]  # may be written to
             if options.maximize:
                 gs, owned = list(torch._foreach_neg(gs)), True
