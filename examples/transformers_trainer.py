@@ -46,10 +46,9 @@ def sentences():
 def train(student, teacher, dataset, **options):
     """Train the student in place. options: more of TrainingArguments'."""
     with tempfile.TemporaryDirectory() as folder:
-        fixed = {"lr_scheduler_type": "constant", "save_strategy": "no", "report_to": [], "use_cpu": True}
-        arguments = TrainingArguments(
-            folder, num_train_epochs=EPOCHS, per_device_train_batch_size=BATCH, disable_tqdm=True, **(fixed | options)
-        )
+        fixed = {"lr_scheduler_type": "constant", "save_strategy": "no", "report_to": [], "disable_tqdm": True}
+        fixed |= {"num_train_epochs": EPOCHS, "per_device_train_batch_size": BATCH, "use_cpu": True}
+        arguments = TrainingArguments(folder, **(fixed | options))
         teacher = teacher.eval().requires_grad_(False)
         optimizers = (optimizer(student), None)
         Distiller(teacher, model=student, args=arguments, train_dataset=dataset, optimizers=optimizers).train()
