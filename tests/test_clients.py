@@ -98,6 +98,57 @@ def test_lightning_monitor_with_tensorboard(tmp_path):
         assert len(values) > 10
 
 
+def autocast_training(backward_and_step, dtype, opt, model, teacher):
+    """An epoch with the student's forward pass under autocast; in Fabric the wrapper does that."""
+    shared = load("shared")
+    for inputs, labels in shared.batches(shared.data()):
+        opt.zero_grad()
+        with torch.autocast("cpu", dtype):
+            logits = model(inputs)
+        backward_and_step(shared.losses(logits.float(), teacher(inputs), labels, 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16 with a scaler"])
+def test_fabric_with_mixed_precision(dtype):
+    """By `fabric.backward` and `collect`; `backward` is refused by Fabric itself."""
+    pytest.importorskip("lightning", reason='pip install -e ".[examples]" brings lightning')
+    from lightning.fabric import Fabric
+    from lightning.fabric.plugins import MixedPrecision
+
+    shared = load("shared")
+    expected, teacher = shared.networks()
+    own = shared.optimizer(expected)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=dtype == torch.float16)
+
+    def bare_step(by_stream):
+        for stream, loss in by_stream.items():
+            scaler.scale(loss).backward(retain_graph=True)
+            own.collect(stream)
+        scaler.step(own)
+        scaler.update()
+
+    autocast_training(bare_step, dtype, own, expected, teacher)
+
+    precision = {
+        torch.bfloat16: lambda: MixedPrecision("bf16-mixed", "cpu"),
+        torch.float16: lambda: MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=256.0)),
+    }[dtype]()
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=[precision])
+    student, _ = shared.networks()
+    model, opt = fabric.setup(student, shared.optimizer(student))
+
+    def fabric_step(by_stream):
+        for stream, loss in by_stream.items():
+            fabric.backward(loss, retain_graph=True)
+            opt.collect(stream)
+        opt.step()
+
+    autocast_training(fabric_step, dtype, opt, model, teacher)
+    assert_same(student.state_dict(), expected.state_dict(), 1e-6)
+    with pytest.raises(RuntimeError, match="fabric.backward"):
+        autocast_training(opt.backward, dtype, opt, model, teacher)
+
+
 # ---------------------------------------------------------------- Accelerate and Transformers
 
 
@@ -301,3 +352,17 @@ def test_a_loss_backward_of_a_client_is_refused_in_one_line():
     with pytest.raises(RuntimeError, match="call the optimizer's backward") as caught:
         opt.step()
     assert "\n" not in str(caught.value)
+
+
+def test_hooks_of_accumulation_run_with_collect_only():
+    net, opt = problem()
+    called = []
+    for p in net.parameters():
+        p.register_post_accumulate_grad_hook(called.append)
+    opt.backward(losses(net))
+    assert called == []
+    opt.zero_grad()
+    for stream, loss in losses(net).items():
+        loss.backward(retain_graph=True)
+        opt.collect(stream)
+    assert len(called) == 3 * len(list(net.parameters()))

@@ -19,8 +19,8 @@ def fresh_compiler():
     counters.clear()
 
 
-def train(momenta, compiled, **options):
-    """Weights after 5 steps, and how many frames had been compiled after each."""
+def train(momenta, compiled, cycled=False, **options):
+    """Weights after 5 steps, and how many frames had been compiled after each. cycled: the fourth's momenta differ."""
     torch.manual_seed(0)
     net = nn.Linear(4, 3).double()
     lr = torch.tensor(0.1, dtype=torch.float64)
@@ -31,6 +31,8 @@ def train(momenta, compiled, **options):
         out = net(torch.randn(8, 4, dtype=torch.float64))
         opt.backward({name: (out - j).square().mean() for j, name in enumerate(momenta)})
         lr.fill_(0.1 / (1 + i))
+        if cycled and i == 3:
+            opt.param_groups[0]["momentum"] = 0.6
         step()
         frames.append(counters["frames"]["total"])
     return net.state_dict(), frames
@@ -47,3 +49,10 @@ def test_a_tensor_rate_changes_without_compiling_again(streams, capturable, fore
         torch.testing.assert_close(state[name], value, rtol=1e-12, atol=1e-12)
     assert frames[1] == frames[-1]  # the first step makes the buffers, the second moves them
     assert counters["stats"]["unique_graphs"] >= 2  # none if the update cannot be traced
+
+
+def test_a_changed_momentum_reaches_a_compiled_step():
+    expected, _ = train(MOMENTA["three"], False, cycled=True)
+    state, _ = train(MOMENTA["three"], True, cycled=True)
+    for name, value in expected.items():
+        torch.testing.assert_close(state[name], value, rtol=1e-12, atol=1e-12)

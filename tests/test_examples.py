@@ -68,6 +68,11 @@ def test_example_is_short(name):
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 60
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_example_is_on_the_page(name):
+    assert f"../examples/{name}.py" in (EXAMPLES.parent / "docs" / "compatibility.md").read_text()
+
+
 def test_bare_loop_learns():
     shared = load("shared")
     student, teacher = shared.networks()
