@@ -111,8 +111,7 @@ def autocast_training(backward_and_step, dtype, opt, model, teacher):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16 with a scaler"])
 def test_fabric_with_mixed_precision(dtype):
     """By `fabric.backward` and `collect`; `backward` is refused by Fabric itself."""
-    pytest.importorskip("lightning", reason='pip install -e ".[examples]" brings lightning')
-    from lightning.fabric import Fabric
+    fabric_module = load("fabric_loop")
     from lightning.fabric.plugins import MixedPrecision
 
     shared = load("shared")
@@ -133,7 +132,7 @@ def test_fabric_with_mixed_precision(dtype):
         torch.bfloat16: lambda: MixedPrecision("bf16-mixed", "cpu"),
         torch.float16: lambda: MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=256.0)),
     }[dtype]()
-    fabric = Fabric(accelerator="cpu", devices=1, plugins=[precision])
+    fabric = fabric_module.Fabric(accelerator="cpu", devices=1, plugins=[precision])
     student, _ = shared.networks()
     model, opt = fabric.setup(student, shared.optimizer(student))
 
