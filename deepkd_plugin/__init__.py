@@ -6,7 +6,7 @@ The parts are ordinary PyTorch pieces (arXiv 2505.15133)::
 """
 
 from .gsnr import GradientMonitor, GSNRAllocation
-from .losses import DecoupledKD, decoupled_kd
+from .losses import DecoupledKD, decoupled_kd, per_sample
 from .optim import DecoupledMomentumSGD, backward, from_sgd, to_sgd
 from .topk import TopKSchedule
 
@@ -19,6 +19,7 @@ __all__ = [
     "backward",
     "decoupled_kd",
     "from_sgd",
+    "per_sample",
     "register",
     "to_sgd",
 ]

@@ -36,7 +36,7 @@ class Ledger:
         self._known: dict[Tensor, tuple[Tensor, int]] = {}
         """Parameter -> its p.grad and that tensor's version, as they were left here."""
         self._probe: tuple[Tensor, Tensor] | None = None
-        """One of the tensors of `_known` on the CPU, and a copy of what it held."""
+        """A parameter of `_known` on the CPU, and a copy of its p.grad."""
 
     @property
     def apart(self) -> bool:
@@ -120,8 +120,7 @@ class Ledger:
         for gradients in self.by_set:
             for p in [p for p in gradients if p.grad is None]:
                 del gradients[p]
-        unseen = unscaled or (self._probe is not None and not torch.equal(*self._probe))
-        changed = present if unseen else self._unknown(present)
+        changed = present if unscaled or self._changed_unseen() else self._unknown(present)
         if not changed:
             return
         factor = _common_factor([(p, [g[p] for g in self.by_set if p in g]) for p in changed])
@@ -238,10 +237,17 @@ class Ledger:
         for p in params:
             if p.grad is not None:
                 self._known[p] = (p.grad, p.grad._version)
-        # values are compared only if that waits for no device, and only of the smallest
-        here = [grad for grad, _ in self._known.values() if type(grad) is Tensor and grad.device.type == "cpu"]
+        # of the smallest alone, and only if that waits for no device
+        here = [p for p, (grad, _) in self._known.items() if type(grad) is Tensor and grad.device.type == "cpu"]
         smallest = min(here, key=Tensor.numel, default=None)
-        self._probe = None if smallest is None else (smallest, smallest.clone())
+        self._probe = None if smallest is None else (smallest, self._known[smallest][0].clone())
+
+    def _changed_unseen(self) -> bool:
+        """Tell whether a p.grad has other values than its version says: unscale_ outside GradScaler.step."""
+        if self._probe is None:
+            return False
+        p, held = self._probe
+        return p.grad is not None and not self._unknown([p]) and not torch.equal(p.grad, held)
 
     def _unknown(self, params: Sequence[Tensor]) -> list[Tensor]:
         """Return the parameters whose p.grad is not, or may not be, what it was left as.

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from .ledger import Ledger
 from .streams import Sets, backward_by_set, merge_streams
-from .updates import Coefficients, Options, update_foreach, update_single
+from .updates import Coefficients, Options, Update, update_foreach, update_single
 
 DAMPENINGS = ("ema", "matched")
 """What dampening may be beside a number."""
@@ -210,26 +211,9 @@ class DecoupledMomentumSGD(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # everything that can be refused is refused before the first weight moves
-        for group in self.param_groups:
-            self._check_group(group)
-        sets, params = self._sets(), self._params()
-        scale, overflow = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if overflow is not None and overflow.item():
-            return loss
-        self._pending.settle(params, unscaled=overflow is not None and scale is None)
-        if scale is not None:
-            self._pending.scale(params, 1.0 / scale)
-        self._pending.warn_if_alone(type(self).__name__)
-        gradients = self._pending.merged(sets, params)
-        if any(g.is_sparse for by_parameter in gradients for g in by_parameter.values()):
-            raise RuntimeError("DecoupledMomentumSGD does not take sparse gradients")
-        if not self.state and self._is_rehearsal():
-            self._make_buffers(sets)
-        else:
-            for group in self.param_groups:
-                self._step_group(group, sets, gradients)
-        self._pending.clear()
+        plans = self._plan(compiling=torch.compiler.is_compiling())
+        buffers = [update(*arguments) for update, arguments in plans]
+        self._keep([arguments[0] for _, arguments in plans], buffers)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -301,14 +285,39 @@ class DecoupledMomentumSGD(Optimizer):
         if any(momentum.values()):  # at 0 the ratios cannot be read off
             group["momentum_shares"] = _shares(momentum)
 
-    def _step_group(self, group: dict[str, Any], sets: Sets, gradients: list[dict[Tensor, Tensor]]) -> None:
+    @_disable_dynamo  # only the updates are worth compiling
+    def _plan(self, compiling: bool) -> list[tuple[Update, tuple[Any, ...]]]:
+        """Return the updates of a step with their arguments; what can be refused is refused before a weight moves."""
+        for group in self.param_groups:
+            self._check_group(group)
+        sets, params = self._sets(), self._params()
+        scale, overflow = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if overflow is not None and overflow.item():
+            return []
+        self._pending.settle(params, unscaled=overflow is not None and scale is None)
+        if scale is not None:
+            self._pending.scale(params, 1.0 / scale)
+        self._pending.warn_if_alone(type(self).__name__)
+        gradients = self._pending.merged(sets, params)
+        if any(g.is_sparse for by_parameter in gradients for g in by_parameter.values()):
+            raise RuntimeError("DecoupledMomentumSGD does not take sparse gradients")
+        self._pending.clear()
+        if not self.state and self._is_rehearsal():
+            for p in params:
+                if p.grad is not None:
+                    self.state[p].update((_buffer_name(names), torch.zeros_like(p)) for names in sets)
+            return []
+        return [self._plan_group(group, sets, gradients, compiling) for group in self.param_groups]
+
+    def _plan_group(
+        self, group: dict[str, Any], sets: Sets, gradients: list[dict[Tensor, Tensor]], compiling: bool
+    ) -> tuple[Update, tuple[Any, ...]]:
         params = [p for p in group["params"] if p.grad is not None]
         coefficients = _coefficients(group)
         lr, in_place = group["lr"], len(sets) == 1 or group["capturable"]
-        if isinstance(lr, Tensor) and not (group["capturable"] or torch.compiler.is_compiling()):
+        if isinstance(lr, Tensor) and not (group["capturable"] or compiling):
             lr = lr.item()
-        update = update_foreach if group["foreach"] else update_single
-        new = update(
+        arguments = (
             params,
             [[by_parameter.get(p) for p in params] for by_parameter in gradients],
             [self._buffers(p, sets) for p in params],
@@ -316,17 +325,24 @@ class DecoupledMomentumSGD(Optimizer):
             [group["weight_decay"] if group["weight_decay_stream"] in names else 0.0 for names in sets],
             Options(lr, group["nesterov"], group["maximize"], in_place),
         )
-        for p, buffers in zip(params, new):
-            self.state[p].update(zip(map(_buffer_name, sets), buffers))
+        return update_foreach if group["foreach"] else update_single, arguments
 
-    def _buffers(self, p: Tensor, sets: Sets) -> list[Tensor] | None:
+    @_disable_dynamo
+    def _keep(self, params: list[list[Tensor]], buffers: list[list[list[Tensor]]]) -> None:
+        """Put the buffers, [group][parameter][set], into the state."""
+        names = [_buffer_name(streams) for streams in self._sets()]
+        for of_group in zip(params, buffers):
+            for p, new in zip(*of_group):
+                self.state[p].update(zip(names, new))
+
+    def _buffers(self, p: Tensor, sets: Sets) -> list[Tensor]:
         """Return a parameter's buffers in the partition `sets`; what they add up to stays the same.
 
-        Buffers of another partition are taken out of its state.
+        Buffers of another partition are taken out of its state. Before the first step there are none.
         """
         state = self.state[p]
         if not state:
-            return None
+            return []
         names = [_buffer_name(members) for members in sets]
         if list(state) == names:
             return list(state.values())
@@ -346,11 +362,6 @@ class DecoupledMomentumSGD(Optimizer):
         if any(float(group["lr"]) for group in self.param_groups):
             return False
         return not any(bool(p.grad.any()) for p in self._params() if p.grad is not None)
-
-    def _make_buffers(self, sets: Sets) -> None:
-        for p in self._params():
-            if p.grad is not None:
-                self.state[p].update((_buffer_name(names), torch.zeros_like(p)) for names in sets)
 
 
 def backward(optimizer: Any, losses: Mapping[str, Tensor], retain_graph: bool = False) -> None:

@@ -29,12 +29,12 @@ class Options(NamedTuple):
 
 Gradients = Sequence[Sequence["Tensor | None"]]
 
-Buffers = Sequence["list[Tensor] | None"]
+Buffers = Sequence[list[Tensor]]
 
 Update = Callable[
     [Sequence[Tensor], Gradients, Buffers, Sequence[Coefficients], Sequence[float], Options], list[list[Tensor]]
 ]
-"""(parameters, gradients [set][parameter], buffers [parameter][set] or None before the first step, coefficients [set],
+"""(parameters, gradients [set][parameter], buffers [parameter][set], empty before the first step, coefficients [set],
 weight decay [set], options) -> buffers. Moves the parameters in place."""
 
 
@@ -54,11 +54,12 @@ def update_single(
     for i, p in enumerate(params):
         old, new, moves = buffers[i], [], []
         for s, (m, gain, from_zero) in enumerate(coefficients):
-            g = gradients[s][i]
-            g = torch.zeros_like(p) if g is None else -g if options.maximize else g
+            g = _or_zeros(gradients[s][i], p)
+            if options.maximize:
+                g = -g
             if weight_decay[s]:
                 g = g.add(p, alpha=weight_decay[s])
-            if old is not None:
+            if old:
                 v = old[s].mul_(m).add_(g, alpha=gain)
             elif from_zero:
                 v = g * gain
@@ -92,15 +93,13 @@ def update_foreach(
     alike: dict[tuple[type, torch.device, torch.dtype, bool, tuple[bool, ...]], list[int]] = {}
     for i, p in enumerate(params):
         present = tuple(g[i] is not None for g in gradients)
-        alike.setdefault((type(p), p.device, p.dtype, buffers[i] is None, present), []).append(i)
+        alike.setdefault((type(p), p.device, p.dtype, not buffers[i], present), []).append(i)
     for (_, _, _, first, present), members in alike.items():
         ps = [params[i] for i in members]
-        before = [of_parameter for of_parameter in (buffers[i] for i in members) if of_parameter is not None]
         moves = []
         for s, (m, gain, from_zero) in enumerate(coefficients):
-            old = [of_parameter[s] for of_parameter in before]
-            column = [gradients[s][i] for i in members]
-            gs = [torch.zeros_like(p) if g is None else g for p, g in zip(ps, column)]
+            old = [] if first else [buffers[i][s] for i in members]
+            gs = [_or_zeros(gradients[s][i], params[i]) for i in members]
             owned = not options.in_place or not present[s]  # may be written to
             if options.maximize:
                 gs, owned = list(torch._foreach_neg(gs)), True
@@ -131,3 +130,7 @@ def update_foreach(
             else:
                 torch._foreach_add_(ps, move, alpha=-options.lr)
     return updated
+
+
+def _or_zeros(gradient: Tensor | None, p: Tensor) -> Tensor:
+    return torch.zeros_like(p) if gradient is None else gradient

@@ -73,14 +73,14 @@ def test_the_names_others_rely_on():
 
 
 def test_the_parts_import_nothing_above_them():
-    """losses, topk, optim, streams and gsnr come without the rest: using them costs torch alone."""
+    """The losses, the mask, the optimizer and the GSNR come without the rest: using them costs torch alone."""
     code = (
         "import sys, deepkd_plugin\n"
         "print(sorted(m for m in sys.modules if m.startswith('deepkd_plugin.')))\n"
         "print([m for m in ('torchvision', 'tensorboardX', 'yacs', 'matplotlib') if m in sys.modules])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    parts = [f"deepkd_plugin.{part}" for part in ("gsnr", "losses", "optim", "streams", "topk")]
+    parts = [f"deepkd_plugin.{part}" for part in ("gsnr", "ledger", "losses", "optim", "streams", "topk", "updates")]
     assert done.stdout.splitlines() == [str(parts), "[]"]
 
 

@@ -16,7 +16,7 @@ from yacs.config import CfgNode
 
 from ..errors import UserError
 from ..rules import Key
-from .keys import all_keys
+from .keys import REMOVED, all_keys
 
 
 def add_deepkd_config(cfg: CfgNode) -> list[str]:
@@ -153,6 +153,8 @@ def _merge(root: CfgNode, node: CfgNode, tree: dict[str, Any], prefix: str, file
 
 
 def _unknown(root: CfgNode, path: str, source: str) -> UserError:
+    if path in REMOVED:
+        return UserError(f"{source}: {path} is no longer a config key, {REMOVED[path]}; leave it out")
     near = difflib.get_close_matches(path, flatten(root), n=1)
     return UserError(f"{source}: unknown config key {path}{f'; did you mean {near[0]}?' if near else ''}")
 
