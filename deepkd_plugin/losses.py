@@ -13,6 +13,8 @@ from torch import Tensor
 from .topk import non_target_index, top_k_index
 
 MASKS = ("renormalise", "multiply")
+FLOAT32_UP_TO = 20.0
+"""The highest temperature at which float32 is enough: there a sample's T² · KL is right to 2e-5, at 1,000 to 4 %."""
 
 
 class DecoupledKD(NamedTuple):
@@ -32,9 +34,9 @@ def kd_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: f
     Logits (B, C) each; returns (B,). Raises ValueError for other shapes or T ≤ 0.
     """
     _check(student_logits, teacher_logits, temperature)
-    log_s = F.log_softmax(wide(student_logits) / temperature, dim=1)
-    log_t = F.log_softmax(wide(teacher_logits) / temperature, dim=1)
-    return temperature**2 * _kl(log_t, log_s)
+    log_s = F.log_softmax(_softened(student_logits, temperature), dim=1)
+    log_t = F.log_softmax(_softened(teacher_logits, temperature), dim=1)
+    return (temperature**2 * _kl(log_t, log_s)).to(wide(student_logits).dtype)
 
 
 def decoupled_kd(
@@ -63,7 +65,7 @@ def decoupled_kd(
     if mask not in MASKS:
         raise ValueError(f"mask must be one of {MASKS}, got {mask!r}")
     target = target.long().unsqueeze(1)
-    student, teacher = wide(student_logits) / temperature, wide(teacher_logits) / temperature
+    student, teacher = _softened(student_logits, temperature), _softened(teacher_logits, temperature)
     rest = non_target_index(target.squeeze(1), student.shape[1])
 
     log_s, log_t = F.log_softmax(student, 1), F.log_softmax(teacher, 1)
@@ -78,7 +80,8 @@ def decoupled_kd(
         column = kept - (kept > target).long()  # a class's place among the non-target ones
         log_q_s, log_q_t = (F.log_softmax(z.gather(1, rest), 1).gather(1, column) for z in (student, teacher))
     nckd = _kl(log_q_t, log_q_s)
-    return DecoupledKD(temperature**2 * tckd, temperature**2 * nckd, target_t.squeeze(1).exp())
+    parts = temperature**2 * tckd, temperature**2 * nckd, target_t.squeeze(1).exp()
+    return DecoupledKD(*(part.to(wide(student_logits).dtype) for part in parts))
 
 
 def standardise_logits(logits: Tensor) -> Tensor:
@@ -99,6 +102,11 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 def wide(logits: Tensor) -> Tensor:
     """Return logits in float32 or wider: what autocast made narrow is widened."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def _softened(logits: Tensor, temperature: float) -> Tensor:
+    """Return z / T, in float64 if float32 would lose what T² is to multiply."""
+    return (wide(logits) if temperature <= FLOAT32_UP_TO else logits.double()) / temperature
 
 
 def _check(student: Tensor, teacher: Tensor, temperature: float, target: Tensor | None = None) -> None:

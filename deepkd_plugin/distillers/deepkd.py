@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..losses import MASKS, decoupled_kd
-from ..rules import NOT_NEGATIVE, POSITIVE, Key, Rule, one_of
+from ..rules import NOT_NEGATIVE, TEMPERATURE, Key, Rule, one_of, whole
 from ..streams import STREAMS
 from ..topk import mask_size
 from .base import Distiller, Losses, bases, warmup_factor
@@ -37,8 +37,8 @@ class DeepKD(Distiller):
         Key("DeepKD.CE_WEIGHT", 1.0, "alpha, weight of the cross-entropy (TOG)", *NOT_NEGATIVE),
         Key("DeepKD.TCG_WEIGHT", 1.0, "beta, weight of the target-class loss (TCG)", *NOT_NEGATIVE),
         Key("DeepKD.NCG_WEIGHT", 1.0, "gamma, weight of the non-target-class loss (NCG)", *NOT_NEGATIVE),
-        Key("DeepKD.TEMPERATURE", 4.0, "softmax temperature (over MLKD: MLKD.TEMPERATURES)", *POSITIVE),
-        Key("DeepKD.WARMUP", 0, "epochs of linear warm-up of TCG and NCG (DKD: 20)", *NOT_NEGATIVE),
+        Key("DeepKD.TEMPERATURE", 4.0, "softmax temperature (over MLKD: MLKD.TEMPERATURES)", *TEMPERATURE),
+        Key("DeepKD.WARMUP", 0, "epochs of linear warm-up of TCG and NCG (DKD: 20)", *whole(0)),
         Key(
             "DeepKD.MASK.TYPE", "dynamic", "top-K mask on the non-target classes", *one_of("none", "static", "dynamic")
         ),

@@ -13,7 +13,7 @@ import yaml
 from ... import config
 from ...config import keys
 from ...errors import UserError
-from ...rules import FRACTION, NOT_NEGATIVE, POSITIVE, WHOLE, Key, one_of
+from ...rules import FRACTION, NOT_NEGATIVE, POSITIVE, TEMPERATURE, WHOLE, Key, one_of
 from ...streams import EXTRA_STREAMS, STREAMS
 from ..losses import BASES
 from . import require
@@ -53,7 +53,7 @@ _MOMENTA = (
 )
 
 KEYS = (
-    Key("KD.KD.T", 1.0, "softmax temperature of plain KD over proposals", *POSITIVE),
+    Key("KD.KD.T", 1.0, "softmax temperature of plain KD over proposals", *TEMPERATURE),
     Key("KD.DEEPKD.BASE", "DKD", "the method whose loss is taken apart", *one_of(*BASES)),
     Key("KD.DEEPKD.TASK_WEIGHT", 1.0, "alpha, weight of all detection losses (TOG)", *NOT_NEGATIVE),
     _shared("KD.DEEPKD.TCG_WEIGHT", "DeepKD.TCG_WEIGHT"),
@@ -68,7 +68,7 @@ HOST_KEYS = (
     Key("KD.TYPE", "DKD", "method", *one_of(*_THEIRS, *TYPES)),
     Key("KD.DKD.ALPHA", 1.0, "weight", *NOT_NEGATIVE),
     Key("KD.DKD.BETA", 0.25, "weight", *NOT_NEGATIVE),
-    Key("KD.DKD.T", 1.0, "temperature", *POSITIVE),
+    Key("KD.DKD.T", 1.0, "temperature", *TEMPERATURE),
     Key("KD.REVIEWKD.LOSS_WEIGHT", 1.0, "weight", *NOT_NEGATIVE),
     Key("SOLVER.BASE_LR", 0.001, "learning rate", *POSITIVE),
     Key("SOLVER.MAX_ITER", 40000, "iterations", *WHOLE),
