@@ -32,9 +32,8 @@ class _Shown(reprlib.Repr):
 
     def repr_int(self, number: int, level: int) -> str:
         # Python refuses to write out more than 4,300 digits
-        return (
-            repr(number) if number.bit_length() < 200 else f"a number of about {number.bit_length() * 3 // 10} digits"
-        )
+        digits = int(number.bit_length() * 0.30103) + 1
+        return repr(number) if digits <= 100 else f"a number of about {digits} digits"
 
 
 def shown(value: Any) -> str:

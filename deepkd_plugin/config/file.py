@@ -25,7 +25,7 @@ def read(file: str | Path) -> Any:
             raise UserError(f"{file}: cannot be read as a config file (it is none)")
         with open(path, "rb") as stream:
             content = stream.read(LARGEST + 1)
-        text = content.decode("utf-8")
+        text = content.decode("utf-8-sig")  # some editors begin a file with a mark
     except (OSError, ValueError) as error:  # a name with a NUL, bytes that are no UTF-8
         raise UserError(f"{file}: cannot be read as a config file ({error})") from None
     if len(content) > LARGEST:
@@ -34,7 +34,9 @@ def read(file: str | Path) -> Any:
         return yaml.load(text, _Loader)
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise UserError(f"{file}: line {line}: is not valid YAML (the character {error.character!r})") from None
+        raise UserError(
+            f"{file}: line {line}: is not valid YAML (the character {shown(chr(error.character))})"
+        ) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise UserError(f"{file}: line {mark.line + 1}: is not valid YAML ({error.problem})") from None

@@ -159,6 +159,74 @@ def test_one_line_names_file_key_value_and_what_is_allowed(cfg, tmp_path, text, 
     assert message(cfg, tmp_path, text) == expected
 
 
+NAMES = ["EXPERIMENT.PROJECT", "EXPERIMENT.NAME", "EXPERIMENT.TAG"]
+FOLDERS = ["LOG.PREFIX", "DATASET.ROOT"]
+
+
+@pytest.mark.parametrize("key", NAMES)
+def test_names_that_would_leave_their_folder(cfg, tmp_path, key):
+    for name in (".", "..", "../x", "/etc", "a/../../b", "a//b", "a/", "/", "x" * 256, "é" * 128):
+        line = message(cfg.clone(), tmp_path, "{}", key, name)
+        assert line.startswith(f"command line: {key} is '")
+        assert "; it must be a name for a folder below LOG.PREFIX: parts of at most 255 bytes" in line
+    for name in ("a", "a/b", "..a", "a,b:c", "é" * 127, "~", "a b"):
+        checked(cfg.clone(), tmp_path, "{}", key, name)
+
+
+def test_which_path_keys_may_be_empty(cfg, tmp_path):
+    for key in (*NAMES, *FOLDERS, "DISTILLER.TEACHER_WEIGHTS"):
+        if key in ("EXPERIMENT.NAME", "DISTILLER.TEACHER_WEIGHTS"):
+            checked(cfg.clone(), tmp_path, "{}", key, "")
+        else:
+            assert f"command line: {key} is ''; it must be " in message(cfg.clone(), tmp_path, "{}", key, "")
+
+
+@pytest.mark.parametrize("key", [*NAMES, *FOLDERS, "DISTILLER.TEACHER_WEIGHTS", "DISTILLER.STUDENT"])
+def test_text_that_no_file_s_name_can_be(cfg, tmp_path, key):
+    section, leaf = key.split(".")
+    for text, seen in (("a\\0b", r"a\x00b"), ("a\\ud800", r"a\ud800"), ("a\\nb", r"a\nb"), ("x" * 5000, "xxx")):
+        line = message(cfg.clone(), tmp_path, f'{section}: {{{leaf}: "{text}"}}')
+        assert line.startswith(f"some.yaml: {key} is '")
+        assert seen in line
+        assert len(line) < 500
+    assert "EXPERIMENT.NAME is 'a\\x00'; it must be text that can be printed" in message(
+        cfg, tmp_path, "{}", "EXPERIMENT.NAME", "a\0"
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("SOLVER.BATCH_SIZE", 10**12, "a whole number from 1 to 65,536"),
+        ("DATASET.TEST.BATCH_SIZE", 65_537, "a whole number from 1 to 65,536"),
+        ("DATASET.NUM_WORKERS", 10**6, "a whole number from 0 to 256"),
+        ("SOLVER.EPOCHS", 10**30, "a whole number from 1 to 1,000,000"),
+        ("SOLVER.WARMUP_EPOCHS", 10**7, "a whole number from 0 to 1,000,000"),
+        ("SOLVER.SEED", 2**63, "a number of 64 bits"),
+        ("DATASET.TRAIN_PER_CLASS", 10**19, "a number of 64 bits"),
+        ("DeepKD.MASK.K", 10**400, "float, like 0.5"),
+        ("CRD.NCE.K", 10**12, "a whole number from 1 to 1,000,000"),
+        ("CRD.FEAT.DIM", 10**30, "a number of 64 bits"),
+        ("KD.TEMPERATURE", 10**400, "a number from 0.01 to 100,000"),
+        ("DKD.T", "1e400", "a number from 0.01 to 100,000"),
+        ("CRLD.TEMPERATURE", 1e-9, "a number from 0.01 to 100,000"),
+        ("DeepKD.TEMPERATURE", "1e6", "a number from 0.01 to 100,000"),
+        ("MLKD.TEMPERATURES", "[2.0, 1e400]", "a list of 1 to 20 numbers from 0.01 to 100,000"),
+        ("MLKD.TEMPERATURES", str([2.0] * 21), "a list of 1 to 20 numbers from 0.01 to 100,000"),
+        ("SOLVER.LR", "1e400", "a finite number"),
+        ("KD.LOSS.KD_WEIGHT", "1e400", "a finite number"),
+        ("FITNET.INPUT_SIZE", "[1e400]", "text that can be printed, a finite number of 64 bits"),
+        ("REVIEWKD.SHAPES", str([1] * 1001), "text that can be printed, a finite number of 64 bits"),
+        ("REVIEWKD.SHAPES", "[[[[1]]]]", "text that can be printed, a finite number of 64 bits"),
+    ],
+)
+def test_numbers_that_nothing_can_have(cfg, tmp_path, key, value, allowed):
+    line = message(cfg, tmp_path, "{}", key, str(value))
+    assert line.startswith(f"command line: {key} is ")
+    assert f"; it must be {allowed}" in line or f"); it must be {allowed}" in line
+    assert len(line) < 500
+
+
 @pytest.mark.parametrize("phases", ["[a, b]", "[null, 0.2]", "[[0.1], 0.2]", "[false, true]", "[0.1]", "[0.1, .nan]"])
 def test_phases_of_other_things_than_numbers(cfg, tmp_path, phases):
     assert "it must be two ends in order" in message(cfg, tmp_path, f"DeepKD: {{MASK: {{PHASES: {phases}}}}}")
