@@ -114,7 +114,6 @@ class _Arrays(pickle._Unpickler):
         super().__init__(file, encoding="latin1")
         # a length in the file is no reason to reserve memory
         self._file_read = lambda count: file.read(min(count, size))
-        self._size = size
         self._known = stand_ins(2 * size)  # bytes that were kept as text are made twice, as bytes and as an array
         self.memo = _Memo()
 
@@ -153,10 +152,7 @@ class _Arrays(pickle._Unpickler):
         self._set(items)
 
     def _make_bytes(self) -> None:
-        count = int.from_bytes(self.read(8), "little")
-        if count > self._size:
-            raise pickle.UnpicklingError(f"{count} bytes in a file of {self._size}")
-        self.append(bytearray(self.read(count)))
+        self.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
 
     def _refuse(self) -> None:
         raise pickle.UnpicklingError("an instruction that arrays and plain containers do not need")

@@ -39,7 +39,10 @@ from deepkd_plugin.errors import UserError
         (["reproduce", "glyphs100", "--pairs"], "argument --pairs: expected at least one argument"),
         (["reproduce", "glyphs100", "--pairs", "SOLVER.LR", "1"], "--pairs: expected at least one argument"),
         (["reproduce", "glyphs100", "--out"], "--out: expected one argument; see deepkd reproduce --help"),
-        (["reproduce", "glyphs100", "--seeds", "9" * 5000], "it must be a whole number from 1 to 10,000"),
+        (
+            ["reproduce", "glyphs100", "--seeds", "10001"],
+            "--seeds: is '10001'; it must be a whole number from 1 to 10,000",
+        ),
         (["reproduce", "glyphs100", "--seeds", "0"], "--seeds: is '0'; it must be a whole number from 1 to 10,000"),
         (["reproduce", "glyphs100", "--seeds=-1"], "--seeds: is '-1'; it must be a whole number from 1 to 10,000"),
         (["reproduce", "glyphs100", "--jobs", "2x"], "--jobs: is '2x'; it must be a whole number from 1 to 10,000"),

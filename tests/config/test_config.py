@@ -382,3 +382,14 @@ def test_our_config_files_merge_under_plain_yacs(cfg):
     assert len(files) >= 10
     for file in files:
         cfg.clone().merge_from_file(str(file))
+
+
+def test_a_run_s_own_config_is_a_config(cfg, tmp_path):
+    """What a run leaves in config.yaml trains again."""
+    files = sorted((Path(__file__).parents[2] / "configs").glob("*/*/*.yaml"))
+    for file in files[:: len(files) // 12]:
+        one, again = cfg.clone(), cfg.clone()
+        config.load(one, file)
+        (tmp_path / "config.yaml").write_text(one.dump())
+        config.load(again, tmp_path / "config.yaml")
+        assert again == one

@@ -6,6 +6,7 @@ import pickle
 import struct
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +174,17 @@ def test_arrays_are_no_larger_than_their_file(tmp_path):
     refused(tmp_path, "its arrays are larger than the file", start + array * 3 + b"l.")
     (tmp_path / "w.pkl").write_bytes(start + array + b"l.")
     assert array_pickle.load(tmp_path / "w.pkl", "KEY")[0].tobytes() == b"a" * 1000
+
+
+@pytest.mark.parametrize("code", [b"\x8d", b"\x8e", b"\x96", b"\x95", b"r"])
+def test_a_length_in_a_file_reserves_no_memory(tmp_path, code):
+    (tmp_path / "w.pkl").write_bytes(b"\x80\x05N" + code + struct.pack("<Q", (1 << 31) - 1) + b"abc.")
+    tracemalloc.start()
+    with pytest.raises(UserError):
+        array_pickle.load(tmp_path / "w.pkl", "KEY")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 def test_keys_are_text_or_numbers(tmp_path):
