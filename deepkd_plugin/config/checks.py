@@ -19,7 +19,7 @@ def check(cfg: CfgNode, origin: dict[str, str]) -> None:
     ours = all_keys()
     check_keys(cfg, origin, ours + HOST_KEYS)
     stages = list(cfg.SOLVER.LR_DECAY_STAGES)
-    if any(not isinstance(stage, int) for stage in stages) or stages != sorted(set(stages)):
+    if any(type(stage) is not int or stage < 0 for stage in stages) or stages != sorted(set(stages)):
         raise wrong(origin, "SOLVER.LR_DECAY_STAGES", stages, "epochs in ascending order")
     if cfg.SOLVER.MIN_LR > cfg.SOLVER.LR:
         raise wrong(origin, "SOLVER.MIN_LR", cfg.SOLVER.MIN_LR, f"at most SOLVER.LR, {cfg.SOLVER.LR}")

@@ -82,7 +82,7 @@ def test_values_come_from_the_file_and_then_from_the_options(cfg, tmp_path):
         ),
         (
             "SOLVER: {LR_DECAY_RATE: -1.0}",
-            "some.yaml: SOLVER.LR_DECAY_RATE is -1.0; it must be a number above 0",
+            "some.yaml: SOLVER.LR_DECAY_RATE is -1.0; it must be a number in (0, 1]",
         ),
         ("SOLVER: {LR: '{[]: 1}'}", "some.yaml: SOLVER.LR is '{[]: 1}' (str); it must be float, like 0.05"),
         ("SOLVER: {LR: fast}", "some.yaml: SOLVER.LR is 'fast' (str); it must be float, like 0.05"),
@@ -123,6 +123,10 @@ def test_values_come_from_the_file_and_then_from_the_options(cfg, tmp_path):
         (
             "SOLVER: {LR_DECAY_STAGES: [180, 150]}",
             "some.yaml: SOLVER.LR_DECAY_STAGES is [180, 150]; it must be epochs in ascending order",
+        ),
+        (
+            "SOLVER: {LR_DECAY_STAGES: [-5, 150]}",
+            "some.yaml: SOLVER.LR_DECAY_STAGES is [-5, 150]; it must be epochs in ascending order",
         ),
         (
             "SOLVER: {MIN_LR: 1.0}",
