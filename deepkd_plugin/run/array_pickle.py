@@ -11,6 +11,7 @@ with the few instructions that arrays and plain containers need.
 
 import math
 import pickle
+import pickletools
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -22,6 +23,8 @@ import numpy as np
 from ..errors import UserError
 
 MOST_DIMENSIONS = 32
+DEEPEST = 100
+"""Levels of tuples in a pickle that another reader reads."""
 
 
 def load(path: str | Path, key: str) -> Any:
@@ -88,6 +91,37 @@ def stand_ins(most: float = math.inf) -> dict[tuple[str, str], Any]:
         ("__builtin__", "bytes"): lambda: b"",  # how protocol 2 keeps no bytes
         ("collections", "OrderedDict"): lambda pairs=(): OrderedDict(_checked(pairs)),
     }
+
+
+def check_depth(file: IO[bytes]) -> None:
+    """Raise UnpicklingError, ValueError or IndexError if a pickle nests tuples more deeply than DEEPEST.
+
+    For pickles that another reader is to read: the hash of such a tuple, as a key, ends the interpreter. Nothing is
+    built. file: of the bytes in memory; what is behind the pickle stays unread.
+    """
+    mark = object()
+    depths: list[Any] = []  # of what the reader will have on its stack
+    memo: dict[int, Any] = {}
+    for code, argument, _ in pickletools.genops(file):
+        if code.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if argument is None else argument] = depths[-1]
+        elif code.name in ("GET", "BINGET", "LONG_BINGET", "DUP"):
+            depths.append(depths[-1] if argument is None else memo.get(argument, 0))
+        elif code.name == "MARK":
+            depths.append(mark)
+        elif code.name == "POP":
+            depths.pop()
+        else:
+            taken, needs = [], list(code.stack_before)
+            if pickletools.markobject in needs:
+                while (depth := depths.pop()) is not mark:
+                    taken.append(depth)
+                del needs[needs.index(pickletools.markobject) :]
+            taken += [depths.pop() for _ in needs]
+            made = 1 + max(taken, default=0) if code.name.startswith("TUPLE") else 0
+            if made > DEEPEST:
+                raise pickle.UnpicklingError(f"tuples in more than {DEEPEST} levels")
+            depths += [made] * len(code.stack_after)
 
 
 class _Pending:

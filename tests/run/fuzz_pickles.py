@@ -11,6 +11,7 @@ import resource
 import signal
 import struct
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,16 @@ def instructions(draw: random.Random) -> bytes:
     return b"".join(parts) + b"."
 
 
+def as_network(file: Path, content: bytes, packed: bool) -> None:
+    """Put a pickle where torch's reader looks for it."""
+    if not packed:
+        file.write_bytes(content)
+        return
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", content)
+        archive.writestr("archive/version", "3")
+
+
 def main(count: int, seed: int, folder: Path) -> None:
     """Print how many were read and how many refused."""
     # a damaged length must not take the machine's memory either
@@ -155,7 +166,9 @@ def main(count: int, seed: int, folder: Path) -> None:
         elif i % 5 == 0:
             content = instructions(draw)
         file.write_bytes(content)
-        torch.save({"best_acc": scalar(draw)}, network, _use_new_zipfile_serialization=False)
+        torch.save({"best_acc": scalar(draw)}, network, _use_new_zipfile_serialization=i % 3 == 0)
+        if i < len(BOMBS):
+            as_network(network, BOMBS[i], i % 2 == 0)
         for read in readers:
             signal.alarm(10)  # its default ends the process
             try:
