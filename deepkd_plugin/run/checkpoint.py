@@ -95,7 +95,9 @@ def load(path: str | Path, key: str) -> Any:
 
 def _check_pickles(path: Path) -> None:
     """Raise, as array_pickle.check_depth does, for pickles that would end the interpreter in torch's reader."""
-    if zipfile.is_zipfile(path):
+    with open(path, "rb") as file:
+        packed = file.read(4) == b"PK\x03\x04"  # as torch tells its two forms apart
+    if packed:
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
                 if entry.filename.endswith(".pkl"):

@@ -183,6 +183,13 @@ def test_a_key_of_many_levels_does_not_end_the_interpreter(tmp_path, packed):
             checkpoint.load(tmp_path / "w.pth", "KEY")
 
 
+def test_the_form_of_a_file_is_told_as_torch_tells_it(tmp_path):
+    torch.save({}, tmp_path / "sound.pth")
+    (tmp_path / "w.pth").write_bytes(b"}N" + b"\x85" * 200_000 + b"Ns." + (tmp_path / "sound.pth").read_bytes())
+    with pytest.raises(UserError, match="tuples in more than 100 levels"):
+        checkpoint.load(tmp_path / "w.pth", "KEY")
+
+
 @pytest.mark.parametrize("packed", [True, False])
 def test_tuples_of_a_few_levels_are_read(tmp_path, packed):
     held = {("a", (1, (2, 3))): [(torch.ones(2),)], "again": ((((), ()),),)}
