@@ -76,12 +76,13 @@ setup(
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.2",
+            "hypothesis",
+            "expecttest",  # PyTorch's own checks of optimizers import it
             "ruff",
             "mypy",
             "types-PyYAML",
             "submitit",
             "pycocotools",
-            "expecttest",
         ],
     },
     entry_points={"console_scripts": ["deepkd = deepkd_plugin.commands.cli:entry"]},

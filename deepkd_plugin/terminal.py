@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .errors import UserError
+from .errors import UserError, shown
 
 KEY = re.compile(r"[A-Za-z]\w*(\.[A-Za-z_]\w*)+")
 """A config key; no name of a table, pair or method is like it."""
@@ -69,9 +69,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def count(text: str) -> int:
-    """Read a number from 1 on, as argparse's type."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"is {text!r}; it must be a whole number from 1 on")
+    """Read a number from 1 to 10,000, as argparse's type: of seeds, of runs side by side, of classes."""
+    if not (text.isdecimal() and len(text) <= 5 and 1 <= int(text) <= 10_000):
+        raise argparse.ArgumentTypeError(f"is {shown(text)}; it must be a whole number from 1 to 10,000")
     return int(text)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from .. import config, data, device
 from ..accuracy import Alone, evaluate
-from ..errors import UserError
+from ..errors import UserError, shown
 from ..hosts.networks import trained_network
 from ..hosts.registry import find_host, register
 from ..terminal import Parser, guarded
@@ -38,7 +38,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     config.check(cfg, {"DATASET.TEST.BATCH_SIZE": "command line"})
     models = host.models(args.dataset)
     if args.model not in models:
-        raise UserError(f"command line: -m is {args.model!r}; it must be one of {', '.join(models)}")
+        raise UserError(f"command line: -m is {shown(args.model)}; it must be one of {', '.join(models)}")
     loader, num_classes = data.get_test_set(cfg)
     weights = "" if args.ckpt == "pretrain" else args.ckpt
     torch_device = device.pick()

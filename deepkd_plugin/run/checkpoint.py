@@ -2,11 +2,14 @@
 
 import contextlib
 import hashlib
+import io
+import mmap
 import os
 import re
 import signal
 import threading
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -76,6 +79,7 @@ def load(path: str | Path, key: str) -> Any:
     if not path.is_file():
         raise UserError(f"{path}: no such file; {key} must name a checkpoint")
     try:
+        _check_pickles(path)
         # torch warns of foreign pickles; the error below says it in one line
         with warnings.catch_warnings(), torch.serialization.safe_globals(_numpy_numbers()):
             warnings.simplefilter("ignore")
@@ -87,6 +91,24 @@ def load(path: str | Path, key: str) -> Any:
             f"{path}: {key} must name a checkpoint of tensors and plain containers, and this file is not one "
             f"({type(error).__name__}: {reason})"
         ) from None
+
+
+def _check_pickles(path: Path) -> None:
+    """Raise, as array_pickle.check_depth does, for pickles that would end the interpreter in torch's reader."""
+    with open(path, "rb") as file:
+        packed = file.read(4) == b"PK\x03\x04"  # as torch tells its two forms apart
+    if packed:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                if entry.filename.endswith(".pkl"):
+                    if entry.file_size > path.stat().st_size:
+                        raise ValueError(f"{entry.filename} is packed")
+                    array_pickle.check_depth(io.BytesIO(archive.read(entry)))
+        return
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for _ in range(5):  # in torch's old form: three numbers, the content, the names of storages
+            if content.tell() < len(content):
+                array_pickle.check_depth(content)
 
 
 def _numpy_numbers() -> list[tuple[Any, str]]:

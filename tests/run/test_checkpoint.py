@@ -5,6 +5,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from fuzz_pickles import as_network
 from torch import nn
 
 from deepkd_plugin.errors import UserError
@@ -170,3 +171,27 @@ def test_an_interruption_by_keyboard_is_raised_after_the_block():
     with pytest.raises(KeyboardInterrupt):
         work()
     assert done == [1]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_key_of_many_levels_does_not_end_the_interpreter(tmp_path, packed):
+    """torch's reader hashes it, tuple in tuple, until the stack is full; so it must not come so far."""
+    deep = b"}N" + b"\x85" * 200_000 + b"Ns."
+    for content in (deep if packed else b"K\x01." + deep, b"Nq\x00" + b"0h\x00\x85q\x00" * 200 + b"}h\x00Ns."):
+        as_network(tmp_path / "w.pth", content, packed)
+        with pytest.raises(UserError, match="KEY must name a checkpoint of tensors and plain containers"):
+            checkpoint.load(tmp_path / "w.pth", "KEY")
+
+
+def test_the_form_of_a_file_is_told_as_torch_tells_it(tmp_path):
+    torch.save({}, tmp_path / "sound.pth")
+    (tmp_path / "w.pth").write_bytes(b"}N" + b"\x85" * 200_000 + b"Ns." + (tmp_path / "sound.pth").read_bytes())
+    with pytest.raises(UserError, match="tuples in more than 100 levels"):
+        checkpoint.load(tmp_path / "w.pth", "KEY")
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_tuples_of_a_few_levels_are_read(tmp_path, packed):
+    held = {("a", (1, (2, 3))): [(torch.ones(2),)], "again": ((((), ()),),)}
+    torch.save(held, tmp_path / "w.pth", _use_new_zipfile_serialization=packed)
+    assert str(checkpoint.load(tmp_path / "w.pth", "KEY")) == str(held)

@@ -12,7 +12,7 @@ import yaml
 
 from ... import device
 from ...config.tree import flatten, get, wrong
-from ...errors import UserError
+from ...errors import UserError, shown
 from ...run import record
 from ...terminal import Stopped, exit_code, guarded
 from . import SCRIPT, locate, require
@@ -123,7 +123,7 @@ def check_folder(cfg: Any, resume: bool) -> None:
     for key, value in flatten(yaml.safe_load(cfg.dump())).items():
         if key in ours and key != "MODEL.WEIGHTS" and before.get(key) != value:
             raise UserError(
-                f"{folder}: --resume needs the run's own config: {key} was {before.get(key)!r}, is {value!r}"
+                f"{folder}: --resume needs the run's own config: {key} was {shown(before.get(key))}, is {shown(value)}"
             )
     raise UserError(f"{folder}: --resume needs the run's own config; its config_hash is another")
 
