@@ -20,7 +20,10 @@ from deepkd_plugin.optim import DecoupledMomentumSGD
 with pytest.MonkeyPatch.context() as patch:
     # the module freezes torch.backends' flags for the whole process
     patch.setattr(torch.backends, "disable_global_flags", lambda: None)
-    internal = pytest.importorskip("torch.testing._internal.common_optimizers", reason="torch's own test helpers")
+    internal = pytest.importorskip(
+        "torch.testing._internal.common_optimizers",
+        reason='torch.testing._internal is missing or needs expecttest: pip install -e ".[test]"',
+    )
 
 STREAMS = ("tog", "tcg", "ncg")
 SHARES = {"tog": 0.5, "tcg": 0.3, "ncg": 0.2}  # of the loss
