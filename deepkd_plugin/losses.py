@@ -182,7 +182,8 @@ def wide(logits: Tensor) -> Tensor:
 def _scaled(logits: Tensor, temperature: float) -> Tensor:
     """Return logits / T in float32 or wider, with a number for −inf that still has probability 0 and no gradient.
 
-    Above FLOAT32_UP_TO it is float64: what T² is to multiply must not be rounded before. −inf itself makes NaN of 0 · (−inf + inf) and of the softmax over classes that are all masked.
+    Above FLOAT32_UP_TO it is float64: what T² is to multiply must not be rounded before. −inf itself makes NaN of
+    0 · (−inf + inf) and of the softmax over classes that are all masked.
     """
     scaled = (wide(logits) if temperature <= FLOAT32_UP_TO else logits.double()) / temperature
     # half, so that subtracting the row's maximum does not bring −inf back
