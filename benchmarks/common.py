@@ -100,10 +100,7 @@ def machine() -> dict[str, Any]:
         "numpy": numpy.__version__,
     }
     if torch_device.type == "cuda":
-        # convolutions in TF32 are PyTorch's default
-        about |= {"threads": torch.get_num_threads()}
-        about |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-        about |= {"cudnn TF32": torch.backends.cudnn.allow_tf32}
+        about |= {"threads": torch.get_num_threads()} | device.settings(torch_device)
     return about | {"commit": commit()}
 
 

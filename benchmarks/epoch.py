@@ -10,8 +10,8 @@ their epochs in turn, the first of which is not counted. The rows of a pair:
 - KD and DeepKD (two distinct coefficients) by our trainers, with DATASET.PIPELINE "workers" for each number of
   --workers, and "device";
 - if MDISTILLER_ROOT names a checkout of mdistiller, KD by its distiller, networks, trainer, transform and
-  loader on the same images, for each number of workers. --channels-last, --amp, --execution and --gradients
-  are ours alone.
+  loader on the same images, for each number of workers. --channels-last, --amp and --execution are ours
+  alone.
 
 "waiting" are the seconds of an epoch in which the trainer waits for a batch; the device pipeline makes its batches
 in them, on a GPU only their launches. "to reference" is the ratio of images a second to those of the fastest KD of
@@ -100,7 +100,6 @@ def config_of(args: argparse.Namespace, pipeline: str, workers: int) -> Any:
     cfg.DATASET.update(node | {"PIPELINE": pipeline, "NUM_WORKERS": workers})
     cfg.SOLVER.update(SOLVER | {"BATCH_SIZE": args.batch})
     cfg.SOLVER.update({"CHANNELS_LAST": args.channels_last, "AMP": args.amp, "EXECUTION": args.execution})
-    cfg.SOLVER.GRADIENTS = args.gradients
     return cfg
 
 
@@ -117,8 +116,6 @@ def our_epoch(cfg: Any, method: str, pair: str, loader: Any) -> Callable[[int], 
     teacher, student = networks(builtin.cifar_model_dict, pair)
     placed = device.place(distiller(student, teacher, cfg), device.pick(), cfg.SOLVER.CHANNELS_LAST)
     running = trainer("epoch", placed, loader, [], cfg)
-    running.gradients = cfg.SOLVER.GRADIENTS
-    running.optimizer.batched = running.gradients == "batched"
 
     def epoch(number: int) -> Epoch:
         entry = running.train_epoch(number)
@@ -142,7 +139,7 @@ def their_epoch(host: Any, pair: str, loader: Any, workers: int, folder: str) ->
     distiller = device.place(host.distillers["KD"](student, teacher, cfg), device.pick(), channels_last=False)
     name = f"{pair.replace(':', '_')}_{workers}"
     # no test images, for what follows the pass is not timed
-    running = host.trainers["base"](name, device.parallel(distiller, always=True), timed, [], cfg)
+    running = host.trainers["base"](name, device.parallel(distiller, asked=False, always=True), timed, [], cfg)
 
     def epoch(number: int) -> Epoch:
         with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
@@ -210,7 +207,6 @@ def main() -> None:
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--execution", choices=("eager", "compile", "graphs"), default="eager")
-    parser.add_argument("--gradients", choices=("sequential", "batched"), default="sequential")
     parser.add_argument("--write", type=Path, help="Markdown file to write; a .json is written beside it")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,6 @@
 """Training steps against a plain KD step of the same pair, in one process and in turn.
 
-    python benchmarks/step.py [--quick] [--batched] [--execution compile] [--channels-last] [--amp] [--write PATH.md]
+    python benchmarks/step.py [--quick] [--execution compile] [--channels-last] [--amp] [--write PATH.md]
     python benchmarks/step.py --pairs all --rounds 15
 
 A step is what changes the weights once: the teacher's and the student's forward pass, losses, backward passes,
@@ -8,7 +8,7 @@ optimizer. Images are noise, on the device already. The rows of a pair:
 
 - KD: its loss, one backward pass and torch.optim.SGD(foreach);
 - two streams (DOT's: task and distillation) and DeepKD with two and with three distinct coefficients, by our
-  DecoupledMomentumSGD: one backward pass for each distinct coefficient, and with --batched all of them as one;
+  DecoupledMomentumSGD: one backward pass for each distinct coefficient;
 - with --execution the same, and KD as one stream, in the other ways of SOLVER.EXECUTION: networks compiled, steps
   replayed as CUDA graphs. The column names the way that was taken, eager if another could not be;
 - if MDISTILLER_ROOT names a checkout of mdistiller, its KD and its DOT; if DEEPKD_RELEASE_ROOT names one of
@@ -163,13 +163,12 @@ def kd_step(of: Setting) -> Callable[[], None]:
     return step
 
 
-def our_step(of: Setting, method: str, gradients: str = "sequential", execution: str = "eager") -> Callable[[], None]:
-    """Make a step of ours; gradients, execution: as SOLVER.GRADIENTS and SOLVER.EXECUTION have them."""
+def our_step(of: Setting, method: str, execution: str = "eager") -> Callable[[], None]:
+    """Make a step of ours; execution: as SOLVER.EXECUTION has it."""
     distiller_type, momentum, decay_stream, assignment = METHODS[method]
     distiller, _ = forward_pass(of, distiller_type)
     params = distiller.get_learnable_parameters()
-    batched = gradients == "batched"
-    optimizer = DecoupledMomentumSGD(params, LR, momentum, WEIGHT_DECAY, decay_stream, batched=batched)
+    optimizer = DecoupledMomentumSGD(params, LR, momentum, WEIGHT_DECAY, decay_stream)
     step = make_step(
         execution,
         distiller,
@@ -207,18 +206,14 @@ def parts(of: Setting) -> dict[str, Callable[[], Any]]:
     }
 
 
-def rows_of(of: Setting, ways: list[str], executions: list[str], roots: Mapping[str, Path | None]) -> list[Row]:
-    """List everything to be timed for a pair, KD first. ways: to the gradients."""
+def rows_of(of: Setting, executions: list[str], roots: Mapping[str, Path | None]) -> list[Row]:
+    """List everything to be timed for a pair, KD first."""
     make = functools.partial
     rows = [Row("KD", _passes(1), 1, make(kd_step, of))]
     for execution in executions:
-        for way in ways:
-            for name, method in METHODS.items():
-                # one stream has one pass either way, and eager KD is the reference
-                if method.sets == 1 and (execution == "eager" or way == "batched"):
-                    continue
-                gradients = _passes(method.sets) if way == "sequential" else f"{method.sets} {way}"
-                rows.append(Row(name, gradients, method.sets, make(our_step, of, name, way, execution)))
+        for name, method in METHODS.items():
+            if method.sets > 1 or execution != "eager":  # eager KD is the reference
+                rows.append(Row(name, _passes(method.sets), method.sets, make(our_step, of, name, execution)))
     if root := roots[others.MDISTILLER]:
         rows.append(Row("mdistiller's KD", _passes(1), 1, make(their_step, of, root, "base")))
         rows.append(Row("mdistiller's DOT", _passes(2), 2, make(their_step, of, root, "dot")))
@@ -290,7 +285,6 @@ def main() -> None:
     parser.add_argument("--batch", type=count_argument, help="images for the CIFAR pairs (64)")
     parser.add_argument("--imagenet-batch", type=count_argument, help="images for the ImageNet pairs (8; GPU: 256)")
     parser.add_argument("--imagenet-size", type=count_argument, help="their height and width (224)")
-    parser.add_argument("--batched", action="store_true", help="also all backward passes of a step as one")
     parser.add_argument(
         "--execution",
         nargs="+",
@@ -306,7 +300,6 @@ def main() -> None:
     for name, value in SIZES["quick" if args.quick else torch_device.type].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    ways = ["sequential"] + ["batched"] * args.batched
     executions = ["eager", *args.execution]
     roots = {variable: others.find(variable) for variable in (others.MDISTILLER, others.RELEASE)}
     device.tune()
@@ -314,7 +307,7 @@ def main() -> None:
     for pair in PAIRS if "all" in args.pairs else args.pairs:
         sizes = (args.imagenet_batch, args.imagenet_size) if on_imagenet(pair) else (args.batch, 32)
         of = Setting(pair, *sizes, args.channels_last, args.amp)
-        tables_of_pair = measure(of, rows_of(of, ways, executions, roots), args.rounds, args.repeat, not args.no_memory)
+        tables_of_pair = measure(of, rows_of(of, executions, roots), args.rounds, args.repeat, not args.no_memory)
         for table, new in zip(tables, tables_of_pair):
             table.extend(new)
     of_steps = f" of {args.repeat} steps" if args.repeat > 1 else ""

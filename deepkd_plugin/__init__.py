@@ -6,8 +6,8 @@ The parts are ordinary PyTorch pieces (arXiv 2505.15133)::
 """
 
 from .gsnr import GradientMonitor, GSNRAllocation
-from .losses import DecoupledKD, decoupled_kd
-from .optim import DecoupledMomentumSGD
+from .losses import DecoupledKD, decoupled_kd, per_sample
+from .optim import DecoupledMomentumSGD, backward, from_sgd, to_sgd
 from .topk import TopKSchedule
 
 __all__ = [
@@ -16,8 +16,12 @@ __all__ = [
     "GSNRAllocation",
     "GradientMonitor",
     "TopKSchedule",
+    "backward",
     "decoupled_kd",
+    "from_sgd",
+    "per_sample",
     "register",
+    "to_sgd",
 ]
 __version__ = "0.2.0"
 

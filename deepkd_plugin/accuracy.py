@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .device import autocast, place_batch
+from .device import autocast, classify_in_float32, place_batch, refusals
 from .errors import UserError
 from .run.metrics import Sums
 
@@ -27,6 +27,7 @@ def evaluate(distiller: nn.Module, loader: Any, device: torch.device, solver: An
     return {"test_acc": means["top1"], "test_acc_top5": means["top5"], "test_loss": means["loss"]}
 
 
+@refusals()
 def measure_teacher(distiller: nn.Module, loader: Any, cfg: Any, source: str = "config") -> float | None:
     """Print and return the top-1 in percent of a distiller's teacher on the test images; None without one.
 
@@ -36,6 +37,8 @@ def measure_teacher(distiller: nn.Module, loader: Any, cfg: Any, source: str = "
     teacher = getattr(distiller, "teacher", None)
     if teacher is None:
         return None
+    if cfg.SOLVER.AMP:  # as in a training step
+        classify_in_float32(teacher)
     alone = Alone(teacher)
     device = next(teacher.parameters()).device
     accuracy = evaluate(alone, loader, device, cfg.SOLVER)["test_acc"]

@@ -1,7 +1,10 @@
 """The only module that knows which device a run is on."""
 
 import contextlib
+import functools
+import os
 import random
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,15 +12,54 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .errors import UserError
+
+WORKSPACE, REPEATABLE = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
+"""The environment variable that cuBLAS reads when CUDA starts, and its values under which equal sums repeat."""
+
+NOT_REPEATABLE = "does not have a deterministic implementation"
+"""What PyTorch says of an operation that deterministic algorithms are asked of in vain."""
+
 
 def pick() -> torch.device:
     """Return the CUDA device if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def tune() -> None:
-    """Let cuDNN find the fastest algorithms for batches of one size, as mdistiller's scripts do."""
-    torch.backends.cudnn.benchmark = True
+def tune(deterministic: bool = False) -> None:
+    """Let cuDNN find the fastest algorithms for batches of one size, as mdistiller's scripts do.
+
+    deterministic: take algorithms that repeat their results bit for bit instead, in all of PyTorch. Raises UserError
+    if cuBLAS cannot do so any more: it reads WORKSPACE when CUDA starts.
+    """
+    torch.backends.cudnn.benchmark = not deterministic
+    if not deterministic:
+        return
+    given = os.environ.get(WORKSPACE, REPEATABLE[0])
+    late = WORKSPACE not in os.environ and torch.cuda.is_initialized()
+    if late or given not in REPEATABLE:
+        found = "not set, and CUDA has started already" if late else repr(given)
+        raise UserError(
+            f"environment: {WORKSPACE} is {found}; it must be {' or '.join(REPEATABLE)} with SOLVER.DETERMINISTIC"
+        )
+    os.environ[WORKSPACE] = given
+    torch.backends.cudnn.deterministic = True
+    torch.use_deterministic_algorithms(True)
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """Turn PyTorch's error for an operation without a deterministic algorithm into a UserError that names both."""
+    try:
+        yield
+    except RuntimeError as error:
+        if NOT_REPEATABLE not in str(error):
+            raise
+        operation = str(error).split(NOT_REPEATABLE)[0].split()[-1]
+        raise UserError(
+            f"SOLVER.DETERMINISTIC is True, and {operation} {NOT_REPEATABLE} on this device; set it to False, or take "
+            f"networks without this operation"
+        ) from error
 
 
 def count() -> int:
@@ -46,9 +88,30 @@ def place_batch(batch: Any, device: torch.device, channels_last: bool) -> Any:
     return [place_batch(part, device, channels_last) for part in batch]
 
 
-def parallel(module: nn.Module, always: bool = False) -> nn.Module:
-    """Wrap a module in DataParallel if there are several GPUs, or `always`, as mdistiller's trainers expect."""
-    return nn.DataParallel(module) if always or count() > 1 else module
+def settings(device: torch.device) -> dict[str, str]:
+    """Return what numbers on a GPU depend on beside the code: CUDA, cuDNN, float32 products; {} on a CPU."""
+    if device.type != "cuda":
+        return {}
+    precisions = {"matmul": torch.backends.cuda.matmul, "convolution": torch.backends.cudnn.conv}
+    return {
+        "cuda": str(torch.version.cuda),
+        "cudnn": str(torch.backends.cudnn.version()),
+        # "none" is the default: matmul in float32
+        **{f"{name} precision": backend.fp32_precision for name, backend in precisions.items()},
+    }
+
+
+def parallel(module: nn.Module, asked: bool, always: bool = False) -> nn.Module:
+    """Wrap a module in DataParallel if it is asked for and there are several GPUs.
+
+    asked: SOLVER.DATA_PARALLEL. If it is False, all but one of several GPUs stay idle, and this is said. always: wrap
+    it in any case, as mdistiller's trainers expect.
+    """
+    if always or (asked and count() > 1):
+        return nn.DataParallel(module)
+    if count() > 1:
+        print(f"uses 1 of {count()} GPUs; SOLVER.DATA_PARALLEL True splits each batch over all")
+    return module
 
 
 def tolerate_cuda_calls() -> None:
@@ -79,31 +142,104 @@ def release() -> None:
 
 
 def compile_options(device: torch.device) -> dict[str, Any]:
-    """Return torch.compile's options: on a GPU it uses its CUDA graphs."""
-    return {"mode": "reduce-overhead"} if device.type == "cuda" else {}
+    """Return torch.compile's options: a network for each size of batch, on a GPU with its CUDA graphs."""
+    return {"dynamic": False} | ({"mode": "reduce-overhead"} if device.type == "cuda" else {})
 
 
-@contextlib.contextmanager
-def side_stream() -> Iterator[None]:
-    """Run on a CUDA stream of its own, which warm-up before a capture needs; the current stream then waits."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream().wait_stream(stream)
+def reuses_memory(device: torch.device) -> bool:
+    """Tell whether networks with compile_options write their results where those of the step before are."""
+    return device.type == "cuda"
 
 
-def capture(function: Callable[[], Any]) -> tuple[Any, Any]:
-    """Capture what a function launches as a CUDA graph, not yet run; returns it and the tensors that a replay fills."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = function()
-    return graph, result
+def begin_step() -> None:
+    """Tell compiled networks that what they returned so far is no longer needed, and all that follows is."""
+    torch.compiler.cudagraph_mark_step_begin()
+
+
+class Captures:
+    """What the CUDA graphs of a run share: the stream that they are captured on, and a pool of memory.
+
+    A graph must not be replayed once another was captured after it. It must live until then, and the pool with it.
+    """
+
+    def __init__(self) -> None:
+        self.stream = torch.cuda.Stream()
+        self.pool = torch.cuda.graph_pool_handle()
+
+    @contextlib.contextmanager
+    def warm_up(self) -> Iterator[None]:
+        """Run on the captures' stream, which what is captured later must have done; the current stream then waits."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            yield
+        torch.cuda.current_stream().wait_stream(self.stream)
+
+    def capture(self, function: Callable[[], Any]) -> tuple[Any, Any]:
+        """Capture what a function launches as a CUDA graph, not yet run; returns it and what a replay fills.
+
+        Other threads, as the one that pins memory for a loader, may call CUDA meanwhile. If the function fails, nothing
+        was launched, and stream, allocator and generator of random numbers are as before.
+        """
+        graph, stream, index = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.current_device()
+        generator = torch.cuda.default_generators[index]
+        before = generator.clone_state()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                result = function()
+        except Exception:
+            # torch.cuda.graph leaves its own stream current, and an older PyTorch its pool, if it ends by an error
+            torch.cuda.set_stream(stream)
+            with contextlib.suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(index, self.pool)
+            generator.graphsafe_set_state(before)
+            raise
+        return graph, result
 
 
 def autocast(device: torch.device, enabled: bool) -> contextlib.AbstractContextManager[Any]:
     """Return bfloat16 autocast, or nothing."""
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def autocast_within(module: nn.Module, device: torch.device) -> None:
+    """Let every forward pass of a module run under bfloat16 autocast, whichever thread calls it.
+
+    Autocast is a setting of a thread, and DataParallel calls the module in a thread for each device.
+    """
+    thread = threading.local()
+
+    def enter(module: nn.Module, inputs: Any) -> None:
+        thread.context = autocast(device, True)
+        thread.context.__enter__()
+
+    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+        thread.context.__exit__(None, None, None)
+
+    module.register_forward_pre_hook(enter)
+    # first of all, so that of several such pairs the last to enter is the first to leave
+    module.register_forward_hook(leave, always_call=True, prepend=True)
+
+
+@functools.cache
+def _in_float32(cls: type[nn.Module]) -> type[nn.Module]:
+    """Return a kind of layer that computes in float32 under autocast, and is `cls` otherwise."""
+
+    def forward(self: nn.Module, features: Tensor) -> Tensor:
+        with torch.autocast(features.device.type, enabled=False):
+            return cls.forward(self, features.float())
+
+    return type(cls.__name__, (cls,), {"forward": forward, "__module__": __name__, "in_float32": True})
+
+
+def classify_in_float32(network: nn.Module) -> None:
+    """Let a network's last linear layer compute in float32 under autocast; one without such a layer stays as it is.
+
+    bfloat16 has 8 bits, so among 100 logits many would be equal, and which are the largest would be chance. Weights,
+    their names and what the network computes without autocast do not change. A second call changes nothing.
+    """
+    layers = [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
+    if layers and not hasattr(layers[-1], "in_float32"):
+        layers[-1].__class__ = _in_float32(type(layers[-1]))
 
 
 def shapes_only() -> contextlib.AbstractContextManager[Any]:

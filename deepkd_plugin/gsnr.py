@@ -50,8 +50,9 @@ class GradientMoments:
     coordinate of a subset.
 
     A coordinate whose parameter a stream gives no gradient to in a sample has one sample less; with fewer than two
-    it is "missing". One whose variance is 0, such as behind a dead ReLU, has no ratio. Both are counted and left
-    out of the summaries.
+    it is "missing". One whose variance is 0, such as behind a dead ReLU, has no ratio. One that was inf or NaN in a
+    sample is "not_finite", and the window knows neither its mean nor its variance. All three are counted and left out
+    of the summaries. A stream's norm and angles leave out the samples in which its gradient is not finite.
     """
 
     def __init__(
@@ -93,6 +94,8 @@ class GradientMoments:
         self.counts = [[0] * len(self.params) for _ in self.streams]
         device = self.mean.device
         self.norms = torch.zeros(len(self.streams), dtype=torch.float64, device=device)
+        # samples in which a stream's gradient was finite
+        self.normed = torch.zeros(len(self.streams), dtype=torch.float64, device=device)
         self.degrees = torch.zeros(len(self.pairs), dtype=torch.float64, device=device)
         self.angles = torch.zeros(len(self.pairs), dtype=torch.float64, device=device)
 
@@ -132,18 +135,21 @@ class GradientMoments:
         """Return the window so far as plain numbers; this waits for the device.
 
         {"samples", "coordinates", "parameters", "gsnr": {stream: {"mean", "ratio" (None without a coordinate that
-        has one), "norm" (mean L2 norm of the whole gradient, from the subset's share), "zero_variance",
-        "missing" (numbers of coordinates)}}, "angle": {"a-b": degrees between two streams' gradients, mean over the
-        samples in which neither was 0, None without one}}
+        has one), "norm" (mean L2 norm of the whole gradient, from the subset's share, over the samples in which it was
+        finite; None without one), "zero_variance", "missing", "not_finite" (numbers of coordinates)}}, "angle": {"a-b":
+        degrees between two streams' gradients, mean over the samples in which neither was 0 and both finite, None
+        without one}}
         """
         table = torch.stack([torch.stack(self._sums(s)) for s in range(len(self.streams))]).tolist()
-        norms = (self.norms / max(self.samples, 1)).tolist()
         summaries = {}
-        for stream, (ratios, signal, noise, used, flat), norm in zip(self.streams, table, norms):
+        for stream, (ratios, signal, noise, used, flat, odd), norm, n in zip(
+            self.streams, table, self.norms.tolist(), self.normed.tolist()
+        ):
             summaries[stream] = _summaries(ratios, signal, noise, used) | {
-                "norm": norm,
+                "norm": norm / n if n else None,
                 "zero_variance": int(flat),
-                "missing": self.coordinates - int(used) - int(flat),
+                "missing": self.coordinates - int(used) - int(flat) - int(odd),
+                "not_finite": int(odd),
             }
         degrees, counted = self.degrees.tolist(), self.angles.tolist()
         angle = {pair: d / n if n else None for pair, d, n in zip(self.pairs, degrees, counted)}
@@ -182,10 +188,12 @@ class GradientMoments:
             raise ValueError(f"the window is of streams and coordinates {theirs}, this one has {ours}")
         self.samples = state["samples"]
         self.counts = [list(row) for row in state["counts"]]
+        # before 0.2.0 every sample had a norm
+        state = {"normed": torch.full_like(self.normed, self.samples)} | dict(state)
         for name in self._TENSORS:
             getattr(self, name).copy_(state[name])
 
-    _TENSORS = ("mean", "squares", "norms", "degrees", "angles")
+    _TENSORS = ("mean", "squares", "norms", "normed", "degrees", "angles")
 
     def _flat(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """Return a stream's gradients as one float64 vector of the coordinates that are followed."""
@@ -206,12 +214,14 @@ class GradientMoments:
         """Add the streams' norms and the angles between them, from all dot products at once."""
         products = sample @ sample.T
         lengths = products.diagonal().sqrt()
+        finite = lengths.isfinite()
         # a random subset's dot products are those of all coordinates, on average, times its share
-        self.norms += lengths * math.sqrt(self.parameters / self.coordinates)
+        self.norms += torch.where(finite, lengths, 0.0) * math.sqrt(self.parameters / self.coordinates)
+        self.normed += finite
         for k, (i, j) in enumerate(self.pairs.values()):
             length = lengths[i] * lengths[j]
             cosine = (products[i, j] / length).clamp(-1, 1)
-            there = length > 0
+            there = (length > 0) & length.isfinite()
             self.degrees[k] += torch.where(there, torch.rad2deg(torch.arccos(cosine)), 0.0)
             self.angles[k] += there
 
@@ -219,16 +229,18 @@ class GradientMoments:
         """Return of each coordinate of a stream: whether it has a GSNR, mean², variance, and the GSNR or 0."""
         count = self._spread(self.counts[s])
         variance = self.squares[s] / (count - 1).clamp(min=1)
-        valid = (count >= 2) & (variance > 0)
+        # a sample that was inf or NaN has made both moments so
+        valid = (count >= 2) & (variance > 0) & variance.isfinite()
         squared = self.mean[s].square()
         return valid, squared, variance, torch.where(valid, squared / variance, 0.0)
 
     def _sums(self, s: int) -> list[Tensor]:
-        """Sum over a stream's coordinates: GSNR, mean², variance, how many have one, how many have no variance."""
+        """Sum over a stream's coordinates: GSNR, mean², variance; how many have it, are flat, are not finite."""
         valid, squared, variance, ratio = self._coordinates(s)
-        flat = (self._spread(self.counts[s]) >= 2) & ~valid
+        odd = ~variance.isfinite()
+        flat = (self._spread(self.counts[s]) >= 2) & ~valid & ~odd
         sums = [ratio.sum(), squared.where(valid, 0).sum(), variance.where(valid, 0).sum()]
-        return [*sums, valid.sum().double(), flat.sum().double()]
+        return [*sums, *(which.sum().double() for which in (valid, flat, odd))]
 
 
 def _summaries(ratios: float, signal: float, noise: float, used: float) -> dict[str, float | None]:
@@ -293,8 +305,9 @@ class GSNRAllocation:
 class GradientMonitor:
     """Samples the streams' gradients in a training loop, in windows.
 
-    params: (name, parameter) pairs, of which those that need a gradient are followed. every: iterations between two
-    samples. window: samples until `full`. The rest is GradientMoments'. In a loop of your own::
+    params: (name, parameter) pairs, of which those that need a gradient are followed; one that is frozen later has no
+    gradient from then on. every: iterations between two samples. window: samples until `full`. The rest is
+    GradientMoments'. In a loop of your own::
 
         monitor.tick()                                  # once an iteration
         if monitor.due:
@@ -342,8 +355,10 @@ class GradientMonitor:
         """Add the gradients of `losses` (stream → scalar) to the window; their graph is kept."""
         moments = self.moments
         sets = tuple((stream,) for stream in moments.streams)
-        gradients = backward_by_set(losses, sets, moments.params, retain_graph=True)
-        moments.add(dict(zip(moments.streams, gradients)))
+        live = [p for p in moments.params if p.requires_grad]
+        columns = backward_by_set(losses, sets, live, retain_graph=True) if live else [[] for _ in sets]
+        by_param = [dict(zip(live, column)) for column in columns]
+        moments.add({s: [g.get(p) for p in moments.params] for s, g in zip(moments.streams, by_param)})
 
     def finish(self) -> dict[str, Any]:
         """Return the window's numbers (GradientMoments.summary, "layers" if asked for); a new window begins."""

@@ -50,6 +50,7 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
     name = experiment_name(cfg, options)
     folder = Path(cfg.LOG.PREFIX) / name
     record.check_folder(folder, resume, overwrite)
+    device.tune(cfg.SOLVER.DETERMINISTIC)  # before CUDA starts
     target_device = device.pick()
     device.seed_everything(cfg.SOLVER.SEED)
     train_loader, val_loader, num_data, num_classes = data.get_dataset(cfg)
@@ -61,12 +62,12 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
         # it tests the teacher itself (see hosts/mdistiller.py), and leaves mdistiller's files
         if cfg.LOG.WANDB:
             weights_and_biases(folder, cfg)
-        parallel = device.parallel(distiller, always=True)
+        parallel = device.parallel(distiller, cfg.SOLVER.DATA_PARALLEL, always=True)
         make(name, parallel, train_loader, val_loader, cfg).train(resume=resume)
         return folder
     source = origin.get("DISTILLER.TEACHER_WEIGHTS", "default")
     teacher_acc = measure_teacher(distiller, val_loader, cfg, source)
-    trainer = make(name, device.parallel(distiller), train_loader, val_loader, cfg)
+    trainer = make(name, device.parallel(distiller, cfg.SOLVER.DATA_PARALLEL), train_loader, val_loader, cfg)
     trainer.teacher_acc = teacher_acc
     result = run(trainer, resume, overwrite, command)
     summarise(file, cfg, folder, teacher_acc, result)

@@ -2,6 +2,13 @@
 
 Everything is computed in log space and in float32 or wider, whatever autocast is doing, so that values
 and gradients stay finite if one logit is a thousand above the others.
+
+A class whose logit is −inf in both networks is masked: it has probability 0 in both and adds nothing to a loss or a
+gradient. A target must not be masked, nor a class in one network alone.
+
+The functions can be compiled, exported and mapped (torch.compile, torch.export, torch.func.vmap). Shapes and types are
+checked always; values (labels, masked classes) only where a check can read them without waiting: on a CPU, outside of
+all that. Elsewhere a class that is masked in one network alone gives a loss that means nothing.
 """
 
 from typing import NamedTuple
@@ -9,6 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 
 from .topk import non_target_index, top_k_index
 
@@ -31,11 +39,12 @@ class DecoupledKD(NamedTuple):
 def kd_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
     """Compute T² · KL(teacher ‖ student) of the softmax at temperature T (Hinton et al., 2015).
 
-    Logits (B, C) each; returns (B,). Raises ValueError for other shapes or T ≤ 0.
+    Logits (B, C) each; returns (B,). Raises ValueError for other shapes, integer logits, T ≤ 0 or, on a CPU, a class
+    that is −inf in one network alone.
     """
     _check(student_logits, teacher_logits, temperature)
-    log_s = F.log_softmax(_softened(student_logits, temperature), dim=1)
-    log_t = F.log_softmax(_softened(teacher_logits, temperature), dim=1)
+    log_s = F.log_softmax(_scaled(student_logits, temperature), dim=1)
+    log_t = F.log_softmax(_scaled(teacher_logits, temperature), dim=1)
     return (temperature**2 * _kl(log_t, log_s)).to(wide(student_logits).dtype)
 
 
@@ -58,14 +67,17 @@ def decoupled_kd(
     softmax over all non-target classes and drops the others' terms of the sum, which is then no longer a
     divergence and can be negative.
 
-    Raises ValueError for shapes that do not fit, T ≤ 0, K outside 1 … C − 1, an unknown mask, and, for a
-    target on the CPU, a label outside the classes (a check on a GPU would stop it for every batch).
+    Logits of other shapes, soft labels and positions to ignore: see per_sample.
+
+    Raises ValueError for shapes that do not fit, integer logits, T ≤ 0, K outside 1 … C − 1, an unknown mask, and, on
+    a CPU, a label outside the classes, a masked target or a class that is −inf in one network alone (a check on a GPU
+    would stop it for every batch).
     """
     _check(student_logits, teacher_logits, temperature, target)
     if mask not in MASKS:
         raise ValueError(f"mask must be one of {MASKS}, got {mask!r}")
     target = target.long().unsqueeze(1)
-    student, teacher = _softened(student_logits, temperature), _softened(teacher_logits, temperature)
+    student, teacher = (_scaled(logits, temperature) for logits in (student_logits, teacher_logits))
     rest = non_target_index(target.squeeze(1), student.shape[1])
 
     log_s, log_t = F.log_softmax(student, 1), F.log_softmax(teacher, 1)
@@ -84,12 +96,75 @@ def decoupled_kd(
     return DecoupledKD(*(part.to(wide(student_logits).dtype) for part in parts))
 
 
+class Samples(NamedTuple):
+    """Logits and labels as the losses take them, a row for each sample; made by per_sample."""
+
+    student: Tensor
+    """(N, C)"""
+    teacher: Tensor
+    """(N, C)"""
+    target: Tensor
+    """(N,), integers in [0, C); 0 for a sample that is ignored."""
+    counted: Tensor
+    """(N,), False for a sample that is ignored."""
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Average values (N,) over the samples that count: a scalar; 0, with a gradient of 0, if none does."""
+        if values.shape != self.counted.shape:
+            raise ValueError(f"values must be {tuple(self.counted.shape)}, one a sample, got {tuple(values.shape)}")
+        return values.masked_fill(~self.counted, 0.0).sum() / self.counted.sum().clamp(min=1)
+
+
+def per_sample(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor, class_dim: int = 1, ignore_index: int = -100
+) -> Samples:
+    """Flatten logits of any shape, soft labels and labels to ignore into what kd_divergence and decoupled_kd take.
+
+    student_logits, teacher_logits: one shape, with the C classes in dimension class_dim: 1 for (B, C) and (B, C, H, W),
+    -1 for (B, L, C). target: integers of that shape without class_dim, or soft labels (mixup, cutmix) of that very
+    shape. N is the number of labels, whatever they are, so the shapes suit a compiled loop; a tensor (N,) of losses
+    is in the order of the labels.
+
+    ignore_index: an integer label that marks a sample to leave out, as in torch.nn.functional.cross_entropy. Its logits
+    count as 0, whatever they are, so its losses and gradients are finite, and Samples.mean leaves it out.
+
+    A soft label's target class is its largest, the first of equals. TCKD then speaks of that class, and NCKD of all
+    others, those that the label names beside it included.
+
+    Raises ValueError for shapes or types that do not fit.
+    """
+    shape = tuple(student_logits.shape)
+    if len(shape) < 2 or shape != teacher_logits.shape or not -len(shape) <= class_dim < len(shape):
+        raise ValueError(
+            f"student and teacher logits must have one shape, with the classes in dimension class_dim={class_dim}, got "
+            f"{shape} and {tuple(teacher_logits.shape)}"
+        )
+    columns = [
+        logits.movedim(class_dim, -1).reshape(-1, shape[class_dim]) for logits in (student_logits, teacher_logits)
+    ]
+    without = student_logits.movedim(class_dim, -1).shape[:-1]
+    soft = target.is_floating_point()
+    if target.shape != (shape if soft else without) or target.dtype == torch.bool:
+        raise ValueError(
+            f"target must be integers {tuple(without)} or soft labels {shape}, for logits {shape} with class_dim="
+            f"{class_dim}, got {tuple(target.shape)} of {target.dtype}"
+        )
+    labels = (target.argmax(class_dim) if soft else target.long()).reshape(-1)
+    counted = torch.ones_like(labels, dtype=torch.bool) if soft else labels != ignore_index
+    student, teacher = (logits.masked_fill(~counted.unsqueeze(1), 0.0) for logits in columns)
+    return Samples(student, teacher, labels.masked_fill(~counted, 0), counted)
+
+
 def standardise_logits(logits: Tensor) -> Tensor:
     """Give each sample's logits mean 0 and standard deviation 1 (Sun et al., 2024, logit standardisation).
 
     logits: (B, C); returns (B, C) in float32 or wider. The deviation is the unbiased one. 1e-7 is added to
-    it, as in the method's release.
+    it, as in the method's release. Raises ValueError for integer logits and, on a CPU, for a masked class: −inf has
+    no mean.
     """
+    _check_type(logits)
+    if _readable(logits) and logits.isneginf().any():
+        raise ValueError("logits that hold −inf (a masked class) cannot be standardised")
     logits = wide(logits)
     return (logits - logits.mean(-1, keepdim=True)) / (logits.std(-1, keepdim=True) + 1e-7)
 
@@ -104,28 +179,58 @@ def wide(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
-def _softened(logits: Tensor, temperature: float) -> Tensor:
-    """Return z / T, in float64 if float32 would lose what T² is to multiply."""
-    return (wide(logits) if temperature <= FLOAT32_UP_TO else logits.double()) / temperature
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    """Return logits / T in float32 or wider, with a number for −inf that still has probability 0 and no gradient.
+
+    Above FLOAT32_UP_TO it is float64: what T² is to multiply must not be rounded before. −inf itself makes NaN of
+    0 · (−inf + inf) and of the softmax over classes that are all masked.
+    """
+    scaled = (wide(logits) if temperature <= FLOAT32_UP_TO else logits.double()) / temperature
+    # half, so that subtracting the row's maximum does not bring −inf back
+    return scaled.clamp(min=torch.finfo(scaled.dtype).min / 2)
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Tell whether a check may read values: on a CPU, and nothing traces, fakes, shards or maps the tensor."""
+    return (
+        tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and type(tensor) in (Tensor, Parameter)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+def _check_type(*logits: Tensor) -> None:
+    if not all(part.is_floating_point() for part in logits):
+        raise ValueError(f"logits must be floating-point numbers, got {', '.join(str(part.dtype) for part in logits)}")
 
 
 def _check(student: Tensor, teacher: Tensor, temperature: float, target: Tensor | None = None) -> None:
     if student.ndim != 2 or student.shape != teacher.shape:
         raise ValueError(
             f"student and teacher logits must have one shape (B, C), got {tuple(student.shape)} and "
-            f"{tuple(teacher.shape)}"
+            f"{tuple(teacher.shape)}; per_sample flattens logits with more dimensions"
         )
+    _check_type(student, teacher)
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature!r}")
-    if target is None:
-        return
     num_classes = student.shape[1]
-    if num_classes < 2:
-        raise ValueError(f"decoupling needs at least 2 classes, got logits of shape {tuple(student.shape)}")
-    if target.shape != student.shape[:1] or target.is_floating_point() or target.dtype == torch.bool:
-        raise ValueError(
-            f"target must be {student.shape[0]} integer labels, one a sample, got "
-            f"{tuple(target.shape)} of {target.dtype}"
-        )
-    if target.device.type == "cpu" and target.numel() and not 0 <= target.min() <= target.max() < num_classes:
-        raise ValueError(f"labels must be in 0 … {num_classes - 1}, got {target.min().item()} … {target.max().item()}")
+    if target is not None:
+        if num_classes < 2:
+            raise ValueError(f"decoupling needs at least 2 classes, got logits of shape {tuple(student.shape)}")
+        if target.shape != student.shape[:1] or target.is_floating_point() or target.dtype == torch.bool:
+            raise ValueError(
+                f"target must be {student.shape[0]} integer labels, one a sample, got "
+                f"{tuple(target.shape)} of {target.dtype}; per_sample takes soft labels"
+            )
+        if _readable(target) and target.numel() and not 0 <= target.min() <= target.max() < num_classes:
+            low, high = target.min().item(), target.max().item()
+            raise ValueError(f"labels must be in 0 … {num_classes - 1}, got {low} … {high}")
+    if not _readable(student) or not _readable(teacher):
+        return
+    masked = teacher.isneginf()
+    if not torch.equal(student.isneginf(), masked):
+        raise ValueError("a class must be masked (−inf) in both networks or in none; it is in one of them alone")
+    if target is not None and _readable(target) and masked.gather(1, target.long().unsqueeze(1)).any():
+        raise ValueError("the target class of a sample is masked (−inf); mask other classes, or leave the sample out")

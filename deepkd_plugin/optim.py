@@ -1,20 +1,31 @@
 """Stochastic gradient descent with one momentum buffer for each gradient stream (DeepKD, section 3)."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from .streams import Ledger, Sets, backward_by_set, merge_streams
+from .ledger import Ledger
+from .streams import Sets, backward_by_set, merge_streams
+from .updates import Coefficients, Options, Update, update_foreach, update_single
+
+DAMPENINGS = ("ema", "matched")
+"""What dampening may be beside a number."""
 
 
-class Coefficients(NamedTuple):
-    """How one stream's buffer moves: v ← momentum · v + (1 − dampening) · g."""
+class Momenta(dict[str, float]):
+    """Stream → momentum. `torch.tensor` reads it as the largest, for loggers that expect one number."""
 
-    momentum: float
-    dampening: float
+    def __dlpack__(self, **options: Any) -> Any:
+        return torch.tensor(max(self.values(), default=0.0), dtype=torch.float64).__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return torch.empty(()).__dlpack_device__()
 
 
 class DecoupledMomentumSGD(Optimizer):
@@ -27,10 +38,17 @@ class DecoupledMomentumSGD(Optimizer):
     with v_i = g_i in a parameter's first step, as in torch.optim.SGD. With one stream it is that
     optimizer; with two it is DOT (Zhao et al., 2023); with `tog`, `tcg` and `ncg` it is DeepKD's.
 
-    momentum: stream name → m_i in [0, 1). dampening: a number in [0, 1], or "ema" for d_i = m_i; without
-    momentum (m_i = 0) it is ignored, as in torch.optim.SGD. weight_decay: λ · θ is added to the gradient
-    of the one stream `weight_decay_stream`, which may be left out if there is only one. foreach: use
-    the multi-tensor update (default) or the single-tensor one that reads like the formula.
+    lr: a number, or a tensor of shape (). momentum: stream name → m_i in [0, 1); one number is one stream,
+    "task". weight_decay: λ · θ is added to the gradient of the one stream `weight_decay_stream`, which may
+    be left out if there is only one. dampening: a number in [0, 1], which without momentum (m_i = 0) is
+    ignored, as in torch.optim.SGD; or one of two averages whose buffers start at 0:
+
+    - "ema": d_i = m_i, so v_i is a running mean of g_i;
+    - "matched": (1 − d_i) = (1 − m_i) / (1 − μ) with μ = `matched_to`, so every stream's steps are as long
+      as those of plain SGD with momentum μ, and only the smoothing differs.
+
+    nesterov: θ ← θ − lr · Σ_i (g_i + m_i · v_i); needs dampening 0. maximize: go uphill. foreach: use the
+    multi-tensor update (default) or the single-tensor one that reads like the formula.
 
     Use::
 
@@ -41,73 +59,88 @@ class DecoupledMomentumSGD(Optimizer):
     `backward` may be called several times before a step; gradients add up. `p.grad` holds the sum of the
     streams. With a single stream (or all coefficients equal) p.grad is what `step` reads, so gradient
     clipping, a GradScaler and plain `loss.backward()` work as with any optimizer. With several, `step` reads
-    and uses up the streams' own gradients: whatever changes p.grad between the two goes through `clip`,
-    `scale_gradients` and `average_gradients`, which bring the streams along.
+    and uses up the streams' own gradients. If somebody else multiplied p.grad meanwhile by one common factor
+    (clip_grad_norm_, a GradScaler), the streams follow; p.grad = None drops that parameter's gradients. Any
+    other change is refused by the next call here: it goes through `clip`, `scale_gradients`,
+    `average_gradients` or `collect`. A GradScaler steps this optimizer by its own protocol: one scale, one
+    decision to skip, and a step that is skipped leaves every buffer alone.
+
+    Several processes: `backward` uses torch.autograd.grad, so it runs neither DistributedDataParallel's hooks
+    nor those of register_post_accumulate_grad_hook, which would see the sum of the streams only. Call
+    `average_gradients` between backward and step. For FSDP2, whose weights only a real backward reaches, call
+    `loss.backward()` and `collect(stream)` for one stream after the other.
 
     merge: let streams with equal coefficients, in every parameter group, share a buffer and a backward pass (the same
-    result up to rounding). Coefficients may be changed between steps through `param_groups[i]["momentum"]`. Streams
-    that become equal have their buffers added, exactly. Streams that stop being equal take equal shares
+    result up to rounding). Coefficients may be changed between steps through `param_groups[i]["momentum"]`. A number
+    there, which OneCycleLR and CyclicLR write, becomes the largest momentum, and the other streams' keep their ratio
+    to it. Streams that become equal have their buffers added, exactly. Streams that stop being equal take equal shares
     of the buffer that they had in common: the sum, and so the update, is continuous, but which of them
     the past belonged to is no longer known, and that difference fades with their momenta. If a
     schedule will separate them and the history must be exact from the first step, pass merge=False.
 
-    batched: make the backward passes as one with stacked gradients (see streams.backward_by_set).
     capturable: move the buffers in place, so that a step captured as a CUDA graph after the first can be
-    replayed; otherwise gradients become the buffers, which is faster. Both are attributes that may be changed
-    between steps, and no part of the state.
+    replayed; otherwise gradients become the buffers, which is faster. It may be changed between steps through
+    `param_groups[i]["capturable"]`, and loading a state leaves it as it is.
+
+    A parameter's state has a tensor for each buffer: "momentum_buffer_" and its streams, joined by "+".
 
     Raises ValueError for a learning rate or decay below 0, a coefficient outside its range, group streams
-    that differ from the first group's, or an unknown stream; RuntimeError for a step without gradients by
-    stream or with sparse gradients.
+    that differ from the first group's, or an unknown stream; TypeError for losses that are no tensors by stream;
+    RuntimeError for a step without gradients by stream or with sparse gradients.
     """
+
+    _step_supports_amp_scaling = True  # torch.amp.GradScaler's name for: step reads grad_scale and found_inf
 
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float,
-        momentum: Mapping[str, float],
+        lr: float | Tensor,
+        momentum: Mapping[str, float] | float,
         weight_decay: float = 0.0,
         weight_decay_stream: str | None = None,
         dampening: float | str = 0.0,
         *,
+        matched_to: float | None = None,
+        nesterov: bool = False,
+        maximize: bool = False,
         merge: bool = True,
         foreach: bool = True,
-        batched: bool = False,
         capturable: bool = False,
     ) -> None:
+        if not isinstance(momentum, Mapping):
+            momentum = {"task": momentum}
+        _check_names(momentum)
         defaults = {
             "lr": lr,
-            "momentum": momentum,
+            "momentum": dict(momentum),
             "weight_decay": weight_decay,
             "weight_decay_stream": weight_decay_stream,
             "dampening": dampening,
+            "matched_to": matched_to,
+            "nesterov": nesterov,
+            "maximize": maximize,
             "merge": merge,
             "foreach": foreach,
+            "capturable": capturable,
         }
-        self.batched = batched
-        self.capturable = capturable
         self._pending = Ledger()
         super().__init__(params, defaults)
 
     @property
     def streams(self) -> tuple[str, ...]:
         """The streams' names, in order."""
-        return tuple(self.param_groups[0]["momentum"])
+        return tuple(self.defaults["momentum"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check_momentum(group)
-            group["momentum"] = dict(group["momentum"])  # groups must not share one mapping
-            if tuple(group["momentum"]) != self.streams:
-                raise ValueError(
-                    f"every parameter group needs the streams {self.streams}, got {tuple(group['momentum'])}"
-                )
+            if isinstance(group["momentum"], Mapping):
+                group["momentum"] = Momenta(group["momentum"])  # groups must not share one mapping
             if group["weight_decay_stream"] is None and len(self.streams) == 1:
                 group["weight_decay_stream"] = self.streams[0]
-            _check_group(group)
-        except ValueError:
+            self._check_group(group)
+        except (TypeError, ValueError):
             self.param_groups.pop()
             raise
 
@@ -115,24 +148,44 @@ class DecoupledMomentumSGD(Optimizer):
         """Add the gradients of `losses` (stream → scalar) to the streams' gradients and their sum to p.grad.
 
         One backward pass is made for each set of streams with equal coefficients. A stream may be left
-        out; its gradient then counts as zero.
+        out; its gradient then counts as zero. A call that is refused leaves all gradients as they were.
         """
+        for group in self.param_groups:
+            self._check_group(group)
         params, sets = self._trained(), self._sets()
-        self._pending.forget_stale()
-        self._pending.expect(sets)  # before the work of a pass
-        gradients = backward_by_set(losses, sets, params, retain_graph, self.batched)
+        self._pending.begin(sets, params)
+        gradients = backward_by_set(losses, sets, params, retain_graph)
         self._pending.add(sets, params, gradients)
 
     @torch.no_grad()
-    def clip(self, clipper: Callable[[list[Tensor]], Any]) -> None:
+    def collect(self, stream: str) -> None:
+        """Take what a `backward()` of your own added to p.grad into a stream::
+
+            opt.zero_grad()
+            loss_a.backward(retain_graph=True); opt.collect("tog")
+            loss_b.backward(); opt.collect("ncg")
+            opt.step()
+
+        For wrappers that reduce gradients in their hooks, such as FSDP2. p.grad must not be changed by anything else
+        between two calls. Of the second stream on, what p.grad gained is taken, so a gradient is exact to the
+        rounding of the sum. Raises ValueError for an unknown stream, RuntimeError if there is no gradient.
+        """
+        if stream not in self.streams:
+            raise ValueError(f"unknown stream {stream!r}; the streams are {list(self.streams)}")
+        for group in self.param_groups:
+            self._check_group(group)
+        self._pending.collect(stream, self._sets(), self._params())
+
+    @torch.no_grad()
+    def clip(self, clipper: Callable[[list[Tensor]], Any]) -> Any:
         """Let `clipper` clip p.grad of the parameters that it is given, in place; the streams follow it.
 
-        Each coordinate of each stream is scaled as that of their sum was, so a clipped sum stays the streams'
-        sum. If streams cancel exactly there is nothing to follow, and they stay as they are::
+        Returns what `clipper` returns. Each coordinate of each stream is scaled as that of their sum was, so a clipped
+        sum stays the streams' sum. If streams cancel exactly there is nothing to follow, and they stay as they are::
 
-            opt.clip(lambda params: torch.nn.utils.clip_grad_norm_(params, 10.0))
+            norm = opt.clip(lambda params: torch.nn.utils.clip_grad_norm_(params, 10.0))
         """
-        self._pending.clip(self._params(), clipper)
+        return self._pending.clip(self._params(), clipper)
 
     @torch.no_grad()
     def scale_gradients(self, factor: float | Tensor) -> None:
@@ -150,47 +203,59 @@ class DecoupledMomentumSGD(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the parameters. `closure`, if given, must call `backward` and return the loss."""
+        """Update the parameters. `closure`, if given, must call `backward` and return the loss.
+
+        A parameter without p.grad is left out. One that some streams do not reach has gradient 0 in them.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._pending.forget_stale()
-        # everything that can be refused is refused before the first weight moves
-        for group in self.param_groups:
-            _check_group(group)
-        sets = self._sets()
-        gradients = self._pending.merged(sets, self._params())
-        if any(g.is_sparse for by_parameter in gradients for g in by_parameter.values()):
-            raise RuntimeError("DecoupledMomentumSGD does not take sparse gradients")
-        for group in self.param_groups:
-            self._step_group(group, sets, gradients)
-        self._pending.clear()
+        plans = self._plan(compiling=torch.compiler.is_compiling())
+        buffers = [update(*arguments) for update, arguments in plans]
+        self._keep([arguments[0] for _, arguments in plans], buffers)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
-        self._pending.clear()
+        self._pending.zeroed(self._params())
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        for group in state["param_groups"]:
+            if isinstance(group["momentum"], Mapping):
+                group["momentum"] = dict(group["momentum"])  # of a plain class, for safe loaders
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what state_dict gave; buffers take the device and dtype of the parameters here.
 
-        A state holds, for each parameter, one buffer for each entry of its group's "buffers", which names the
-        streams that the buffer belongs to. Pending gradients are no part of it.
+        Pending gradients are no part of a state. A pre-hook runs before the check of streams: with
+        `opt.register_load_state_dict_pre_hook(from_sgd)` the state may be torch.optim.SGD's.
         """
-        for group in state_dict["param_groups"]:
-            momentum = group.get("momentum")
-            if not isinstance(momentum, Mapping) or tuple(momentum) != self.streams:
-                names = tuple(momentum) if isinstance(momentum, Mapping) else None
-                raise ValueError(f"the state has the streams {names}, this optimizer {self.streams}")
+        capturable = [group["capturable"] for group in self.param_groups]
         super().load_state_dict(state_dict)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"batched": self.batched, "capturable": self.capturable}
+        for group, value in zip(self.param_groups, capturable):
+            group["capturable"] = value
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if hasattr(self, "defaults"):  # a state is loaded, after its pre-hooks; otherwise this is a copy or unpickled
+            for group in state["param_groups"]:
+                momentum = group.get("momentum")
+                names = tuple(momentum) if isinstance(momentum, Mapping) else None
+                cycles = isinstance(momentum, Real) and "momentum_shares" in group
+                if names != self.streams and not cycles:
+                    hint = "; from_sgd as a pre-hook takes torch.optim.SGD's" if names is None else ""
+                    raise ValueError(f"the state has the streams {names}, this optimizer {self.streams}{hint}")
+            _name_buffers(state, self.streams)
+        else:
+            self._pending = Ledger()
         super().__setstate__(state)
-        self._pending = Ledger()
+        for group in self.param_groups:
+            for name in ("matched_to", "nesterov", "maximize", "capturable"):  # groups of 0.1 have none
+                group.setdefault(name, None if name == "matched_to" else False)
+            if isinstance(group["momentum"], Mapping):
+                group["momentum"] = Momenta(group["momentum"])
 
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -204,152 +269,247 @@ class DecoupledMomentumSGD(Optimizer):
             return tuple((name,) for name in self.streams)
         return merge_streams([_coefficients(group) for group in self.param_groups])
 
-    def _step_group(self, group: dict[str, Any], sets: Sets, gradients: list[dict[Tensor, Tensor]]) -> None:
-        self._regroup(group, sets)
-        params = [p for p in group["params"] if any(p in by_parameter for by_parameter in gradients)]
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Spread a number in group["momentum"] over the streams; raise ValueError for the first bad value."""
+        momentum = group["momentum"]
+        if isinstance(momentum, Real) and not isinstance(momentum, bool):
+            shares = group.get("momentum_shares") or _shares(self.defaults["momentum"])
+            group["momentum"] = momentum = Momenta({name: float(momentum) * share for name, share in shares.items()})
+        if not isinstance(momentum, Mapping):
+            raise ValueError(f"momentum must map stream names to numbers, or be a number, got {momentum!r}")
+        if tuple(momentum) != self.streams:
+            raise ValueError(
+                f"every parameter group needs the streams {self.streams} in this order, got {tuple(momentum)}"
+            )
+        _check_values(group)
+        if any(momentum.values()):  # at 0 the ratios cannot be read off
+            group["momentum_shares"] = _shares(momentum)
+
+    @_disable_dynamo  # only the updates are worth compiling
+    def _plan(self, compiling: bool) -> list[tuple[Update, tuple[Any, ...]]]:
+        """Return the updates of a step with their arguments; what can be refused is refused before a weight moves."""
+        for group in self.param_groups:
+            self._check_group(group)
+        sets, params = self._sets(), self._params()
+        scale, overflow = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if overflow is not None and overflow.item():
+            return []
+        self._pending.settle(params, unscaled=overflow is not None and scale is None)
+        if scale is not None:
+            self._pending.scale(params, 1.0 / scale)
+        self._pending.warn_if_alone(type(self).__name__)
+        gradients = self._pending.merged(sets, params)
+        if any(g.is_sparse for by_parameter in gradients for g in by_parameter.values()):
+            raise RuntimeError("DecoupledMomentumSGD does not take sparse gradients")
+        self._pending.clear()
+        if not self.state and self._is_rehearsal():
+            for p in params:
+                if p.grad is not None:
+                    self.state[p].update((_buffer_name(names), torch.zeros_like(p)) for names in sets)
+            return []
+        return [self._plan_group(group, sets, gradients, compiling) for group in self.param_groups]
+
+    def _plan_group(
+        self, group: dict[str, Any], sets: Sets, gradients: list[dict[Tensor, Tensor]], compiling: bool
+    ) -> tuple[Update, tuple[Any, ...]]:
+        params = [p for p in group["params"] if p.grad is not None]
         coefficients = _coefficients(group)
-        update = _update_foreach if group["foreach"] else _update_single
-        new = update(
+        lr, in_place = group["lr"], len(sets) == 1 or group["capturable"]
+        if isinstance(lr, Tensor) and not (group["capturable"] or compiling):
+            lr = lr.item()
+        arguments = (
             params,
             [[by_parameter.get(p) for p in params] for by_parameter in gradients],
-            [self.state[p].get("buffers") for p in params],
+            [self._buffers(p, sets) for p in params],
             [coefficients[names[0]] for names in sets],
-            group["lr"],
             [group["weight_decay"] if group["weight_decay_stream"] in names else 0.0 for names in sets],
-            consume=len(sets) > 1 and not self.capturable,
+            Options(lr, group["nesterov"], group["maximize"], in_place),
         )
-        for p, buffers in zip(params, new):
-            self.state[p]["buffers"] = buffers
+        return update_foreach if group["foreach"] else update_single, arguments
 
-    def _regroup(self, group: dict[str, Any], sets: Sets) -> None:
-        """Bring the buffers of a group into the partition `sets`; what they add up to stays the same."""
-        before = tuple(tuple(names) for names in group.get("buffers", ()))
-        group["buffers"] = [list(names) for names in sets]
-        if not before or before == sets:
-            return
+    @_disable_dynamo
+    def _keep(self, params: list[list[Tensor]], buffers: list[list[list[Tensor]]]) -> None:
+        """Put the buffers, [group][parameter][set], into the state."""
+        names = [_buffer_name(streams) for streams in self._sets()]
+        for of_group in zip(params, buffers):
+            for p, new in zip(*of_group):
+                self.state[p].update(zip(names, new))
+
+    def _buffers(self, p: Tensor, sets: Sets) -> list[Tensor]:
+        """Return a parameter's buffers in the partition `sets`; what they add up to stays the same.
+
+        Buffers of another partition are taken out of its state. Before the first step there are none.
+        """
+        state = self.state[p]
+        if not state:
+            return []
+        names = [_buffer_name(members) for members in sets]
+        if list(state) == names:
+            return list(state.values())
+        shares = {
+            stream: buffer / len(streams)
+            for key, buffer in state.items()
+            for streams in [_buffer_streams(key)]
+            for stream in streams
+        }
+        state.clear()
+        # in the old buffers' order, which is the order that they are added up in
+        parts = [[share for stream, share in shares.items() if stream in members] for members in sets]
+        return [sum(rest, first) for first, *rest in parts]
+
+    def _is_rehearsal(self) -> bool:
+        """Tell whether a step only asks for buffers: torch.distributed.checkpoint takes one with all zeros."""
+        if any(float(group["lr"]) for group in self.param_groups):
+            return False
+        return not any(bool(p.grad.any()) for p in self._params() if p.grad is not None)
+
+
+def backward(optimizer: Any, losses: Mapping[str, Tensor], retain_graph: bool = False) -> None:
+    """Call the `backward` of the DecoupledMomentumSGD inside a wrapper, such as Accelerate's.
+
+    losses: stream → scalar. As Accelerate's own backward does, the losses are divided by its gradient accumulation
+    steps and multiplied by its GradScaler's scale. Raises TypeError if no such optimizer is inside.
+    """
+    inner, scaled = optimizer, losses
+    while not isinstance(inner, DecoupledMomentumSGD):
+        steps = getattr(getattr(inner, "gradient_state", None), "num_steps", 1)
+        scaler = getattr(inner, "scaler", None)
+        if isinstance(losses, Mapping):
+            scaled = {name: loss / steps for name, loss in scaled.items()}
+            scaled = {name: scaler.scale(loss) for name, loss in scaled.items()} if scaler is not None else scaled
+        inner = getattr(inner, "optimizer", None)
+        if inner is None:
+            raise TypeError(f"backward takes a DecoupledMomentumSGD or its wrapper, got {type(optimizer).__name__}")
+    inner.backward(scaled, retain_graph)
+
+
+def from_sgd(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Convert torch.optim.SGD's state to DecoupledMomentumSGD's; for `register_load_state_dict_pre_hook`.
+
+    Its one buffer becomes all streams', which take equal shares of it if their momenta differ. Momenta and dampening
+    are those of `optimizer`; learning rate, decay, nesterov and maximize are the state's. Another state is returned as
+    it is.
+    """
+    if not _is_sgd(state_dict):
+        return state_dict
+    name = _buffer_name(tuple(optimizer.defaults["momentum"]))
+    buffers = {i: state.get("momentum_buffer") for i, state in state_dict["state"].items()}
+    state = {i: {name: buffer} for i, buffer in buffers.items() if buffer is not None}
+    return {"state": state, "param_groups": _groups_for(optimizer, state_dict)}
+
+
+def to_sgd(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Convert DecoupledMomentumSGD's state to torch.optim.SGD's; for `register_load_state_dict_pre_hook`.
+
+    SGD's buffer is the sum of the streams'. Momentum and dampening are those of `optimizer`, an SGD; learning rate,
+    decay, nesterov and maximize are the state's. Another state is returned as it is.
+    """
+    if _is_sgd(state_dict):
+        return state_dict
+    state = {}
+    for i, buffers in state_dict["state"].items():
+        first, *rest = buffers.values()
+        state[i] = {"momentum_buffer": sum(rest, first)}
+    return {"state": state, "param_groups": _groups_for(optimizer, state_dict)}
+
+
+def _is_sgd(state_dict: Mapping[str, Any]) -> bool:
+    groups = state_dict["param_groups"]
+    return all(isinstance(group.get("momentum"), Real) and "momentum_shares" not in group for group in groups)
+
+
+def _groups_for(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a state's groups as `optimizer` has them, with what both kinds of SGD mean alike taken from the state."""
+    shared = ("params", "lr", "initial_lr", "weight_decay", "nesterov", "maximize")
+    mine, theirs = optimizer.param_groups, state_dict["param_groups"]
+    if len(mine) != len(theirs):
+        raise ValueError(f"the state has {len(theirs)} parameter groups, this optimizer {len(mine)}")
+    return [own | {k: group[k] for k in shared if k in group} for own, group in zip(mine, theirs)]
+
+
+def _buffer_name(streams: Iterable[str]) -> str:
+    return "momentum_buffer_" + "+".join(streams)
+
+
+def _buffer_streams(name: str) -> list[str]:
+    return name.removeprefix("momentum_buffer_").split("+")
+
+
+def _name_buffers(state: dict[str, Any], streams: tuple[str, ...]) -> None:
+    """Give the buffers of a state that is loaded their names, if it is of 0.1, and check them.
+
+    0.1 had a list "buffers" for each parameter, and in the group the streams of each. Raises ValueError for a state
+    that has not one buffer of the parameter's shape for every stream.
+    """
+    for group in state["param_groups"]:
+        names = [_buffer_name(members) for members in group.pop("buffers", ())]
         for p in group["params"]:
-            old = self.state[p].get("buffers") if p in self.state else None
-            if old is None:
+            own = state["state"].get(p)
+            if not own:
                 continue
-            shares = {name: buffer / len(names) for names, buffer in zip(before, old) for name in names}
-            # in the old sets' order, which is the order that their buffers are added up in
-            new = [[share for name, share in shares.items() if name in names] for names in sets]
-            self.state[p]["buffers"] = [sum(rest, first) for first, *rest in new]
+            if isinstance(own.get("buffers"), list):
+                own = state["state"][p] = dict(zip(names, own["buffers"]))
+            found = sorted(stream for name in own for stream in _buffer_streams(name))
+            fits = all(isinstance(buffer, Tensor) and buffer.shape == p.shape for buffer in own.values())
+            if found != sorted(streams) or not fits:
+                raise ValueError(
+                    f"the state of a parameter of shape {tuple(p.shape)} has {list(own)}; it must have a tensor of "
+                    f"that shape for each of the streams {streams}"
+                )
 
 
 def _coefficients(group: Mapping[str, Any]) -> dict[str, Coefficients]:
-    """Return stream → (m_i, d_i). Without momentum dampening has nothing to damp, as in torch.optim.SGD."""
+    """Return stream → coefficients. Without momentum a number as dampening has nothing to damp, as in torch.optim."""
     dampening = group["dampening"]
-    return {
-        name: Coefficients(m, m if dampening == "ema" else float(dampening) if m else 0.0)
-        for name, m in group["momentum"].items()
-    }
+    if dampening == "ema":
+        return {name: Coefficients(m, 1 - m, True) for name, m in group["momentum"].items()}
+    if dampening == "matched":
+        length = 1 - group["matched_to"]
+        return {name: Coefficients(m, (1 - m) / length, True) for name, m in group["momentum"].items()}
+    return {name: Coefficients(m, 1 - float(dampening) if m else 1.0, False) for name, m in group["momentum"].items()}
 
 
-def _check_momentum(group: Mapping[str, Any]) -> None:
-    # a scheduler that cycles momentum would put a number here
-    if not isinstance(group["momentum"], Mapping) or not group["momentum"]:
-        raise ValueError(f"momentum must map stream names to numbers, got {group['momentum']!r}")
+def _shares(momentum: Mapping[str, float]) -> dict[str, float]:
+    """Return each stream's momentum as a share of the largest; all 1 if that is 0."""
+    largest = max(momentum.values())
+    return {name: m / largest if largest else 1.0 for name, m in momentum.items()}
 
 
-def _check_group(group: Mapping[str, Any]) -> None:
+def _check_names(momentum: Mapping[str, float]) -> None:
+    if not momentum:
+        raise ValueError(f"momentum must map stream names to numbers, or be a number, got {momentum!r}")
+    for name in momentum:
+        if not isinstance(name, str) or not name or "+" in name:
+            raise ValueError(f"a stream's name must be a word without '+', got {name!r}")
+
+
+def _check_values(group: Mapping[str, Any]) -> None:
     """Raise ValueError for the first value of a parameter group that is out of range."""
-    if not group["lr"] >= 0.0:
-        raise ValueError(f"lr must be at least 0, got {group['lr']!r}")
-    if not group["weight_decay"] >= 0.0:
-        raise ValueError(f"weight_decay must be at least 0, got {group['weight_decay']!r}")
-    _check_momentum(group)
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        if lr.ndim:
+            raise ValueError(f"lr must be a number or a tensor of shape (), got a tensor of shape {tuple(lr.shape)}")
+        if lr.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would wait for the device
+            lr = lr.item()
+    if not isinstance(lr, Tensor) and not _in_range(lr, 0.0):
+        raise ValueError(f"lr must be at least 0 and finite, got {lr!r}")
+    if not _in_range(group["weight_decay"], 0.0):
+        raise ValueError(f"weight_decay must be at least 0 and finite, got {group['weight_decay']!r}")
     for name, m in group["momentum"].items():
-        if not 0.0 <= m < 1.0:
+        if not _in_range(m, 0.0) or not m < 1.0:
             raise ValueError(f"momentum of stream {name!r} must be in [0, 1), got {m!r}")
-    dampening = group["dampening"]
-    if dampening != "ema" and (isinstance(dampening, str) or not 0.0 <= dampening <= 1.0):
-        raise ValueError(f'dampening must be a number in [0, 1] or "ema", got {dampening!r}')
+    dampening, matched_to = group["dampening"], group["matched_to"]
+    if dampening not in DAMPENINGS and not _in_range(dampening, 0.0, 1.0):
+        raise ValueError(f'dampening must be a number in [0, 1], "ema" or "matched", got {dampening!r}')
+    if dampening == "matched" and (not _in_range(matched_to, 0.0) or not matched_to < 1.0):
+        raise ValueError(f'dampening "matched" needs a momentum in [0, 1) as matched_to, got {matched_to!r}')
+    if group["nesterov"] and (dampening != 0 or not any(group["momentum"].values())):
+        raise ValueError("nesterov needs a momentum and dampening 0")
     if group["weight_decay"] and group["weight_decay_stream"] not in group["momentum"]:
         raise ValueError(
             f"weight_decay_stream must name one of {tuple(group['momentum'])}, got {group['weight_decay_stream']!r}"
         )
 
 
-Gradients = Sequence[Sequence["Tensor | None"]]
-
-Buffers = Sequence["list[Tensor] | None"]
-
-
-def _update_single(
-    params: Sequence[Tensor],
-    gradients: Gradients,
-    buffers: Buffers,
-    coefficients: Sequence[Coefficients],
-    lr: float,
-    weight_decay: Sequence[float],
-    consume: bool,
-) -> list[list[Tensor]]:
-    """Update one parameter after the other: the specification that the foreach version is tested against.
-
-    gradients: [set][parameter]; buffers: [parameter][set], None before the first step; coefficients and
-    weight_decay: [set]. consume: whether the gradients' memory may be used up (nothing here does).
-    Updates params in place and returns the buffers.
-    """
-    updated = []
-    for i, p in enumerate(params):
-        old, new = buffers[i], []
-        for s, (m, d) in enumerate(coefficients):
-            g = _or_zeros(gradients[s][i], p)
-            g = g + weight_decay[s] * p if weight_decay[s] else g
-            new.append(g.clone() if old is None else m * old[s] + (1 - d) * g)
-        for v in new:
-            p.sub_(lr * v)
-        updated.append(new)
-    return updated
-
-
-def _or_zeros(gradient: Tensor | None, p: Tensor) -> Tensor:
-    return torch.zeros_like(p) if gradient is None else gradient
-
-
-def _update_foreach(
-    params: Sequence[Tensor],
-    gradients: Gradients,
-    buffers: Buffers,
-    coefficients: Sequence[Coefficients],
-    lr: float,
-    weight_decay: Sequence[float],
-    consume: bool,
-) -> list[list[Tensor]]:
-    """Do the same update in multi-tensor operations, for the parameters of each device and dtype at once.
-
-    Gradients that may be consumed become the new buffers, which saves a pass over the memory of each;
-    a lone p.grad belongs to the caller and is left as it is, in torch.optim.SGD's order of operations.
-    """
-    updated: list[list[Tensor]] = [[] for _ in params]
-    alike: dict[tuple[Any, ...], list[int]] = {}
-    for i, p in enumerate(params):
-        present = tuple(g[i] is not None for g in gradients)
-        alike.setdefault((p.device, p.dtype, buffers[i] is None, present), []).append(i)
-    for (_, _, first, present), members in alike.items():
-        ps = [params[i] for i in members]
-        for s, (m, d) in enumerate(coefficients):
-            gs = [_or_zeros(gradients[s][i], params[i]) for i in members]
-            old = [of_parameter[s] for i in members if (of_parameter := buffers[i]) is not None]
-            owned = consume or not present[s]
-            if weight_decay[s] and owned:
-                torch._foreach_add_(gs, ps, alpha=weight_decay[s])
-            elif weight_decay[s]:
-                gs = list(torch._foreach_add(gs, ps, alpha=weight_decay[s]))
-            if first:
-                vs = gs if owned else [g.clone() for g in gs]
-            elif owned:
-                vs = gs
-                if d:
-                    torch._foreach_mul_(vs, 1 - d)
-                torch._foreach_add_(vs, old, alpha=m)
-            else:
-                vs = old
-                torch._foreach_mul_(vs, m)
-                torch._foreach_add_(vs, gs, alpha=1 - d)
-            for i, v in zip(members, vs):
-                updated[i].append(v)
-        for s in range(len(coefficients)):
-            torch._foreach_add_(ps, [updated[i][s] for i in members], alpha=-lr)
-    return updated
+def _in_range(value: Any, low: float, high: float = sys.float_info.max) -> bool:
+    return isinstance(value, Real) and low <= float(value) <= high

@@ -21,8 +21,7 @@ def decoupled_momentum(params: Iterable[nn.Parameter], cfg: Any) -> DecoupledMom
     """Make the optimizer of SOLVER.DECOUPLED: a momentum for each stream (config.momenta)."""
     solver = cfg.SOLVER
     momentum, decay_stream = config.momenta(cfg)
-    dampening = "ema" if solver.DECOUPLED.DAMPENING == "ema" else 0.0
-    return DecoupledMomentumSGD(params, solver.LR, momentum, solver.WEIGHT_DECAY, decay_stream, dampening)
+    return DecoupledMomentumSGD(params, solver.LR, momentum, solver.WEIGHT_DECAY, decay_stream, **config.dampening(cfg))
 
 
 def samples_gradients(cfg: Any) -> bool:

@@ -1,9 +1,7 @@
 """Faster ways to run a training step. Every way takes the same step, to rounding."""
 
 import copy
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,6 +9,8 @@ from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 
 from . import device
+from .distillers.base import Distiller
+from .optim import DecoupledMomentumSGD
 from .step import Batch, Outcome, Step
 
 
@@ -21,38 +21,43 @@ class CompiledStep(Step):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        module = getattr(self.distiller, "module", self.distiller)
-        self.networks = [getattr(module, part) for part in ("student", "teacher") if hasattr(module, part)]
+        self.networks = [getattr(self.module, part) for part in ("student", "teacher") if hasattr(self.module, part)]
         for network in self.networks:
             network.compile(**device.compile_options(self.device))
         # several backward passes read what a compiled one would give away
         functorch_config.donated_buffer = False
+        self.hooks = []
+        if device.reuses_memory(self.device):
+            _keep_buffers(self.optimizer)
+            # at every pass of the distiller, of training and of tests: what came before it is no longer needed
+            self.hooks.append(self.module.register_forward_pre_hook(lambda *_: device.begin_step()))
         self.tried = False
 
-    def gradients(self, batch: Batch, epoch: int) -> Outcome:
+    def gradients(self, batch: Batch, epoch: float) -> tuple[Tensor, dict[str, Tensor]]:
         if self.tried:
             return super().gradients(batch, epoch)
         self.tried = True
-        buffers = [(b, b.clone()) for network in self.networks for b in network.buffers()]
+        before = _copies(buffer for network in self.networks for buffer in network.buffers())
         try:
             return super().gradients(batch, epoch)
         except Exception as error:  # the compiler's own errors have no common class
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            _restore(before)
             for network in self.networks:
                 network._compiled_call_impl = None
-            self.name = "eager"
-            reason = " ".join(str(error).split())[:200]
-            print(f"SOLVER.EXECUTION compile: falls back to eager ({type(error).__name__}: {reason})")
+            for hook in self.hooks:
+                hook.remove()
+            _say_eager(self, error)
             return super().gradients(batch, epoch)
 
 
 class GraphedStep(Step):
-    """A step that is captured whole as a CUDA graph, anew in every epoch, and replayed.
+    """A step that is captured whole as a CUDA graph and replayed.
 
-    Learning rate, mask size and warm-up are constants of an epoch, so a capture may contain them. Momenta that the
-    GSNR sets end it. The first steps after either run eagerly, as a capture needs. So do batches of another size, such
-    as the last, and steps in which gradients are sampled.
+    Its numbers are constants of the capture: the optimizer's options, such as learning rate and momenta, and what the
+    distiller's `constants` names. A capture is good until one of them changes. The first steps after that run eagerly,
+    as a capture needs. So do batches of another size, such as an epoch's last, and steps in which gradients are
+    sampled. In a warm-up by SOLVER.WARMUP_UNIT iteration a constant changes in every step, so none of them is captured.
+    If a capture fails, all steps from there on are eager.
     """
 
     name = "graphs"
@@ -60,35 +65,72 @@ class GraphedStep(Step):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.optimizer.capturable = True
+        _keep_buffers(self.optimizer)
+        self.captures = device.Captures()
+        self.shapes: Any = None
+        self.classes: int | None = None
         self.constants: Any = None
         self.seen = 0
+        self.inputs: Batch = {}
         self.graph: Any = None
 
-    def __call__(self, batch: Batch, epoch: int) -> Outcome:
-        tensors = _tensors(batch)
-        if self.constants is None or epoch != self.constants[0]:
-            self.shapes = [t.shape for t in tensors]
-        constants = (epoch, dict(self.optimizer.param_groups[0]["momentum"]))
+    def __call__(self, batch: Batch, epoch: float) -> Outcome:
+        if self.name != "graphs":
+            return super().__call__(batch, epoch)
+        shapes = [t.shape for t in _tensors(batch)]
+        self.shapes = self.shapes or shapes
+        constants = self.constants_of(epoch)
         if constants != self.constants:
-            self.constants, self.seen, self.graph = constants, 0, None
-        if self.samples or [t.shape for t in tensors] != self.shapes:
+            self.constants, self.seen = copy.deepcopy(constants), 0
+        if self.samples or shapes != self.shapes:
             return super().__call__(batch, epoch)
         self.seen += 1
         if self.seen <= self.EAGER:
-            with device.side_stream():
-                return super().__call__(batch, epoch)
-        if self.graph is None:
-            self.inputs = {k: [t.clone() for t in v] if isinstance(v, list) else v.clone() for k, v in batch.items()}
-            run = super().__call__
-            self.graph, self.outcome = device.capture(lambda: run(self.inputs, epoch))
-        torch._foreach_copy_(_tensors(self.inputs), tensors)
+            with self.captures.warm_up():
+                outcome = super().__call__(batch, epoch)
+            self.classes = outcome.logits.shape[1]
+            return outcome
+        if self.seen == self.EAGER + 1 and not self.capture(batch, epoch):
+            return super().__call__(batch, epoch)
+        torch._foreach_copy_(_tensors(self.inputs), _tensors(batch))
         self.graph.replay()
         return self.outcome
+
+    def constants_of(self, epoch: float) -> Any:
+        """Return every number that a capture in this epoch would contain; without a distiller's word, the epoch."""
+        options = [{k: v for k, v in group.items() if k not in BOOKKEEPING} for group in self.optimizer.param_groups]
+        if self.classes is None or not isinstance(self.module, Distiller):
+            return options, epoch
+        return options, self.module.constants(epoch, self.classes)
+
+    def capture(self, batch: Batch, epoch: float) -> bool:
+        """Capture a step on inputs of its own, in the place of the capture before; returns whether that went well."""
+        if not self.inputs:
+            self.inputs = {k: [t.clone() for t in v] if isinstance(v, list) else v.clone() for k, v in batch.items()}
+        run = super().__call__
+        before = _copies([*self.optimizer_tensors(), *self.module.buffers()])
+        try:
+            # the graph before lives until there is another, or their pool would end with it
+            self.graph, self.outcome = self.captures.capture(lambda: run(self.inputs, epoch))
+        except Exception as error:  # whatever a distiller does that a graph cannot hold
+            _restore(before)
+            self.graph, self.inputs = None, {}
+            _say_eager(self, error)
+        return self.graph is not None
+
+    def optimizer_tensors(self) -> Iterator[Tensor]:
+        """Yield the weights that the optimizer moves, and what it remembers of each."""
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                yield p
+                yield from self.optimizer.state.get(p, {}).values()
 
 
 STEPS: dict[str, type[Step]] = {"eager": Step, "compile": CompiledStep, "graphs": GraphedStep}
 """By SOLVER.EXECUTION."""
+
+BOOKKEEPING = ("params", "momentum_shares")
+"""Entries of a parameter group that are no options."""
 
 
 def make_step(execution: str, distiller: nn.Module, *arguments: Any) -> Step:
@@ -105,46 +147,26 @@ def make_step(execution: str, distiller: nn.Module, *arguments: Any) -> Step:
     return STEPS[execution](distiller, *arguments, home)
 
 
-def choose_gradients(wanted: str, step: Step, batch: Callable[[], Batch], apart: bool = False) -> str:
-    """Choose how a step makes several backward passes: "sequential" or "batched" (see streams.backward_by_set).
-
-    wanted: SOLVER.GRADIENTS. "auto" measures both on copies on a GPU. On a CPU sequential was the faster in
-    every row of docs/performance.md, and with equal coefficients there is one pass. apart: streams that are equal
-    now will not stay so.
-    """
-    if wanted != "auto":
-        return wanted
-    one_pass = len(set(step.optimizer.param_groups[0]["momentum"].values())) == 1 and not apart
-    if step.device.type != "cuda" or one_pass:
-        return "sequential"
-    return faster(step, batch(), apart)
+def _say_eager(step: Step, error: Exception) -> None:
+    """Name a step eager from here on, and print in one line why."""
+    reason = " ".join(str(error).split())[:200]
+    print(f"SOLVER.EXECUTION {step.name}: falls back to eager ({type(error).__name__}: {reason})")
+    step.name = "eager"
 
 
-def faster(step: Step, batch: Batch, apart: bool = False, rounds: int = 10) -> str:
-    """Return the faster of the two on copies of the networks, by medians of `rounds` taken in turn."""
-    distiller, optimizer = copy.deepcopy((step.distiller, step.optimizer))
+def _keep_buffers(optimizer: DecoupledMomentumSGD) -> None:
+    """Let gradients never become buffers: the next step writes its own where they are."""
     for group in optimizer.param_groups:
-        group["merge"] &= not apart
-    trial = Step(distiller.train(), optimizer, step.by_stream, step.amp, step.device)
-    times: dict[str, list[float]] = {"sequential": [], "batched": []}
-    for turn in range(rounds + 3):
-        for name, taken in times.items():
-            optimizer.batched = name == "batched"
-            device.synchronise(step.device)
-            start = time.perf_counter()
-            try:
-                trial.gradients(batch, 1)
-            except RuntimeError as error:  # an operation that cannot be mapped over stacked gradients
-                print(f"SOLVER.GRADIENTS auto: sequential ({str(error).split(chr(10))[0]})")
-                return "sequential"
-            device.synchronise(step.device)
-            if turn >= 3:
-                taken.append(time.perf_counter() - start)
-    medians = {name: statistics.median(taken) for name, taken in times.items()}
-    best = min(medians, key=medians.get)
-    shown = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in medians.items())
-    print(f"SOLVER.GRADIENTS auto: {best} ({shown} for forward and backward)")
-    return best
+        group["capturable"] = True
+
+
+def _copies(tensors: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return [(t, t.detach().clone()) for t in tensors]
+
+
+def _restore(copies: Iterable[tuple[Tensor, Tensor]]) -> None:
+    for t, before in copies:
+        t.detach().copy_(before)
 
 
 def _tensors(batch: Batch) -> list[Tensor]:

@@ -1,27 +1,39 @@
 """One training step: forward passes, losses by stream, their gradients, the update."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from .device import autocast
+from .device import autocast_within, classify_in_float32
 from .gsnr import GradientMonitor
 from .optim import DecoupledMomentumSGD
 
 Batch = Mapping[str, Any]
 """A distiller's arguments: image (a tensor, or a list of views), target, …"""
 
-Outcome = tuple[Tensor, dict[str, Tensor]]
-"""The student's logits (B, C), and each stream's loss."""
+
+class Outcome(NamedTuple):
+    """What a step leaves beside the weights; no tensor carries a graph."""
+
+    logits: Tensor
+    """The student's, (B, C)."""
+    losses: dict[str, Tensor]
+    """By stream."""
+    sums: dict[str, Tensor]
+    """What Step.measure says of the batch."""
 
 
 class Step:
     """One step of training: `step(batch, epoch)` moves the student's weights.
 
-    by_stream: the distiller's losses -> losses by stream. amp: run both networks under bfloat16 autocast.
+    epoch: for the distiller, which reads its warm-up and mask from it; counted from 1, a fraction while a warm-up by
+    iteration lasts (Trainer.advance_warmup).
+
+    by_stream: the distiller's losses -> losses by stream. amp: run both networks under bfloat16 autocast, but the
+    teacher's last layer in float32.
     """
 
     name = "eager"
@@ -39,23 +51,37 @@ class Step:
         device: torch.device,
     ) -> None:
         self.distiller = distiller
+        self.module: Any = getattr(distiller, "module", distiller)
         self.optimizer = optimizer
         self.by_stream = by_stream
-        self.amp = amp
         self.device = device
+        if amp:
+            autocast_within(self.module, device)
+            if hasattr(self.module, "teacher"):
+                classify_in_float32(self.module.teacher)
 
-    def __call__(self, batch: Batch, epoch: int) -> Outcome:
+    def complete(self, batch: Batch) -> Batch:
+        """Return the distiller's arguments; replaced if the step itself makes them of what the loader has drawn."""
+        return batch
+
+    def measure(self, logits: Tensor, losses: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """Return what a batch adds to the epoch's sums; replaced by who keeps such sums."""
+        return {}
+
+    def __call__(self, batch: Batch, epoch: float) -> Outcome:
+        batch = self.complete(batch)
         logits, losses = self.gradients(batch, epoch)
         if self.clip_norm:
             self.optimizer.clip(lambda params: clip_grad_norm_(params, self.clip_norm))
         self.optimizer.step()
-        return logits, losses
+        # without their graphs, which would live as long as somebody keeps a number of the step
+        logits, losses = logits.detach(), {stream: loss.detach() for stream, loss in losses.items()}
+        return Outcome(logits, losses, self.measure(logits, losses, batch))
 
-    def gradients(self, batch: Batch, epoch: int) -> Outcome:
-        """Do all of a step but its update."""
+    def gradients(self, batch: Batch, epoch: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Do all of a step but its update; returns the logits and the losses by stream."""
         self.optimizer.zero_grad()  # first, so that old gradients take no memory beside the new activations
-        with autocast(self.device, self.amp):
-            logits, losses = self.distiller(**batch, epoch=epoch)
+        logits, losses = self.distiller(**batch, epoch=epoch)
         by_stream = self.by_stream(losses)
         if self.monitor is not None and self.samples:
             self.monitor.sample(by_stream)

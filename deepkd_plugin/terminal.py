@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import re
 import signal
 import sys
@@ -88,6 +89,12 @@ def guarded(work: Callable[[], int | None]) -> int:
     except KeyboardInterrupt as interruption:
         print("deepkd: interrupted; the same command starts again", file=sys.stderr)
         return exit_code(interruption)
+
+
+@functools.cache
+def warn(text: str) -> None:
+    """Print a line on stderr, once in a process: something works, but hardly as it was meant."""
+    print(f"deepkd: warning: {text}", file=sys.stderr)
 
 
 class Stopped(Exception):  # noqa: N818 (no error: somebody wanted it)

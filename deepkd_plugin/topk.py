@@ -1,6 +1,7 @@
 """Which non-target classes a student learns from: the top-K mask and its schedule over training."""
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ def top_k_index(teacher_logits: Tensor, target: Tensor, k: int) -> Tensor:
     never among them (the authors' release counts it as one of the k).
     """
     num_classes = teacher_logits.shape[1]
-    check_k(k, num_classes)
+    k = check_k(k, num_classes)
     rest = non_target_index(target, num_classes)
     best = teacher_logits.gather(1, rest).topk(k, dim=1).indices
     return rest.gather(1, best)
@@ -32,30 +33,31 @@ def top_k_index(teacher_logits: Tensor, target: Tensor, k: int) -> Tensor:
 
 def top_k_mask(teacher_logits: Tensor, target: Tensor, k: int) -> Tensor:
     """Return the static mask of top_k_index as booleans (B, C): True for the k kept classes."""
-    mask = torch.zeros_like(teacher_logits, dtype=torch.bool)
-    return mask.scatter_(1, top_k_index(teacher_logits, target, k), True)
+    index = top_k_index(teacher_logits, target, k)
+    # out of place: vmap over the labels writes into no tensor that it does not map
+    return torch.zeros_like(teacher_logits, dtype=torch.bool).scatter(1, index, True)
 
 
-def check_k(k: int, num_classes: int) -> None:
-    """Raise ValueError unless k is an integer with 1 ≤ k ≤ num_classes − 1."""
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= num_classes - 1:
+def check_k(k: Any, num_classes: int) -> int:
+    """Return k as an int; ValueError unless it is an integer, numpy's included, with 1 ≤ k ≤ num_classes − 1."""
+    if not _whole(k) or not 1 <= k <= num_classes - 1:
         raise ValueError(
             f"K must be an integer from 1 to {num_classes - 1} (the non-target classes of {num_classes}), got {k!r}"
         )
+    return int(k)
 
 
 def count_classes(value: float, num_classes: int) -> int:
-    """Count non-target classes, given as a count (int) or as a fraction of all classes (float).
+    """Count non-target classes, given as a count (an integer) or as a fraction of all classes (a float).
 
     Fractions are in (0, 1] and are rounded to the nearest count within 1 … C − 1. Counts outside
     1 … C − 1 and fractions outside (0, 1] raise ValueError.
     """
-    if isinstance(value, int):
-        check_k(value, num_classes)
-        return value
-    if not 0.0 < value <= 1.0:
+    if isinstance(value, bool) or _whole(value):
+        return check_k(value, num_classes)
+    if not isinstance(value, Real) or not 0.0 < value <= 1.0:
         raise ValueError(f"a fraction of the classes must be in (0, 1], got {value!r}; a count is written as an int")
-    return min(max(round(value * num_classes), 1), num_classes - 1)
+    return min(max(round(float(value) * num_classes), 1), num_classes - 1)
 
 
 class TopKSchedule:
@@ -73,11 +75,11 @@ class TopKSchedule:
     def __init__(
         self, num_classes: int, initial: float = 0.05, optimal: float = 0.5, phases: Sequence[float] = (1 / 3, 2 / 3)
     ) -> None:
-        if num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, got {num_classes!r}")
+        if not _whole(num_classes) or num_classes < 2:
+            raise ValueError(f"num_classes must be an integer from 2 on, got {num_classes!r}")
         if len(phases) != 2 or not 0.0 <= phases[0] < phases[1] <= 1.0:
             raise ValueError(f"phases must be two ends in order, 0 <= phi1 < phi2 <= 1, got {tuple(phases)!r}")
-        self.num_classes = num_classes
+        self.num_classes = int(num_classes)
         self.initial = count_classes(initial, num_classes)
         self.optimal = count_classes(optimal, num_classes)
         if self.initial > self.optimal:
@@ -118,3 +120,8 @@ def mask_size(mask: Any, num_classes: int, progress: float) -> int | None:
 def classes(value: float) -> float:
     """Read a YAML number of classes: from 1 on a count, below 1 a fraction of the classes."""
     return int(value) if value >= 1 and value == int(value) else float(value)
+
+
+def _whole(value: Any) -> bool:
+    """Tell whether a value is an integer, of Python or numpy. A boolean is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -5,7 +5,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.utils.data import default_collate
 
 from . import config, device, solver
 from .accuracy import correct, evaluate, measure_teacher
+from .data.resident import ResidentLoader
 from .errors import UserError
 from .gsnr import GradientMonitor
 from .optim import DecoupledMomentumSGD
@@ -21,8 +22,9 @@ from .run import checkpoint, record
 from .run.metrics import RunLog, Sums
 from .run.progress import EpochBar, epoch_line, step_text
 from .run.resume import read_state
-from .run.schedule import make_scheduler
-from .speed import choose_gradients, make_step
+from .run.schedule import make_scheduler, set_rate, warmup_point
+from .speed import make_step
+from .step import Batch, Outcome
 from .streams import assign_losses
 
 READ_EVERY = 20
@@ -57,7 +59,7 @@ class Trainer:
         self.train_loader = train_loader
         self.val_loader = val_loader
         self.device = next(self.module.parameters()).device
-        device.tune()
+        device.tune(cfg.SOLVER.DETERMINISTIC)
         device.place(self.module, self.device, cfg.SOLVER.CHANNELS_LAST)
         self.optimizer = self.make_optimizer(self.module.get_learnable_parameters(), cfg)
         self.scheduler = make_scheduler(self.optimizer, cfg.SOLVER)
@@ -69,7 +71,11 @@ class Trainer:
             lambda losses: self.losses_by_stream(losses),
             cfg.SOLVER.AMP,
         )
-        self.gradients = ""
+        self.step.measure = self.measure
+        if isinstance(train_loader, ResidentLoader) and self.step.name == "graphs":
+            # a captured step makes its images itself, of numbers that the loader draws
+            train_loader.only_draw = True
+            self.step.complete = self.complete
         self.monitor = self.step.monitor = solver.make_monitor(self.module, self.optimizer, cfg, len(train_loader))
         self.allocation = solver.make_allocation(self.optimizer, cfg)
         self.windows: list[dict[str, Any]] = []
@@ -80,6 +86,7 @@ class Trainer:
         self.best_acc = -1.0
         self.best_epoch = 0
 
+    @device.refusals()
     def train(self, resume: bool = False, overwrite: bool = False, command: str | None = None) -> dict[str, Any]:
         """Run the epochs that are left; returns {"best", "best_epoch", "last", "epochs"} (top-1 in percent).
 
@@ -99,7 +106,6 @@ class Trainer:
             raise UserError(
                 f"{self.folder}: --resume finds all {self.epoch} epochs done; the results are in run.json there"
             )
-        self.choose_gradients()
         command = command or shlex.join(["python", *sys.argv])
         made_by = {"student": type(self.module.student), "distiller": type(self.module)}
         classes = {part: f"{cls.__module__}.{cls.__qualname__}" for part, cls in made_by.items()}
@@ -114,15 +120,6 @@ class Trainer:
         with checkpoint.uninterrupted():
             record.note(self.folder, {"result": result, "finished": True})
         return result
-
-    def choose_gradients(self) -> None:
-        """Choose how the step makes several backward passes; a resumed run keeps its way: another rounds otherwise."""
-        if not self.gradients:
-            node = self.cfg.SOLVER
-            self.gradients = choose_gradients(
-                node.GRADIENTS, self.step, lambda: self.samples(node.BATCH_SIZE), apart=self.allocation is not None
-            )
-        self.optimizer.batched = self.gradients == "batched"
 
     def train_epochs(self) -> dict[str, Any]:
         """Train the epochs that are left, and log and save each when it ends."""
@@ -156,14 +153,13 @@ class Trainer:
                 batch = next(batches)
                 waited += time.perf_counter() - asked
                 parts = self.prepare(batch, epoch, step)
-                logits, by_stream = self.take_step(parts, epoch)
-                count = len(parts["target"])
-                sums.add({s: loss * count for s, loss in by_stream.items()} | self.hits(logits, parts), count)
+                outcome = self.take_step(parts, epoch, self.advance_warmup(epoch, step))
+                sums.add(outcome.sums, len(parts["target"]))
                 if step % READ_EVERY == 0 or step == steps:
                     seconds = time.perf_counter() - start
                     means = sums.means()
                     self.check_finite(means, f"in epoch {epoch}, by iteration {step}")
-                    top_k = self.top_k(logits, epoch, parts)
+                    top_k = self.top_k(outcome.logits, epoch, parts)
                     left = seconds / step * (steps * (epochs - epoch + 1) - step)
                     bar.update(step, step_text(means, top_k, sums.count / seconds, left))
         seconds = time.perf_counter() - start
@@ -178,15 +174,29 @@ class Trainer:
             "images_per_second": sums.count / seconds,
             "seconds": seconds,
             "data_seconds": waited,
-            "execution": f"{self.step.name}, {self.gradients or 'sequential'} gradients",
+            "execution": self.step.name,
         }
 
-    def take_step(self, parts: dict[str, Any], epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Take one training step; end a window of gradient samples if it is full."""
+    def advance_warmup(self, epoch: int, step: int) -> float:
+        """Set the learning rate of a step if warm-up changes it within the epoch; returns the epoch for the losses'.
+
+        That is the same number in all steps of an epoch, but while a warm-up by SOLVER.WARMUP_UNIT iteration lasts.
+        """
+        node = self.cfg.SOLVER
+        # a class that says nothing of its warm-up, as mdistiller's, may have one of any length
+        known = hasattr(self.module, "warmup_key")
+        longest = max(config.warmups(self.cfg, self.module).values()) if known else math.inf
+        point = warmup_point(node.WARMUP_UNIT, longest, epoch, step, len(self.train_loader))
+        if node.WARMUP_UNIT == "iteration" and node.WARMUP_EPOCHS:
+            set_rate(self.scheduler, node, point)
+        return point
+
+    def take_step(self, parts: dict[str, Any], epoch: int, point: float) -> Outcome:
+        """Take one training step, at advance_warmup's point; end a window of gradient samples if it is full."""
         if self.monitor is None:
-            return self.step(parts, epoch)
+            return self.step(parts, point)
         self.monitor.tick()
-        outcome = self.step(parts, epoch)
+        outcome = self.step(parts, point)
         if self.monitor.full:
             self.windows.append({"epoch": epoch} | self.finish_window(self.monitor))
         return outcome
@@ -217,9 +227,22 @@ class Trainer:
 
     def prepare(self, batch: Any, epoch: int, step: int) -> dict[str, Any]:
         """Put a loader's batch on the device, as the distiller's arguments; `target` has the batch's length."""
+        if isinstance(batch, Mapping):  # what a ResidentLoader has drawn, for `complete`
+            return dict(batch)
         return dict(zip(BATCH, device.place_batch(batch, self.device, self.cfg.SOLVER.CHANNELS_LAST)))
 
-    def hits(self, logits: Tensor, parts: dict[str, Any]) -> dict[str, Tensor]:
+    def complete(self, parts: Batch) -> Batch:
+        """Make the distiller's arguments of what a ResidentLoader has drawn for a batch."""
+        image = self.train_loader.make(parts["index"], parts["drawn"])
+        image = device.place_batch(image, self.device, self.cfg.SOLVER.CHANNELS_LAST)
+        return {"image": image} | {name: parts[name] for name in ("target", "index")}
+
+    def measure(self, logits: Tensor, losses: dict[str, Tensor], parts: Batch) -> dict[str, Tensor]:
+        """Return what a batch adds to the epoch's sums: its losses, once for each sample, and its hits."""
+        count = len(parts["target"])
+        return {stream: loss * count for stream, loss in losses.items()} | self.hits(logits, parts)
+
+    def hits(self, logits: Tensor, parts: Batch) -> dict[str, Tensor]:
         """Return what a batch says of the student beside the losses: sums over its samples, named train_…."""
         right = correct(logits, parts["target"])
         return {"train_acc": right["top1"], "train_acc_top5": right["top5"]}
@@ -304,7 +327,6 @@ class Trainer:
             "best_epoch": self.best_epoch,
             "config": config.flatten(self.cfg),
             "teacher": self.teacher,
-            "gradients": self.gradients,
         }
 
     def load(self, path: Path) -> None:
@@ -312,7 +334,6 @@ class Trainer:
         state = read_state(path, self.cfg, self.teacher)
         teacher = {k: v for k, v in self.module.state_dict().items() if k.startswith("teacher.")}
         self.module.load_state_dict(teacher | state["model"])
-        self.gradients = state.get("gradients", "sequential")
         self.epoch, self.best_acc, self.best_epoch = state["epoch"], state["best_acc"], state["best_epoch"]
         for name, part in self._stateful().items():
             if name in state:

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from captures import Captures
 from PIL import Image
 
+from deepkd_plugin import device
 from deepkd_plugin.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -94,11 +96,10 @@ def test_the_steps_of_a_cifar_and_an_imagenet_pair(run, tmp_path):
 
 
 def test_a_step_in_other_modes(run, tmp_path):
-    options = ("--batched", "--channels-last", "--amp", "--pairs", "resnet8:resnet8")
+    options = ("--channels-last", "--amp", "--pairs", "resnet8:resnet8")
     run("step", *SMALL, *options, "--write", tmp_path / "table.md")
     record = json.loads((tmp_path / "table.json").read_text())
     assert record["settings"] == {"memory format": "channels last", "precision": "bfloat16 autocast"}
-    assert [row["gradients"] for row in record["rows"][4:]] == ["2 batched", "2 batched", "3 batched"]
     assert all(row["peak MiB"] > 0 for row in record["rows"])
 
 
@@ -156,23 +157,6 @@ def test_memory_format_and_precision_reach_the_networks(given, script):
     assert distiller.student.conv1.weight.is_contiguous(memory_format=torch.channels_last) == given
     assert logits.dtype == (torch.bfloat16 if given else torch.float32)
     assert step.parts(of)["F_s"]().dtype == logits.dtype
-
-
-@pytest.mark.parametrize("mode", ["sequential", "batched"])
-def test_a_mode_reaches_autograd(mode, script, monkeypatch):
-    step = script("step")
-    calls = []
-    grad = torch.autograd.grad
-    monkeypatch.setattr(
-        torch.autograd,
-        "grad",
-        lambda outputs, inputs, *args, **options: (
-            calls.append(options.get("is_grads_batched", False)) or grad(outputs, inputs, *args, **options)
-        ),
-    )
-    taken = step.our_step(step.Setting("resnet8:resnet8", 2, 32), "DeepKD, 2 coefficients", mode)
-    taken()
-    assert any(calls) == (mode == "batched")
 
 
 @pytest.mark.parametrize(
@@ -304,7 +288,7 @@ def checkout(variable):
     ("variable", "trainer", "passes", "twin"),
     [
         ("MDISTILLER_ROOT", "base", 1, ("kd_step",)),
-        ("MDISTILLER_ROOT", "dot", 2, ("our_step", "two streams", "sequential")),
+        ("MDISTILLER_ROOT", "dot", 2, ("our_step", "two streams")),
         ("DEEPKD_RELEASE_ROOT", "deepkd", 3, None),
     ],
 )
@@ -406,7 +390,7 @@ def epochs_of(run, data_root, path, *options, **variables):
 
 
 def test_epochs_of_both_pipelines(run, data_root, tmp_path):
-    options = ("--channels-last", "--amp", "--gradients", "batched")
+    options = ("--channels-last", "--amp")
     record, rows = epochs_of(run, data_root, tmp_path / "table.md", *options)
     assert record["settings"] == {"memory format": "channels last", "precision": "bfloat16 autocast"}
     ours = "deepkd_plugin"
@@ -415,7 +399,101 @@ def test_epochs_of_both_pipelines(run, data_root, tmp_path):
     for row in rows.values():
         reference = rows[ours, "KD", "workers"]["images/s"]
         assert row["to reference"] == pytest.approx(row["images/s"] / reference)
-        assert row["steps"] == "eager, batched gradients"
+        assert row["steps"] == "eager"
+
+
+ON_A_CPU = ("optimizer_ways", "grad_scaler", "amp_in_threads", "teacher_top_50", "deterministic_twice")
+ON_A_CPU += ("pipeline_device", "large_test_batches")
+
+
+@pytest.fixture
+def checks(script, monkeypatch, capsys, data_root, tmp_path):
+    """checks(*words) -> the exit code of gpu_checks.py, its lines by name, what it printed."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    module = script("gpu_checks")
+
+    def run(*words):
+        file = tmp_path / "checks.json"
+        code = module.main([*words, "--write", str(file), "--root", str(data_root)])
+        record = json.loads(file.read_text()) if file.exists() else {"rows": []}
+        return code, {line["name"]: line for line in record["rows"]}, capsys.readouterr()
+
+    run.module = module
+    return run
+
+
+def test_the_rows_that_need_no_gpu(checks):
+    code, lines, printed = checks("--device", "cpu")
+    assert [*lines] == [*checks.module.ROWS]
+    assert code == 0, printed.out
+    for name, line in lines.items():
+        assert list(line) == ["name", "claimed", "measured", "ok", "seconds"]
+        if name in ON_A_CPU:
+            assert (line["ok"], line["seconds"] > 0) == (True, True)
+        else:
+            assert (line["ok"], line["measured"]) == (None, "skipped: needs CUDA")
+    assert f"{len(ON_A_CPU)} of {len(ON_A_CPU)} rows as claimed, {len(lines) - len(ON_A_CPU)} skipped" in printed.out
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+BY_STAND_INS = ("graphs_equal_eager", "graphs_beside_a_loader", "one_pool", "compile_equals_eager")
+BY_STAND_INS += ("buffers_not_overwritten", "peak_memory", "step_times")
+
+
+@pytest.mark.slow
+def test_the_rows_of_a_gpu_by_stand_ins(checks, monkeypatch):
+    """That they run to their end and see a way that is as claimed; not what a GPU does."""
+    monkeypatch.setattr(device, "Captures", Captures)
+    monkeypatch.setattr(device, "compile_options", lambda of: {"backend": "aot_eager"})
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    for name in ("memory_reserved", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 2**20)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    module = checks.module
+    for name in BY_STAND_INS:
+        monkeypatch.setitem(module.ROWS, name, module.ROWS[name]._replace(needs_cuda=False))
+    for name, value in {"LARGE": module.SMALL, "ROUNDS": 1, "REPEAT": 1}.items():
+        monkeypatch.setattr(module, name, value)
+    _, lines, printed = checks("--device", "cpu", "--rows", *BY_STAND_INS)
+    times = lines.pop("step_times")["measured"]
+    assert all(line["ok"] for line in lines.values()), printed.out
+    assert {key: of["way"] for key, of in times.items()} == {
+        f"{method}, {way}": way for way in ("eager", "compile", "graphs") for method in ("KD", "DeepKD")
+    }
+    assert lines["graphs_equal_eager"]["measured"]["captures"] == 3
+
+
+def test_a_row_that_fails_does_not_stop_the_others(checks, monkeypatch):
+    def broken(case):
+        raise RuntimeError("no such\nthing")
+
+    rows = checks.module.ROWS
+    monkeypatch.setitem(rows, "amp_in_threads", rows["amp_in_threads"]._replace(check=broken))
+    monkeypatch.setitem(rows, "grad_scaler", rows["grad_scaler"]._replace(check=lambda case: ("too much", False)))
+    code, lines, _ = checks("--device", "cpu", "--rows", "amp_in_threads", "grad_scaler", "optimizer_ways")
+    assert code == 1
+    assert [(line["measured"], line["ok"]) for line in lines.values()][:2] == [
+        ("RuntimeError: no such thing", False),
+        ("too much", False),
+    ]
+    assert lines["optimizer_ways"]["ok"]
+
+
+def test_no_row_begins_when_the_time_is_up(checks, monkeypatch):
+    monkeypatch.setattr(checks.module, "BUDGET", 0.0)
+    code, lines, _ = checks("--device", "cpu", "--rows", "optimizer_ways", "step_times")
+    assert code == 1
+    assert [line["measured"] for line in lines.values()] == ["not begun in 0 seconds", "skipped: needs CUDA"]
+
+
+def test_without_a_gpu_its_checks_end_in_one_line(checks):
+    code, lines, printed = checks()
+    assert (code, lines, printed.out) == (2, {}, "")
+    assert printed.err == (
+        "deepkd: error: gpu_checks.py needs CUDA, and PyTorch finds none here; --device cpu runs the rows without it\n"
+    )
 
 
 @pytest.mark.slow

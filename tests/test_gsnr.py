@@ -50,30 +50,34 @@ def by_numpy(params, samples, only=None, streams=STREAMS):
     sizes = [p.numel() for p in params.values()]
     chosen = np.arange(sum(sizes)) if only is None else np.asarray(only)
 
-    def flat(row):
+    def flat(row, gap):
         row = [None] * len(sizes) if row is None else row
-        parts = [np.full(n, np.nan) if g is None else g.double().numpy().ravel() for n, g in zip(sizes, row)]
+        parts = [np.full(n, gap) if g is None else g.double().numpy().ravel() for n, g in zip(sizes, row)]
         return np.concatenate(parts)[chosen]
 
-    stored = {s: np.array([flat(sample.get(s)) for sample in samples]) for s in streams}
+    raw = {s: np.array([flat(sample.get(s), 0.0) for sample in samples]) for s in streams}
+    stored = {s: np.array([flat(sample.get(s), np.nan) for sample in samples]) for s in streams}
     found, angle = {}, {}
     for stream, x in stored.items():
-        seen = (~np.isnan(x)).sum(0) >= 2
+        odd = ~np.isfinite(raw[stream]).all(0)
+        whole = np.isfinite(raw[stream]).all(1)
+        seen = ((~np.isnan(x)).sum(0) >= 2) & ~odd
         varied = np.zeros(len(chosen), bool)
         varied[seen] = np.nanmax(x[:, seen], 0) != np.nanmin(x[:, seen], 0)
         signal, noise = np.nanmean(x[:, varied], 0) ** 2, np.nanvar(x[:, varied], 0, ddof=1)
-        lengths = np.sqrt(np.nansum(x * x, 1))
+        lengths = np.sqrt((raw[stream][whole] ** 2).sum(1))
         found[stream] = {
             "mean": np.mean(signal / noise) if varied.any() else None,
             "ratio": signal.sum() / noise.sum() if varied.any() else None,
-            "norm": lengths.mean() * math.sqrt(sum(sizes) / len(chosen)),
+            "norm": lengths.mean() * math.sqrt(sum(sizes) / len(chosen)) if whole.any() else None,
             "zero_variance": int((seen & ~varied).sum()),
-            "missing": int((~seen).sum()),
+            "missing": int((~seen & ~odd).sum()),
+            "not_finite": int(odd.sum()),
         }
     for one, other in itertools.combinations(streams, 2):
         degrees = []
-        for a, b in zip(np.nan_to_num(stored[one]), np.nan_to_num(stored[other])):
-            if a.any() and b.any():
+        for a, b in zip(raw[one], raw[other]):
+            if a.any() and b.any() and np.isfinite(a + b).all():
                 degrees.append(np.degrees(np.arccos(a @ b / np.linalg.norm(a) / np.linalg.norm(b))))
         angle[f"{one}-{other}"] = np.mean(degrees) if degrees else None
     held = {"samples": len(samples), "coordinates": len(chosen), "parameters": sum(sizes)}
@@ -239,7 +243,7 @@ def test_a_stream_without_any_gradient():
     stored = [{"tog": sample["tog"], "tcg": sample["tcg"]} for sample in drawn(params, 4)]
     summary = measured(params, stored).summary()
     assert summary["gsnr"]["ncg"] == {
-        "mean": None, "ratio": None, "norm": 0.0, "zero_variance": 0, "missing": 202,
+        "mean": None, "ratio": None, "norm": 0.0, "zero_variance": 0, "missing": 202, "not_finite": 0,
     }  # fmt: skip
     assert (summary["angle"]["tog-ncg"], summary["angle"]["tcg-ncg"]) == (None, None)
     assert_tree(summary, by_numpy(params, stored))
@@ -251,8 +255,73 @@ def test_a_dead_unit_has_no_variance():
         moments.add({"task": [torch.tensor([0.0, 0.1, value])]})
     assert moments.summary()["gsnr"]["task"] == pytest.approx(
         {"mean": 4.0, "ratio": 4.0, "norm": np.sqrt(0.01 + np.array([1, 4, 9])).mean(),
-         "zero_variance": 2, "missing": 0}
+         "zero_variance": 2, "missing": 0, "not_finite": 0}
     )  # fmt: skip
+
+
+def broken(params):
+    """Seven samples; some coordinates are inf or NaN in one of them, and a whole sample of one stream is."""
+    stored = drawn(params, 7)
+    stored[0]["tog"][0][0, 0, 0, 0] = math.nan  # in the first sample, before there is a mean
+    stored[3]["tog"][3][1, :2] = torch.tensor([math.inf, -math.inf])
+    stored[3]["tog"][2] = None
+    stored[6]["tcg"][1][4] = -math.inf
+    stored[2]["ncg"][3:] = [torch.full_like(g, math.nan) for g in stored[2]["ncg"][3:]]
+    return stored
+
+
+@pytest.mark.parametrize("coordinates", [0, 100])
+def test_what_is_not_finite_is_counted_and_left_out(coordinates):
+    params = parameters()
+    stored = broken(params)
+    moments = measured(params, stored, coordinates=coordinates)
+    summary = moments.summary()
+    assert_tree(summary, by_numpy(params, stored, moments.chosen))
+    if not coordinates:
+        counts = {s: (found["not_finite"], found["missing"]) for s, found in summary["gsnr"].items()}
+        assert counts == {"tog": (3, 0), "tcg": (1, 0), "ncg": (29, 0)}
+        layers = moments.by_layer()
+        assert layers["block.head"]["ncg"] == {"mean": None, "ratio": None}
+        assert all(math.isfinite(v) for values in layers["conv"].values() for v in values.values())
+    moments.reset()
+    for sample in drawn(params, 3):
+        moments.add(sample)
+    assert {found["not_finite"] for found in moments.summary()["gsnr"].values()} == {0}
+
+
+def test_a_variance_that_overflows_is_not_finite():
+    moments = GradientMoments({"w": torch.zeros(2, dtype=torch.float64)}, ("task",))
+    for value in (1e200, -1e200, 1e200):
+        moments.add({"task": [torch.tensor([value, value > 0], dtype=torch.float64)]})
+    found = moments.summary()["gsnr"]["task"]
+    assert (found["not_finite"], found["zero_variance"], found["missing"]) == (1, 0, 0)
+    assert found["mean"] == found["ratio"] == pytest.approx((2 / 3) ** 2 / (1 / 3))
+
+
+def test_a_stream_that_is_never_finite_has_no_number():
+    moments = GradientMoments({"w": torch.zeros(2)}, ("a", "b"))
+    for value in (1.0, 2.0):
+        moments.add({"a": [torch.tensor([math.nan, math.nan])], "b": [torch.tensor([value, value])]})
+    summary = moments.summary()
+    assert summary["gsnr"]["a"] == {
+        "mean": None, "ratio": None, "norm": None, "zero_variance": 0, "missing": 0, "not_finite": 2,
+    }  # fmt: skip
+    assert summary["gsnr"]["b"]["norm"] == pytest.approx(1.5 * math.sqrt(2))
+    assert summary["angle"] == {"a-b": None}
+    assert GSNRAllocation({"a": 0.1, "b": 0.1}).update({s: v["ratio"] for s, v in summary["gsnr"].items()})["a"] == 0.0
+
+
+def test_a_window_of_0_1_0_goes_on():
+    """Its state has no count of samples with a norm: each had one."""
+    params = parameters()
+    stored = drawn(params, 5)
+    old = measured(params, stored[:3]).state_dict()
+    del old["normed"]
+    moments = GradientMoments(params, STREAMS)
+    moments.load_state_dict(old)
+    for sample in stored[3:]:
+        moments.add(sample)
+    assert moments.summary() == measured(params, stored).summary()
 
 
 # Known signal and noise
@@ -640,13 +709,13 @@ def test_every_stream_is_measured_apart_whatever_the_optimizer_merges(momentum):
 
 
 @pytest.mark.parametrize(
-    ("momentum", "merge", "batched"),
-    [(m, True, batched) for m in MOMENTA for batched in (False, True)] + [(MOMENTA[0], False, False)],
+    ("momentum", "merge"),
+    [(m, True) for m in MOMENTA] + [(MOMENTA[0], False)],
 )
-def test_sampling_changes_no_bit_of_the_training(momentum, merge, batched):
+def test_sampling_changes_no_bit_of_the_training(momentum, merge):
     def run(every):
         net = toy()
-        optimizer = optimizer_of(net, momentum, merge=merge, batched=batched)
+        optimizer = optimizer_of(net, momentum, merge=merge)
         monitor = GradientMonitor(net.named_parameters(), STREAMS, every, window=2)
         seen = []
         for step in range(1, 6):
@@ -660,7 +729,7 @@ def test_sampling_changes_no_bit_of_the_training(momentum, merge, batched):
             seen += [p.grad.clone() for p in net.parameters() if p.requires_grad]
             optimizer.step()
             seen += [value.clone() for value in net.state_dict().values()]
-        buffers = [b.clone() for state in optimizer.state.values() for b in state["buffers"]]
+        buffers = [b.clone() for state in optimizer.state.values() for b in state.values()]
         return seen + buffers, monitor.moments.samples
 
     (plain, none), (sampled, some) = run(every=100), run(every=2)
@@ -678,6 +747,36 @@ def test_a_loss_that_is_left_out_or_constant_has_no_gradient():
     found = monitor.finish()["gsnr"]
     assert found["tog"]["ratio"] > 0
     assert found["tcg"]["missing"] == found["ncg"]["missing"] == monitor.moments.coordinates
+
+
+def test_a_layer_that_is_frozen_within_a_window_has_no_more_gradients():
+    net = toy()
+    monitor = GradientMonitor(net.named_parameters(), STREAMS, every=1, window=4)
+    names = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    stored = []
+    for step in range(1, 5):
+        if step == 3:
+            net[0].requires_grad_(False)
+        losses = losses_of(net, step)
+        live = [p for p in names.values() if p.requires_grad]
+        sample = {}
+        for stream, loss in losses.items():
+            found = dict(zip(live, torch.autograd.grad(loss, live, retain_graph=True, allow_unused=True)))
+            sample[stream] = [found.get(p) for p in names.values()]
+        stored.append(sample)
+        monitor.sample(losses)
+    record = monitor.finish()
+    assert record.pop("iteration") == 0
+    assert_tree(record, by_numpy(names, stored))
+
+
+def test_a_monitor_of_layers_that_were_all_frozen():
+    net = toy()
+    monitor = GradientMonitor(net[0].named_parameters(), STREAMS, every=1, window=2)
+    net[0].requires_grad_(False)
+    for step in (1, 2):
+        monitor.sample(losses_of(net, step))
+    assert {found["missing"] for found in monitor.finish()["gsnr"].values()} == {monitor.moments.coordinates}
 
 
 def test_a_monitor_goes_on_from_a_checkpoint(tmp_path):

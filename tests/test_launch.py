@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from deepkd_plugin import launch
+from deepkd_plugin import device, launch
 from deepkd_plugin.commands import evaluate
 from deepkd_plugin.hosts.builtin.models import cifar_model_dict
 from deepkd_plugin.launch import main
@@ -57,6 +57,15 @@ def test_the_student_file_is_read_by_eval(train, data_root, capsys):
     assert "command line: -m is 'resnet9'; it must be one of" in capsys.readouterr().err
     assert evaluate.main(["-m", "resnet8", "-d", "glyphs100", "--root", str(data_root)]) == 2
     assert "-c names no file and the zoo has no weights of resnet8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_all_cards_are_used_only_if_asked_for(train, monkeypatch, asked):
+    seen = []
+    monkeypatch.setattr(device, "parallel", lambda module, asked: seen.append(asked) or module)
+    code, _, err = train("kd", "SOLVER.DATA_PARALLEL", str(asked))
+    assert code == 0, err
+    assert seen == [asked]
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda p: str(p.relative_to(ROOT / "configs")))

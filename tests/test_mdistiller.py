@@ -181,6 +181,7 @@ def test_mistakes_in_mdistillers_launcher_are_one_line(checkout, tmp_path):
         ({"DISTILLER__TEACHER_WEIGHTS": str(fresh)}, "is at chance on cifar100"),
         ({"DISTILLER__TYPE": "MLKD"}, "it must be DecoupledMomentumSGD: MLKD needs two views"),
         ({"SOLVER__LR_SCHEDULE": "cosine"}, "it must be 'step' under mdistiller's trainer base"),
+        ({"SOLVER__WARMUP_UNIT": "iteration"}, "it must be 'epoch' under mdistiller's trainer base"),
         (
             {"DeepKD__MASK__TYPE": "half"},
             "config: DeepKD.MASK.TYPE is 'half'; it must be one of none, static",

@@ -3,8 +3,14 @@ import itertools
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
-from deepkd_plugin.optim import DecoupledMomentumSGD
+from deepkd_plugin import DecoupledMomentumSGD, from_sgd, to_sgd
 
 F64 = torch.float64
 SHAPES = ((2, 3), (4,), (2, 2, 2))
@@ -47,17 +53,20 @@ def one_step(opt, params, step, streams=None):
     opt.step()
 
 
-def formula(params, momentum, dampening, weight_decay, decay_stream, lr, steps):
+def formula(params, momentum, dampening, weight_decay, decay_stream, lr, steps, matched_to=0.8):
     """The update written out per stream: the oracle that knows of no merging."""
     params = [p.detach().clone() for p in params]
     buffers = {}
     for step in range(steps):
         start = [p.clone() for p in params]
         for i, (stream, m) in enumerate(momentum(step).items()):
-            d = m if dampening == "ema" else dampening
             for j, g in enumerate(random_gradients(step, i)):
                 g = g + weight_decay * start[j] if stream == decay_stream else g
-                buffers[stream, j] = m * buffers[stream, j] + (1 - d) * g if (stream, j) in buffers else g
+                if dampening in ("ema", "matched"):
+                    gain = (1 - m) / (1 - matched_to if dampening == "matched" else 1)
+                    buffers[stream, j] = m * buffers.get((stream, j), torch.zeros_like(g)) + gain * g
+                else:
+                    buffers[stream, j] = m * buffers[stream, j] + (1 - dampening) * g if (stream, j) in buffers else g
                 params[j] -= lr * buffers[stream, j]
     return params
 
@@ -112,37 +121,43 @@ class TestGolden:
 
 @pytest.mark.parametrize("foreach", [True, False])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.01])
-@pytest.mark.parametrize(("momentum", "dampening"), [(0.9, 0.0), (0.9, 0.3), (0.9, "ema"), (0.0, 0.0), (0.0, 0.5)])
-def test_one_stream_is_sgd(foreach, weight_decay, momentum, dampening):
-    ours, theirs = random_params(), random_params()
-    opt = DecoupledMomentumSGD(ours, 0.1, {"task": momentum}, weight_decay, dampening=dampening, foreach=foreach)
-    damp = momentum if dampening == "ema" else dampening
-    sgd = torch.optim.SGD(theirs, 0.1, momentum, damp, weight_decay, foreach=foreach)
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize(
+    ("momentum", "dampening", "nesterov"),
+    [(0.9, 0.0, False), (0.9, 0.3, False), (0.9, 0.0, True), (0.0, 0.0, False), (0.0, 0.5, False)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_one_stream_is_sgd(foreach, weight_decay, maximize, momentum, dampening, nesterov, dtype):
+    """Bit for bit, in the multi-tensor and in the single-tensor version of both."""
+    ours, theirs = random_params(dtype=dtype), random_params(dtype=dtype)
+    options = {"dampening": dampening, "nesterov": nesterov, "maximize": maximize, "foreach": foreach}
+    opt = DecoupledMomentumSGD(ours, 0.1, momentum, weight_decay, **options)
+    sgd = torch.optim.SGD(theirs, 0.1, momentum, weight_decay=weight_decay, **options)
     for step in range(6):
         one_step(opt, ours, step)
         for p, g in zip(theirs, random_gradients(step, 0)):
-            p.grad = g.clone()
+            p.grad = g.to(dtype)
         sgd.step()
-        if foreach:
-            assert all(torch.equal(a, b) for a, b in zip(ours, theirs))  # the same operations in the same order
-        assert_equal_params(ours, theirs)
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
 
 
 @pytest.mark.parametrize("foreach", [True, False])
-@pytest.mark.parametrize("dampening", [0.0, 0.25, "ema"])
+@pytest.mark.parametrize("dampening", [0.0, 0.25, "ema", "matched"])
+@pytest.mark.parametrize("capturable", [True, False])
 @pytest.mark.parametrize("merge", [True, False])
 @pytest.mark.parametrize("coefficients", [(0.9, 0.5, 0.9), (0.9, 0.9, 0.9), (0.3, 0.5, 0.9), (0.0, 0.5, 0.0)])
-def test_follows_the_formula(foreach, dampening, merge, coefficients):
+def test_follows_the_formula(foreach, dampening, capturable, merge, coefficients):
     momentum = dict(zip(("tog", "tcg", "ncg"), coefficients))
     if dampening == 0.25 and 0.0 in coefficients:
         pytest.skip("without momentum a number's dampening is ignored, as in torch.optim.SGD")
     params = random_params()
     start = [p.detach().clone() for p in params]
-    opt = DecoupledMomentumSGD(params, 0.1, momentum, 0.02, "ncg", dampening, merge=merge, foreach=foreach)
+    options = {"matched_to": 0.8, "merge": merge, "foreach": foreach, "capturable": capturable}
+    opt = DecoupledMomentumSGD(params, 0.1, momentum, 0.02, "ncg", dampening, **options)
     for step in range(5):
         one_step(opt, params, step)
     assert_equal_params(params, formula(start, lambda _: momentum, dampening, 0.02, "ncg", 0.1, 5))
-    buffers = {len(opt.state[p]["buffers"]) for p in params}
+    buffers = {len(opt.state[p].values()) for p in params}
     assert buffers == {len(set(coefficients)) if merge else 3}
 
 
@@ -179,7 +194,7 @@ class TestChangingCoefficients:
     def test_streams_that_become_equal_are_exact(self, foreach):
         params, expected, opt = self.run(self.joining, merge=True, foreach=foreach)
         assert_equal_params(params, expected)
-        assert opt.param_groups[0]["buffers"] == [["tog", "tcg", "ncg"]]
+        assert all(list(opt.state[p]) == ["momentum_buffer_tog+tcg+ncg"] for p in params)
 
     @pytest.mark.parametrize("foreach", [True, False])
     def test_without_merging_any_schedule_is_exact(self, foreach):
@@ -190,7 +205,7 @@ class TestChangingCoefficients:
     def test_streams_that_part_share_their_past_equally(self):
         """From the split on, the formula with the common buffer's third as each stream's v."""
         params, _, opt = self.run(self.parting, merge=True, steps=4)
-        past = [opt.state[p]["buffers"][0].clone() for p in params]
+        past = [next(iter(opt.state[p].values())).clone() for p in params]
         start = [p.detach().clone() for p in params]
         opt.param_groups[0]["momentum"]["tcg"] = 0.5
         one_step(opt, params, 4)
@@ -205,7 +220,7 @@ class TestChangingCoefficients:
 
         def difference(steps):
             runs = [self.run(self.parting, merge, steps, weight_decay=0.0)[2] for merge in (True, False)]
-            (merged, apart) = ([opt.state[p]["buffers"] for p in opt.param_groups[0]["params"]] for opt in runs)
+            (merged, apart) = ([list(opt.state[p].values()) for p in opt.param_groups[0]["params"]] for opt in runs)
             return max((a[0] + a[2] - m[0]).abs().max().item() for a, m in zip(apart, merged))
 
         assert difference(5) > 0.1
@@ -345,7 +360,7 @@ def test_parameter_groups_have_their_own_settings():
     assert_equal_params(slow, oracle_slow)
     assert_equal_params(fast, oracle_fast)
     # one partition for all groups: streams that differ in one group are apart in every one
-    assert [len(opt.state[p]["buffers"]) for p in (slow[0], fast[0])] == [2, 2]
+    assert [len(opt.state[p].values()) for p in (slow[0], fast[0])] == [2, 2]
 
 
 def test_default_momenta_of_groups_are_not_shared():
@@ -370,7 +385,7 @@ def test_state_dict_continues_bitwise_and_survives_a_change_of_dtype(coefficient
     narrow = [p.detach().float().requires_grad_() for p in params]
     other = DecoupledMomentumSGD(narrow, 0.5, {"a": 0.1, "b": 0.2})
     other.load_state_dict(held)
-    assert all(v.dtype == torch.float32 for p in narrow for v in other.state[p]["buffers"])
+    assert all(v.dtype == torch.float32 for p in narrow for v in other.state[p].values())
     for step in range(3, 6):
         one_step(opt, params, step)
         one_step(again, twin, step)
@@ -387,7 +402,7 @@ def test_state_dict_survives_a_change_of_device():
     there = [p.detach().cuda().requires_grad_() for p in params]
     moved = DecoupledMomentumSGD(there, 0.1, {"a": 0.9, "b": 0.5})
     moved.load_state_dict(opt.state_dict())
-    assert all(v.is_cuda for p in there for v in moved.state[p]["buffers"])
+    assert all(v.is_cuda for p in there for v in moved.state[p].values())
 
 
 def test_state_dict_moves_to_the_parameters_device():
@@ -398,7 +413,7 @@ def test_state_dict_moves_to_the_parameters_device():
     there = [p.detach().to("meta").requires_grad_() for p in params]
     moved = DecoupledMomentumSGD(there, 0.1, {"a": 0.9, "b": 0.5})
     moved.load_state_dict(opt.state_dict())
-    assert all(v.is_meta for p in there for v in moved.state[p]["buffers"])
+    assert all(v.is_meta for p in there for v in moved.state[p].values())
 
 
 def test_state_of_other_streams_is_refused():
@@ -420,29 +435,6 @@ def test_deepcopy_and_scheduler():
     one_step(opt, params, 3)
     one_step(twin, twins, 3)
     assert all(torch.equal(p, q) for p, q in zip(params, twins))
-
-
-@pytest.mark.parametrize("momentum", [{"a": 0.9, "b": 0.5}, {"a": 0.9, "b": 0.9}, {"a": 0.9, "b": 0.5, "c": 0.1}])
-def test_batched_gradients_take_the_same_steps(momentum):
-    """A small BatchNorm network in float64, one parameter without part in a stream, to 1e-12."""
-    ends = []
-    for batched in (False, True):
-        torch.manual_seed(0)
-        layers = [torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten()]
-        network = torch.nn.Sequential(*layers, torch.nn.Linear(4 * 36, 5)).double()
-        extra = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
-        params = [*network.parameters(), extra]
-        opt = DecoupledMomentumSGD(params, 0.1, momentum, 1e-2, "a", batched=batched)
-        assert copy.deepcopy(opt).batched is batched
-        for step in range(4):
-            logits = network(torch.randn(6, 3, 8, 8, dtype=torch.float64))
-            losses = {"a": logits.square().mean(), "b": logits.sin().mean() + (extra * step).sum()}
-            opt.zero_grad()
-            opt.backward({s: losses.get(s, logits.cos().mean()) for s in momentum})
-            opt.step()
-        ends.append(params)
-    for p, q in zip(*ends):
-        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
 
 
 def test_closure():
@@ -483,13 +475,25 @@ GOOD = {"lr": 0.1, "momentum": {"a": 0.9, "b": 0.5}, "weight_decay": 0.1, "weigh
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lr": -1.0}, "lr must be at least 0, got -1.0"),
-        ({"lr": float("nan")}, "lr must be at least 0, got nan"),
-        ({"weight_decay": -0.1}, "weight_decay must be at least 0, got -0.1"),
+        ({"lr": -1.0}, "lr must be at least 0 and finite, got -1.0"),
+        ({"lr": float("nan")}, "lr must be at least 0 and finite, got nan"),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0 and finite, got -0.1"),
         ({"momentum": {"a": 1.0, "b": 0.5}}, r"momentum of stream 'a' must be in \[0, 1\), got 1.0"),
         ({"momentum": {"a": 0.5, "b": -0.1}}, "momentum of stream 'b'"),
         ({"momentum": {}}, "momentum must map stream names"),
-        ({"momentum": 0.9}, "momentum must map stream names"),
+        ({"momentum": {"a": "0.9", "b": 0.5}}, "momentum of stream 'a' must be in"),
+        ({"momentum": {"a+b": 0.9}}, r"a stream's name must be a word without '\+', got 'a\+b'"),
+        ({"momentum": {1: 0.9}}, "a stream's name must be a word"),
+        ({"momentum": [0.9]}, r"momentum of stream 'task' must be in \[0, 1\), got \[0.9\]"),
+        ({"lr": float("inf")}, "lr must be at least 0 and finite, got inf"),
+        ({"lr": torch.tensor([0.1])}, r"a tensor of shape \(\), got a tensor of shape \(1,\)"),
+        ({"lr": torch.tensor([0.1, 0.1])}, r"a tensor of shape \(\), got a tensor of shape \(2,\)"),
+        ({"lr": torch.tensor(-0.1)}, "lr must be at least 0"),
+        ({"lr": "0.1"}, "lr must be at least 0"),
+        ({"dampening": "matched"}, "needs a momentum in .* as matched_to, got None"),
+        ({"dampening": "matched", "matched_to": 1.0}, "as matched_to, got 1.0"),
+        ({"nesterov": True, "dampening": 0.1}, "nesterov needs a momentum and dampening 0"),
+        ({"nesterov": True, "momentum": {"a": 0.0, "b": 0.0}}, "nesterov needs a momentum"),
         ({"dampening": 1.5}, "dampening must be a number"),
         ({"dampening": "nesterov"}, "dampening must be a number"),
         ({"weight_decay_stream": "c"}, r"weight_decay_stream must name one of \('a', 'b'\), got 'c'"),
@@ -572,14 +576,6 @@ def test_a_step_that_is_refused_changes_nothing():
     assert not torch.equal(first[0], before[0])
 
 
-def test_a_scheduler_that_cycles_momentum_is_refused_by_name():
-    params = random_params()
-    opt = DecoupledMomentumSGD(params, 0.1, {"a": 0.9})
-    opt.param_groups[0]["momentum"] = 0.95
-    with pytest.raises(ValueError, match=r"momentum must map stream names to numbers, got 0.95"):
-        opt.step()
-
-
 def test_decay_that_is_raised_later_needs_its_stream():
     opt = DecoupledMomentumSGD(random_params(), 0.1, {"a": 0.9, "b": 0.5})
     opt.param_groups[0]["weight_decay"] = 0.1
@@ -595,9 +591,410 @@ def test_losses_without_a_graph_are_refused():
 
 def test_the_state_of_sgd_is_refused():
     params = random_params()
-    held = torch.optim.SGD(params, 0.1, 0.9).state_dict()
-    with pytest.raises(ValueError, match=r"streams None, this optimizer"):
-        DecoupledMomentumSGD(params, 0.1, {"a": 0.9}).load_state_dict(held)
+    state = torch.optim.SGD(params, 0.1, 0.9).state_dict()
+    with pytest.raises(ValueError, match=r"streams None, this optimizer \('a',\); from_sgd as a pre-hook takes"):
+        DecoupledMomentumSGD(params, 0.1, {"a": 0.9}).load_state_dict(state)
+
+
+class TestConversion:
+    """torch.optim.SGD's state to ours and back, by pre-hooks of load_state_dict."""
+
+    @staticmethod
+    def sgd_step(opt, params, step):
+        opt.zero_grad()
+        sum(linear_loss(params, random_gradients(step, i)) for i in range(3)).backward()
+        opt.step()
+
+    @pytest.mark.parametrize("nesterov", [False, True])
+    def test_a_run_goes_on_under_the_other(self, nesterov):
+        """SGD, ours with equal momenta, SGD: the steps of SGD alone."""
+        params, alone = random_params(), random_params()
+        first, expected = (torch.optim.SGD(p, 0.1, 0.9, 0.0, 0.01, nesterov) for p in (params, alone))
+        ours = DecoupledMomentumSGD(params, 0.5, dict.fromkeys("xyz", 0.9), 0.5, "y")
+        ours.register_load_state_dict_pre_hook(from_sgd)
+        last = torch.optim.SGD(params, 0.5, 0.9)
+        last.register_load_state_dict_pre_hook(to_sgd)
+        for step in range(9):
+            self.sgd_step(expected, alone, step)
+            if step < 3:
+                self.sgd_step(first, params, step)
+            elif step < 6:
+                if step == 3:
+                    ours.load_state_dict(first.state_dict())
+                one_step(ours, params, step)
+            else:
+                if step == 6:
+                    last.load_state_dict(ours.state_dict())
+                self.sgd_step(last, params, step)
+        assert_equal_params(params, alone)
+
+    def test_streams_apart_share_the_buffer(self):
+        params = random_params()
+        sgd = torch.optim.SGD(params, 0.1, 0.9)
+        self.sgd_step(sgd, params, 0)
+        past = [sgd.state[p]["momentum_buffer"].clone() for p in params]
+        opt = DecoupledMomentumSGD(params, 0.1, {"x": 0.9, "y": 0.5})
+        opt.register_load_state_dict_pre_hook(from_sgd)
+        opt.load_state_dict(sgd.state_dict())
+        assert opt.param_groups[0]["momentum"] == {"x": 0.9, "y": 0.5}
+        one_step(opt, params, 1)
+        for j, p in enumerate(params):
+            for (_, buffer), i, m in zip(opt.state[p].items(), range(2), (0.9, 0.5)):
+                torch.testing.assert_close(buffer, m * past[j] / 2 + random_gradients(1, i)[j])
+
+    def test_a_state_of_its_own_kind_is_left_alone(self):
+        params = random_params()
+        opt = DecoupledMomentumSGD(params, 0.1, {"x": 0.9, "y": 0.5})
+        one_step(opt, params, 0)
+        state = opt.state_dict()
+        assert from_sgd(opt, state) is state
+        sgd = torch.optim.SGD(params, 0.1, 0.9)
+        state = sgd.state_dict()
+        assert to_sgd(sgd, state) is state
+
+    def test_another_number_of_groups_is_refused(self):
+        a, b = random_params(1), random_params(2)
+        sgd = torch.optim.SGD([{"params": a}, {"params": b}], 0.1, 0.9)
+        opt = DecoupledMomentumSGD([*a, *b], 0.1, 0.9)
+        opt.register_load_state_dict_pre_hook(from_sgd)
+        with pytest.raises(ValueError, match="the state has 2 parameter groups, this optimizer 1"):
+            opt.load_state_dict(sgd.state_dict())
+
+
+class TestState:
+    def test_buffers_are_tensors_by_name(self):
+        params = random_params()
+        opt = DecoupledMomentumSGD(params, 0.1, {"tog": 0.9, "tcg": 0.5, "ncg": 0.9})
+        one_step(opt, params, 0)
+        for p in params:
+            assert list(opt.state[p]) == ["momentum_buffer_tog+ncg", "momentum_buffer_tcg"]
+            assert all(isinstance(buffer, torch.Tensor) for buffer in opt.state[p].values())
+        state = opt.state_dict()
+        assert type(state["param_groups"][0]["momentum"]) is dict
+
+    def test_a_state_of_0_1_loads(self):
+        """Lists of buffers, whose streams stood in the group; no nesterov, maximize and capturable."""
+        params, twins = random_params(), random_params()
+        momentum = {"tog": 0.9, "tcg": 0.5, "ncg": 0.9}
+        a, b = (DecoupledMomentumSGD(p, 0.1, momentum, 0.01, "tcg") for p in (params, twins))
+        for step in range(2):
+            one_step(a, params, step)
+            one_step(b, twins, step)
+        new = a.state_dict()
+        known = ("lr", "momentum", "weight_decay", "weight_decay_stream", "dampening", "merge", "foreach", "params")
+        old = {
+            "state": {i: {"buffers": list(state.values())} for i, state in new["state"].items()},
+            "param_groups": [
+                {k: group[k] for k in known} | {"buffers": [["tog", "ncg"], ["tcg"]]} for group in new["param_groups"]
+            ],
+        }
+        fresh = DecoupledMomentumSGD(params, 0.3, dict.fromkeys(momentum, 0.1))
+        fresh.load_state_dict(old)
+        for step in range(2, 5):
+            one_step(fresh, params, step)
+            one_step(b, twins, step)
+        assert all(torch.equal(p, q) for p, q in zip(params, twins))
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda state: state.pop("momentum_buffer_a"),
+            lambda state: state.update(momentum_buffer_a={}),
+            lambda state: state.update(momentum_buffer_a=torch.zeros(7)),
+            lambda state: state.update(momentum_buffer_c=state["momentum_buffer_a"]),
+        ],
+    )
+    def test_a_state_that_does_not_fit_is_refused_whole(self, damage):
+        params = random_params()
+        opt = DecoupledMomentumSGD(params, 0.1, {"a": 0.9, "b": 0.5})
+        one_step(opt, params, 0)
+        state = copy.deepcopy(opt.state_dict())
+        damage(state["state"][1])
+        before = copy.deepcopy(opt.state_dict())
+        with pytest.raises(ValueError, match="must have a tensor of that shape for each of the streams"):
+            opt.load_state_dict(state)
+        assert str(opt.state_dict()) == str(before)
+
+    def test_loading_leaves_capturable_as_it_is(self):
+        params = random_params()
+        plain, captured = (DecoupledMomentumSGD(params, 0.1, 0.9, capturable=c) for c in (False, True))
+        captured.load_state_dict(plain.state_dict())
+        assert captured.param_groups[0]["capturable"]
+        plain.load_state_dict(captured.state_dict())
+        assert not plain.param_groups[0]["capturable"]
+
+    @pytest.mark.parametrize("flatten", [False, True])
+    @pytest.mark.parametrize("momentum", [{"a": 0.9, "b": 0.5}, {"a": 0.9, "b": 0.9}, {"a": 0.9}])
+    def test_distributed_checkpoints_get_and_set_it(self, flatten, momentum, tmp_path):
+        options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+
+        def make():
+            torch.manual_seed(0)
+            net = torch.nn.Linear(3, 2).double()
+            return net, DecoupledMomentumSGD(net.parameters(), 0.1, momentum, 0.01, "a", 0.25)
+
+        def steps(net, opt, which):
+            for step in which:
+                out = net(torch.full((1, 3), step + 1.0, dtype=F64))
+                opt.zero_grad()
+                opt.backward({"a": out.square().sum(), "b": out.sin().sum()} if len(momentum) > 1 else {"a": out.sum()})
+                opt.step()
+
+        net, opt = make()
+        steps(net, opt, range(3))
+        dcp.save({"optimizer": get_optimizer_state_dict(net, opt, options=options)}, checkpoint_id=tmp_path)
+        twin, other = make()
+        twin.load_state_dict(net.state_dict())
+        start = copy.deepcopy(twin.state_dict())
+        state = get_optimizer_state_dict(twin, other, options=options)
+        # a step with gradients and rates of 0 made buffers of 0, decay or not, and moved nothing
+        assert all(not buffer.any() for own in other.state.values() for buffer in own.values())
+        assert all(torch.equal(p, start[name]) for name, p in twin.state_dict().items())
+        dcp.load({"optimizer": state}, checkpoint_id=tmp_path)
+        set_optimizer_state_dict(twin, other, state, options=options)
+        steps(net, opt, range(3, 6))
+        steps(twin, other, range(3, 6))
+        assert all(torch.equal(p, q) for p, q in zip(net.parameters(), twin.parameters()))
+
+
+class TestScaler:
+    """PyTorch's recipes with torch.amp.GradScaler: one scale, one decision to skip."""
+
+    MOMENTA = ({"a": 0.9, "b": 0.5}, {"a": 0.9, "b": 0.9}, {"a": 0.9})
+
+    @staticmethod
+    def run(momentum, scaler=None, unscale=False, clip=False, steps=8, overflow=()):
+        params = random_params(dtype=torch.float32)
+        opt = DecoupledMomentumSGD(params, 0.1, momentum, 0.01, "a")
+        for step in range(steps):
+            opt.zero_grad()
+            losses = {}
+            for i, name in enumerate(momentum):
+                losses[name] = linear_loss(params, [g.float() for g in random_gradients(step, i)])
+            if scaler is None and step in overflow:
+                continue
+            if scaler is not None:
+                losses = {name: scaler.scale(loss) for name, loss in losses.items()}
+            opt.backward(losses)
+            if step in overflow:
+                for p in params[:1]:
+                    p.grad.view(-1)[0] = float("inf")
+            if unscale:
+                scaler.unscale_(opt)
+            if clip:
+                torch.nn.utils.clip_grad_norm_(params, 1.0)
+            if scaler is None:
+                opt.step()
+            else:
+                scaler.step(opt)
+                scaler.update()
+        return params, opt
+
+    @pytest.mark.parametrize("momentum", MOMENTA)
+    @pytest.mark.parametrize(("unscale", "clip"), [(False, False), (True, False), (True, True)])
+    def test_its_steps_are_those_without_it(self, momentum, unscale, clip):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+        expected, _ = self.run(momentum, clip=clip)
+        params, opt = self.run(momentum, scaler, unscale, clip)
+        assert_equal_params(params, expected, 1e-5)
+        assert not hasattr(opt, "found_inf")
+        assert not hasattr(opt, "grad_scale")
+
+    @pytest.mark.parametrize("momentum", MOMENTA)
+    @pytest.mark.parametrize("unscale", [False, True])
+    def test_an_overflow_skips_the_step_and_leaves_every_buffer(self, momentum, unscale):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        expected, plain = self.run(momentum, overflow=(0, 3, 4))
+        params, opt = self.run(momentum, scaler, unscale, overflow=(0, 3, 4))
+        assert scaler.get_scale() == 2.0**7
+        assert_equal_params(params, expected, 1e-5)
+        for p, q in zip(params, expected):
+            for ours, theirs in zip(opt.state[p].values(), plain.state[q].values()):
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+    def test_a_scale_of_its_own_is_multiplied_in(self):
+        """GradScaler takes the product with an `optimizer.grad_scale` that was set before."""
+        params = random_params()
+        opt = DecoupledMomentumSGD(params, 1.0, {"a": 0.9, "b": 0.5})
+        start = [p.detach().clone() for p in params]
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        losses = {s: linear_loss(params, random_gradients(0, i)) for i, s in enumerate("ab")}
+        opt.backward({s: scaler.scale(3.0 * loss) for s, loss in losses.items()})
+        opt.grad_scale = torch.tensor(3.0)
+        scaler.step(opt)
+        moved = [p - a - b for p, a, b in zip(start, random_gradients(0, 0), random_gradients(0, 1))]
+        assert_equal_params(params, moved, 1e-6)
+
+
+def test_unscaling_without_the_scalers_step_is_followed_too():
+    params, expected = random_params(), random_params()
+    opt, plain = (DecoupledMomentumSGD(p, 0.1, {"a": 0.9, "b": 0.5}) for p in (params, expected))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    opt.backward({s: scaler.scale(linear_loss(params, random_gradients(0, i))) for i, s in enumerate("ab")})
+    scaler.unscale_(opt)
+    opt.step()
+    one_step(plain, expected, 0)
+    assert_equal_params(params, expected, 1e-6)
+
+
+class TestSchedulers:
+    """OneCycleLR and CyclicLR write one number: the largest momentum, to which the others keep their ratio."""
+
+    @pytest.mark.parametrize("kind", ["one cycle", "cyclic"])
+    @pytest.mark.parametrize("momentum", [0.9, {"a": 0.9, "b": 0.9}, {"a": 0.9, "b": 0.6}])
+    def test_momentum_is_cycled(self, kind, momentum):
+        def cycle(opt):
+            if kind == "one cycle":
+                return torch.optim.lr_scheduler.OneCycleLR(opt, 0.1, total_steps=8)
+            return torch.optim.lr_scheduler.CyclicLR(opt, 0.01, 0.1, step_size_up=3)
+
+        params, plain = random_params(), random_params()
+        opt, sgd = DecoupledMomentumSGD(params, 0.1, momentum), torch.optim.SGD(plain, 0.1, 0.9)
+        ours, theirs = cycle(opt), cycle(sgd)
+        for step in range(7):
+            one_step(opt, params, step)
+            for i, p in enumerate(plain):
+                p.grad = sum(random_gradients(step, s)[i] for s in range(len(opt.streams)))
+            sgd.step()
+            now = opt.param_groups[0]["momentum"]
+            assert max(now.values()) == pytest.approx(sgd.param_groups[0]["momentum"])
+            if now.keys() == {"a", "b"}:
+                assert now["b"] == pytest.approx(now["a"] * momentum["b"] / 0.9)
+            ours.step()
+            theirs.step()
+        if momentum != {"a": 0.9, "b": 0.6}:
+            assert_equal_params(params, plain, 1e-9)
+
+    def test_a_cycled_state_goes_on(self):
+        params, twins = random_params(), random_params()
+        ends = []
+        for reload in (False, True):
+            opt = DecoupledMomentumSGD(params if reload else twins, 0.1, {"a": 0.9, "b": 0.6})
+            scheduler = torch.optim.lr_scheduler.OneCycleLR(opt, 0.1, total_steps=8)
+            for step in range(6):
+                one_step(opt, opt.param_groups[0]["params"], step)
+                scheduler.step()
+                if reload and step == 2:
+                    state, at = copy.deepcopy(opt.state_dict()), scheduler.state_dict()
+                    opt = DecoupledMomentumSGD(params, 0.1, {"a": 0.5, "b": 0.5})
+                    scheduler = torch.optim.lr_scheduler.OneCycleLR(opt, 0.1, total_steps=8)
+                    opt.load_state_dict(state)
+                    scheduler.load_state_dict(at)
+            ends.append(opt.param_groups[0]["params"])
+        assert_equal_params(*ends)
+
+    def test_a_number_out_of_range_is_refused(self):
+        opt = DecoupledMomentumSGD(random_params(), 0.1, {"a": 0.9, "b": 0.6})
+        for value in (1.0, -0.1, True, "0.9"):
+            opt.param_groups[0]["momentum"] = value
+            with pytest.raises(ValueError, match=r"momentum"):
+                opt.step()
+
+    def test_a_logger_of_one_number_reads_the_largest(self):
+        """What Lightning's LearningRateMonitor(log_momentum=True) does with the group's entry."""
+        opt = DecoupledMomentumSGD(random_params(), 0.1, {"a": 0.6, "b": 0.9})
+        assert torch.tensor(opt.param_groups[0]["momentum"], device="cpu").item() == 0.9
+        opt.load_state_dict(opt.state_dict())
+        assert torch.tensor(opt.param_groups[0]["momentum"]).item() == 0.9
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+def test_buffers_stay_in_place_for_a_captured_step(foreach):
+    """Also of a parameter that one stream does not reach, whose gradient is 0 there."""
+    params, twins = random_params(), random_params()
+    options = {"foreach": foreach, "capturable": True}
+    opt = DecoupledMomentumSGD(params, 0.1, {"a": 0.9, "b": 0.5}, 0.01, "a", **options)
+    plain = DecoupledMomentumSGD(twins, 0.1, {"a": 0.9, "b": 0.5}, 0.01, "a", foreach=foreach)
+    places = None
+    for step in range(4):
+        for o, ps in ((opt, params), (plain, twins)):
+            o.zero_grad()
+            a, b = random_gradients(step, 0), random_gradients(step, 1)
+            losses = {"a": linear_loss(ps, a), "b": linear_loss(ps[1:], b[1:])}
+            o.backward(losses if step % 2 == 0 else {"b": linear_loss(ps, b)})
+            o.step()
+        now = [[buffer.data_ptr() for buffer in opt.state[p].values()] for p in params]
+        assert places is None or now == places
+        places = now
+    assert_equal_params(params, twins)
+
+
+def test_a_rate_that_is_a_tensor_is_no_constant_of_a_compiled_step():
+    params, plain = random_params(), random_params()
+    opt = DecoupledMomentumSGD(params, torch.tensor(0.1, dtype=F64), {"a": 0.9, "b": 0.5})
+    other = DecoupledMomentumSGD(plain, 0.1, {"a": 0.9, "b": 0.5})
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    step = torch.compile(opt.step, backend=backend)
+    for i in range(6):
+        rate = 0.1 / (i + 1)
+        opt.param_groups[0]["lr"].fill_(rate)
+        other.param_groups[0]["lr"] = rate
+        opt.zero_grad()
+        opt.backward({s: linear_loss(params, random_gradients(i, j)) for j, s in enumerate("ab")})
+        step()
+        one_step(other, plain, i)
+    assert len(graphs) == 2  # the first step makes the buffers
+    assert_equal_params(params, plain)
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+def test_several_streams_take_nesterovs_and_upward_steps(foreach):
+    """θ ← θ ± lr · Σ (g + m · v), against the formula."""
+    for maximize in (False, True):
+        params = random_params()
+        expected = [p.detach().clone() for p in params]
+        options = {"nesterov": True, "maximize": maximize, "foreach": foreach}
+        momentum = {"a": 0.9, "b": 0.5, "c": 0.0}
+        opt = DecoupledMomentumSGD(params, 0.1, momentum, 0.01, "b", **options)
+        buffers = {}
+        for step in range(4):
+            one_step(opt, params, step)
+            start = [p.clone() for p in expected]
+            for i, (stream, m) in enumerate(momentum.items()):
+                for j, g in enumerate(random_gradients(step, i)):
+                    g = (-g if maximize else g) + (0.01 * start[j] if stream == "b" else 0)
+                    buffers[i, j] = m * buffers[i, j] + g if (i, j) in buffers else g
+                    expected[j] -= 0.1 * (g + m * buffers[i, j])
+        assert_equal_params(params, expected)
+
+
+@pytest.mark.parametrize("m", [0.975, 0.825, 0.0])
+def test_matched_keeps_the_length_of_plain_sgds_steps(m):
+    """Under a constant gradient all streams' steps become lr · g / (1 − μ), whatever their momentum."""
+    p = torch.zeros(2, dtype=F64, requires_grad=True)
+    opt = DecoupledMomentumSGD([p], 1.0, {"a": m}, dampening="matched", matched_to=0.9)
+    for _ in range(800):
+        before = p.detach().clone()
+        opt.zero_grad()
+        opt.backward({"a": p.sum()})
+        opt.step()
+    torch.testing.assert_close(before - p.detach(), torch.full((2,), 10.0, dtype=F64), rtol=1e-6, atol=0)
+    first = DecoupledMomentumSGD([q := torch.zeros(1, dtype=F64, requires_grad=True)], 1.0, {"a": m}, dampening="ema")
+    first.backward({"a": q.sum()})
+    first.step()
+    assert q.item() == pytest.approx(-(1 - m))
+
+
+def test_clip_returns_the_norm():
+    params = random_params()
+    opt = DecoupledMomentumSGD(params, 0.1, DECOUPLED)
+    opt.backward({s: linear_loss(params, random_gradients(0, i)) for i, s in enumerate(opt.streams)})
+    norm = torch.cat([p.grad.flatten() for p in params]).norm()
+    torch.testing.assert_close(opt.clip(lambda held: torch.nn.utils.clip_grad_norm_(held, 1.0)), norm)
+
+
+def test_one_number_is_one_stream():
+    opt = DecoupledMomentumSGD(random_params(), 0.1, 0.9)
+    assert opt.streams == ("task",)
+    assert opt.param_groups[0]["momentum"] == {"task": 0.9}
+    opt.add_param_group({"params": random_params(1), "momentum": 0.5})
+    assert opt.param_groups[1]["momentum"] == {"task": 0.5}
 
 
 def test_every_partition_of_four_streams_is_one_formula():
@@ -674,7 +1071,7 @@ def test_clipping_by_norm_scales_every_stream_alike():
     for i, p in enumerate(params):
         for s in range(3):
             expected = random_gradients(0, s)[i] / 4
-            torch.testing.assert_close(opt.state[p]["buffers"][s], expected, rtol=1e-5, atol=1e-8)
+            torch.testing.assert_close(list(opt.state[p].values())[s], expected, rtol=1e-5, atol=1e-8)
 
 
 def test_a_merged_step_reads_the_clipped_gradient():
@@ -694,4 +1091,4 @@ def test_a_zero_sum_leaves_its_streams_as_they_are():
     opt.backward({"a": (p * up).sum(), "b": -(p * torch.tensor([1.0, 2.0], dtype=F64)).sum()})
     opt.clip(lambda held: torch.nn.utils.clip_grad_value_(held, 1.0))
     opt.step()
-    assert [b.tolist() for b in opt.state[p]["buffers"]] == [[1.0, 2.0], [-1.0, -1.0]]
+    assert [b.tolist() for b in opt.state[p].values()] == [[1.0, 2.0], [-1.0, -1.0]]

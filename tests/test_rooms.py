@@ -14,7 +14,7 @@ PACKAGE = Path(deepkd_plugin.__file__).parent
 
 ROOMS = (
     *("errors", "device", "terminal", "rules", "extensions"),
-    *("topk", "losses", "streams", "optim", "gsnr"),
+    *("topk", "losses", "streams", "ledger", "updates", "optim", "gsnr"),
     *("distillers", "config", "run", "data"),
     *("step", "speed", "solver", "accuracy", "trainer"),
     *("hosts", "launch", "detection", "study", "commands"),

@@ -1,8 +1,6 @@
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
 
-from deepkd_plugin.hosts.builtin.models import cifar_model_dict
 from deepkd_plugin.streams import assign_losses, backward_by_set, merge_streams
 
 
@@ -20,9 +18,6 @@ def test_losses_go_to_their_streams():
         assign_losses(losses, ("tog", "ncg"), {})
 
 
-BOTH = pytest.mark.parametrize("batched", [False, True], ids=["in turn", "batched"])
-
-
 @pytest.fixture
 def graph():
     x, y = torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor([3.0], requires_grad=True)
@@ -30,25 +25,23 @@ def graph():
     return (x, y), {"a": (hidden * y).sum(), "b": hidden.sum(), "c": (y**2).sum()}
 
 
-@BOTH
-def test_each_set_gets_the_gradient_of_its_sum(graph, batched):
+def test_each_set_gets_the_gradient_of_its_sum(graph):
     params, losses = graph
-    first, second = backward_by_set(losses, (("a", "c"), ("b",)), params, batched=batched)
+    first, second = backward_by_set(losses, (("a", "c"), ("b",)), params)
     x, y = (p.detach() for p in params)
     torch.testing.assert_close(first[0], x.cos() * y)
     torch.testing.assert_close(first[1], x.sin().sum() + 2 * y)
     torch.testing.assert_close(second[0], x.cos())
-    assert second[1].tolist() == [0.0] if batched else second[1] is None
+    assert second[1] is None
 
 
-@BOTH
-def test_the_graph_is_freed_after_the_last_pass_unless_asked(graph, batched):
+def test_the_graph_is_freed_after_the_last_pass_unless_asked(graph):
     params, losses = graph
     sets = (("a", "c"), ("b",))
-    backward_by_set(losses, sets, params, retain_graph=True, batched=batched)
-    backward_by_set(losses, sets, params, batched=batched)
+    backward_by_set(losses, sets, params, retain_graph=True)
+    backward_by_set(losses, sets, params)
     with pytest.raises(RuntimeError, match="second time"):
-        backward_by_set(losses, sets, params, batched=batched)
+        backward_by_set(losses, sets, params)
 
 
 def test_streams_without_a_loss_or_a_graph_have_no_gradient(graph):
@@ -67,30 +60,14 @@ def test_bad_losses(graph):
         backward_by_set({"a": params[0] * 2}, (("a",),), params)
 
 
-@BOTH
-def test_gradients_never_share_memory(batched):
+def test_gradients_never_share_memory():
     """autograd gives one tensor for w1 + w2 and an expanded one for a sum; adding to them must be safe."""
     w1, w2, w3 = (torch.ones(3, requires_grad=True) for _ in range(3))
     losses = {"a": ((w1 + w2) ** 2).sum() + w3.sum(), "b": 2.0 * w3.sum() + w1.sum()}
-    one, other = backward_by_set(losses, (("a",), ("b",)), (w1, w2, w3), batched=batched)
+    one, other = backward_by_set(losses, (("a",), ("b",)), (w1, w2, w3))
     one[0].add_(1.0)
     one[2][0] = 5.0
     assert one[1].tolist() == [4.0, 4.0, 4.0]
     assert one[2].tolist() == [5.0, 1.0, 1.0]
     assert other[0].tolist() == [1.0, 1.0, 1.0]
     assert other[2].tolist() == [2.0, 2.0, 2.0]
-
-
-@pytest.mark.parametrize("name", ["resnet8", "wrn_16_1", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2"])
-def test_batched_gradients_of_networks_are_those_in_turn(name):
-    """Convolutions (grouped too), BatchNorm in training, pooling: to rounding, in float64 1e-10."""
-    torch.manual_seed(0)
-    network = cifar_model_dict[name][0](num_classes=10).double().train()
-    logits = network(torch.randn(4, 3, 32, 32, dtype=torch.float64))[0]
-    target = torch.arange(4)
-    losses = {"tog": cross_entropy(logits, target), "tcg": logits.square().mean(), "ncg": logits.sin().mean()}
-    sets, params = (("tog", "ncg"), ("tcg",)), list(network.parameters())
-    in_turn = backward_by_set(losses, sets, params, retain_graph=True)
-    for mine, theirs in zip(backward_by_set(losses, sets, params, batched=True), in_turn):
-        for a, b in zip(mine, theirs):
-            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)

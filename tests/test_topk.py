@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ def test_top_k_index_never_holds_the_target():
     assert top_k_mask(teacher, target, 2).tolist() == [[False, True, True, False], [False, False, True, True]]
 
 
-@pytest.mark.parametrize("k", [0, 4, -1, 1.0, True])
+@pytest.mark.parametrize("k", [0, 4, -1, 1.0, True, np.True_, np.float32(1), np.int8(4), "1", None])
 def test_k_out_of_range(k):
     with pytest.raises(ValueError, match="K must be an integer from 1 to 3"):
         top_k_mask(torch.zeros(1, 4), torch.tensor([0]), k)
@@ -58,6 +59,15 @@ def test_counts_and_fractions():
     assert TopKSchedule(100, initial=1, optimal=99)(0.0) == 1
 
 
+def test_numpys_integers_count_as_pythons():
+    schedule = TopKSchedule(np.int64(100), np.int32(5), np.uint8(50), np.array([0.25, 0.75]))
+    assert [schedule(np.float64(u)) for u in (0.0, 0.125, 1.0)] == [5, 28, 99]
+    assert repr(schedule) == repr(TopKSchedule(100, 5, 50, (0.25, 0.75)))
+    assert {type(schedule(u)) for u in (0.0, 0.125, 0.5, 1.0)} == {int}
+    assert count_classes(np.float32(0.07), 100) == 7
+    assert top_k_index(torch.zeros(1, 4), torch.tensor([0]), np.int64(2)).shape == (1, 2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -71,7 +81,10 @@ def test_counts_and_fractions():
         ({"phases": (-0.1, 0.5)}, "phases must be two ends in order"),
         ({"phases": (0.5, 1.1)}, "phases must be two ends in order"),
         ({"phases": (0.5,)}, "phases must be two ends in order"),
-        ({"num_classes": 1}, "num_classes must be at least 2"),
+        ({"num_classes": 1}, "num_classes must be an integer from 2 on"),
+        ({"num_classes": 10.0}, "num_classes must be an integer from 2 on"),
+        ({"initial": True}, "K must be an integer from 1 to 99"),
+        ({"initial": np.True_}, r"a fraction of the classes must be in \(0, 1\]"),
     ],
 )
 def test_bad_schedules(arguments, message):

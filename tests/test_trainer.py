@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from deepkd_plugin.accuracy import evaluate
 from deepkd_plugin.config.tree import add_deepkd_config
 from deepkd_plugin.device import seed_everything
-from deepkd_plugin.distillers import KD, DeepKD
+from deepkd_plugin.distillers import DKD, KD, DeepKD
 from deepkd_plugin.distillers.vanilla import Vanilla
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.hosts import builtin
@@ -66,8 +66,10 @@ def same(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize("unit", ["epoch", "iteration"])
 @pytest.mark.parametrize("deltas", [(0.0, 0.0, 0.0), (0.075, -0.075, 0.05)])
-def test_a_resumed_run_is_bitwise_the_uninterrupted_one(cfg, deltas):
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(cfg, deltas, unit):
+    cfg.SOLVER.WARMUP_UNIT, cfg.SOLVER.WARMUP_EPOCHS = unit, 3
     for stream, delta in zip(("TOG", "TCG", "NCG"), deltas):
         cfg.SOLVER.DECOUPLED.DELTA[stream] = delta
     whole = make(cfg, name="whole")
@@ -83,7 +85,92 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(cfg, deltas):
         assert {k: v for k, v in a.items() if k not in timed} == {k: v for k, v in b.items() if k not in timed}
     states = [checkpoint.load(t.folder / "latest", "test") for t in (whole, second)]
     for p, q in zip(*(s["optimizer"]["state"].values() for s in states)):
-        assert all(torch.equal(a, b) for a, b in zip(p["buffers"], q["buffers"]))
+        assert all(torch.equal(a, b) for a, b in zip(p.values(), q.values()))
+
+
+def watched(trainer):
+    """(learning rate, epoch that the distiller gets) of every step that a trainer takes."""
+    seen = []
+    run = trainer.step.gradients
+
+    def gradients(batch, epoch):
+        seen.append((trainer.optimizer.param_groups[0]["lr"], epoch))
+        return run(batch, epoch)
+
+    trainer.step.gradients = gradients
+    return seen
+
+
+def test_by_epoch_a_warm_up_is_the_same_in_all_steps_of_an_epoch(cfg):
+    cfg.SOLVER.WARMUP_EPOCHS = 2
+    trainer = make(cfg)
+    seen = watched(trainer)
+    trainer.train()
+    assert [epoch for _, epoch in seen] == [1] * 4 + [2] * 4 + [3] * 4 + [4] * 4
+    assert [rate for rate, _ in seen] == pytest.approx([0.0275] * 4 + [0.05] * 4 + [0.005] * 8)
+
+
+def test_by_iteration_rate_and_losses_warm_up_within_an_epoch(cfg):
+    cfg.SOLVER.WARMUP_UNIT = "iteration"
+    cfg.SOLVER.WARMUP_EPOCHS = 1
+    cfg.DeepKD.WARMUP = 2
+    trainer = make(cfg)
+    seen = watched(trainer)
+    trainer.train()
+    assert [epoch for _, epoch in seen] == [0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, *[3] * 4, *[4] * 4]
+    rates = [0.05 * factor for factor in (0.325, 0.55, 0.775, *[1.0] * 5)] + [0.005] * 8
+    assert [rate for rate, _ in seen] == pytest.approx(rates)
+    records = read_metrics(trainer.folder)
+    assert [record["lr"] for record in records] == pytest.approx([0.05, 0.05, 0.005, 0.005])
+    assert [record["top_k"] for record in records] == [1, 2, 2, 4]
+
+
+@pytest.mark.parametrize("method", [DKD, DeepKD])
+def test_the_losses_factor_follows_the_iterations(cfg, method):
+    cfg.DKD.WARMUP = cfg.DeepKD.WARMUP = 2
+    module = make(cfg, method).module.train()
+    image, target = torch.randn(8, 3, 2, 2), torch.arange(8) % 5
+    whole, *parts = [module(image=image, target=target, epoch=epoch)[1] for epoch in (2, 0.25, 0.5, 1, 1.75)]
+    for epoch, losses in zip((0.25, 0.5, 1, 1.75), parts):
+        for name in {"loss_kd", "tcg"} & whole.keys():  # the mask of the non-target classes grows from epoch 1 to 2
+            torch.testing.assert_close(losses[name], epoch / 2 * whole[name])
+    if method is DeepKD:
+        assert [module.top_k(epoch, 5) for epoch in (0.25, 1, 1.25, 2, 4)] == [1, 1, 2, 2, 4]
+
+
+def test_a_method_that_declares_no_warm_up_gets_whole_epochs(cfg):
+    cfg.SOLVER.WARMUP_UNIT = "iteration"
+    trainer = make(cfg, Vanilla)
+    seen = watched(trainer)
+    trainer.train()
+    assert {type(epoch) for _, epoch in seen} == {int}
+
+
+def test_a_method_of_another_host_warms_up_by_iteration_too(cfg):
+    """mdistiller's classes declare nothing of ours, and take min(epoch / warm-up, 1) of the epoch that they get."""
+
+    class Theirs(nn.Module):
+        def __init__(self, student, teacher, cfg):
+            super().__init__()
+            self.student = student
+            self.warmup = 2  # as mdistiller's DKD has it
+
+        def get_learnable_parameters(self):
+            return list(self.student.parameters())
+
+        def forward(self, image, target=None, **kwargs):
+            logits = self.student(image)[0]
+            if not self.training:
+                return logits
+            return logits, {
+                "tog": min(kwargs["epoch"] / self.warmup, 1.0) * nn.functional.cross_entropy(logits, target)
+            }
+
+    cfg.SOLVER.WARMUP_UNIT = "iteration"
+    trainer = make(cfg, Theirs)
+    seen = watched(trainer)
+    trainer.train()
+    assert [epoch for _, epoch in seen][:6] == [0.25, 0.5, 0.75, 1.0, 1.25, 1.5]
 
 
 def test_of_equal_epochs_the_first_stays_the_best(cfg):
@@ -210,9 +297,14 @@ def test_losses_of_other_methods_are_assigned_by_config(cfg):
     assert set(read_metrics(trainer.folder)[0]["loss"]) == {"tog", "ncg"}
 
 
-def test_ema_dampening_reaches_the_optimizer(cfg):
-    cfg.SOLVER.DECOUPLED.DAMPENING = "ema"
-    assert make(cfg).optimizer.param_groups[0]["dampening"] == "ema"
+@pytest.mark.parametrize(
+    ("how", "dampening", "matched_to"), [("none", 0.0, None), ("ema", "ema", None), ("matched", "matched", 0.8)]
+)
+def test_dampening_reaches_the_optimizer(cfg, how, dampening, matched_to):
+    cfg.SOLVER.DECOUPLED.DAMPENING = how
+    cfg.SOLVER.MOMENTUM = 0.8
+    group = make(cfg).optimizer.param_groups[0]
+    assert (group["dampening"], group["matched_to"]) == (dampening, matched_to)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_saved(cfg):
@@ -252,6 +344,26 @@ def test_resuming_needs_the_same_config(cfg):
     cfg.SOLVER.LR = 0.05
     cfg.DATASET.ROOT = "elsewhere"  # where, not what
     make(cfg).train(resume=True)
+
+
+def test_a_key_that_is_gone_does_not_end_a_run(cfg):
+    """A checkpoint of before, with its way to make several backward passes."""
+    trainer = make(cfg)
+    stop_after(trainer, 1)
+    latest = trainer.folder / "latest"
+    state = checkpoint.load(latest, "test")
+    state["config"]["SOLVER.GRADIENTS"] = "auto"
+    checkpoint.save(state | {"gradients": "sequential"}, latest)
+    assert make(cfg).train(resume=True)["epochs"] == cfg.SOLVER.EPOCHS
+
+
+def test_an_operation_that_cannot_be_repeated_ends_a_run_in_one_line(cfg):
+    class Unrepeatable(KD):
+        def forward_train(self, image, target, epoch, **batch):
+            raise RuntimeError("bincount_cuda does not have a deterministic implementation, but you set …")
+
+    with pytest.raises(UserError, match="SOLVER.DETERMINISTIC is True, and bincount_cuda does not"):
+        make(cfg, Unrepeatable).train()
 
 
 def test_resuming_needs_the_same_teacher(cfg):

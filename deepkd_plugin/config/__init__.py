@@ -6,13 +6,14 @@ the host's tree, checks.py refuses values that cannot be meant, meaning.py says 
 
 from ..rules import Key
 from .checks import check, check_keys, check_mask, check_momenta, check_pipeline
-from .keys import HOST_KEYS, TRAINER, all_keys, known_streams
-from .meaning import HOW, computes, momenta, streams, views
+from .keys import HOST_KEYS, REMOVED, TRAINER, all_keys, known_streams
+from .meaning import HOW, computes, dampening, momenta, streams, views, warmups
 from .tree import add_deepkd_config, add_keys, check_tree, flatten, get, load, merge, set_default, wrong
 
 __all__ = [
     "HOST_KEYS",
     "HOW",
+    "REMOVED",
     "TRAINER",
     "Key",
     "add_deepkd_config",
@@ -25,6 +26,7 @@ __all__ = [
     "check_pipeline",
     "check_tree",
     "computes",
+    "dampening",
     "flatten",
     "get",
     "known_streams",
@@ -34,5 +36,6 @@ __all__ = [
     "set_default",
     "streams",
     "views",
+    "warmups",
     "wrong",
 ]

@@ -8,9 +8,10 @@ from yacs.config import CfgNode
 from ..distillers import DISTILLERS
 from ..errors import UserError
 from ..rules import PLAIN, Key, plain
+from ..terminal import warn
 from ..topk import classes, count_classes
 from .keys import HOST_KEYS, TRAINER, all_keys, known_streams
-from .meaning import momenta, streams, views
+from .meaning import momenta, streams, views, warmups
 from .tree import flatten, get, wrong
 
 
@@ -33,6 +34,7 @@ def check(cfg: CfgNode, origin: dict[str, str]) -> None:
         allowed = f"False with DISTILLER.TYPE {cfg.DISTILLER.TYPE}, which has no distillation on logits"
         raise wrong(origin, "EXPERIMENT.LOGIT_STAND", True, allowed)
     check_momenta(cfg, origin)
+    check_warmups(cfg, origin)
     for key in ours:
         unread = key.path.startswith("SOLVER.DECOUPLED.") and cfg.SOLVER.TRAINER != TRAINER
         if unread and get(cfg, key.path) != key.default:
@@ -88,6 +90,20 @@ def check_momenta(cfg: CfgNode, origin: dict[str, str]) -> None:
     if measured and sum(node.DELTA[stream.upper()] != 0 for stream in streams(cfg)) < 2:
         allowed = "'fixed' if fewer than two of SOLVER.DECOUPLED.DELTA differ from 0: their sizes are its bounds"
         raise wrong(origin, path, node.ALLOCATION, allowed)
+
+
+def check_warmups(cfg: CfgNode, origin: dict[str, str]) -> None:
+    """Warn of a warm-up that is written and changes nothing."""
+    solver = cfg.SOLVER
+    if solver.WARMUP_UNIT == "iteration":
+        return
+    for path, epochs in warmups(cfg, DISTILLERS.get(cfg.DISTILLER.TYPE)).items():
+        # the cosine schedule begins at the end of the learning rate's
+        if epochs == 1 and not (path == "SOLVER.WARMUP_EPOCHS" and solver.LR_SCHEDULE == "cosine"):
+            warn(
+                f"{origin.get(path, 'default')}: {path} is 1, which changes nothing: by epoch the first has the "
+                f"whole factor; with SOLVER.WARMUP_UNIT iteration it rises within the first"
+            )
 
 
 def check_pipeline(cfg: CfgNode, origin: dict[str, str]) -> None:

@@ -82,7 +82,13 @@ def all_keys() -> tuple[Key, ...]:
 _FIXED = (
     Key("EXPERIMENT.LOGIT_STAND", False, "standardised logits in every distillation term (Sun et al., 2024)", *FLAG),
     Key("SOLVER.DECOUPLED.VARIANT", "paper", "assignment of momenta, see momenta()", *one_of("paper", "release")),
-    Key("SOLVER.DECOUPLED.DAMPENING", "none", "none, or ema for 1 - momentum", *one_of("none", "ema")),
+    Key(
+        "SOLVER.DECOUPLED.DAMPENING",
+        "none",
+        "factor of a stream's gradient; none: 1; ema: 1 - momentum; matched: plain SGD's step length "
+        "(see DecoupledMomentumSGD)",
+        *one_of("none", "ema", "matched"),
+    ),
     Key(
         "SOLVER.DECOUPLED.ALLOCATION",
         "fixed",
@@ -92,21 +98,30 @@ _FIXED = (
     Key("SOLVER.DECOUPLED.SEPARATION", 2.0, "highest over lowest GSNR that gives the whole DELTA", *ABOVE_ONE),
     Key("SOLVER.DECOUPLED.SMOOTHING", 0.5, "what a window keeps of the GSNR before it", *FRACTION),
     Key("SOLVER.LR_SCHEDULE", "step", "step: mdistiller's rule; cosine: the release's", *one_of("step", "cosine")),
-    Key("SOLVER.WARMUP_EPOCHS", 0, "epochs of linear warm-up from 0.1 x LR", *whole(0)),
-    Key("SOLVER.MIN_LR", 0.0, "the cosine schedule's floor (release: 5e-5)", *NOT_NEGATIVE),
-    Key("SOLVER.AMP", False, "bfloat16 autocast of both networks; losses stay in float32", *FLAG),
     Key(
-        "SOLVER.GRADIENTS",
-        "auto",
-        "several backward passes: in turn, stacked, or what measures faster (GPU)",
-        *one_of("auto", "sequential", "batched"),
+        "SOLVER.WARMUP_EPOCHS",
+        0,
+        "W epochs of linear warm-up: epoch e < W has 0.1 + 0.9 e/W of the rate, from 1 on, so W = 1 warms nothing up; "
+        "the cosine schedule begins at its end",
+        *whole(0),
     ),
+    Key(
+        "SOLVER.WARMUP_UNIT",
+        "epoch",
+        "what warm-ups of the rate and of losses rise by: e = 1, 2, … in whole epochs, or e grows by one over the "
+        "steps of an epoch in every iteration",
+        *one_of("epoch", "iteration"),
+    ),
+    Key("SOLVER.MIN_LR", 0.0, "the cosine schedule's floor (release: 5e-5)", *NOT_NEGATIVE),
+    Key("SOLVER.AMP", False, "bfloat16 autocast of both networks; losses and teacher's logits in float32", *FLAG),
     Key(
         "SOLVER.EXECUTION",
         "eager",
         "the step: as written, networks compiled, or replayed CUDA graphs",
         *one_of("eager", "compile", "graphs"),
     ),
+    Key("SOLVER.DATA_PARALLEL", False, "split each batch over all GPUs; BatchNorm then sees a part", *FLAG),
+    Key("SOLVER.DETERMINISTIC", False, "only algorithms that repeat their results bit for bit, on a GPU too", *FLAG),
     Key("SOLVER.CHANNELS_LAST", False, "memory format of networks and images", *FLAG),
     Key("SOLVER.SEED", 0, "seed of weights, order and augmentation", *NOT_NEGATIVE),
     Key("GSNR.MEASURE", False, "measure the streams' gradient signal-to-noise ratio (gsnr.py)", *FLAG),
@@ -127,6 +142,9 @@ _FIXED = (
     Key("DATASET.HOLDOUT", 0.0, "share of each class kept from training and tested on instead", *FRACTION),
 )
 
+REMOVED = {"SOLVER.GRADIENTS": "backward passes are made in turn, which was the faster way"}
+"""Keys of older configs, and what is done instead."""
+
 HOST_KEYS = (
     Key("EXPERIMENT.PROJECT", "distill", "folder of a run's folder, below LOG.PREFIX", *NAME),
     Key("EXPERIMENT.NAME", "", "a run's folder; empty: named by TAG and options", *NAME_OR_NONE),
@@ -144,7 +162,7 @@ HOST_KEYS = (
     Key("DATASET.TEST.BATCH_SIZE", 64, "images in a test batch", *_BATCH),
     Key("KD.TEMPERATURE", 4, "temperature", *TEMPERATURE),
     Key("DKD.T", 4.0, "temperature", *TEMPERATURE),
-    Key("DKD.WARMUP", 20, "epochs", *whole(0)),
+    Key("DKD.WARMUP", 20, "W epochs of linear warm-up: epoch e has min(e/W, 1) of it, so 1 is none", *whole(0)),
     Key("CRD.MODE", "exact", "the positive sample", *one_of("exact", "relax")),
     Key("CRD.NCE.K", 16384, "negative samples", *WHOLE),
 )

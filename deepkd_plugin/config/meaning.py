@@ -4,6 +4,7 @@ from yacs.config import CfgNode
 
 from ..distillers import DISTILLERS
 from ..streams import STREAMS
+from .tree import get
 
 HOW = (
     *("DATASET.ROOT", "DATASET.DOWNLOAD", "DATASET.TEST.BATCH_SIZE", "DISTILLER.TEACHER_WEIGHTS"),
@@ -38,11 +39,29 @@ def momenta(cfg: CfgNode) -> tuple[dict[str, float], str]:
     return momentum, node.WEIGHT_DECAY_STREAM
 
 
+def dampening(cfg: CfgNode) -> dict[str, str | float | None]:
+    """Return DecoupledMomentumSGD's arguments for DAMPENING; `matched` keeps the step length of MOMENTUM."""
+    how = cfg.SOLVER.DECOUPLED.DAMPENING
+    return {
+        "dampening": 0.0 if how == "none" else how,
+        "matched_to": cfg.SOLVER.MOMENTUM if how == "matched" else None,
+    }
+
+
 def computes(path: str) -> bool:
     """Tell whether a key says what a run computes, rather than where it finds things and how it goes about it."""
     if path == "EXPERIMENT.LOGIT_STAND":  # its place in the releases of logit standardisation and DeepKD
         return True
     return path.split(".")[0] not in ("LOG", "EXPERIMENT") and path not in HOW
+
+
+def warmups(cfg: CfgNode, method: object) -> dict[str, int]:
+    """Return the epochs of the linear warm-ups, by key: of the learning rate, and of the losses if `method` has one.
+
+    method: a distiller or its class.
+    """
+    own = getattr(method, "warmup_key", "")
+    return {path: get(cfg, path) for path in ("SOLVER.WARMUP_EPOCHS", own) if path}
 
 
 def views(cfg: CfgNode) -> int:

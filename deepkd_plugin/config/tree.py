@@ -17,7 +17,7 @@ from yacs.config import CfgNode
 from ..errors import UserError, shown
 from ..rules import Key, plain
 from . import file as config_file
-from .keys import all_keys
+from .keys import REMOVED, all_keys
 
 
 def add_deepkd_config(cfg: CfgNode) -> list[str]:
@@ -151,6 +151,8 @@ def _merge(root: CfgNode, node: CfgNode, tree: dict[str, Any], prefix: str, file
 
 
 def _unknown(root: CfgNode, path: str, source: str) -> UserError:
+    if path in REMOVED:
+        return UserError(f"{source}: {path} is no longer a config key, {REMOVED[path]}; leave it out")
     near = difflib.get_close_matches(path, flatten(root), n=1) if len(path) < 100 else []
     return UserError(f"{source}: unknown config key {path[:200]}{f'; did you mean {near[0]}?' if near else ''}")
 

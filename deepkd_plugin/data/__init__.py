@@ -72,7 +72,7 @@ def _choose(images: Any, node: Any) -> tuple[np.ndarray, np.ndarray]:
 
 def _loader(cfg: Any, data_set: Source, samples: Dataset, images: Any, chosen: np.ndarray, training: bool) -> Loader:
     """Make the loader of `samples`, whose images are those of `images` at the places `chosen`."""
-    size = cfg.SOLVER.BATCH_SIZE if training else cfg.DATASET.TEST.BATCH_SIZE
+    size = cfg.SOLVER.BATCH_SIZE if training else data_set.test_batch(cfg)
     target_device = device.pick()
     if cfg.DATASET.PIPELINE == "workers":
         loading = {"num_workers": cfg.DATASET.NUM_WORKERS, "pin_memory": target_device.type == "cuda"}

@@ -139,15 +139,21 @@ class ResidentLoader:
         self.white, self.mean, self.std = (c.to(images.device)[:, None, None] for c in constants)
         self.training = distortions is not None
         self.distortions = [batchwise(d, *images.shape[1:3]) for d in distortions or ()]
+        self.only_draw = False
+        """Whether training batches are {"index", "target", "drawn"}, of which `make` makes the images elsewhere."""
 
     def __len__(self) -> int:
         return -(-len(self.targets) // self.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+    def __iter__(self) -> Iterator[Any]:
         if not self.training:
             return ((self.normalise(self.images[part]), self.targets[part]) for part in self._parts())
         seed = int(torch.empty((), dtype=torch.int64).random_())
         return self._training_batches(torch.Generator(self.images.device).manual_seed(seed))
+
+    def make(self, index: Tensor, drawn: Sequence[Tensor]) -> Tensor:
+        """Return the images (B, C, H, W) of a training batch of places (B,) and draws (…, B)."""
+        return self.normalise(self.distort(index, drawn))
 
     def distort(self, index: Tensor, drawn: Sequence[Tensor]) -> Tensor:
         """Take images by their places (B,) and distort them by draws (…, B): (B, C, H, W) uint8."""
@@ -167,14 +173,17 @@ class ResidentLoader:
         """Do what ToTensor and Normalize do, operation by operation: (B, C, H, W) uint8 to float32."""
         return images.float().div_(self.white).sub_(self.mean).div_(self.std)
 
-    def _training_batches(self, generator: torch.Generator) -> Iterator[tuple[Tensor, ...]]:
+    def _training_batches(self, generator: torch.Generator) -> Iterator[Any]:
         count = len(self.targets)
         order = torch.randperm(count, generator=generator, device=generator.device)
         draws = [distortion.draw(count, generator) for distortion in self.distortions]
         for part in self._parts():
             index = order[part]
-            images = self.distort(index, [drawn[..., part] for drawn in draws])
-            yield self.normalise(images), self.targets[index], index
+            target, drawn = self.targets[index], [draw[..., part] for draw in draws]
+            if self.only_draw:
+                yield {"index": index, "target": target, "drawn": drawn}
+            else:
+                yield self.make(index, drawn), target, index
 
     def _parts(self) -> Iterator[slice]:
         """Cut an order into batches, as slices."""

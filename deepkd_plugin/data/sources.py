@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
-from .. import extensions
+from .. import device, extensions
 from ..errors import UserError, shown
 from .arrays import ArrayDataset
 from .folders import ImageFiles
@@ -22,6 +22,9 @@ Transform = Callable[[Image.Image], Any]
 
 ZOOS = {"cifar": None, "tiny_imagenet": None, "imagenet": 1000}
 """A host's dictionaries of networks, and how many classes these have; None: as many as a data set."""
+
+TEST_PIXELS = 1000 * 32 * 32
+"""Pixels of the small images that are tested at once on a GPU: 1,000 images of CIFAR."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,10 @@ class Facts:
     def steps(self, cfg: Any) -> int:
         """Count a run's steps in an epoch."""
         return math.ceil(self.images(cfg)[0] / cfg.SOLVER.BATCH_SIZE)
+
+    def test_batch(self, cfg: Any) -> int:
+        """Return how many images are tested at once."""
+        return cfg.DATASET.TEST.BATCH_SIZE
 
     def noise(self, count: int, views: int = 1) -> Sequence[Any]:
         """Make a training batch of noise, images first, in the form of the set's loader."""
@@ -125,6 +132,12 @@ class Source(Facts):
         if node.TRAIN_PER_CLASS:
             train = min(train, node.TRAIN_PER_CLASS * classes)
         return train, kept_out or self.test
+
+    def test_batch(self, cfg: Any) -> int:
+        """Return how many images are tested at once: of small ones on a GPU as many as keep it busy, if not more."""
+        wanted = cfg.DATASET.TEST.BATCH_SIZE
+        busy = self.small and device.pick().type == "cuda"
+        return max(wanted, TEST_PIXELS // self.side**2) if busy else wanted
 
     def noise(self, count: int, views: int = 1) -> list[Any]:
         """Make a training batch of noise: image, or both views, target and index."""

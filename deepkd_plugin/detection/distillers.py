@@ -15,7 +15,7 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 
-from ..distillers.base import warmup_factor
+from ..distillers.base import Taught, warmup_factor
 from ..losses import wide
 from ..topk import mask_size
 from .losses import losses_by_stream, proposal_kd, proposal_terms
@@ -81,17 +81,12 @@ class Detector(nn.Module):
         return step.losses
 
 
-class Distilled(Detector):
+class Distilled(Taught, Detector):
     """What the methods with a teacher have in common."""
 
     def __init__(self, student: FasterRCNN, teacher: FasterRCNN, cfg: Any) -> None:
         super().__init__(student, cfg)
         self.teacher = teacher
-
-    def train(self, mode: bool = True) -> Distilled:
-        super().train(mode)
-        self.teacher.eval()
-        return self
 
     @torch.no_grad()
     def teach(self, step: Pass) -> Tensor:
@@ -114,7 +109,7 @@ class KD(Distilled):
 class DKD(Distilled):
     """CE_WEIGHT · the detection losses + warm-up · (ALPHA · TCKD + BETA · NCKD), from the config node DKD."""
 
-    def losses(self, step: Pass, epoch: int, **batch: Any) -> dict[str, Tensor]:
+    def losses(self, step: Pass, epoch: float, **batch: Any) -> dict[str, Tensor]:
         node = self.cfg.DKD
         tckd, nckd = proposal_terms(step.logits, self.teach(step), step.labels, temperature=float(node.T))
         dkd = warmup_factor(epoch, node.WARMUP) * (node.ALPHA * tckd + node.BETA * nckd)
@@ -127,7 +122,7 @@ class DeepKD(Distilled):
     The mask's K, of the K + 1 classes with the background, follows the iterations.
     """
 
-    def losses(self, step: Pass, epoch: int, progress: float, **batch: Any) -> dict[str, Tensor]:
+    def losses(self, step: Pass, epoch: float, progress: float, **batch: Any) -> dict[str, Tensor]:
         node = self.cfg.DeepKD
         terms = proposal_terms(
             step.logits,

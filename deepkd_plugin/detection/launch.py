@@ -38,6 +38,7 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
     name = experiment_name(cfg, options)
     folder = Path(cfg.LOG.PREFIX) / name
     record.check_folder(folder, resume, overwrite)
+    device.tune(cfg.SOLVER.DETERMINISTIC)  # before CUDA starts
     torch_device = device.pick()
     device.seed_everything(cfg.SOLVER.SEED)
     train_loader, test_loader, count, classes = get_detection_sets(cfg)
@@ -113,6 +114,7 @@ def check(cfg: CfgNode, origin: dict[str, str]) -> None:
 ONLY = {
     "SOLVER.EXECUTION": "eager",
     "SOLVER.CHANNELS_LAST": False,
+    "SOLVER.DATA_PARALLEL": False,
     "SOLVER.WARMUP_EPOCHS": 0,
     "DATASET.PIPELINE": "workers",
     "DATASET.TRAIN_PER_CLASS": 0,

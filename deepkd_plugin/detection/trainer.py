@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import device
 from ..errors import UserError
+from ..step import Batch
 from ..trainer import DecoupledMomentumTrainer
 from .average_precision import average_precision
 from .networks import count_classes
@@ -54,7 +55,7 @@ class DetectionTrainer(DecoupledMomentumTrainer):
         for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr()):
             group["lr"] = factor * rate
 
-    def hits(self, logits: Tensor, parts: dict[str, Any]) -> dict[str, Tensor]:
+    def hits(self, logits: Tensor, parts: Batch) -> dict[str, Tensor]:
         """Return nothing: a high accuracy on proposals means little, because most are background."""
         return {}
 

@@ -4,7 +4,7 @@ One file is one method, and declares all that the package knows of it: its confi
 needs, its streams, its terms, its published name. Config checks, tables and reports read these declarations.
 """
 
-from .base import DISTILLERS, Distiller, Losses, Method, bases, register_distiller
+from .base import DISTILLERS, Distiller, Losses, Method, bases, register_distiller, warmup_factor
 from .crld import CRLD
 from .deepkd import DeepKD
 from .dkd import DKD
@@ -28,6 +28,7 @@ __all__ = [
     "View",
     "bases",
     "register_distiller",
+    "warmup_factor",
 ]
 
 for _distiller in (Vanilla, KD, DKD, MLKD, CRLD, DeepKD):  # in the order of a table's rows

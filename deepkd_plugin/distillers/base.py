@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Hashable, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -16,7 +17,23 @@ Losses = dict[str, Tensor]
 """Name -> scalar: what a training step minimises the sum of."""
 
 
-class Distiller(nn.Module):
+class Taught(nn.Module):
+    """A module whose part `teacher` is in evaluation mode from the moment it is set, whatever mode the module is in."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "teacher" and isinstance(value, nn.Module):
+            value.eval()
+        super().__setattr__(name, value)
+
+    def train(self, mode: bool = True) -> Taught:
+        super().train(mode)
+        teacher = getattr(self, "teacher", None)
+        if isinstance(teacher, nn.Module):
+            teacher.eval()
+        return self
+
+
+class Distiller(Taught):
     """A student that trains beside a teacher in evaluation mode.
 
     In training, `forward(image=, target=, epoch=, …)` returns `(logits, {name: scalar loss})`. In evaluation,
@@ -31,6 +48,9 @@ class Distiller(nn.Module):
     streams: the streams that its losses are named after; () if they are named otherwise, and
         SOLVER.DECOUPLED.LOSS_STREAMS assigns them.
     on_logits: whether it compares logits, which EXPERIMENT.LOGIT_STAND then standardises.
+    warmup_key: the config key of the epochs over which its losses warm up; "" if they do not. It gets them from
+        warmup_factor(epoch, …). `epoch` counts from 1 and is a whole number, but while a warm-up by
+        SOLVER.WARMUP_UNIT iteration lasts: then it is a fraction, which the epoch's last iteration makes whole.
     """
 
     name: ClassVar[str]
@@ -38,6 +58,7 @@ class Distiller(nn.Module):
     views: ClassVar[int] = 1
     streams: ClassVar[tuple[str, ...]] = ()
     on_logits: ClassVar[bool] = False
+    warmup_key: ClassVar[str] = ""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__()
@@ -56,11 +77,22 @@ class Distiller(nn.Module):
         """Return how many views of an image the method needs under a config."""
         return cls.views
 
-    def train(self, mode: bool = True) -> Distiller:
-        super().train(mode)
-        if hasattr(self, "teacher"):
-            self.teacher.eval()
-        return self
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        own = {name: getattr(value, "__func__", value) for name, value in vars(cls).items()}
+        functions = {name: value for name, value in own.items() if inspect.isfunction(value)}
+        reads = [name for name, value in functions.items() if "epoch" in inspect.signature(value).parameters]
+        if "constants" not in own and {"forward", "forward_train", *reads} & own.keys():
+            # what the class above says of its own step does not hold for this one
+            cls.constants = Distiller.constants  # type: ignore[method-assign]
+
+    def constants(self, epoch: float, num_classes: int) -> Hashable:
+        """Return every number of a training step that the epoch decides; steps with equal ones may share a capture.
+
+        By default the epoch itself, which is safe. A class whose own methods take the epoch, or that defines `forward`
+        or `forward_train`, inherits no other answer than this one.
+        """
+        return epoch
 
     def get_learnable_parameters(self) -> list[nn.Parameter]:
         return list(self.student.parameters())
@@ -74,7 +106,7 @@ class Distiller(nn.Module):
             return self.forward_train(**batch)
         return self.student(batch["image"])[0]
 
-    def forward_train(self, image: Any, target: Tensor, epoch: int, **batch: Any) -> tuple[Tensor, Losses]:
+    def forward_train(self, image: Any, target: Tensor, epoch: float, **batch: Any) -> tuple[Tensor, Losses]:
         raise NotImplementedError(f"{type(self).__name__} must define forward_train")
 
     def compare(self, image: Tensor | Sequence[Tensor]) -> list[View]:
@@ -95,7 +127,9 @@ class Distiller(nn.Module):
     def _view(self, image: Tensor) -> View:
         with torch.inference_mode():  # without autograd's bookkeeping
             teacher_logits = self.teacher(image)[0]
-        return self.student(image)[0], teacher_logits.clone()  # an ordinary tensor again
+        # an ordinary tensor again, and before the student's pass: compiled networks may use the memory again
+        teacher_logits = teacher_logits.clone()
+        return self.student(image)[0], teacher_logits
 
 
 class Method(Distiller):
@@ -134,7 +168,10 @@ class Method(Distiller):
         """Return the weights of the cross-entropy and of the sum of the terms."""
         return 1.0, 1.0
 
-    def forward_train(self, image: Any, target: Tensor, epoch: int, **batch: Any) -> tuple[Tensor, Losses]:
+    def constants(self, epoch: float, num_classes: int) -> Hashable:
+        return ()
+
+    def forward_train(self, image: Any, target: Tensor, epoch: float, **batch: Any) -> tuple[Tensor, Losses]:
         views = self.compare(image)
         ce_weight, kd_weight = self.weights(self.cfg)
         terms = standardised(self.terms(views, self.cfg), self.standardise)
@@ -177,6 +214,6 @@ def bases() -> dict[str, type[Method]]:
     return {name: cls for name, cls in DISTILLERS.items() if issubclass(cls, Method)}
 
 
-def warmup_factor(epoch: int, epochs: int) -> float:
+def warmup_factor(epoch: float, epochs: float) -> float:
     """Return DKD's linear warm-up of the distillation loss: epoch / epochs up to 1 (epochs are counted from 1)."""
     return min(epoch / epochs, 1.0) if epochs else 1.0

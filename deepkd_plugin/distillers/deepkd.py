@@ -1,6 +1,7 @@
 """DeepKD: a base method's loss taken apart into the streams TOG, TCG and NCG (arXiv 2505.15133)."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,12 +34,18 @@ class DeepKD(Distiller):
 
     streams = STREAMS
     on_logits = True
+    warmup_key = "DeepKD.WARMUP"
     keys = (
         Key("DeepKD.CE_WEIGHT", 1.0, "alpha, weight of the cross-entropy (TOG)", *NOT_NEGATIVE),
         Key("DeepKD.TCG_WEIGHT", 1.0, "beta, weight of the target-class loss (TCG)", *NOT_NEGATIVE),
         Key("DeepKD.NCG_WEIGHT", 1.0, "gamma, weight of the non-target-class loss (NCG)", *NOT_NEGATIVE),
         Key("DeepKD.TEMPERATURE", 4.0, "softmax temperature (over MLKD: MLKD.TEMPERATURES)", *TEMPERATURE),
-        Key("DeepKD.WARMUP", 0, "epochs of linear warm-up of TCG and NCG (DKD: 20)", *whole(0)),
+        Key(
+            "DeepKD.WARMUP",
+            0,
+            "W epochs of linear warm-up: epoch e has min(e/W, 1) of TCG and NCG, so 1 is none (DKD: 20)",
+            *whole(0),
+        ),
         Key(
             "DeepKD.MASK.TYPE", "dynamic", "top-K mask on the non-target classes", *one_of("none", "static", "dynamic")
         ),
@@ -62,8 +69,11 @@ class DeepKD(Distiller):
     def views_of(cls, cfg: Any) -> int:
         return bases()[cfg.DeepKD.BASE].views
 
+    def constants(self, epoch: float, num_classes: int) -> Hashable:
+        return warmup_factor(epoch, self.cfg.DeepKD.WARMUP), self.top_k(epoch, num_classes)
+
     def forward_train(
-        self, image: Tensor | Sequence[Tensor], target: Tensor, epoch: int, **batch: Any
+        self, image: Tensor | Sequence[Tensor], target: Tensor, epoch: float, **batch: Any
     ) -> tuple[Tensor, Losses]:
         node, views = self.cfg.DeepKD, self.compare(image)
         task = self.base.task(views, self.cfg)
@@ -72,7 +82,7 @@ class DeepKD(Distiller):
         warmup = warmup_factor(epoch, node.WARMUP)
         return views[0][0], {"tog": tog, "tcg": warmup * node.TCG_WEIGHT * tcg, "ncg": warmup * node.NCG_WEIGHT * ncg}
 
-    def decoupled(self, terms: Sequence[Term], target: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+    def decoupled(self, terms: Sequence[Term], target: Tensor, epoch: float) -> tuple[Tensor, Tensor]:
         """Return the target-class and the non-target-class parts of the terms, two scalars."""
         top_k = self.top_k(epoch, terms[0].student.shape[1])
         reading = self.cfg.DeepKD.MASK.READING
@@ -85,7 +95,7 @@ class DeepKD(Distiller):
             non_target.append((term.weight * nckd).mean())
         return total(target_class), total(non_target)
 
-    def top_k(self, epoch: int, num_classes: int) -> int | None:
-        """Return how many non-target classes count in this epoch (from 1); None without a mask."""
-        progress = min((epoch - 1) / max(self.cfg.SOLVER.EPOCHS - 1, 1), 1.0)
+    def top_k(self, epoch: float, num_classes: int) -> int | None:
+        """Return how many non-target classes count in this epoch (from 1; a part of it is it); None without a mask."""
+        progress = min((math.ceil(epoch) - 1) / max(self.cfg.SOLVER.EPOCHS - 1, 1), 1.0)
         return mask_size(self.cfg.DeepKD.MASK, num_classes, progress)

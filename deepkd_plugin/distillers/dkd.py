@@ -1,6 +1,6 @@
 """Decoupled knowledge distillation (Zhao et al., 2022)."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -14,12 +14,16 @@ class DKD(Method):
     """CE_WEIGHT · CE + warm-up · (ALPHA · TCKD + BETA · NCKD) at DKD.T, all from the config node DKD."""
 
     on_proposals = True
+    warmup_key = "DKD.WARMUP"
 
     @classmethod
     def terms(cls, views: Sequence[View], cfg: Any, temperature: float | None = None) -> list[Term]:
         return [Term(*views[0], temperature or float(cfg.DKD.T))]
 
-    def forward_train(self, image: Tensor, target: Tensor, epoch: int, **batch: Any) -> tuple[Tensor, Losses]:
+    def constants(self, epoch: float, num_classes: int) -> Hashable:
+        return warmup_factor(epoch, self.cfg.DKD.WARMUP)
+
+    def forward_train(self, image: Tensor, target: Tensor, epoch: float, **batch: Any) -> tuple[Tensor, Losses]:
         node, views = self.cfg.DKD, self.compare(image)
         (term,) = standardised(self.terms(views, self.cfg), self.standardise)
         tckd, nckd, _ = decoupled_kd(term.student, term.teacher, target, term.temperature)

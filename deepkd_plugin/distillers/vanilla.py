@@ -1,5 +1,6 @@
 """Training without a teacher."""
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch.nn.functional as F
@@ -17,6 +18,9 @@ class Vanilla(Distiller):
         nn.Module.__init__(self)
         self.student = student
 
-    def forward_train(self, image: Tensor, target: Tensor, epoch: int, **batch: Any) -> tuple[Tensor, Losses]:
+    def constants(self, epoch: float, num_classes: int) -> Hashable:
+        return ()
+
+    def forward_train(self, image: Tensor, target: Tensor, epoch: float, **batch: Any) -> tuple[Tensor, Losses]:
         logits = self.student(image)[0]
         return logits, {"ce": F.cross_entropy(logits, target)}

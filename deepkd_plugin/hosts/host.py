@@ -44,9 +44,10 @@ class Host:
         return zoos[data.source(dataset).zoo]
 
     def distiller(self, cfg: CfgNode) -> Any:
-        """Return the class of DISTILLER.TYPE; the plugin's own if logits are standardised."""
+        """Return the class of DISTILLER.TYPE; the plugin's own if mdistiller's cannot do what is asked."""
         name = cfg.DISTILLER.TYPE
-        if cfg.EXPERIMENT.LOGIT_STAND:  # mdistiller's KD and DKD have no such option
+        # mdistiller's KD and DKD standardise nothing, and its DKD divides by the warm-up
+        if cfg.EXPERIMENT.LOGIT_STAND or (name == "DKD" and not cfg.DKD.WARMUP):
             return DISTILLERS[name]
         return self.distillers[name]
 

@@ -36,7 +36,7 @@ _PLACES = {
     "load_checkpoint": ("mdistiller.engine.utils", "load_checkpoint"),
 }
 _OURS_ALONE = (
-    *("LR_SCHEDULE", "WARMUP_EPOCHS", "MIN_LR", "AMP", "CHANNELS_LAST", "GRADIENTS", "EXECUTION"),
+    *("LR_SCHEDULE", "WARMUP_EPOCHS", "WARMUP_UNIT", "MIN_LR", "AMP", "CHANNELS_LAST", "DETERMINISTIC", "EXECUTION"),
     "GSNR.MEASURE",
 )
 """Keys that only our trainers read; those outside SOLVER are given with their section."""
@@ -161,6 +161,7 @@ def settle(host: Host, cfg: Any, replaced: list[Replaced]) -> None:
     if cfg.DISTILLER.TYPE != "NONE":
         name, models = cfg.DISTILLER.TEACHER, host.models(cfg.DATASET.TYPE)
         put(models, name, _teacher(host, cfg, models[name]))
+    device.tune(cfg.SOLVER.DETERMINISTIC)  # before CUDA starts, which our trainer is too late for
     device.seed_everything(cfg.SOLVER.SEED)
 
 

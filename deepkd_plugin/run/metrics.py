@@ -25,8 +25,8 @@ class Sums:
     def add(self, values: Mapping[str, Tensor], count: int) -> None:
         """Add scalars that already are sums over `count` samples."""
         for name, value in values.items():
-            value = value.detach().double()
-            self._totals[name] = self._totals[name] + value if name in self._totals else value
+            # never the value itself: a replayed step writes the next one into the same memory
+            self._totals[name] = self._totals.get(name, 0.0) + value.detach().double()
         self.count += count
 
     def means(self) -> dict[str, float]:

@@ -65,7 +65,7 @@ def prepare_folder(
             "device": device.describe(torch_device),
             "processor": processor(),
             "python": platform.python_version(),
-            "versions": {name: version_of(name) for name in RECORDED},
+            "versions": {name: version_of(name) for name in RECORDED} | device.settings(torch_device),
             "commit": commit(),
             "code": code_hash(),
             "classes": classes,

@@ -23,6 +23,8 @@ def read_state(path: Path, cfg: Any, teacher: str | None) -> dict[str, Any]:
     for key in sorted(now.keys() | before.keys()):
         if key not in now and (key.split(".")[0] not in sections or key.startswith("SOLVER.DECOUPLED.DELTA.")):
             continue  # an extension's that this method has no use of, or it would be there
+        if key in config.REMOVED:
+            continue
         was, value = before.get(key, defaults.get(key)), now.get(key)
         if config.computes(key) and was != value:
             raise UserError(f"{path}: --resume needs the run's own config: {key} was {was!r}, is {value!r}")

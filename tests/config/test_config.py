@@ -43,6 +43,41 @@ def test_every_key_has_its_default_and_is_valid(cfg):
         assert key.meaning
 
 
+@pytest.mark.parametrize(
+    ("text", "keys"),
+    [
+        ("SOLVER: {WARMUP_EPOCHS: 1}", ["SOLVER.WARMUP_EPOCHS"]),
+        ("DISTILLER: {TYPE: DKD}\nDKD: {WARMUP: 1}", ["DKD.WARMUP"]),
+        ("DISTILLER: {TYPE: DeepKD}\nDeepKD: {WARMUP: 1}\nSOLVER: {WARMUP_EPOCHS: 1}", ["SOLVER.WARMUP_EPOCHS",
+         "DeepKD.WARMUP"]),
+        ("DISTILLER: {TYPE: KD}\nDKD: {WARMUP: 1}", []),  # not this method's
+        ("SOLVER: {WARMUP_EPOCHS: 2}", []),
+        ("SOLVER: {WARMUP_EPOCHS: 0}", []),
+        ("SOLVER: {WARMUP_EPOCHS: 1, LR_SCHEDULE: cosine}", []),  # the cosine begins an epoch later
+        ("SOLVER: {WARMUP_EPOCHS: 1, WARMUP_UNIT: iteration}", []),
+    ],
+)  # fmt: skip
+def test_a_warm_up_without_effect_is_told_once(cfg, tmp_path, capsys, text, keys):
+    for _ in range(2):
+        checked(cfg.clone(), tmp_path, text)
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = err.replace(str(tmp_path / "some.yaml"), "some.yaml").splitlines()
+    assert [line.split(" is ")[0] for line in lines] == [f"deepkd: warning: some.yaml: {key}" for key in keys]
+    assert all("which changes nothing" in line for line in lines)
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs/glyphs100").rglob("*.yaml")))
+def test_no_config_of_ours_warms_up_in_vain(cfg, path, capsys):
+    config.check(cfg, config.load(cfg, path, []))
+    assert capsys.readouterr().err == ""
+
+
+def test_the_unit_of_warm_up_is_one_of_two(cfg, tmp_path):
+    line = "some.yaml: SOLVER.WARMUP_UNIT is 'step'; it must be one of epoch, iteration"
+    assert message(cfg, tmp_path, "SOLVER: {WARMUP_UNIT: step}") == line
+
+
 def test_adding_keys_is_idempotent_and_keeps_what_is_there():
     cfg = CfgNode({"SOLVER": {"SEED": 7}})
     added = config.add_deepkd_config(cfg)
@@ -67,6 +102,11 @@ def test_values_come_from_the_file_and_then_from_the_options(cfg, tmp_path):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        (
+            "SOLVER: {GRADIENTS: auto}",
+            "some.yaml: SOLVER.GRADIENTS is no longer a config key, backward passes are made in turn, which was the "
+            "faster way; leave it out",
+        ),
         ("SOLVER: {LRR: 1}", "some.yaml: unknown config key SOLVER.LRR; did you mean SOLVER.LR?"),
         (
             "DeepKD: {MASK: 3}",
@@ -369,6 +409,13 @@ def test_mdistillers_trainers_refuse_to_measure(cfg):
     assert str(caught.value) == (
         "some.yaml: GSNR.MEASURE is True; it must be False under mdistiller's trainer base, which does not read it"
     )
+    mdistiller_host.check_trainer(cfg, {}, Trainer)
+
+
+def test_mdistillers_trainers_know_no_unit_of_warm_up(cfg):
+    cfg.SOLVER.WARMUP_UNIT = "iteration"
+    with pytest.raises(UserError, match="SOLVER.WARMUP_UNIT is 'iteration'; it must be 'epoch' under mdistiller's"):
+        mdistiller_host.check_trainer(cfg, {}, object)
     mdistiller_host.check_trainer(cfg, {}, Trainer)
 
 

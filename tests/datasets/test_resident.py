@@ -10,7 +10,7 @@ from yacs.config import CfgNode
 
 from deepkd_plugin import device
 from deepkd_plugin.accuracy import evaluate
-from deepkd_plugin.data import DATASETS, get_dataset, get_test_set, resident
+from deepkd_plugin.data import DATASETS, Source, get_dataset, get_test_set, resident, source
 from deepkd_plugin.data.resident import ResidentLoader, batchwise
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.hosts.builtin.models import cifar_model_dict
@@ -190,6 +190,28 @@ def test_test_batches_are_the_workers_bit_for_bit(data_cfg, roots, kind, holdout
         for ours_part, part in zip(batch, expected):
             assert ours_part.dtype == part.dtype
             assert torch.equal(ours_part.cpu(), part)
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "on_gpu"),
+    [
+        *(("cifar100", 64, 1000), ("glyphs100", 250, 1000), ("tiny_imagenet", 64, 250)),
+        *(("cifar100", 2000, 2000), ("imagenet", 64, 64)),
+    ],
+)
+def test_small_images_are_tested_in_large_batches_on_a_gpu(data_cfg, monkeypatch, kind, asked, on_gpu):
+    cfg = data_cfg(kind, "nowhere", TEST={"BATCH_SIZE": asked})
+    assert source(kind).test_batch(cfg) == asked
+    monkeypatch.setattr(device, "pick", lambda: torch.device("cuda"))
+    assert source(kind).test_batch(cfg) == on_gpu
+
+
+def test_a_loader_takes_the_size_of_a_test_from_its_set(data_cfg, data_root, monkeypatch):
+    monkeypatch.setattr(Source, "test_batch", lambda self, cfg: 77)
+    for pipeline in ("device", "workers"):
+        cfg = data_cfg("glyphs100", data_root, PIPELINE=pipeline)
+        assert get_test_set(cfg)[0].batch_size == 77
+        assert get_dataset(cfg)[0].batch_size == cfg.SOLVER.BATCH_SIZE
 
 
 @pytest.mark.parametrize("kind", SIDES)

@@ -74,6 +74,14 @@ def test_the_student_alone_and_in_evaluation_is_torchvisions(make, batch):
     assert torch.equal(boxes["boxes"], expected["boxes"])
 
 
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_the_teacher_is_in_evaluation_mode_from_construction_on(detector, detection_config, method):
+    distiller = DISTILLERS[method](detector(0), detector(1).train(), detection_config("DISTILLER.TYPE", method))
+    assert distiller.student.training
+    assert not any(part.training for part in distiller.teacher.modules())
+    assert not any(part.training for part in distiller.train().teacher.modules())
+
+
 def test_only_what_is_trained_is_learnable(make):
     distiller = make("KD")
     frozen = distiller.student.backbone.body.conv1.weight.requires_grad_(False)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from deepkd_plugin import device
 from deepkd_plugin.detection import evaluate, launch
 from deepkd_plugin.detection.data import DETECTION_SETS
 from deepkd_plugin.errors import UserError
@@ -50,6 +51,15 @@ def test_a_student_of_a_run_is_a_teacher_of_another(detect, any_teacher):
     code, out, err = detect("KD", "DISTILLER.TEACHER_WEIGHTS", file)
     assert code == 0, err
     assert out.splitlines()[1].startswith("teacher   ")
+
+
+def test_deterministic_algorithms_are_asked_for_before_cuda_starts(detect, monkeypatch):
+    asked = []
+    monkeypatch.setattr(device, "tune", asked.append)
+    pick = device.pick
+    monkeypatch.setattr(device, "pick", lambda: asked.append("device") or pick())
+    assert detect("NONE", "SOLVER.DETERMINISTIC", "True", "SOLVER.EPOCHS", "1")[0] == 0
+    assert asked[:2] == [True, "device"]
 
 
 def test_a_folder_that_holds_a_run(detect):

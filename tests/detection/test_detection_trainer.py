@@ -52,6 +52,25 @@ def every_step(trainer, look):
     return seen
 
 
+def test_the_losses_warm_up_by_iteration_beside_the_rates_own_warm_up(make):
+    options = ("DETECTION.WARMUP_ITERATIONS", "4", "SOLVER.LR", "0.2", "SOLVER.EPOCHS", "3", "DKD.WARMUP", "2")
+    seen, rates = {}, {}
+    for unit in ("epoch", "iteration"):
+        trainer = make("DKD", *options, "SOLVER.WARMUP_UNIT", unit)
+        rates[unit] = every_step(trainer, lambda trainer=trainer: trainer.optimizer.param_groups[0]["lr"])
+        seen[unit], run = [], trainer.step.gradients
+
+        def gradients(batch, epoch, seen=seen[unit], run=run):
+            seen.append(epoch)
+            return run(batch, epoch)
+
+        trainer.step.gradients = gradients
+        epochs(trainer, 2)
+    assert seen["epoch"] == [1, 1, 1, 2, 2, 2]
+    assert seen["iteration"] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])
+    assert rates["epoch"] == rates["iteration"]
+
+
 def test_the_rate_warms_up_by_iteration_and_then_is_the_schedules(make):
     trainer = make("NONE", "DETECTION.WARMUP_ITERATIONS", "4", "SOLVER.LR", "0.2", "SOLVER.EPOCHS", "3")
     trainer.rehearse()
@@ -175,15 +194,6 @@ def test_bfloat16_is_close_to_float32(make, momenta):
     (wide,), (narrow,) = (epochs(make("DeepKD", *momenta, "SOLVER.AMP", str(amp))) for amp in (False, True))
     assert narrow["loss"] != wide["loss"]
     assert narrow["loss"] == pytest.approx(wide["loss"], rel=0.1, abs=0.01)
-
-
-def test_stacked_backward_passes_take_the_same_steps(make, momenta):
-    one, other = make("DeepKD", *momenta), make("DeepKD", *momenta)
-    other.optimizer.batched = True
-    epochs(one)
-    epochs(other)
-    for name, value in weights(one).items():
-        torch.testing.assert_close(weights(other)[name], value, rtol=1e-4, atol=1e-6)
 
 
 def test_a_teachers_own_numbers(detector, detection_config, any_teacher, monkeypatch, capsys):

@@ -1,9 +1,12 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from tables import Table
+from torch import nn
 
-from deepkd_plugin.distillers import DKD, KD, DeepKD
+from deepkd_plugin.distillers import DKD, KD, DeepKD, Distiller
 from deepkd_plugin.distillers.vanilla import Vanilla
 from deepkd_plugin.losses import decoupled_kd
 from deepkd_plugin.optim import DecoupledMomentumSGD
@@ -138,3 +141,29 @@ def test_vanilla_is_cross_entropy(setting):
     close(losses["ce"], F.cross_entropy(student.logits, batch["target"]).detach(), 1e-12)
     assert torch.equal(distiller.eval()(image=batch["image"]), logits)
     assert distiller.get_extra_parameters() == 0
+
+
+class Rebuilt(KD):
+    """A user's distiller that puts another teacher in the place of the one that it was given."""
+
+    def __init__(self, student, teacher, cfg):
+        super().__init__(student, teacher, cfg)
+        self.teacher = nn.Sequential(nn.Dropout(), teacher)
+
+
+class OnItsOwn(Distiller):
+    """A user's distiller that does without the constructor of the base class."""
+
+    def __init__(self, student, teacher, cfg):
+        nn.Module.__init__(self)
+        self.student, self.teacher, self.cfg = student, teacher, cfg
+
+
+@pytest.mark.parametrize("method", [KD, DKD, DeepKD, Rebuilt, OnItsOwn])
+def test_the_teacher_is_in_evaluation_mode_from_construction_on(cfg, method):
+    distiller = method(nn.Linear(2, 2), nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2)), cfg)
+    assert distiller.training
+    assert distiller.student.training
+    assert not any(part.training for part in distiller.teacher.modules())
+    assert not any(part.training for part in copy.deepcopy(distiller).teacher.modules())
+    assert not any(part.training for part in distiller.train().teacher.modules())

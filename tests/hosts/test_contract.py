@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from deepkd_plugin import data, launch
+from deepkd_plugin import config, data, device, launch
 from deepkd_plugin.device import seed_everything
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.hosts import mdistiller as mdistiller_host
@@ -388,12 +388,27 @@ class TestSettle:
             drawn.append(torch.rand(1).item())
         assert drawn[0] == drawn[1] != drawn[2]
 
+    def test_deterministic_algorithms_are_asked_for_before_cuda_starts(self, settle, monkeypatch):
+        asked = []
+        monkeypatch.setattr(device, "tune", asked.append)
+        settle(SOLVER__DETERMINISTIC=True, SOLVER__TRAINER=config.TRAINER)
+        settle()
+        assert asked == [True, False]
+
     def test_standardised_logits_take_our_class_for_that_config_alone(self, settle, mdistiller):
         own = mdistiller.distillers["KD"]
         settle(EXPERIMENT__LOGIT_STAND=True)
         assert mdistiller.distillers["KD"].__module__ == "deepkd_plugin.distillers.kd"
         settle()
         assert mdistiller.distillers["KD"] is own
+
+    def test_no_warm_up_takes_our_dkd(self, settle, mdistiller):
+        """mdistiller's divides by it."""
+        own = mdistiller.distillers["DKD"]
+        settle(DISTILLER__TYPE="DKD", DKD__WARMUP=0)
+        assert mdistiller.distillers["DKD"].__module__ == "deepkd_plugin.distillers.dkd"
+        settle(DISTILLER__TYPE="DKD", DKD__WARMUP=2)
+        assert mdistiller.distillers["DKD"] is own
 
     def test_the_teachers_file_stands_where_the_launcher_looks(self, settle, mdistiller):
         models = mdistiller.models("cifar100")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import deepkd_plugin
-from deepkd_plugin import config, extensions
+from deepkd_plugin import config, device, extensions
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.hosts import builtin
 from deepkd_plugin.run import record
@@ -68,6 +68,17 @@ def test_a_run_and_each_of_its_sessions_name_their_code(tmp_path, monkeypatch):
     prepare(resume=True)
     held = record.read_run(tmp_path)
     assert [held["code"], held["resumed"][0]["code"]] == [first, "of later"]
+
+
+def test_a_run_on_a_gpu_names_cuda_and_its_precisions(tmp_path, monkeypatch):
+    settings = {"cuda": "13.0", "cudnn": "91301", "matmul precision": "none", "convolution precision": "tf32"}
+    monkeypatch.setattr(device, "settings", lambda of: settings if of.type == "cuda" else {})
+    monkeypatch.setattr(device, "describe", lambda of: "a card")
+    config.add_deepkd_config(builtin.CFG)
+    record.prepare_folder(tmp_path, builtin.CFG, torch.device("cuda"), "command", False, None, None, {})
+    versions = record.read_run(tmp_path)["versions"]
+    assert settings.items() <= versions.items()
+    assert versions["torch"]
 
 
 def test_the_hash_covers_the_whole_package_but_what_computes_nothing():

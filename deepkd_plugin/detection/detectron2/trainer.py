@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import device
+from ... import config, device
 from ...errors import UserError
 from ...optim import DecoupledMomentumSGD
 from ...run import array_pickle, checkpoint
@@ -127,14 +127,9 @@ class StreamTrainer(SimpleTrainer):
 
     def _update(self) -> None:
         optimizer = self.optimizer
-        if self.scaler is not None:
-            scale = self.scaler.get_scale()
-            optimizer.scale_gradients(1.0 / scale)
-            # the scaler knows p.grad alone: it takes the scale out once more and looks for values that are not finite
-            sums = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            torch._foreach_mul_(sums, scale)
-            self.scaler.unscale_(optimizer)
         if self.clipper is not None:
+            if self.scaler is not None:
+                self.scaler.unscale_(optimizer)
             optimizer.clip(self.clipper)
         if self.scaler is None:
             optimizer.step()
@@ -234,8 +229,9 @@ class Trainer(DefaultTrainer):
             weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
         )
         momentum, decay_stream = momenta(cfg)
-        dampening = "ema" if solver.DECOUPLED.DAMPENING == "ema" else 0.0
-        return DecoupledMomentumSGD(groups, solver.BASE_LR, momentum, solver.WEIGHT_DECAY, decay_stream, dampening)
+        return DecoupledMomentumSGD(
+            groups, solver.BASE_LR, momentum, solver.WEIGHT_DECAY, decay_stream, **config.dampening(cfg)
+        )
 
     @classmethod
     def build_train_loader(cls, cfg: Any) -> Any:

@@ -51,7 +51,8 @@ def write_tables(runs: Sequence[Run], out: Path) -> list[Path]:
             for stream, values in window["gsnr"].items():
                 row = place | {"samples": window["samples"], "stream": stream}
                 row |= {name: values[name] for name in ("mean", "ratio")} | noise
-                row |= {name: values[name] for name in ("norm", "zero_variance", "missing")}
+                # windows from before 0.2.0 have no count of what is not finite
+                row |= {name: values.get(name) for name in ("norm", "zero_variance", "missing", "not_finite")}
                 streams.append(row | {"momentum": window["momentum"][stream]})
             angles += [place | {"pair": pair, "degrees": value} for pair, value in window["angle"].items()]
             for layer, by_stream in window.get("layers", {}).items():

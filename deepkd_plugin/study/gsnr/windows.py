@@ -19,7 +19,10 @@ TITLES = {"ratio": "ratio of sums", "mean": "mean over coordinates"}
 NEEDED = ("SOLVER.SEED", "DATASET.TYPE", "DISTILLER.TYPE", "DISTILLER.TEACHER", "DISTILLER.STUDENT")
 """Keys that a run's config must have."""
 
-MAY_DIFFER = (*("SOLVER.SEED", "SOLVER.EXECUTION", "SOLVER.GRADIENTS"), *("DATASET.NUM_WORKERS", "DATASET.PIPELINE"))
+MAY_DIFFER = (
+    *("SOLVER.SEED", "SOLVER.EXECUTION", "SOLVER.GRADIENTS", "SOLVER.DETERMINISTIC"),
+    *("DATASET.NUM_WORKERS", "DATASET.PIPELINE"),
+)
 """Keys in which runs that share a figure may differ: the seed, and how the same steps are taken."""
 
 

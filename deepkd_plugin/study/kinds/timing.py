@@ -82,7 +82,6 @@ class Timer:
         source, batch = self.kind.source(cfg), cfg.SOLVER.BATCH_SIZE
         networks = [self.networks[part] for part in _parts(cfg)]
         trainer = self.kind.trainer(cfg, networks, range(source.steps(cfg)))
-        trainer.optimizer.batched = cfg.SOLVER.GRADIENTS == "batched"
         trainer.distiller.train()
         if cfg.SOLVER.DECOUPLED.ALLOCATION == "gsnr":  # momenta are equal only before the first window
             for group in trainer.optimizer.param_groups:
@@ -100,10 +99,10 @@ class Timer:
         return step + (self.least(work, batch) - step) / monitor.every
 
     def test(self, cfg: Any, part: tuple[str, str]) -> None:
-        """Make the student or the teacher, and time its pass by batches of DATASET.TEST.BATCH_SIZE."""
+        """Make the student or the teacher, and time its pass by batches as a test takes them."""
         made = self.kind.network(cfg, part[1]).requires_grad_(part[0] == "student").eval()
         network = self.networks[part] = device.place(made, self.device, cfg.SOLVER.CHANNELS_LAST)
-        batch = cfg.DATASET.TEST.BATCH_SIZE
+        batch = self.kind.source(cfg).test_batch(cfg)
 
         def work(count: int) -> Callable[[], Any]:
             images = self.kind.source(cfg).noise(count)[0]

@@ -77,6 +77,7 @@ def band(panel, label):
 
 def test_the_table_of_streams(make, tmp_path):
     runs = read_runs([make("a", [window(1), window(2, tcg=0.05)]), make("b", [window(1, ncg=0.4)], seed=7)])
+    runs[0].windows[1]["gsnr"]["tcg"]["not_finite"] = 4
     write_tables(runs, tmp_path)
     table = rows(tmp_path / "gsnr.csv")
     assert len(table) == 9
@@ -94,8 +95,10 @@ def test_the_table_of_streams(make, tmp_path):
         "norm": "1.5",
         "zero_variance": "12",
         "missing": "3",
+        "not_finite": "4",
         "momentum": "0.825",
     }
+    assert table[0]["not_finite"] == ""  # a window of 0.1.0 did not count it
     assert [row["seed"] for row in table] == ["0"] * 6 + ["7"] * 3
     assert (table[8]["stream"], table[8]["ratio"]) == ("ncg", "0.4")
     assert b"\r" not in (tmp_path / "gsnr.csv").read_bytes()
