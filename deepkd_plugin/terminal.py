@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import errno
+import os
 import re
 import signal
 import sys
@@ -20,6 +22,10 @@ class Parser(argparse.ArgumentParser):
     """Tells of a mistake in one line, as everything else does."""
 
     takes_pairs = False
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        # a flag that is cut short may be another one tomorrow
+        super().__init__(*args, allow_abbrev=False, **options)
 
     def add_pairs(self) -> None:
         """Take the KEY VALUE pairs that stand anywhere between the flags, as `options`."""
@@ -75,19 +81,62 @@ def count(text: str) -> int:
 
 
 def guarded(work: Callable[[], int | None]) -> int:
-    """Run a command and return its exit code; a UserError is one line on stderr and 2, an interruption 130 or 143."""
+    """Run a command and return its exit code; a UserError is one line on stderr and 2, an interruption 130 or 143.
+
+    What the system refuses (a full disk, too many open files, …) is one line and 2, too; a reader of stdout that has
+    gone is 141, as for a process that SIGPIPE ends. A terminal that cannot show a character shows "?".
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         with _terminable():
-            return work() or 0
+            code = work() or 0
+            sys.stdout and sys.stdout.flush()
+            return code
     except UserError as error:
         print(f"deepkd: error: {error}", file=sys.stderr)
         return 2
+    except (OSError, RuntimeError) as error:
+        reason = used_up(error)
+        if reason is None:
+            raise
+        print(f"deepkd: error: {reason}", file=sys.stderr)
+        return _end_of_pipe() if isinstance(error, BrokenPipeError) else 2
     except Stopped as stopped:
         print(f"deepkd: {stopped}", file=sys.stderr)
         return stopped.code
     except KeyboardInterrupt as interruption:
         print("deepkd: interrupted; the same command starts again", file=sys.stderr)
         return exit_code(interruption)
+
+
+def used_up(error: BaseException) -> str | None:
+    """Say in a line what the system refused; None if it was something else that failed."""
+    text = " ".join(str(error).split())
+    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or re.search("Too many open files|ancdata", text):
+        return f"too many open files ({text}); `ulimit -n` must be higher, or DATASET.NUM_WORKERS lower"
+    if isinstance(error, BrokenPipeError) and error.filename is None:
+        return "nobody reads the output any more"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{error.filename}: {error.strerror}" if error.filename else text
+    return None
+
+
+def one_process() -> None:
+    """Raise UserError in one of several processes of a launcher such as torchrun: each would train the same run."""
+    size = os.environ.get("WORLD_SIZE", "1").strip()
+    if size not in ("", "0", "1"):
+        raise UserError(
+            f"environment: WORLD_SIZE is {size}; a run is trained by one process, so start it without torchrun (with "
+            f"several GPUs its batches are shared among them)"
+        )
+
+
+def _end_of_pipe() -> int:
+    """Let Python end without a word about a pipe that nobody reads."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return 128 + signal.SIGPIPE
 
 
 class Stopped(Exception):  # noqa: N818 (no error: somebody wanted it)

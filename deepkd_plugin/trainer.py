@@ -18,10 +18,11 @@ from .errors import UserError
 from .gsnr import GradientMonitor
 from .optim import DecoupledMomentumSGD
 from .run import checkpoint, record
-from .run.metrics import RunLog, Sums
+from .run import folder as run_folder
+from .run.metrics import RunLog, Sums, check_lines, weights_and_biases
 from .run.progress import EpochBar, epoch_line, step_text
-from .run.resume import read_state
-from .run.schedule import make_scheduler
+from .run.resume import check_optimizer, read_state, take_up
+from .run.schedule import make_scheduler, set_epoch
 from .speed import choose_gradients, make_step
 from .streams import assign_losses
 
@@ -85,15 +86,19 @@ class Trainer:
 
         The teacher is tested first, unless `teacher_acc` is set already. resume: go on from the folder's last
         checkpoint. overwrite: start again if the folder holds a run. command: what started the run, for
-        its record. Raises UserError, before anything is written, if the folder does not fit.
+        its record. Raises UserError, before anything is written, if the folder does not fit, or another process is
+        at work there.
         """
+        with run_folder.held(self.folder, resume, overwrite):
+            return self.train_held(resume, command)
+
+    def train_held(self, resume: bool, command: str | None) -> dict[str, Any]:
+        """Train as `train` does, in a folder that is this process's."""
         epochs = self.cfg.SOLVER.EPOCHS
-        record.check_folder(self.folder, resume, overwrite)
         if self.teacher is not None and self.teacher_acc is None:
             self.teacher_acc = self.test_teacher()
         self.rehearse()
-        if resume:
-            self.load(self.folder / "latest")
+        changed = self.load() if resume else {}
         # one that was ended between its last checkpoint and the note of its result still gets that note
         if self.epoch == epochs and record.read_run(self.folder)["finished"]:
             raise UserError(
@@ -103,8 +108,13 @@ class Trainer:
         command = command or shlex.join(["python", *sys.argv])
         made_by = {"student": type(self.module.student), "distiller": type(self.module)}
         classes = {part: f"{cls.__module__}.{cls.__qualname__}" for part, cls in made_by.items()}
+        if self.cfg.LOG.WANDB:
+            weights_and_biases(self.folder, self.cfg)
+        if not resume:
+            run_folder.set_aside(self.folder)
         record.prepare_folder(
-            self.folder, self.cfg, self.device, command, resume, self.teacher, self.teacher_acc, classes
+            *(self.folder, self.cfg, self.device, command, resume, self.teacher, self.teacher_acc, classes),
+            *(changed, self.epoch),
         )
         started = time.perf_counter()
         try:
@@ -286,11 +296,12 @@ class Trainer:
         for name, student_name in [*names, ("latest", "student_latest")]:
             checkpoint.save(student, self.folder / student_name)
             checkpoint.save(self.state(), self.folder / name)
+        run_folder.settle_new(self.folder)
         print(epoch_line(entry, self.metric, self.shown, self.best_acc))
 
     def _stateful(self) -> dict[str, Any]:
         """Return what has a state beside the networks, by its name in a checkpoint."""
-        parts = {"optimizer": self.optimizer, "scheduler": self.scheduler}
+        parts: dict[str, Any] = {"optimizer": self.optimizer}
         parts |= {} if self.monitor is None else {"monitor": self.monitor}
         return parts | ({} if self.allocation is None else {"allocation": self.allocation})
 
@@ -307,18 +318,26 @@ class Trainer:
             "gradients": self.gradients,
         }
 
-    def load(self, path: Path) -> None:
-        """Take up a checkpoint; UserError if it is of another config or teacher."""
-        state = read_state(path, self.cfg, self.teacher)
+    def load(self) -> dict[str, list[Any]]:
+        """Take up the folder's last checkpoint; returns the keys that have changed since: before and now.
+
+        Raises UserError if it is damaged, or of another config or teacher.
+        """
+        path, state, changed = read_state(self.folder, self.cfg, self.teacher)
+        check_lines(self.folder, state["epoch"])
         teacher = {k: v for k, v in self.module.state_dict().items() if k.startswith("teacher.")}
-        self.module.load_state_dict(teacher | state["model"])
+        take_up(path, self.module.load_state_dict, "model", teacher | state["model"])
         self.gradients = state.get("gradients", "sequential")
         self.epoch, self.best_acc, self.best_epoch = state["epoch"], state["best_acc"], state["best_epoch"]
+        made = [dict(group) for group in self.optimizer.param_groups]
         for name, part in self._stateful().items():
             if name in state:
-                part.load_state_dict(state[name])
+                take_up(path, part.load_state_dict, name, state[name])
             elif part is self.monitor:  # measured only from here on
                 part.iteration = self.epoch * len(self.train_loader)
+        check_optimizer(path, self.optimizer, made)
+        set_epoch(self.scheduler, self.cfg.SOLVER, self.epoch)
+        return changed
 
 
 class DecoupledMomentumTrainer(Trainer):

@@ -189,9 +189,9 @@ def test_a_run_is_neither_overwritten_nor_resumed_by_accident(train):
     assert code == 2
     assert "holds a run already; go on with --resume, start again with --overwrite (deep" in err
     assert (train.folder / "metrics.jsonl").read_text() == before
-    code, _, err = train("vanilla", "SOLVER.LR", "0.01", flags=["--resume"])
+    code, _, err = train("vanilla", "SOLVER.MOMENTUM", "0.8", flags=["--resume"])
     assert code == 2
-    assert "--resume needs the run's own config: SOLVER.LR was 0.2, is 0.01" in err
+    assert "--resume needs the run's own config: SOLVER.MOMENTUM was 0.9, is 0.8" in err
     assert (train.folder / "metrics.jsonl").read_text() == before
     assert train("vanilla", "SOLVER.LR", "0.01", flags=["--overwrite"])[0] == 0
     assert (train.folder / "metrics.jsonl").read_text() != before
@@ -229,7 +229,7 @@ def test_the_command_line(train, capsys):
 def test_a_folder_that_cannot_be_made(train, tmp_path):
     (tmp_path / "file").write_text("")
     line = mistake(train, "vanilla", "LOG.PREFIX", str(tmp_path / "file"))
-    assert "LOG.PREFIX must name a folder that can be written" in line
+    assert "must be a folder that can be written; LOG.PREFIX or --out names it" in line
 
 
 def test_losses_without_a_stream_are_found_before_anything_is_written(train):

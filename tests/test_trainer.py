@@ -246,10 +246,10 @@ def test_a_run_that_ended_before_its_result_was_noted_gets_the_note(cfg):
 
 def test_resuming_needs_the_same_config(cfg):
     stop_after(make(cfg), 1)
-    cfg.SOLVER.LR = 0.01
-    with pytest.raises(UserError, match=r"needs the run's own config: SOLVER.LR was 0.05, is 0.01"):
+    cfg.SOLVER.MOMENTUM = 0.8
+    with pytest.raises(UserError, match=r"needs the run's own config: SOLVER.MOMENTUM was 0.9, is 0.8"):
         make(cfg).train(resume=True)
-    cfg.SOLVER.LR = 0.05
+    cfg.SOLVER.MOMENTUM = 0.9
     cfg.DATASET.ROOT = "elsewhere"  # where, not what
     make(cfg).train(resume=True)
 

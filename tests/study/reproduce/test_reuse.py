@@ -8,9 +8,10 @@ import pytest
 
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.run import record
+from deepkd_plugin.run.lock import locked
 from deepkd_plugin.study.reproduce import reuse, tables
 from deepkd_plugin.study.reproduce.plan import make_plan
-from deepkd_plugin.study.reproduce.runs import execute, locked, state
+from deepkd_plugin.study.reproduce.runs import execute, state
 
 
 def plan(table, out, methods, seeds=1, **of):
