@@ -19,7 +19,7 @@ from .hosts.registry import find_host, register
 from .run import folder as run_folder
 from .run import record
 from .run.metrics import weights_and_biases
-from .terminal import Parser, Stopped, exit_code, guarded, one_process, used_up
+from .terminal import Parser, Stopped, exit_code, guarded, used_up
 from .trainer import Trainer
 
 EXAMPLE = "configs/glyphs100/res20_res8/kd.yaml"
@@ -40,7 +40,6 @@ def read_words(words: Sequence[str], tool: str, description: str, example: str) 
     parser.add_argument("--cfg", dest="file", required=True, metavar="FILE", help=f"for example {example}")
     parser.add_run()
     args = parser.parse(words)
-    one_process()
     return vars(args) | {"command": shlex.join(["python", tool, "--cfg", args.file, *args.options])}
 
 

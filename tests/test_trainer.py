@@ -279,6 +279,9 @@ def test_resuming_from_something_else(cfg):
     trainer = make(cfg)
     trainer.folder.mkdir()
     torch.save({"epoch": 3}, trainer.folder / "latest")
+    with pytest.raises(UserError, match="--resume finds no run.json of this package beside 'latest'"):
+        trainer.train(resume=True)
+    record.write_run(trainer.folder, {"config_hash": "0", "finished": False})
     with pytest.raises(UserError, match="a checkpoint that this trainer wrote"):
         trainer.train(resume=True)
 

@@ -128,20 +128,22 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def read_lines(folder: Path, name: str) -> list[dict[str, Any]]:
     """Read the records of METRICS or GSNR in a run's folder; none if there is no such file."""
     path = folder / name
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    except ValueError as error:
-        raise UserError(f"{path}: must hold a record of a run in each line ({error})") from None
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def check_lines(folder: Path, epoch: int) -> None:
     """Raise UserError if a run that goes on after so many epochs would lose the record of one of them."""
-    lines = [line.get("epoch") if isinstance(line, dict) else None for line in read_metrics(folder)]
-    if lines[:epoch] != list(range(1, epoch + 1)):
-        raise UserError(
-            f"{folder / METRICS}: must hold a line for each of the {epoch} epochs that --resume goes on from; put it "
-            f"back, or start again with --overwrite"
-        )
+    for name in (METRICS, GSNR):
+        try:
+            epochs = [line["epoch"] for line in read_lines(folder, name)]
+            whole = name == GSNR or epochs[:epoch] == list(range(1, epoch + 1))
+        except (ValueError, KeyError, TypeError):
+            whole = False
+        if not whole:
+            raise UserError(
+                f"{folder / name}: must hold the records of the {epoch} epochs that --resume goes on from; put it "
+                f"back, or start again with --overwrite"
+            )
 
 
 def weights_and_biases(folder: Path, cfg: Any) -> Any:
