@@ -21,7 +21,7 @@ from .run import checkpoint, record
 from .run import folder as run_folder
 from .run.metrics import RunLog, Sums, check_lines, weights_and_biases
 from .run.progress import EpochBar, epoch_line, step_text
-from .run.resume import check_optimizer, read_state, take_up
+from .run.resume import check_model, check_optimizer, read_state, take_up
 from .run.schedule import make_scheduler, set_epoch
 from .speed import choose_gradients, make_step
 from .streams import assign_losses
@@ -268,10 +268,11 @@ class Trainer:
         """Raise UserError if a loss is not finite, before anything of the epoch is saved."""
         for name, value in values.items():
             if not math.isfinite(value):
+                lower = f" --resume takes a lower SOLVER.LR, with EXPERIMENT.NAME {shlex.quote(self.folder.name)}."
                 raise UserError(
                     f"{self.folder}: loss '{name}' became {value} {when}, at learning rate "
                     f"{self.optimizer.param_groups[0]['lr']:g}; it must stay finite: lower SOLVER.LR, or look at "
-                    f"the images and the teacher. {self.resume_point()}"
+                    f"the images and the teacher. {self.resume_point()}{lower if self.epoch else ''}"
                 )
 
     def resume_point(self) -> str:
@@ -325,8 +326,10 @@ class Trainer:
         """
         path, state, changed = read_state(self.folder, self.cfg, self.teacher)
         check_lines(self.folder, state["epoch"])
-        teacher = {k: v for k, v in self.module.state_dict().items() if k.startswith("teacher.")}
-        take_up(path, self.module.load_state_dict, "model", teacher | state["model"])
+        networks = self.module.state_dict()
+        teacher = {k: networks.pop(k) for k in list(networks) if k.startswith("teacher.")}
+        check_model(path, state["model"], networks)
+        self.module.load_state_dict(teacher | state["model"])
         self.gradients = state.get("gradients", "sequential")
         self.epoch, self.best_acc, self.best_epoch = state["epoch"], state["best_acc"], state["best_epoch"]
         made = [dict(group) for group in self.optimizer.param_groups]

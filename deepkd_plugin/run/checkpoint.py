@@ -35,20 +35,31 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def temporaries(folder: Path) -> list[tuple[Path, str]]:
+def temporaries(folder: Path) -> list[tuple[Path, str, int]]:
     """List the temporary files of `write_whole` in a folder, of writers that were killed and of any at work.
 
-    Each comes with the name that it was meant to get.
+    Each comes with the name that it was meant to get and the id of its writer.
     """
     try:
         names = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
         return []
     found = [(folder / name, _TEMPORARY.fullmatch(name)) for name in names]
-    return [(path, match[1]) for path, match in found if match]
+    return [(path, match[1], int(match[2])) for path, match in found if match]
 
 
-_TEMPORARY = re.compile(r"\.(.+)\.\d+\.tmp")
+_TEMPORARY = re.compile(r"\.(.+)\.(\d{1,9})\.tmp")
+
+
+def is_running(process: int) -> bool:
+    """Tell whether there is a process of this id on this machine."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def write_text(path: Path, text: str) -> None:
@@ -170,8 +181,8 @@ def load_weights(module: nn.Module, path: str | Path, key: str, network: str) ->
     wanted = module.state_dict()
     weights = {name: wanted[name] for name in wanted if name.endswith("num_batches_tracked")} | weights
     for name, value in weights.items():
-        if name in wanted and (unfit := _unfit(value, wanted[name])):
-            raise UserError(f"{path}: {key} must hold plain numbers, and {name} {unfit}")
+        if name in wanted and (reason := unfit(value, wanted[name])):
+            raise UserError(f"{path}: {key} must hold plain numbers, and {name} {reason}")
     missing = [name for name in wanted if name not in weights]
     extra = [name for name in weights if name not in wanted]
     other = [name for name in wanted if name in weights and wanted[name].shape != weights[name].shape]
@@ -196,7 +207,7 @@ def load_weights(module: nn.Module, path: str | Path, key: str, network: str) ->
     module.load_state_dict(weights)
 
 
-def _unfit(value: Tensor, wanted: Tensor) -> str | None:
+def unfit(value: Tensor, wanted: Tensor) -> str | None:
     """Say why a tensor of a file cannot be a network's; None if it can."""
     if value.layout != torch.strided or value.is_nested:
         return "is a sparse or nested tensor"

@@ -74,6 +74,18 @@ def take_up(path: Path, load: Callable[[Any], Any], part: str, state: Any) -> No
         raise _odd(path, f"its entry {part!r} cannot be taken up ({reason})") from None
 
 
+def check_model(path: Path, weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Raise UserError if a checkpoint's weights are not those of the networks that they are for."""
+    for name in weights.keys() | wanted.keys():
+        if name not in weights or name not in wanted:
+            raise _odd(path, f"its networks {'lack' if name in wanted else 'have an unknown'} {name}")
+        reason = checkpoint.unfit(weights[name], wanted[name])
+        if weights[name].shape != wanted[name].shape:
+            reason = f"has the shape {tuple(weights[name].shape)}, not {tuple(wanted[name].shape)}"
+        if reason:
+            raise _odd(path, f"its {name} {reason}")
+
+
 def check_optimizer(path: Path, optimizer: torch.optim.Optimizer, before: list[dict[str, Any]]) -> None:
     """Raise UserError if an optimizer has taken up what the next step would stumble over, or compute something else by.
 
