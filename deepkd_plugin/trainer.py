@@ -309,7 +309,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Return a checkpoint: everything a resumed run needs. The teacher, which never changes, is left out."""
         model = {k: v for k, v in self.module.state_dict().items() if not k.startswith("teacher.")}
-        return {name: part.state_dict() for name, part in self._stateful().items()} | {
+        state = {name: part.state_dict() for name, part in self._stateful().items()} | {
             "epoch": self.epoch,
             "model": model,
             "best_acc": self.best_acc,
@@ -318,6 +318,7 @@ class Trainer:
             "teacher": self.teacher,
             "gradients": self.gradients,
         }
+        return state | {"outline": checkpoint.outline(state)}
 
     def load(self) -> dict[str, list[Any]]:
         """Take up the folder's last checkpoint; returns the keys that have changed since: before and now.

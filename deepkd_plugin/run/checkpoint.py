@@ -243,6 +243,30 @@ def network_weights(content: Any) -> dict[str, Tensor] | None:
     return weights if len(weights) == len(content) else None
 
 
+def outline(state: Any) -> str:
+    """Hash what a checkpoint holds where: names, shapes and types of tensors, and all that is no tensor.
+
+    A file's own checksums are of its tensors' numbers; this tells whether somebody has changed the rest.
+    """
+    digest = hashlib.sha256()
+
+    def walk(value: Any) -> None:
+        if isinstance(value, Mapping):
+            parts: Any = [part for pair in value.items() for part in pair]
+        elif isinstance(value, (list, tuple)):
+            parts = value
+        elif isinstance(value, Tensor):
+            parts, value = (), f"{value.dtype} {tuple(value.shape)}"
+        else:
+            parts = ()
+        digest.update(f"{len(parts)} {'' if parts else repr(value)}\n".encode())
+        for part in parts:
+            walk(part)
+
+    walk(state)
+    return digest.hexdigest()[:16]
+
+
 def fingerprint(module: nn.Module) -> str:
     """Hash a network's weights: the same for the same numbers, whatever file they came from."""
     digest = hashlib.sha256()

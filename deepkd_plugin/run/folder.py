@@ -153,6 +153,7 @@ def settle(folder: Path) -> None:
                 _remove(own_files(folder), folder)
             _move(files, before, folder, first=False)
             print(f"{folder}: the run that was there before is back")
+    _remove_empty(before)
     with contextlib.suppress(OSError):  # something of somebody's is in there
         before.rmdir()
 
@@ -181,20 +182,20 @@ def _move(files: Sequence[Path], here: Path, there: Path, first: bool) -> None:
         to = there / path.relative_to(here)
         to.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, to)
-    _remove_empty(files, here)
+    _remove_empty(here)
 
 
 def _remove(files: Sequence[Path], folder: Path) -> None:
     """Remove files, run.json last."""
     for path in sorted(files, key=lambda path: path.name == record.FILE):
         path.unlink()
-    _remove_empty(files, folder)
+    _remove_empty(folder)
 
 
-def _remove_empty(files: Sequence[Path], folder: Path) -> None:
-    for parent in {path.parent for path in files} - {folder}:
-        with contextlib.suppress(OSError):
-            parent.rmdir()
+def _remove_empty(folder: Path) -> None:
+    for name in _FOLDERS:
+        with contextlib.suppress(OSError):  # not there, or not empty
+            (folder / name).rmdir()
 
 
 def _remove_temporaries(folder: Path) -> None:

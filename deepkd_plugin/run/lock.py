@@ -29,7 +29,8 @@ def locked(folder: Path, deadline: float = 0.0) -> Iterator[int]:
 
     The lock is kept until every copy of the descriptor is closed: it goes with the process, however that ends. If the
     folder then holds nothing else, the file is removed, with the folders that were made for it. Raises HeldError if
-    another process has the lock and keeps it until the deadline (time.monotonic), UserError if there can be none.
+    another process has the lock and keeps it until the deadline (time.monotonic), UserError if there can be none, and
+    OSError if too many files are open.
     """
     try:
         made = [above for above in (folder, *folder.parents) if not above.exists()]
@@ -37,6 +38,8 @@ def locked(folder: Path, deadline: float = 0.0) -> Iterator[int]:
     except OSError as error:  # a name of many options is longer than a file system takes
         if error.errno == errno.ENAMETOOLONG:
             raise UserError(f"{folder}: EXPERIMENT.NAME must be set to a shorter name ({error.strerror})") from None
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
         path = folder / FILE
         if str(error.filename) == str(path):
             raise UserError(f"{path}: must be a file that can be locked ({error.strerror})") from None

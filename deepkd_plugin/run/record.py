@@ -73,11 +73,11 @@ def prepare_folder(
             session = machine | ({"changed": dict(changed), "after": epoch} if changed else {})
             note(folder, {"resumed": [*before.get("resumed", []), session], "finished": False})
             return
-        text = cfg.dump()
-        checkpoint.write_whole(folder / "config.yaml", lambda file: file.write(text.encode()))
         run = {"command": command, "config_hash": config_hash(cfg), "seed": cfg.SOLVER.SEED}
         run |= {"teacher": teacher, "teacher_acc": teacher_acc, "minutes": 0.0, "finished": False}
+        # first, because it says whose the other files are
         write_run(folder, run | machine)
+        checkpoint.write_text(folder / "config.yaml", cfg.dump())
     except OSError as error:
         raise UserError(f"{folder}: LOG.PREFIX must name a folder that can be written ({error})") from None
 

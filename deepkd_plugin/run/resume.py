@@ -46,6 +46,9 @@ def read_state(folder: Path, cfg: Any, teacher: str | None) -> tuple[Path, dict[
     state = checkpoint.load(path, "--resume")
     if not isinstance(state, Mapping) or "config" not in state:
         raise UserError(f"{path}: --resume needs a checkpoint that this trainer wrote")
+    rest = {name: value for name, value in state.items() if name != "outline"}
+    if state.get("outline", whole := checkpoint.outline(rest)) != whole:
+        raise _odd(path, "it was changed since")
     for name, (allowed, valid) in _SHAPE.items():
         if name not in state or not valid(state[name]):
             raise _odd(path, f"its entry {name!r} {'is not' if name in state else 'is missing; it must be'} {allowed}")

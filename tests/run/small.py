@@ -87,7 +87,7 @@ def command(work, before=lambda: None):
         try:
             for stream, (_, end) in enumerate(ends, 1):
                 os.dup2(end, stream)
-            sys.stdout, sys.stderr = (io.TextIOWrapper(open(n, "wb", 0), write_through=True) for n in (1, 2))
+            sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(n, "w"), write_through=True) for n in (1, 2))
             before()
             code = guarded(lambda: work() and None)
         except BaseException:
@@ -97,7 +97,7 @@ def command(work, before=lambda: None):
         finally:
             os._exit(code)
     texts = []
-    for read_end, write_end in ends:
+    for _, write_end in ends:
         os.close(write_end)
     for read_end, _ in ends:
         with open(read_end, errors="replace") as end:
