@@ -3,7 +3,7 @@
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from .hosts.registry import find_host, register
 from .run import folder as run_folder
 from .run import record
 from .run.metrics import weights_and_biases
-from .terminal import Parser, Stopped, exit_code, guarded, used_up
+from .terminal import Parser, Stopped, check_interruption, exit_code, guarded, used_up
 from .trainer import Trainer
 
 EXAMPLE = "configs/glyphs100/res20_res8/kd.yaml"
@@ -85,35 +85,37 @@ def run(trainer: Trainer, resume: bool, overwrite: bool, command: str) -> dict[s
     """
     try:
         return trainer.train(resume, overwrite, command)
-    except (KeyboardInterrupt, OSError, RuntimeError) as error:
+    except UserError:
+        raise
+    except (KeyboardInterrupt, Exception) as error:
         again = f"Resume with: {command} --resume" if trainer.epoch else f"Start again with: {command} --overwrite"
         left = f"{trainer.resume_point()} {again}"
-        interruption = interrupted_by(error)
-        if interruption is not None:
-            message = f"interrupted in epoch {trainer.epoch + 1}. {left}"
-            raise Stopped(message, exit_code(interruption)) from None
-        if "DataLoader worker" in str(error):
+        # torch raises it wherever Python is just then, and what is interrupted by it may raise an error of its own
+        killed = next((str(one) for one in chain(error) if "DataLoader worker" in str(one)), None)
+        try:
+            if killed:
+                time.sleep(0.5)  # a signal to the whole group ends a loader's processes first
+            check_interruption()
+        except KeyboardInterrupt as interruption:
+            error = interruption
+        if isinstance(error, KeyboardInterrupt):
+            raise Stopped(f"interrupted in epoch {trainer.epoch + 1}. {left}", exit_code(error)) from None
+        if killed:
             workers = f"DATASET.NUM_WORKERS {trainer.cfg.DATASET.NUM_WORKERS}"
-            reason = str(error).splitlines()[0]
-            message = f"{reason} If memory was short, for {workers} or in /dev/shm, take fewer. {left}"
+            reason = killed.splitlines()[0].strip().rstrip(".")
+            message = f"{reason}; if memory was short, here or in /dev/shm, {workers} must be lower. {left}"
             raise Stopped(message, 1) from None
-        reason = used_up(error)
-        if reason is None:
+        refused = used_up(error)
+        if refused is None:
             raise
-        raise UserError(f"{reason}. {left}") from None
+        raise UserError(f"{refused}. {left}") from None
 
 
-def interrupted_by(error: BaseException) -> KeyboardInterrupt | None:
-    """Return the interruption behind an error: a signal to a whole group ends a loader's processes first."""
-    try:
-        if "DataLoader worker" in str(error):
-            time.sleep(0.5)  # and it is this process's turn
-    except KeyboardInterrupt as interruption:
-        return interruption
-    behind: BaseException | None = error
-    while behind is not None and not isinstance(behind, KeyboardInterrupt):
-        behind = behind.__context__
-    return behind
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and those that it was raised over."""
+    while error is not None:
+        yield error
+        error = error.__context__
 
 
 def make_distiller(host: Host, cfg: Any, num_data: int, num_classes: int) -> nn.Module:

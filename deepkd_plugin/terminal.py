@@ -152,15 +152,51 @@ def exit_code(interruption: KeyboardInterrupt) -> int:
     return interruption.args[0] if interruption.args else 130
 
 
+_arrived: list[int] = []
+"""The signals that have asked this process to end, since its command began."""
+
+
+def check_interruption() -> None:
+    """Raise KeyboardInterrupt if a signal has asked for an end: what its handler raised may have been lost.
+
+    Python drops what is raised inside a callback of the interpreter's own, such as those of a fork.
+    """
+    if _arrived:
+        raise KeyboardInterrupt(128 + _arrived[0])
+
+
+def _stop(number: int, frame: Any) -> None:
+    _arrived.append(number)
+    raise KeyboardInterrupt(128 + number)
+
+
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """Let SIGTERM end a run as Ctrl-C does, with the exit code that shells expect of it."""
-
-    def stop(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt(128 + number)
-
-    before = signal.signal(signal.SIGTERM, stop)
+    """Let SIGTERM end a run as Ctrl-C does, each with the exit code that shells expect of it."""
+    # a shell has its background jobs ignore Ctrl-C
+    numbers = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, _stop) for number in numbers}
+    _arrived.clear()
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _tell_dropped
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _tell_dropped(dropped: Any) -> None:
+    """Tell of an exception that Python drops, unless it was an end that somebody asked for, as usual."""
+    if not isinstance(dropped.exc_value, KeyboardInterrupt) and "DataLoader worker" not in str(dropped.exc_value):
+        sys.__unraisablehook__(dropped)
+
+
+def _as_usual() -> None:
+    """Let a signal end a loader's process without a word; what a command says, its own process says."""
+    for number, handler in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+        if signal.getsignal(number) is _stop:
+            signal.signal(number, handler)
+
+
+os.register_at_fork(after_in_child=_as_usual)

@@ -25,6 +25,7 @@ from .run.resume import check_model, check_optimizer, read_state, take_up
 from .run.schedule import make_scheduler, set_epoch
 from .speed import choose_gradients, make_step
 from .streams import assign_losses
+from .terminal import check_interruption
 
 READ_EVERY = 20
 """Iterations between two readings of the meters: reading them waits for the device."""
@@ -162,6 +163,7 @@ class Trainer:
         with EpochBar(f"epoch {epoch}/{epochs}", steps) as bar:
             batches = iter(self.train_loader)
             for step in range(1, steps + 1):
+                check_interruption()
                 asked = time.perf_counter()
                 batch = next(batches)
                 waited += time.perf_counter() - asked

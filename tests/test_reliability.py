@@ -12,21 +12,17 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import pytest
+import small
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deepkd_plugin.run import checkpoint, lock
 from deepkd_plugin.run import folder as run_folder
-
-sys.path.insert(0, str(Path(__file__).parent / "run"))
-import small
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")]
 
@@ -131,7 +127,7 @@ def test_a_run_killed_at_random_moments_goes_on_bitwise(tmp_path, whole):
         prefix = tmp_path / str(runs)
         prefix.mkdir()
         for _ in range(50):
-            code, _, err = go_on(prefix, partial(signal.setitimer, signal.ITIMER_REAL, draw.uniform(0.0, 0.6)))
+            code, _, err = go_on(prefix, partial(signal.setitimer, signal.ITIMER_REAL, draw.uniform(0.0, 0.35)))
             if code != -signal.SIGALRM:
                 break
             kills += 1

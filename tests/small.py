@@ -50,7 +50,8 @@ def make(cfg, width=8):
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(50, 3, 2, 2, generator=generator)
     labels = (images.flatten(1) @ torch.randn(12, 5, generator=generator)).argmax(1)
-    train = DataLoader(TensorDataset(images, labels, torch.arange(50)), 16, shuffle=True)
+    workers = cfg.DATASET.NUM_WORKERS
+    train = DataLoader(TensorDataset(images, labels, torch.arange(50)), 16, shuffle=True, num_workers=workers)
     made = DecoupledMomentumTrainer("run", distiller, train, DataLoader(TensorDataset(images, labels), 16), cfg)
     made.teacher_acc = 50.0  # as if it had been tested: this teacher knows nothing
     return made
