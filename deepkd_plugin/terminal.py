@@ -84,15 +84,13 @@ def guarded(work: Callable[[], int | None]) -> int:
     """Run a command and return its exit code; a UserError is one line on stderr and 2, an interruption 130 or 143.
 
     What the system refuses (a full disk, too many open files, …) is one line and 2, too; a reader of stdout that has
-    gone is 141, as for a process that SIGPIPE ends. A terminal that cannot show a character shows "?".
+    gone is 141, as for a process that SIGPIPE ends.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+    _open_streams()
     try:
         with _terminable():
             code = work() or 0
-            sys.stdout and sys.stdout.flush()
+            sys.stdout.flush()
             return code
     except UserError as error:
         print(f"deepkd: error: {error}", file=sys.stderr)
@@ -131,6 +129,23 @@ def one_process() -> None:
             f"environment: WORLD_SIZE is {size}; a run is trained by one process, so start it without torchrun (with "
             f"several GPUs its batches are shared among them)"
         )
+
+
+def _open_streams() -> None:
+    """Let a terminal that cannot show a character show "?", and what was closed lead nowhere.
+
+    The next file that is opened would otherwise take the place of a closed stdout, and get its output.
+    """
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+            setattr(sys, name, os.fdopen(number, "w"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 def _end_of_pipe() -> int:

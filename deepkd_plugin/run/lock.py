@@ -12,7 +12,7 @@ from pathlib import Path
 from ..errors import UserError
 
 FILE = "lock"
-"""The file in a folder that is locked. It stays when its process ends, and says nothing then."""
+"""The file in a folder that is locked. One that a killed process leaves says nothing."""
 
 
 class HeldError(UserError):
@@ -24,11 +24,12 @@ _held: dict[tuple[int, int], int] = {}
 
 
 @contextlib.contextmanager
-def locked(folder: Path, deadline: float = 0.0) -> Iterator[int]:
+def locked(folder: Path, deadline: float = 0.0, remove: bool = False) -> Iterator[int]:
     """Be the only process in a folder, made if needed, as its file `lock` tells; yields that file's descriptor.
 
     The lock is kept until every copy of the descriptor is closed: it goes with the process, however that ends. If the
-    folder then holds nothing else, the file is removed, with the folders that were made for it. Raises HeldError if
+    folder then holds nothing else, the file is removed, with the folders that were made for it. remove: in any case;
+    then no other process may have a copy of the descriptor. Raises HeldError if
     another process has the lock and keeps it until the deadline (time.monotonic), UserError if there can be none, and
     OSError if too many files are open.
     """
@@ -54,10 +55,11 @@ def locked(folder: Path, deadline: float = 0.0) -> Iterator[int]:
     finally:
         _held.pop(_identity(lock), None)
         with contextlib.suppress(OSError):
-            if os.listdir(folder) == [FILE]:
+            alone = os.listdir(folder) == [FILE]
+            if alone or remove:
                 (folder / FILE).unlink()
-                for above in made:
-                    above.rmdir()
+            for above in made if alone else ():
+                above.rmdir()
         os.close(lock)
 
 
@@ -68,7 +70,7 @@ def ours(folder: Path) -> Iterator[None]:
         if _identity(folder / FILE) in _held:
             yield
             return
-    with locked(folder):
+    with locked(folder, remove=True):
         yield
 
 
