@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import sys
 
 import torch
@@ -73,6 +74,22 @@ def files(folder):
     """What is in a folder, but for the lock: relative names -> bytes."""
     found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     return {name: path.read_bytes() for name, path in found.items() if name != "lock"}
+
+
+def kill_at(number):
+    """Let this process be killed in place of its `number`th change of a folder: a rename, a removal, a new folder."""
+    left = iter(range(number - 1, -1, -1))
+
+    def killing(change):
+        def changed(*arguments, **named):
+            if next(left, 1) == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return change(*arguments, **named)
+
+        return changed
+
+    for name in ("replace", "rename", "unlink", "mkdir", "rmdir"):
+        setattr(os, name, killing(getattr(os, name)))
 
 
 def command(work, before=lambda: None):

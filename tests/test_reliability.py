@@ -36,22 +36,6 @@ def whole(tmp_path_factory):
     return prefix / "run"
 
 
-def kill_at(number):
-    """Let this process be killed in place of its `number`th change of a folder: a rename, a removal, a new folder."""
-    left = iter(range(number - 1, -1, -1))
-
-    def killing(change):
-        def changed(*arguments, **named):
-            if next(left, 1) == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return change(*arguments, **named)
-
-        return changed
-
-    for name in ("replace", "rename", "unlink", "mkdir", "rmdir"):
-        setattr(os, name, killing(getattr(os, name)))
-
-
 def go_on(prefix, before=lambda: None):
     """Do what the last line of a run tells: --resume with a checkpoint, else from the beginning."""
     resume = (prefix / "run" / "latest").is_file()
@@ -74,7 +58,7 @@ def test_a_run_killed_at_any_change_of_its_folder_goes_on_bitwise(tmp_path, whol
         prefix = tmp_path / str(number)
         prefix.mkdir()
         cfg = small.config(prefix)
-        code, _, err = small.command(partial(small.train, cfg), partial(kill_at, number))
+        code, _, err = small.command(partial(small.train, cfg), partial(small.kill_at, number))
         if code == 0:
             break
         assert (code, err) == (-signal.SIGKILL, "")
@@ -97,7 +81,7 @@ def test_a_run_killed_while_it_takes_another_s_place_loses_neither(tmp_path, who
         old = small.files(prefix / "run")
         cfg = small.config(prefix, EPOCHS=2)
         over = partial(small.train, cfg, overwrite=True, width=9)
-        code, _, err = small.command(over, partial(kill_at, number))
+        code, _, err = small.command(over, partial(small.kill_at, number))
         if code == 0:
             break
         assert (code, err) == (-signal.SIGKILL, "")

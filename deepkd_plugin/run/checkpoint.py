@@ -69,14 +69,15 @@ def write_text(path: Path, text: str) -> None:
 
 def save(state: Mapping[str, Any], path: Path) -> None:
     """Write a checkpoint whole; OSError, with nothing written, if a disk is full, say."""
+    write_whole(path, lambda file: write_state(state, file))
 
-    def write(file: IO[bytes]) -> None:
-        try:
-            torch.save(state, file)
-        except RuntimeError as error:  # torch's own, over the one that tells why
-            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
-    write_whole(path, write)
+def write_state(state: Mapping[str, Any], file: IO[bytes]) -> None:
+    """Write a checkpoint to an open file; OSError if the file cannot take it."""
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:  # torch's own, over the one that tells why
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 @contextlib.contextmanager

@@ -140,7 +140,7 @@ def _changes(path: Path, now: dict[str, Any], before: Mapping[str, Any]) -> Chan
 def _newest_whole(folder: Path) -> Path:
     """Find the newest whole checkpoint beside a damaged `latest`; UserError without one."""
     whole: dict[int, Path] = {}
-    for path in (folder / "best", *folder.glob("epoch_*")):
+    for path in (*folder.glob("epoch_*"), folder / "best"):
         if path.is_file() and not checkpoint.find_damage(path):
             state = checkpoint.load(path, "--resume")
             if isinstance(state, Mapping) and type(state.get("epoch")) is int:
