@@ -92,10 +92,10 @@ def kill_at(number):
         setattr(os, name, killing(getattr(os, name)))
 
 
-def command(work, before=lambda: None):
+def command(work, before=lambda: None, meanwhile=lambda pid: None):
     """Run work() as a command in a process of its own; returns (exit code, stdout, stderr), code < 0 for a signal.
 
-    before: called in that process first.
+    before: called in that process first. meanwhile: called here with its id.
     """
     ends = [os.pipe(), os.pipe()]
     sys.stdout.flush()
@@ -117,6 +117,7 @@ def command(work, before=lambda: None):
     texts = []
     for _, write_end in ends:
         os.close(write_end)
+    meanwhile(pid)
     for read_end, _ in ends:
         with open(read_end, errors="replace") as end:
             texts.append(end.read())

@@ -57,6 +57,22 @@ def test_the_student_file_is_read_by_eval(train, data_root, capsys):
     assert "command line: -m is 'resnet9'; it must be one of" in capsys.readouterr().err
     assert evaluate.main(["-m", "resnet8", "-d", "glyphs100", "--root", str(data_root)]) == 2
     assert "-c names no file and the zoo has no weights of resnet8" in capsys.readouterr().err
+    assert evaluate.main(["-m", "resnet8", "-c", str(train.folder / "best"), *arguments[4:], str(data_root)]) == 2
+    assert "best: -c holds a trainer's state; use student_best, which is beside it" in capsys.readouterr().err
+    held = checkpoint.load(train.folder / "student_latest", "test")
+    for value, line in ((float("nan"), "holds NaN"), (1e38, "its network gives no finite numbers on glyphs100")):
+        held["model"]["fc.weight"].fill_(value)
+        checkpoint.save(held, train.folder / "student_latest")
+        assert evaluate.main([*arguments, str(data_root)]) == 2
+        out, err = capsys.readouterr()
+        assert line in err
+        assert "top-1" not in out
+
+
+@pytest.mark.parametrize("flags", [[], ["--resume"]])
+def test_one_process_of_several_is_refused(train, monkeypatch, flags):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "environment: WORLD_SIZE is 2; a run is trained by one process" in mistake(train, "vanilla", flags=flags)
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda p: str(p.relative_to(ROOT / "configs")))

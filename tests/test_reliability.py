@@ -4,6 +4,7 @@ docs/reliability.md has what is promised; the counts there are of these tests, w
 """
 
 import collections
+import contextlib
 import copy
 import io
 import os
@@ -266,3 +267,38 @@ def test_the_damage_was_found():
     print(f"damaged checkpoints: {OUTCOMES[2]} refused, {OUTCOMES[0]} without effect")
     if OUTCOMES:
         assert OUTCOMES[2] > 200
+
+
+def children(pid):
+    return [int(word) for word in subprocess.run(["pgrep", "-P", str(pid)], capture_output=True).stdout.split()]
+
+
+@pytest.mark.skipif(shutil.which("pgrep") is None, reason="finds a loader's processes by pgrep")
+@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("what", ["group", "worker"])
+def test_a_signal_to_the_group_or_a_killed_loader_process_is_one_line(tmp_path, what, number):
+    cfg = small.config(tmp_path, EPOCHS=60)
+    cfg.DATASET.NUM_WORKERS = 2
+
+    def end(pid):
+        while not (tmp_path / "run/latest").exists():
+            time.sleep(0.01)
+        time.sleep(0.03 * number)
+        if what == "group":
+            os.killpg(pid, signal.SIGTERM)
+            return
+        with contextlib.suppress(ProcessLookupError, IndexError):
+            while (tmp_path / "run/latest").exists():
+                os.kill(children(pid)[0], signal.SIGKILL)
+                break
+
+    code, _, err = small.command(lambda: small.train(cfg), os.setsid, end)
+    # a process that is killed when its epoch is over is missed by nobody
+    assert code == 143 if what == "group" else code in (0, 1)
+    if code:
+        *_, line = err.splitlines()
+        assert f"{tmp_path / 'run/latest'} (epoch " in line
+        assert line.endswith(f"Resume with: {small.COMMAND} --resume")
+        assert ("interrupted in epoch" if what == "group" else "DATASET.NUM_WORKERS 2 must be lower") in line
+    if what == "group":
+        assert in_one_line(err), err

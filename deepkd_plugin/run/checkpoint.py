@@ -142,8 +142,11 @@ def find_damage(path: Path) -> str | None:
             with zipfile.ZipFile(path) as archive:
                 broken = archive.testzip()
             return broken and f"its entry {broken} has another checksum than when it was written"
+        with open(path, "rb") as file:
+            if file.read(2) == b"PK":
+                return "it ends too early"
         hashed = re.search(r"-([0-9a-f]{8,64})\.", path.name)
-        if hashed and path.read_bytes()[:2] != b"PK":
+        if hashed:
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             return None if digest.startswith(hashed[1]) else f"its hash is {digest[: len(hashed[1])]}, not its name's"
     except OSError:
@@ -151,6 +154,11 @@ def find_damage(path: Path) -> str | None:
     except Exception as error:  # a damaged archive makes zipfile raise nearly anything
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def is_whole(path: Path) -> bool:
+    """Tell whether a file is a checkpoint as `save` wrote it."""
+    return zipfile.is_zipfile(path) and find_damage(path) is None
 
 
 def _numpy_numbers() -> list[tuple[Any, str]]:

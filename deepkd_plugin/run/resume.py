@@ -41,7 +41,7 @@ def read_state(folder: Path, cfg: Any, teacher: str | None) -> tuple[Path, dict[
     the fingerprint of the teacher's weights, None without one.
     """
     path = folder / "latest"
-    if checkpoint.find_damage(path):
+    if not checkpoint.is_whole(path):
         path = _newest_whole(folder)
     state = checkpoint.load(path, "--resume")
     if not isinstance(state, Mapping) or "config" not in state:
@@ -141,7 +141,7 @@ def _newest_whole(folder: Path) -> Path:
     """Find the newest whole checkpoint beside a damaged `latest`; UserError without one."""
     whole: dict[int, Path] = {}
     for path in (*folder.glob("epoch_*"), folder / "best"):
-        if path.is_file() and not checkpoint.find_damage(path):
+        if path.is_file() and checkpoint.is_whole(path):
             state = checkpoint.load(path, "--resume")
             if isinstance(state, Mapping) and type(state.get("epoch")) is int:
                 whole[state["epoch"]] = path

@@ -365,7 +365,7 @@ def test_what_a_killed_call_left_is_removed(fake, deepkd, flags):
     folder = (fake / CONFIGS[0]).parent
     for path in (fake / "tools/.train.py.999999999.tmp", folder / f".{Path(CONFIGS[0]).name}.999999999.tmp"):
         put(path, b"half")
-    kept = [fake / f"tools/.train.py.{os.getpid()}.tmp", fake / "tools/.theirs.py.999999999.tmp"]
+    kept = [fake / f"tools/.train.py.{os.getppid()}.tmp", fake / "tools/.theirs.py.999999999.tmp"]
     for path in kept:
         put(path, b"")
     assert deepkd(fake, *flags)[0] == 0
@@ -376,10 +376,12 @@ def test_what_a_killed_call_left_is_removed(fake, deepkd, flags):
     assert tree(fake) == before
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_call_that_is_killed_anywhere_is_undone(fake, deepkd):
     """Each write and each new folder is such a place; --revert then leaves nothing."""
     before = tree(fake)
-    for number in range(1, 400, 7):
+    for number in range(1, 400, 11):
         code, *_ = small.command(lambda: apply.apply(fake), partial(small.kill_at, number))
         if code == 0:
             break

@@ -105,7 +105,8 @@ def state(run: Run, overwrite: bool = False, code: str | None = None) -> State:
         return "finished"
     else:
         latest = run.folder / KINDS[run.kind].checkpoint
-        return "new" if overwrite and latest.is_file() and checkpoint.find_damage(latest) else "resumable"
+        ours = KINDS[run.kind].checkpoint == run_folder.CHECKPOINTS[0]  # detectron2's names another file
+        return "new" if overwrite and ours and not checkpoint.is_whole(latest) else "resumable"
     if overwrite:
         return "new"
     raise OtherCodeError(

@@ -109,6 +109,54 @@ def test_runs_that_do_not_belong_here(fake_run, entries, expected, finished):
     assert not fake_run(1).folder.exists()
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("content", [None, "", "[]"])
+def test_a_checkpoint_without_a_record_is_nobody_s_to_delete(fake_run, content, overwrite):
+    run = fake_run()
+    run.folder.mkdir(parents=True)
+    (run.folder / "latest").write_text("whole")
+    if content is not None:
+        (run.folder / "run.json").write_text(content)
+    with pytest.raises(UserError, match="holds a checkpoint, and its run.json is empty or missing; put that back, or"):
+        execute([run], 1, overwrite=overwrite, worker=fake_run.worker)
+    assert (run.folder / "latest").read_text() == "whole"
+
+
+def test_a_damaged_checkpoint_is_no_dead_end(fake_run):
+    run = fake_run()
+    note(run)
+    torch.save({}, run.folder / "latest")
+    assert state(run) == state(run, overwrite=True) == "resumable"
+    whole = (run.folder / "latest").read_bytes()
+    for damaged in (whole[:-30], whole[:1], b"", whole.replace(b"}", b")")):
+        (run.folder / "latest").write_bytes(damaged)
+        assert (state(run), state(run, overwrite=True)) == ("resumable", "new")
+
+
+def test_a_run_that_went_on_under_another_config_does_not_belong_here(fake_run):
+    run = fake_run()
+    session = {"code": record.code_hash(), "changed": {"SOLVER.LR": [0.1, 0.05]}, "after": 3}
+    note(run, finished=True, resumed=[session])
+    with pytest.raises(OtherCodeError, match=r"the run there went on under another config \(SOLVER.LR\), and a table"):
+        state(run)
+    assert state(run, overwrite=True) == "new"
+
+
+def test_a_run_whose_place_is_being_taken_is_the_one_that_will_be_back(fake_run):
+    run = fake_run()
+    (run.folder / "replaced").mkdir(parents=True)
+    note(run)
+    (run.folder / "run.json").rename(run.folder / "replaced" / "run.json")
+    (run.folder / "latest").touch()
+    assert state(run) == "resumable"  # killed while it was moved aside
+    (run.folder / "latest").rename(run.folder / "replaced" / "latest")
+    note(run, code="0123")
+    assert state(run) == "resumable"  # killed before the new one's first epoch
+    (run.folder / "latest").touch()
+    with pytest.raises(OtherCodeError):
+        state(run)
+
+
 def test_a_start_without_a_checkpoint_is_of_no_code(fake_run):
     note(fake_run(), code="0123")
     assert state(fake_run()) == "new"
