@@ -72,7 +72,10 @@ setup(
         "detection": ["pycocotools"],  # COCO-format sets, AP
         "wandb": ["wandb"],
         "slurm": ["submitit"],
-        "test": ["pytest>=8", "pytest-xdist>=3.2", "ruff", "mypy", "types-PyYAML", "submitit", "pycocotools"],
+        "test": [
+            *("pytest>=8", "pytest-xdist>=3.2", "hypothesis>=6", "ruff", "mypy", "types-PyYAML", "submitit"),
+            "pycocotools",
+        ],
     },
     entry_points={"console_scripts": ["deepkd = deepkd_plugin.commands.cli:entry"]},
     cmdclass={"build_py": BuildPy},

@@ -114,12 +114,12 @@ def is_run(folder: Path) -> bool:
     return {"config_hash", "finished"} <= record.find_run(folder).keys()
 
 
-def left(folder: Path) -> tuple[dict[str, Any], bool]:
-    """Return the run.json of the run that `settle` would leave in a folder, and whether that has a checkpoint."""
+def left(folder: Path, name: str = CHECKPOINTS[0]) -> tuple[dict[str, Any], bool]:
+    """Return the run.json of the run that `settle` would leave in a folder, and whether that has a file `name`."""
     replaced = (folder / REPLACED / record.FILE).exists() and not _is_begun(folder)
     places = [folder / REPLACED, folder] if replaced else [folder]
     run = record.find_run(places[0])
-    return run, any(map(_has_checkpoint, places)) and COPYING not in run
+    return run, any((place / name).is_file() for place in places) and COPYING not in run
 
 
 def set_aside(folder: Path) -> None:

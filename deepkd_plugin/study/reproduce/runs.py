@@ -81,7 +81,7 @@ def state(run: Run, overwrite: bool = False, code: str | None = None) -> State:
     overwrite: such a run is "new", and so is one whose checkpoint is damaged. Raises UserError for a checkpoint that no
     run.json vouches for.
     """
-    left, goes_on = run_folder.left(run.folder)
+    left, goes_on = run_folder.left(run.folder, KINDS[run.kind].checkpoint)
     finished = left.get("finished")
     if goes_on and not left:
         raise UserError(
