@@ -333,7 +333,7 @@ class Trainer:
         teacher = {k: networks.pop(k) for k in list(networks) if k.startswith("teacher.")}
         check_model(path, state["model"], networks)
         self.module.load_state_dict(teacher | state["model"])
-        self.gradients = state.get("gradients", "sequential")
+        self.gradients = str(state.get("gradients", "sequential"))
         self.epoch, self.best_acc, self.best_epoch = state["epoch"], state["best_acc"], state["best_epoch"]
         made = [dict(group) for group in self.optimizer.param_groups]
         for name, part in self._stateful().items():
