@@ -99,12 +99,12 @@ def check_optimizer(path: Path, optimizer: torch.optim.Optimizer, before: list[d
             if name in ("params", "lr", "initial_lr", "momentum"):
                 continue
             if type(now.get(name)) is not type(value) or now[name] != value:
-                raise _odd(path, f"its optimizer has {name} {now.get(name)!r}, the config {value!r}")
+                raise _odd(path, f"its optimizer has {name} {_shown(now.get(name))}, the config {value!r}")
         momenta = now["momentum"]
         if momenta.keys() != made["momentum"].keys() or not all(
             isinstance(m, float) and 0 <= m < 1 for m in momenta.values()
         ):
-            raise _odd(path, f"its optimizer has the momenta {momenta!r}")
+            raise _odd(path, f"its optimizer has the momenta {_shown(momenta)}")
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             for tensor in _tensors(optimizer.state.get(parameter, {})):
@@ -129,10 +129,10 @@ def _changes(path: Path, now: dict[str, Any], before: Mapping[str, Any]) -> Chan
         if key not in now and (key.split(".")[0] not in sections or key.startswith("SOLVER.DECOUPLED.DELTA.")):
             continue  # an extension's that this method has no use of, or it would be there
         was, value = before.get(key, defaults.get(key)), now.get(key)
-        if not config.computes(key) or was == value:
+        if not config.computes(key) or (not isinstance(was, Tensor) and was == value):
             continue
         if key not in FUTURE:
-            raise UserError(f"{path}: --resume needs the run's own config: {key} was {was!r}, is {value!r}")
+            raise UserError(f"{path}: --resume needs the run's own config: {key} was {_shown(was)}, is {value!r}")
         changes[key] = [was, value]
     return changes
 
@@ -153,6 +153,10 @@ def _newest_whole(folder: Path) -> Path:
     raise UserError(
         f"{folder / 'latest'}: is damaged, and neither is a whole 'best' beside it; start again with --overwrite"
     )
+
+
+def _shown(value: Any) -> str:
+    return " ".join(repr(value).split())[:100]
 
 
 def _odd(path: Path, what: str) -> UserError:
