@@ -187,8 +187,6 @@ def with_an_odd_entry(data, state):
     """Rename, remove or replace an entry, somewhere in a state; returns the bytes of its file."""
     state = copy.deepcopy(state)
     place = state
-    if data.draw(st.booleans()):
-        del place["outline"]  # as an older version leaves it
     while True:
         key = data.draw(st.sampled_from(sorted(place, key=str) if isinstance(place, dict) else range(len(place))))
         inner = place[key]
