@@ -72,7 +72,18 @@ setup(
         "detection": ["pycocotools"],  # COCO-format sets, AP
         "wandb": ["wandb"],
         "slurm": ["submitit"],
-        "test": ["pytest>=8", "pytest-xdist>=3.2", "ruff", "mypy", "types-PyYAML", "submitit", "pycocotools"],
+        "examples": ["lightning>=2.6", "accelerate>=1.15", "transformers>=5.24", "timm>=1.0.31"],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.2",
+            "hypothesis",
+            "expecttest",  # PyTorch's own checks of optimizers import it
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "submitit",
+            "pycocotools",
+        ],
     },
     entry_points={"console_scripts": ["deepkd = deepkd_plugin.commands.cli:entry"]},
     cmdclass={"build_py": BuildPy},

@@ -259,11 +259,14 @@ class Ledger:
         return False
 
     def _unknown(self, params: Sequence[Tensor]) -> list[Tensor]:
-        """Return the parameters whose p.grad is not what it was left as."""
+        """Return the parameters whose p.grad is not, or may not be, what it was left as.
+
+        A DTensor may always have changed: FSDP2 and multi-tensor operations write to its shard and leave its version.
+        """
         unknown = []
         for p in params:
             grad, version = self._known.get(p, (None, 0))
-            if p.grad is not None and (grad is not p.grad or grad._version != version):
+            if p.grad is not None and (grad is not p.grad or grad._version != version or type(grad) is not Tensor):
                 unknown.append(p)
         return unknown
 

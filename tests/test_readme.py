@@ -130,6 +130,7 @@ def test_commands(command, train, data_root, cifar_root, capsys, monkeypatch, re
             "python -m venv .venv && . .venv/bin/activate && pip install -e .",
             'python -m venv .venv && . .venv/bin/activate && pip install -e ".[test]"',
             'pip install -e ".[detection]"',
+            'pip install -e ".[examples]"',
             "cd ../mdistiller",
             "pytest",
         )
@@ -151,6 +152,7 @@ def test_code(code):
     before = [p.detach().clone() for p in student.parameters()]
     scope = {"torch": torch, "student": student, "teacher": teacher.eval().requires_grad_(False)}
     scope |= {"images": torch.randn(4, 3, 32, 32), "labels": torch.randint(0, 100, (4,))}
+    scope |= {"loader": [(scope["images"], scope["labels"])], "epochs": 3}
     exec(code, scope)
     assert any(not torch.equal(p, q) for p, q in zip(student.parameters(), before))
 

@@ -1,11 +1,12 @@
 """Accuracy of a network's weights on a data set's test images."""
 
 import argparse
+import math
 from collections.abc import Sequence
 
 from .. import config, data, device
 from ..accuracy import Alone, evaluate
-from ..errors import UserError
+from ..errors import UserError, shown
 from ..hosts.networks import trained_network
 from ..hosts.registry import find_host, register
 from ..terminal import Parser, guarded
@@ -38,12 +39,14 @@ def _evaluate(args: argparse.Namespace) -> None:
     config.check(cfg, {"DATASET.TEST.BATCH_SIZE": "command line"})
     models = host.models(args.dataset)
     if args.model not in models:
-        raise UserError(f"command line: -m is {args.model!r}; it must be one of {', '.join(models)}")
+        raise UserError(f"command line: -m is {shown(args.model)}; it must be one of {', '.join(models)}")
     loader, num_classes = data.get_test_set(cfg)
     weights = "" if args.ckpt == "pretrain" else args.ckpt
     torch_device = device.pick()
     network = trained_network(host, args.dataset, args.model, num_classes, weights, "-c")
     result = evaluate(Alone(device.place(network, torch_device, False)), loader, torch_device, cfg.SOLVER)
+    if not math.isfinite(result["test_loss"]):
+        raise UserError(f"{args.ckpt}: its network gives no finite numbers on {args.dataset}; it must be trained there")
     print(
         f"{args.model} on {args.dataset}: top-1 {result['test_acc']:.2f} %, top-5 "
         f"{result['test_acc_top5']:.2f} %, loss {result['test_loss']:.4f} over {len(loader.dataset)} images"

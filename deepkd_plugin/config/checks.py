@@ -1,14 +1,13 @@
 """Refuse a config whose values cannot be meant, in one line that names the key and where its value came from."""
 
 import importlib.util
-import math
 from collections.abc import Sequence
 
 from yacs.config import CfgNode
 
 from ..distillers import DISTILLERS
 from ..errors import UserError
-from ..rules import Key
+from ..rules import PLAIN, Key, plain
 from ..terminal import warn
 from ..topk import classes, count_classes
 from .keys import HOST_KEYS, TRAINER, all_keys, known_streams
@@ -21,7 +20,7 @@ def check(cfg: CfgNode, origin: dict[str, str]) -> None:
     ours = all_keys()
     check_keys(cfg, origin, ours + HOST_KEYS)
     stages = list(cfg.SOLVER.LR_DECAY_STAGES)
-    if any(not isinstance(stage, int) for stage in stages) or stages != sorted(set(stages)):
+    if any(type(stage) is not int or stage < 0 for stage in stages) or stages != sorted(set(stages)):
         raise wrong(origin, "SOLVER.LR_DECAY_STAGES", stages, "epochs in ascending order")
     if cfg.SOLVER.MIN_LR > cfg.SOLVER.LR:
         raise wrong(origin, "SOLVER.MIN_LR", cfg.SOLVER.MIN_LR, f"at most SOLVER.LR, {cfg.SOLVER.LR}")
@@ -45,18 +44,20 @@ def check(cfg: CfgNode, origin: dict[str, str]) -> None:
 
 
 def check_keys(cfg: CfgNode, origin: dict[str, str], keys: Sequence[Key]) -> None:
-    """Raise UserError for the first number of the tree that is not finite or of `keys` that does not take its value."""
-    for path, value in flatten(cfg).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise wrong(origin, path, value, "a finite number")
+    """Raise UserError for the first value of the tree that none can be, or of `keys` that does not take its value."""
     for key in keys:
         value = get(cfg, key.path)
         try:
             valid = key.valid(value)
-        except (TypeError, ValueError, IndexError):  # elements of another type than the check compares
+        except (TypeError, ValueError, IndexError, AttributeError, OverflowError):  # the check compares another type
             valid = False
         if not valid:
             raise wrong(origin, key.path, value, key.allowed)
+    for path, value in flatten(cfg).items():
+        if not plain(value):
+            raise wrong(
+                origin, path, value, {float: "a finite number", int: "a number of 64 bits"}.get(type(value), PLAIN)
+            )
 
 
 def check_momenta(cfg: CfgNode, origin: dict[str, str]) -> None:

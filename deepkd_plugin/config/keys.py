@@ -6,7 +6,24 @@ Distillers declare the keys of their own nodes (distillers/); the others are her
 from typing import Any
 
 from ..distillers import DISTILLERS
-from ..rules import ABOVE_ONE, ANY, FLAG, FRACTION, NOT_NEGATIVE, POSITIVE, Key, Rule, one_of
+from ..rules import (
+    ABOVE_ONE,
+    FILE_OR_NONE,
+    FLAG,
+    FOLDER,
+    FRACTION,
+    NAME,
+    NAME_OR_NONE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    TEMPERATURE,
+    WHOLE,
+    Key,
+    Rule,
+    one_of,
+    whole,
+)
 from ..streams import EXTRA_STREAMS, STREAMS
 
 TRAINER = "DecoupledMomentumSGD"
@@ -17,6 +34,7 @@ MEANING = {"tog": "the task stream", "tcg": "the target-class stream", "ncg": "t
 }
 """What some streams are called in words."""
 
+_BATCH = whole(1, 65_536)
 _DELTA: Rule = ("a number in (-1, 1)", lambda value: -1 < value < 1)
 
 
@@ -85,7 +103,7 @@ _FIXED = (
         0,
         "W epochs of linear warm-up: epoch e < W has 0.1 + 0.9 e/W of the rate, from 1 on, so W = 1 warms nothing up; "
         "the cosine schedule begins at its end",
-        *NOT_NEGATIVE,
+        *whole(0),
     ),
     Key(
         "SOLVER.WARMUP_UNIT",
@@ -107,12 +125,12 @@ _FIXED = (
     Key("SOLVER.CHANNELS_LAST", False, "memory format of networks and images", *FLAG),
     Key("SOLVER.SEED", 0, "seed of weights, order and augmentation", *NOT_NEGATIVE),
     Key("GSNR.MEASURE", False, "measure the streams' gradient signal-to-noise ratio (gsnr.py)", *FLAG),
-    Key("GSNR.EVERY", 200, "iterations between two samples of the gradients (paper)", *POSITIVE),
-    Key("GSNR.WINDOW", 10, "samples that one measurement takes", "a whole number from 2 on", lambda value: value > 1),
-    Key("GSNR.COORDINATES", 500_000, "coordinates followed, drawn once; 0: all", *NOT_NEGATIVE),
+    Key("GSNR.EVERY", 200, "iterations between two samples of the gradients (paper)", *WHOLE),
+    Key("GSNR.WINDOW", 10, "samples that one measurement takes", *whole(2)),
+    Key("GSNR.COORDINATES", 500_000, "coordinates followed, drawn once; 0: all", *whole(0, 10**9)),
     Key("GSNR.LAYERS", False, "also by layer", *FLAG),
-    Key("DISTILLER.TEACHER_WEIGHTS", "", "teacher file; empty: the zoo's; builtin:NAME: one we ship", *ANY),
-    Key("DATASET.ROOT", "./data", "folder of the data sets", *ANY),
+    Key("DISTILLER.TEACHER_WEIGHTS", "", "teacher file; empty: the zoo's; builtin:NAME: one we ship", *FILE_OR_NONE),
+    Key("DATASET.ROOT", "./data", "folder of the data sets", *FOLDER),
     Key("DATASET.DOWNLOAD", False, "fetch CIFAR-100 if DATASET.ROOT has none", *FLAG),
     Key(
         "DATASET.PIPELINE",
@@ -128,20 +146,24 @@ REMOVED = {"SOLVER.GRADIENTS": "backward passes are made in turn, which was the 
 """Keys of older configs, and what is done instead."""
 
 HOST_KEYS = (
+    Key("EXPERIMENT.PROJECT", "distill", "folder of a run's folder, below LOG.PREFIX", *NAME),
+    Key("EXPERIMENT.NAME", "", "a run's folder; empty: named by TAG and options", *NAME_OR_NONE),
+    Key("EXPERIMENT.TAG", "default", "start of the name of a run without NAME", *NAME),
+    Key("LOG.PREFIX", "./output", "folder of all runs", *FOLDER),
     Key("SOLVER.LR", 0.05, "learning rate", *POSITIVE),
-    Key("SOLVER.LR_DECAY_RATE", 0.1, "decay", *POSITIVE),
-    Key("LOG.SAVE_CHECKPOINT_FREQ", 40, "epochs", *POSITIVE),
-    Key("SOLVER.EPOCHS", 240, "epochs", *POSITIVE),
-    Key("SOLVER.BATCH_SIZE", 64, "images in a step", *POSITIVE),
+    Key("SOLVER.LR_DECAY_RATE", 0.1, "decay", *SHARE),
+    Key("LOG.SAVE_CHECKPOINT_FREQ", 40, "epochs", *whole(1, 10**9)),
+    Key("SOLVER.EPOCHS", 240, "epochs", *WHOLE),
+    Key("SOLVER.BATCH_SIZE", 64, "images in a step", *_BATCH),
     Key("SOLVER.MOMENTUM", 0.9, "momentum", *FRACTION),
     Key("SOLVER.WEIGHT_DECAY", 1e-4, "weight decay", *NOT_NEGATIVE),
     Key("SOLVER.TYPE", "SGD", "optimizer", *one_of("SGD")),
-    Key("DATASET.NUM_WORKERS", 2, "loader processes", *NOT_NEGATIVE),
-    Key("DATASET.TEST.BATCH_SIZE", 64, "images in a test batch", *POSITIVE),
-    Key("KD.TEMPERATURE", 4, "temperature", *POSITIVE),
-    Key("DKD.T", 4.0, "temperature", *POSITIVE),
-    Key("DKD.WARMUP", 20, "W epochs of linear warm-up: epoch e has min(e/W, 1) of it, so 1 is none", *NOT_NEGATIVE),
+    Key("DATASET.NUM_WORKERS", 2, "loader processes", *whole(0, 256)),
+    Key("DATASET.TEST.BATCH_SIZE", 64, "images in a test batch", *_BATCH),
+    Key("KD.TEMPERATURE", 4, "temperature", *TEMPERATURE),
+    Key("DKD.T", 4.0, "temperature", *TEMPERATURE),
+    Key("DKD.WARMUP", 20, "W epochs of linear warm-up: epoch e has min(e/W, 1) of it, so 1 is none", *whole(0)),
     Key("CRD.MODE", "exact", "the positive sample", *one_of("exact", "relax")),
-    Key("CRD.NCE.K", 16384, "negative samples", *POSITIVE),
+    Key("CRD.NCE.K", 16384, "negative samples", *WHOLE),
 )
 """mdistiller's own keys that would break a run far from where they were written."""

@@ -7,15 +7,16 @@ ours. `load` names the file in its errors and remembers each value's origin, so 
 import ast
 import contextlib
 import difflib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from yacs.config import CfgNode
 
-from ..errors import UserError
-from ..rules import Key
+from ..errors import UserError, shown
+from ..rules import Key, plain
+from . import file as config_file
 from .keys import REMOVED, all_keys
 
 
@@ -57,13 +58,14 @@ def check_tree(cfg: CfgNode, name: str) -> None:
             node = node.get(parent, CfgNode())
             if not isinstance(node, CfgNode):
                 raise UserError(
-                    f"{name}: its config has the value {node!r} where the plugin has the section {key.path}"
+                    f"{name}: its config has the value {shown(node)} where the plugin has the section {key.path}"
                 )
         value = node.get(leaf, key.default)
         numbers = {type(value), type(key.default)} <= {int, float}
         if type(value) is not type(key.default) and not numbers:
             raise UserError(
-                f"{name}: its config key {key.path} is {value!r}; the plugin's of that name is like {key.default!r}"
+                f"{name}: its config key {key.path} is {shown(value)}; the plugin's of that name is like "
+                f"{key.default!r}"
             )
 
 
@@ -85,15 +87,9 @@ def set_default(cfg: CfgNode, path: str, value: Any) -> None:
 def load(cfg: CfgNode, file: str | Path, options: Sequence[str] = ()) -> dict[str, str]:
     """Merge a YAML file and then KEY VALUE pairs into `cfg`; returns where each value that was set came from.
 
-    Raises UserError for a file that is missing or is no YAML, and as `merge` does.
+    Raises UserError for a file that cannot be read (see config/file.py), and as `merge` does.
     """
-    try:
-        tree = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read as a config file ({error})") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{file}: is not valid YAML ({' '.join(str(error).split())})") from None
-    return merge(cfg, tree, str(file), options)
+    return merge(cfg, config_file.read(file), str(file), options)
 
 
 def merge(cfg: CfgNode, tree: Any, file: str, options: Sequence[str] = ()) -> dict[str, str]:
@@ -106,8 +102,10 @@ def merge(cfg: CfgNode, tree: Any, file: str, options: Sequence[str] = ()) -> di
     origin: dict[str, str] = {}
     _merge(cfg, cfg, tree, "", file, origin)
     if len(options) % 2:
-        raise UserError(f"command line: options come in pairs KEY VALUE, {options[-1]!r} has no value")
+        raise UserError(f"command line: options come in pairs KEY VALUE, {shown(options[-1])} has no value")
     for path, text in zip(options[::2], options[1::2]):
+        if not plain(text):  # it may become a part of the run's name
+            raise UserError(f"command line: {path} is {shown(text)}; it must be text that can be printed")
         node = cfg
         *parents, leaf = path.split(".")
         for name in parents:
@@ -136,7 +134,7 @@ def flatten(cfg: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def wrong(origin: dict[str, str], path: str, value: Any, allowed: str) -> UserError:
     """Make the error for a config value: where it came from, which key, its value, what is allowed."""
-    return UserError(f"{origin.get(path, 'default')}: {path} is {value!r}; it must be {allowed}")
+    return UserError(f"{origin.get(path, 'default')}: {path} is {shown(value)}; it must be {allowed}")
 
 
 def _merge(root: CfgNode, node: CfgNode, tree: dict[str, Any], prefix: str, file: str, origin: dict[str, str]) -> None:
@@ -155,24 +153,27 @@ def _merge(root: CfgNode, node: CfgNode, tree: dict[str, Any], prefix: str, file
 def _unknown(root: CfgNode, path: str, source: str) -> UserError:
     if path in REMOVED:
         return UserError(f"{source}: {path} is no longer a config key, {REMOVED[path]}; leave it out")
-    near = difflib.get_close_matches(path, flatten(root), n=1)
-    return UserError(f"{source}: unknown config key {path}{f'; did you mean {near[0]}?' if near else ''}")
+    near = difflib.get_close_matches(path, flatten(root), n=1) if len(path) < 100 else []
+    return UserError(f"{source}: unknown config key {path[:200]}{f'; did you mean {near[0]}?' if near else ''}")
 
 
 def _set(node: CfgNode, leaf: str, value: Any, path: str, source: str) -> None:
     """Set one leaf, with yacs's rules of type and whole numbers accepted for floats."""
     old = node[leaf]
     if isinstance(old, CfgNode):
-        raise UserError(f"{source}: {path} is {value!r}; it is a section and must hold keys: {', '.join(old)}")
+        raise UserError(f"{source}: {path} is {shown(value)}; it is a section and must hold keys: {', '.join(old)}")
     if isinstance(value, str) and not isinstance(old, str):
-        with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        failures = contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
+        with failures, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python's about its own grammar
             value = ast.literal_eval(value)
-    if isinstance(old, float) and type(value) is int:
+    if isinstance(old, float) and type(value) is int and plain(value):
         value = float(value)
     if isinstance(old, (list, tuple)) and isinstance(value, (list, tuple)):
         value = type(old)(value)
     if old is not None and type(value) is not type(old):
         raise UserError(
-            f"{source}: {path} is {value!r} ({type(value).__name__}); it must be {type(old).__name__}, like {old!r}"
+            f"{source}: {path} is {shown(value)} ({type(value).__name__}); it must be {type(old).__name__}, "
+            f"like {shown(old)}"
         )
     node[leaf] = value

@@ -16,9 +16,10 @@ NUM_CLASSES = 100
 def read_cifar100(root: str | Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Read the images (N, 32, 32, 3) uint8 and fine labels (N,) int64 of "train" or "test".
 
-    Places under `root`: cifar-100-python/{train,test} as torchvision keeps it, else {train,test}/<class>/*.png with
-    classes in alphabetical order (the official numbering), else the same below cifar100/. Raises UserError if the
-    split is in none of them or cannot be read.
+    Places under `root`: cifar-100-python/{train,test} as torchvision keeps it, else {train,test}/<class>/*.png (or
+    another suffix of an image) with classes in alphabetical order (the official numbering) or, if their names are
+    numbers, in that of the numbers, else the same below cifar100/. Raises UserError if the split is in none of them
+    or cannot be read.
     """
     root = Path(root)
     place = _find(root, split)
@@ -65,21 +66,21 @@ def _from_pickle(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         with open(path, "rb") as file:
             content = array_pickle.read(file)
-        images = np.asarray(content["data"], dtype=np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        labels = np.asarray(content["fine_labels"], dtype=np.int64)
+        data, labels = np.asarray(content["data"]), np.asarray(content["fine_labels"])
+        if data.dtype != np.uint8 or (labels.size and labels.dtype.kind not in "iu"):
+            raise ValueError(f"its images are {data.dtype} and its labels {labels.dtype}, not uint8 and whole numbers")
+        images = data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise UserError(
             f"{path}: DATASET.ROOT must hold CIFAR-100 in torchvision's layout, and this file is not it "
             f"({type(error).__name__}: {' '.join(str(error).split())})"
         ) from None
-    return np.ascontiguousarray(images), labels
+    return np.ascontiguousarray(images), labels.astype(np.int64)
 
 
 def _from_folders(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    def valid(path: str) -> bool:
-        return path.endswith(".png") and Path(path).parent.parent == folder
-
-    paths, labels = class_folders(folder, NUM_CLASSES, "cifar100", valid)
+    beside = folder.with_name("test" if folder.name == "train" else "train")
+    paths, labels = class_folders(folder, NUM_CLASSES, "cifar100", beside, nested=False)
     images = ImageFiles(paths, labels, None, (32, 32)).pixels(np.arange(len(paths)))
     return images, np.asarray(labels, dtype=np.int64)
 

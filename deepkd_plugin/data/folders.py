@@ -1,15 +1,21 @@
 """Data sets of image files, read one by one as they are asked for."""
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
-from torchvision.datasets import ImageFolder
 
-from ..errors import UserError
+from ..errors import UserError, shown
+
+SUFFIXES = (
+    *(".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm"),
+    *(".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
+)
+"""Of an image's file, in capitals or not."""
 
 
 class ImageFiles(Dataset[tuple[Any, ...]]):
@@ -45,7 +51,7 @@ class ImageFiles(Dataset[tuple[Any, ...]]):
     def _read(self, path: str) -> Image.Image:
         try:
             with Image.open(path) as file:
-                image = file.convert("RGB")
+                image = _eight_bits(file).convert("RGB")
         except Exception as error:  # a damaged image can raise nearly anything
             raise UserError(f"{path}: DATASET.ROOT has an image that cannot be read ({error})") from None
         if self.size and image.size != self.size:
@@ -56,19 +62,97 @@ class ImageFiles(Dataset[tuple[Any, ...]]):
         return image
 
 
-def class_folders(
-    folder: Path, num_classes: int, kind: str, valid: Callable[[str], bool] | None = None
-) -> tuple[list[str], list[int]]:
-    """List paths and labels of <class>/**/<image> below `folder`, classes in alphabetical order.
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Return an image of at most 8 bits a channel; PIL's own conversion would clip what has 16."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        values = np.asarray(image).astype(np.int64)
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("it has 32 bits a pixel, and nothing says which of them is white")
+    return image
 
-    kind: DATASET.TYPE, for errors. valid: which paths are images of the set; by default by their endings. Raises
-    UserError if a class is empty or there are not `num_classes`.
+
+def class_folders(
+    folder: Path, num_classes: int, kind: str, beside: Path | None = None, nested: bool = True
+) -> tuple[list[str], list[int]]:
+    """List paths and labels of the images below <class>/ in `folder`, classes in the order of `in_order`.
+
+    kind: DATASET.TYPE, for errors. beside: the folder of the other split, which must have the same classes if it is
+    there. nested: whether images may be in folders below the class's own. What is hidden or no image is left out.
+    Raises UserError, with the path, if a class is empty, there are not `num_classes`, or a folder is where none
+    belongs.
     """
     try:
-        classes = sum(entry.is_dir() for entry in folder.iterdir())
-        if classes != num_classes:
-            raise UserError(f"{folder}: DATASET.ROOT must hold {num_classes} class folders for {kind}, holds {classes}")
-        images = ImageFolder(str(folder), is_valid_file=valid)
+        classes = in_order(folder_names(folder))
+        others = folder_names(beside) if beside is not None and beside.is_dir() else None
+        if len(classes) != num_classes:
+            stray = [name for name in classes if (others and name not in others) or not _images(folder / name, True)]
+            raise UserError(
+                f"{folder}: DATASET.ROOT must hold {num_classes} class folders for {kind}, holds {len(classes)}"
+                + (f"; {shown(stray[0])} may be none" if 0 < len(stray) < len(classes) else "")
+            )
+        if others is not None:
+            check_classes(folder, classes, beside, others)
+        paths: list[str] = []
+        labels: list[int] = []
+        for label, name in enumerate(classes):
+            images = _images(folder / name, nested)
+            if not images:
+                raise UserError(
+                    f"{folder / name}: DATASET.ROOT has no image of this class of {kind}; there must be some, with a "
+                    f"suffix of {', '.join(SUFFIXES)}"
+                )
+            paths += images
+            labels += [label] * len(images)
     except OSError as error:
         raise UserError(f"{folder}: DATASET.ROOT is not {kind} ({error})") from None
-    return [path for path, _ in images.samples], images.targets
+    return paths, labels
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Sort the names of classes, as their labels count them: as numbers if all are numbers, else as text."""
+    names = list(names)
+    numbers = all(name.isascii() and name.isdecimal() for name in names)
+    return sorted(names, key=(lambda name: (int(name), name)) if numbers else None)
+
+
+def check_classes(here: Path, classes: Iterable[str], there: Path, others: Iterable[str]) -> None:
+    """Raise UserError unless two splits have the same classes: one more would shift the labels behind it."""
+    classes, others = set(classes), set(others)
+    if classes != others:
+        only = [
+            f"{shown(in_order(names)[0])} is only in {place}"
+            for names, place in ((classes - others, here), (others - classes, there))
+            if names
+        ]
+        raise UserError(f"{here}: must have the classes of {there}; {', and '.join(only)}")
+
+
+def folder_names(folder: Path) -> set[str]:
+    """List the folders in a folder that are not hidden."""
+    with os.scandir(folder) as entries:
+        return {entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()}
+
+
+def _images(folder: Path, nested: bool) -> list[str]:
+    """List the images below a class's folder, by their folder and then by their name."""
+    found: list[tuple[str, list[str]]] = []
+    seen = set()
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for place, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if folders and not nested:
+            raise UserError(f"{os.path.join(place, folders[0])}: is a folder; only images may be beside it")
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in seen:
+            raise UserError(f"{place}: links to a folder that holds it, or that is here already")
+        seen.add((status.st_dev, status.st_ino))
+        found.append((place, [name for name in files if _is_image(name)]))
+    return [os.path.join(place, name) for place, names in sorted(found) for name in sorted(names)]
+
+
+def _is_image(name: str) -> bool:
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES

@@ -14,13 +14,14 @@ NUM_CLASSES = 1000
 def read_imagenet(root: str | Path, split: str) -> tuple[list[str], list[int]]:
     """List the files imagenet/{train,val}/<class>/* under `root`, and their labels.
 
-    Raises UserError if the folder is missing, has an empty class or another number of classes than 1000.
+    Raises UserError if the folder is missing, has an empty class, another number of classes than 1000 or others than
+    the other split.
     """
     part = "train" if split == "train" else "val"
     folder = Path(root) / "imagenet" / part
     if not folder.is_dir():
         raise UserError(f"{folder}: DATASET.ROOT holds no ImageNet; there must be imagenet/{part}/<class>/*")
-    return class_folders(folder, NUM_CLASSES, "imagenet")
+    return class_folders(folder, NUM_CLASSES, "imagenet", folder.with_name("val" if part == "train" else "train"))
 
 
 register_dataset(

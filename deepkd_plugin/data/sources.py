@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision import transforms
 
 from .. import device, extensions
-from ..errors import UserError
+from ..errors import UserError, shown
 from .arrays import ArrayDataset
 from .folders import ImageFiles
 from .views import StrongAugment, TwoViews
@@ -91,14 +91,16 @@ class Source(Facts):
 
         node: the config node DATASET. Raises UserError if the part is not there or not what it should be.
         """
-        if node.DOWNLOAD and self.fetch:
-            self.fetch(node.ROOT)
         try:
+            if node.DOWNLOAD and self.fetch:
+                self.fetch(node.ROOT)
             images, labels = self.read(node.ROOT, split)
         except OSError as error:
             raise UserError(f"DATASET.ROOT {node.ROOT}: {node.TYPE} cannot be read from it ({error})") from None
         labels = np.asarray(labels)
         name = f"DATASET.ROOT {node.ROOT}: {node.TYPE}, {split}"
+        if not len(images):
+            raise UserError(f"{name}: has no image; it must have some")
         if isinstance(images, np.ndarray):
             wanted = (self.side, self.side, 3)
             if images.ndim != 4 or images.shape[1:] != wanted or images.dtype != np.uint8:
@@ -175,7 +177,7 @@ class Sources(dict[str, S], Generic[S]):
         self.purpose = purpose
 
     def __missing__(self, name: str) -> S:
-        raise UserError(f"DATASET.TYPE is {name!r}; {self.purpose}it must be one of {', '.join(self)}")
+        raise UserError(f"DATASET.TYPE is {shown(name)}; {self.purpose}it must be one of {', '.join(self)}")
 
     def register(self, name: str, source: S) -> None:
         """Add a data set; UserError if its name is taken."""

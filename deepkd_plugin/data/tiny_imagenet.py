@@ -8,11 +8,12 @@ from pathlib import Path
 
 from torchvision import transforms
 
-from ..errors import UserError
-from .folders import class_folders
+from ..errors import UserError, shown
+from .folders import check_classes, class_folders, folder_names, in_order
 from .sources import Source, register_dataset
 
 NUM_CLASSES = 200
+ANNOTATIONS = "val_annotations.txt"
 
 
 def read_tiny_imagenet(root: str | Path, split: str) -> tuple[list[str], list[int]]:
@@ -20,7 +21,8 @@ def read_tiny_imagenet(root: str | Path, split: str) -> tuple[list[str], list[in
 
     Images are in <wnid>/ or <wnid>/images/; those of val may also be in images/ with val_annotations.txt beside it,
     as in the official archive. Classes are numbered in the alphabetical order of their wnid. Raises UserError if
-    neither is there, a class is empty, there are not 200 classes or an annotated image is missing.
+    neither is there, a class is empty, there are not 200 classes, those of the other split are others or an annotated
+    image is missing.
     """
     part = "train" if split == "train" else "val"
     folder = Path(root) / "tiny-imagenet-200" / part
@@ -28,13 +30,17 @@ def read_tiny_imagenet(root: str | Path, split: str) -> tuple[list[str], list[in
         raise UserError(
             f"{folder}: DATASET.ROOT holds no Tiny ImageNet; there must be tiny-imagenet-200/{part}/<wnid>/*"
         )
-    annotations = folder / "val_annotations.txt"
-    if annotations.is_file() and (folder / "images").is_dir():
-        return _annotated(annotations)
-    return class_folders(folder, NUM_CLASSES, "tiny_imagenet")
+    beside = folder.with_name("val" if part == "train" else "train")
+    if _is_annotated(folder):
+        return _annotated(folder / ANNOTATIONS, beside)
+    return class_folders(folder, NUM_CLASSES, "tiny_imagenet", None if _is_annotated(beside) else beside)
 
 
-def _annotated(annotations: Path) -> tuple[list[str], list[int]]:
+def _is_annotated(folder: Path) -> bool:
+    return (folder / ANNOTATIONS).is_file() and (folder / "images").is_dir()
+
+
+def _annotated(annotations: Path, train: Path) -> tuple[list[str], list[int]]:
     """Read paths and labels from the official file: a line for each image, its name and wnid before its box."""
     try:
         lines = annotations.read_text(encoding="utf-8").splitlines()
@@ -46,14 +52,18 @@ def _annotated(annotations: Path) -> tuple[list[str], list[int]]:
     for number, line in enumerate(lines, 1):
         name, wnid, *_ = *line.split(), "", ""
         if not wnid:
-            raise UserError(f"{annotations}: line {number} is {line!r}; it must be the name of an image and its wnid")
+            raise UserError(
+                f"{annotations}: line {number} is {shown(line)}; it must be the name of an image and its wnid"
+            )
         if name not in present:
             raise UserError(f"{annotations}: line {number} names {name}, which is not in {images}")
         names.append(name)
         wnids.append(wnid)
-    classes = sorted(set(wnids))
+    classes = in_order(set(wnids))
     if len(classes) != NUM_CLASSES:
         raise UserError(f"{annotations}: must name {NUM_CLASSES} classes, names {len(classes)}")
+    if train.is_dir():
+        check_classes(annotations, classes, train, folder_names(train))
     label = {wnid: number for number, wnid in enumerate(classes)}
     return [str(images / name) for name in names], [label[wnid] for wnid in wnids]
 

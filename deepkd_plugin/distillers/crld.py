@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..losses import wide
-from ..rules import NOT_NEGATIVE, POSITIVE, PROBABILITY, Key
+from ..rules import NOT_NEGATIVE, PROBABILITY, TEMPERATURE, Key
 from .base import Method
 from .terms import Term, View
 
@@ -25,7 +25,7 @@ class CRLD(Method):
         Key("CRLD.CE_WEIGHT", 1.0, "weight of the cross-entropy of both views", *NOT_NEGATIVE),
         Key("CRLD.WV_WEIGHT", 2.0, "weight of the terms within a view", *NOT_NEGATIVE),
         Key("CRLD.CV_WEIGHT", 0.5, "weight of the terms across views", *NOT_NEGATIVE),
-        Key("CRLD.TEMPERATURE", 4.0, "softmax temperature", *POSITIVE),
+        Key("CRLD.TEMPERATURE", 4.0, "softmax temperature", *TEMPERATURE),
         Key("CRLD.TAU_W", 0.9, "least teacher confidence on the weak view, within views", *PROBABILITY),
         Key("CRLD.TAU_S", 0.2, "least teacher confidence on the strong view, across views", *PROBABILITY),
     )

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..losses import MASKS, decoupled_kd
-from ..rules import NOT_NEGATIVE, POSITIVE, Key, Rule, one_of
+from ..rules import NOT_NEGATIVE, TEMPERATURE, Key, Rule, one_of, whole
 from ..streams import STREAMS
 from ..topk import mask_size
 from .base import Distiller, Losses, bases, warmup_factor
@@ -39,12 +39,12 @@ class DeepKD(Distiller):
         Key("DeepKD.CE_WEIGHT", 1.0, "alpha, weight of the cross-entropy (TOG)", *NOT_NEGATIVE),
         Key("DeepKD.TCG_WEIGHT", 1.0, "beta, weight of the target-class loss (TCG)", *NOT_NEGATIVE),
         Key("DeepKD.NCG_WEIGHT", 1.0, "gamma, weight of the non-target-class loss (NCG)", *NOT_NEGATIVE),
-        Key("DeepKD.TEMPERATURE", 4.0, "softmax temperature (over MLKD: MLKD.TEMPERATURES)", *POSITIVE),
+        Key("DeepKD.TEMPERATURE", 4.0, "softmax temperature (over MLKD: MLKD.TEMPERATURES)", *TEMPERATURE),
         Key(
             "DeepKD.WARMUP",
             0,
             "W epochs of linear warm-up: epoch e has min(e/W, 1) of TCG and NCG, so 1 is none (DKD: 20)",
-            *NOT_NEGATIVE,
+            *whole(0),
         ),
         Key(
             "DeepKD.MASK.TYPE", "dynamic", "top-K mask on the non-target classes", *one_of("none", "static", "dynamic")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, shown
 from ..run.checkpoint import write_whole
 from .measures import CLASSIFICATION, MEASURES, Measures
 
@@ -150,13 +150,13 @@ class Table:
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"{path}: must be the plan of a table ({reason})") from None
         if table.kind not in MEASURES:
-            raise UserError(f"{path}: kind is {table.kind!r}; it must be one of {', '.join(MEASURES)}")
+            raise UserError(f"{path}: kind is {shown(table.kind)}; it must be one of {', '.join(MEASURES)}")
         names = {"pair": [pair.name for pair in table.pairs], "method": [m.name for m in table.methods]}
         for run in table.runs:
             for what, known in names.items():
                 if (name := getattr(run, what)) not in known:
                     one_of = ", ".join(sorted(known))
-                    raise UserError(f"{path}: a run's {what} is {name!r}; it must be one of {one_of}")
+                    raise UserError(f"{path}: a run's {what} is {shown(name)}; it must be one of {one_of}")
         for name, count in Counter(run.name for run in table.runs).items():
             if count > 1:
                 raise UserError(f"{path}: {name} is planned twice; a run must be there once")

@@ -39,9 +39,13 @@ from deepkd_plugin.errors import UserError
         (["reproduce", "glyphs100", "--pairs"], "argument --pairs: expected at least one argument"),
         (["reproduce", "glyphs100", "--pairs", "SOLVER.LR", "1"], "--pairs: expected at least one argument"),
         (["reproduce", "glyphs100", "--out"], "--out: expected one argument; see deepkd reproduce --help"),
-        (["reproduce", "glyphs100", "--seeds", "0"], "--seeds: is '0'; it must be a whole number from 1 on"),
-        (["reproduce", "glyphs100", "--seeds=-1"], "--seeds: is '-1'; it must be a whole number from 1 on"),
-        (["reproduce", "glyphs100", "--jobs", "2x"], "--jobs: is '2x'; it must be a whole number from 1 on"),
+        (
+            ["reproduce", "glyphs100", "--seeds", "10001"],
+            "--seeds: is '10001'; it must be a whole number from 1 to 10,000",
+        ),
+        (["reproduce", "glyphs100", "--seeds", "0"], "--seeds: is '0'; it must be a whole number from 1 to 10,000"),
+        (["reproduce", "glyphs100", "--seeds=-1"], "--seeds: is '-1'; it must be a whole number from 1 to 10,000"),
+        (["reproduce", "glyphs100", "--jobs", "2x"], "--jobs: is '2x'; it must be a whole number from 1 to 10,000"),
         (["reproduce", "glyphs100", "--launcher", "k8s"], "invalid choice: 'k8s' (choose from "),
         (["reproduce", "glyphs100", "--seed", "1"], "unrecognized arguments: --seed"),
         (["reproduce", "glyphs100", "cifar100"], "options come in pairs KEY VALUE, 'cifar100' has no value"),
@@ -52,7 +56,7 @@ from deepkd_plugin.errors import UserError
         ),
         (
             ["merge-detector-weights", "a.pkl", "b.pth", "c.pth", "--classes", "0"],
-            "--classes: is '0'; it must be a whole number from 1 on",
+            "--classes: is '0'; it must be a whole number from 1 to 10,000",
         ),
         (["merge-detector-weights", "a.pkl", "b.pth", "c.pkl"], "OUT is c.pkl; it must end in .pth"),
     ],
@@ -258,3 +262,9 @@ def test_the_words_of_a_table_go_where_they_belong(monkeypatch, words, expected)
     assert cli.main(["reproduce", *words.split()]) == 1
     assert vars(asked[0]).items() >= expected.items()
     assert asked[0].command == f"deepkd reproduce {words}"
+
+
+def test_a_table_is_made_by_one_process(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["reproduce", "glyphs100", "--dry-run"]) == 2
+    assert "WORLD_SIZE is 2" in capsys.readouterr().err

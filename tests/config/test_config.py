@@ -118,11 +118,11 @@ def test_values_come_from_the_file_and_then_from_the_options(cfg, tmp_path):
         ("SOLVER: {LR: .inf}", "some.yaml: SOLVER.LR is inf; it must be a finite number"),
         (
             "LOG: {SAVE_CHECKPOINT_FREQ: 0}",
-            "some.yaml: LOG.SAVE_CHECKPOINT_FREQ is 0; it must be a number above 0",
+            "some.yaml: LOG.SAVE_CHECKPOINT_FREQ is 0; it must be a whole number from 1 to 1,000,000,000",
         ),
         (
             "SOLVER: {LR_DECAY_RATE: -1.0}",
-            "some.yaml: SOLVER.LR_DECAY_RATE is -1.0; it must be a number above 0",
+            "some.yaml: SOLVER.LR_DECAY_RATE is -1.0; it must be a number in (0, 1]",
         ),
         ("SOLVER: {LR: '{[]: 1}'}", "some.yaml: SOLVER.LR is '{[]: 1}' (str); it must be float, like 0.05"),
         ("SOLVER: {LR: fast}", "some.yaml: SOLVER.LR is 'fast' (str); it must be float, like 0.05"),
@@ -130,7 +130,7 @@ def test_values_come_from_the_file_and_then_from_the_options(cfg, tmp_path):
         ("SOLVER: {AMP: 1}", "some.yaml: SOLVER.AMP is 1 (int); it must be bool, like False"),
         ("SOLVER: {EPOCHS: true}", "some.yaml: SOLVER.EPOCHS is True (bool); it must be int, like 240"),
         ("SOLVER: {LR: 0}", "some.yaml: SOLVER.LR is 0.0; it must be a number above 0"),
-        ("SOLVER: {LR: .nan}", "some.yaml: SOLVER.LR is nan; it must be a finite number"),
+        ("SOLVER: {LR: .nan}", "some.yaml: SOLVER.LR is nan; it must be a number above 0"),
         (
             "SOLVER: {DECOUPLED: {DELTA: {TOG: 0.1}}}",
             "some.yaml: SOLVER.DECOUPLED.DELTA.TOG is 0.1; it must be in [-0.9, 0.1), so that SOLVER.MOMENTUM "
@@ -165,6 +165,10 @@ def test_values_come_from_the_file_and_then_from_the_options(cfg, tmp_path):
             "some.yaml: SOLVER.LR_DECAY_STAGES is [180, 150]; it must be epochs in ascending order",
         ),
         (
+            "SOLVER: {LR_DECAY_STAGES: [-5, 150]}",
+            "some.yaml: SOLVER.LR_DECAY_STAGES is [-5, 150]; it must be epochs in ascending order",
+        ),
+        (
             "SOLVER: {MIN_LR: 1.0}",
             "some.yaml: SOLVER.MIN_LR is 1.0; it must be at most SOLVER.LR, 0.05",
         ),
@@ -172,9 +176,12 @@ def test_values_come_from_the_file_and_then_from_the_options(cfg, tmp_path):
             "SOLVER: {LR_SCHEDULE: cosine, WARMUP_EPOCHS: 240}",
             "some.yaml: SOLVER.WARMUP_EPOCHS is 240; it must be below SOLVER.EPOCHS, 240, with the cosine schedule",
         ),
-        ("GSNR: {EVERY: 0}", "some.yaml: GSNR.EVERY is 0; it must be a number above 0"),
-        ("GSNR: {WINDOW: 1}", "some.yaml: GSNR.WINDOW is 1; it must be a whole number from 2 on"),
-        ("GSNR: {COORDINATES: -1}", "some.yaml: GSNR.COORDINATES is -1; it must be a number from 0 on"),
+        ("GSNR: {EVERY: 0}", "some.yaml: GSNR.EVERY is 0; it must be a whole number from 1 to 1,000,000"),
+        ("GSNR: {WINDOW: 1}", "some.yaml: GSNR.WINDOW is 1; it must be a whole number from 2 to 1,000,000"),
+        (
+            "GSNR: {COORDINATES: -1}",
+            "some.yaml: GSNR.COORDINATES is -1; it must be a whole number from 0 to 1,000,000,000",
+        ),
         ("GSNR: {MEASURE: 1}", "some.yaml: GSNR.MEASURE is 1 (int); it must be bool, like False"),
         (
             "SOLVER: {DECOUPLED: {ALLOCATION: measured}}",
@@ -194,6 +201,74 @@ def test_values_come_from_the_file_and_then_from_the_options(cfg, tmp_path):
 )
 def test_one_line_names_file_key_value_and_what_is_allowed(cfg, tmp_path, text, expected):
     assert message(cfg, tmp_path, text) == expected
+
+
+NAMES = ["EXPERIMENT.PROJECT", "EXPERIMENT.NAME", "EXPERIMENT.TAG"]
+FOLDERS = ["LOG.PREFIX", "DATASET.ROOT"]
+
+
+@pytest.mark.parametrize("key", NAMES)
+def test_names_that_would_leave_their_folder(cfg, tmp_path, key):
+    for name in (".", "..", "../x", "/etc", "a/../../b", "a//b", "a/", "/", "x" * 256, "é" * 128):
+        line = message(cfg.clone(), tmp_path, "{}", key, name)
+        assert line.startswith(f"command line: {key} is '")
+        assert "; it must be a name for a folder below LOG.PREFIX: parts of at most 255 bytes" in line
+    for name in ("a", "a/b", "..a", "a,b:c", "é" * 127, "~", "a b"):
+        checked(cfg.clone(), tmp_path, "{}", key, name)
+
+
+def test_which_path_keys_may_be_empty(cfg, tmp_path):
+    for key in (*NAMES, *FOLDERS, "DISTILLER.TEACHER_WEIGHTS"):
+        if key in ("EXPERIMENT.NAME", "DISTILLER.TEACHER_WEIGHTS"):
+            checked(cfg.clone(), tmp_path, "{}", key, "")
+        else:
+            assert f"command line: {key} is ''; it must be " in message(cfg.clone(), tmp_path, "{}", key, "")
+
+
+@pytest.mark.parametrize("key", [*NAMES, *FOLDERS, "DISTILLER.TEACHER_WEIGHTS", "DISTILLER.STUDENT"])
+def test_text_that_no_file_s_name_can_be(cfg, tmp_path, key):
+    section, leaf = key.split(".")
+    for text, seen in (("a\\0b", r"a\x00b"), ("a\\ud800", r"a\ud800"), ("a\\nb", r"a\nb"), ("x" * 5000, "xxx")):
+        line = message(cfg.clone(), tmp_path, f'{section}: {{{leaf}: "{text}"}}')
+        assert line.startswith(f"some.yaml: {key} is '")
+        assert seen in line
+        assert len(line) < 500
+    assert "EXPERIMENT.NAME is 'a\\x00'; it must be text that can be printed" in message(
+        cfg, tmp_path, "{}", "EXPERIMENT.NAME", "a\0"
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("SOLVER.BATCH_SIZE", 10**12, "a whole number from 1 to 65,536"),
+        ("DATASET.TEST.BATCH_SIZE", 65_537, "a whole number from 1 to 65,536"),
+        ("DATASET.NUM_WORKERS", 10**6, "a whole number from 0 to 256"),
+        ("SOLVER.EPOCHS", 10**30, "a whole number from 1 to 1,000,000"),
+        ("SOLVER.WARMUP_EPOCHS", 10**7, "a whole number from 0 to 1,000,000"),
+        ("SOLVER.SEED", 2**63, "a number of 64 bits"),
+        ("DATASET.TRAIN_PER_CLASS", 10**19, "a number of 64 bits"),
+        ("DeepKD.MASK.K", 10**400, "float, like 0.5"),
+        ("CRD.NCE.K", 10**12, "a whole number from 1 to 1,000,000"),
+        ("CRD.FEAT.DIM", 10**30, "a number of 64 bits"),
+        ("KD.TEMPERATURE", 10**400, "a number from 0.01 to 100,000"),
+        ("DKD.T", "1e400", "a number from 0.01 to 100,000"),
+        ("CRLD.TEMPERATURE", 1e-9, "a number from 0.01 to 100,000"),
+        ("DeepKD.TEMPERATURE", "1e6", "a number from 0.01 to 100,000"),
+        ("MLKD.TEMPERATURES", "[2.0, 1e400]", "a list of 1 to 20 numbers from 0.01 to 100,000"),
+        ("MLKD.TEMPERATURES", str([2.0] * 21), "a list of 1 to 20 numbers from 0.01 to 100,000"),
+        ("SOLVER.LR", "1e400", "a finite number"),
+        ("KD.LOSS.KD_WEIGHT", "1e400", "a finite number"),
+        ("FITNET.INPUT_SIZE", "[1e400]", "text that can be printed, a finite number of 64 bits"),
+        ("REVIEWKD.SHAPES", str([1] * 1001), "text that can be printed, a finite number of 64 bits"),
+        ("REVIEWKD.SHAPES", "[[[[1]]]]", "text that can be printed, a finite number of 64 bits"),
+    ],
+)
+def test_numbers_that_nothing_can_have(cfg, tmp_path, key, value, allowed):
+    line = message(cfg, tmp_path, "{}", key, str(value))
+    assert line.startswith(f"command line: {key} is ")
+    assert f"; it must be {allowed}" in line or f"); it must be {allowed}" in line
+    assert len(line) < 500
 
 
 @pytest.mark.parametrize("phases", ["[a, b]", "[null, 0.2]", "[[0.1], 0.2]", "[false, true]", "[0.1]", "[0.1, .nan]"])
@@ -358,3 +433,14 @@ def test_our_config_files_merge_under_plain_yacs(cfg):
     assert len(files) >= 10
     for file in files:
         cfg.clone().merge_from_file(str(file))
+
+
+def test_a_run_s_own_config_is_a_config(cfg, tmp_path):
+    """What a run leaves in config.yaml trains again."""
+    files = sorted((Path(__file__).parents[2] / "configs").glob("*/*/*.yaml"))
+    for file in files[:: len(files) // 12]:
+        one, again = cfg.clone(), cfg.clone()
+        config.load(one, file)
+        (tmp_path / "config.yaml").write_text(one.dump())
+        config.load(again, tmp_path / "config.yaml")
+        assert again == one

@@ -53,10 +53,11 @@ def test_cifar100_in_class_folders(tmp_path, below):
             folder.mkdir(parents=True)
             pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / "0001.png")
-    # neither of these is of the set
-    Image.fromarray(pixels[:30]).save(folder / "0000.jpg")
-    (folder / "previews").mkdir()
-    Image.fromarray(pixels[:30]).save(folder / "previews" / "0000.png")
+    # none of these is of the set
+    (folder / "._0001.png").write_bytes(b"of another system")
+    (folder / ".previews").mkdir()
+    (folder.parent / ".cache").mkdir()
+    (folder / "about.txt").write_text("x")
     images, labels = cifar100.read_cifar100(tmp_path, "test")
     assert labels.tolist() == list(range(100))
     assert np.array_equal(images[99], pixels)
@@ -66,9 +67,74 @@ def test_cifar100_in_class_folders(tmp_path, below):
     (tmp_path / below / "test" / "class_07" / "0002.png").write_bytes(b"broken")
     with pytest.raises(UserError, match="0002.png: DATASET.ROOT has an image that cannot be read"):
         cifar100.read_cifar100(tmp_path, "test")
+    (folder / "previews").mkdir()
+    with pytest.raises(UserError, match="class_99/previews: is a folder; only images may be beside it"):
+        cifar100.read_cifar100(tmp_path, "test")
     (tmp_path / below / "train" / "one_more").mkdir()
-    with pytest.raises(UserError, match="must hold 100 class folders for cifar100, holds 101"):
+    with pytest.raises(UserError, match="must hold 100 class folders for cifar100, holds 101; 'one_more' may be none"):
         cifar100.read_cifar100(tmp_path, "train")
+
+
+@pytest.fixture
+def numbered(tmp_path):
+    """Class folders 0 … 99 with one image each, of the class's brightness; returns the folder of the training part."""
+    for split in ("train", "test"):
+        for label in range(100):
+            folder = tmp_path / split / str(label)
+            folder.mkdir(parents=True)
+            Image.new("L", (32, 32), label).save(folder / "a.png")
+    return tmp_path / "train"
+
+
+def test_classes_that_are_numbers_are_in_their_order(tmp_path, numbered):
+    images, labels = cifar100.read_cifar100(tmp_path, "train")
+    assert labels.tolist() == list(range(100)) == images[:, 0, 0, 0].tolist()
+
+
+def test_a_class_that_only_one_split_has(tmp_path, numbered):
+    """All labels behind it would be another class's."""
+    (numbered / "5").rename(numbered / "100")
+    for split, other in (("train", "test"), ("test", "train")):
+        with pytest.raises(UserError, match=f"{split}: must have the classes of .*{other}; '") as caught:
+            cifar100.read_cifar100(tmp_path, split)
+        assert f"'100' is only in {numbered}" in str(caught.value)
+        assert f"'5' is only in {tmp_path / 'test'}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["b.PNG", "b.Jpg", "b.jpeg", "b.bmp", "b.ppm", "b.pgm", "b.tif", "b.TIFF", "b.webp", "b.gif"]
+)
+def test_images_in_every_common_format(tmp_path, numbered, name):
+    Image.new("L", (32, 32), 40).save(numbered / "7" / name)
+    images, labels = cifar100.read_cifar100(tmp_path, "train")
+    assert labels.tolist() == sorted([*range(100), 7])
+    assert abs(int(images[8].mean()) - 40) < 2
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.ppm"])
+def test_images_of_16_bits_are_scaled(tmp_path, numbered, name):
+    values = np.arange(32 * 32, dtype=np.uint16).reshape(32, 32) * 64
+    (numbered / "0" / "a.png").unlink()
+    Image.fromarray(values).save(numbered / "0" / name)
+    images, _ = cifar100.read_cifar100(tmp_path, "train")
+    assert np.array_equal(images[0, :, :, 0], np.round(values / 257).astype(np.uint8))
+    assert images[0, 0, 0].tolist() == [0, 0, 0]
+    assert images[0, -1, -1].tolist() == [255, 255, 255]
+
+
+def test_images_without_a_known_white_are_refused(tmp_path, numbered):
+    (numbered / "3" / "a.png").unlink()
+    Image.fromarray(np.zeros((32, 32), np.float32)).save(numbered / "3" / "a.tiff")
+    with pytest.raises(UserError, match=r"3/a.tiff: DATASET.ROOT has an image that cannot be read \(it has 32 bits"):
+        cifar100.read_cifar100(tmp_path, "train")
+
+
+def test_folders_that_link_to_themselves(imagenet_folders, tmp_path):
+    imagenet_folders(tmp_path, 1000)
+    loop = tmp_path / "imagenet" / "train" / "n00000003" / "again"
+    loop.symlink_to(loop.parent)
+    with pytest.raises(UserError, match="n00000003/again: links to a folder that holds it"):
+        imagenet.read_imagenet(tmp_path, "train")
 
 
 def write(root, **change):
@@ -85,6 +151,9 @@ def test_bad_cifar100_files(data_cfg, tmp_path):
         "length": ({"fine_labels": [1]}, r"labels are int64 of the shape \(1,\); .* shape \(2,\)"),
         "shape": ({"data": np.zeros((2, 100), np.uint8)}, "this file is not it"),
         "missing": ({"fine_labels": None}, "this file is not it"),
+        "scaled": ({"data": np.zeros((2, 3072))}, "its images are float64 and its labels int64, not uint8"),
+        "halves": ({"fine_labels": [0.5, 1.5]}, "its images are uint8 and its labels float64"),
+        "empty": ({"data": np.zeros((0, 3072), np.uint8), "fine_labels": []}, "cifar100, train: has no image"),
     }
     for name, (change, expected) in cases.items():
         write(tmp_path / name, **change)
@@ -254,7 +323,7 @@ def test_imagenet_from_class_folders(data_cfg, imagenet_folders, tmp_path):
     assert image.shape == (3, 224, 224)
     assert target == 7
     (tmp_path / "imagenet" / "val" / "n00000003" / "a.jpeg").unlink()
-    with pytest.raises(UserError, match="DATASET.ROOT is not imagenet .*n00000003"):
+    with pytest.raises(UserError, match=r"n00000003: DATASET.ROOT has no image of this class of imagenet; .*\.jpeg"):
         get_dataset(data_cfg("imagenet", tmp_path))
     test.dataset.paths[3] = str(tmp_path / "no.jpeg")
     with pytest.raises(UserError, match="no.jpeg: DATASET.ROOT has an image that cannot be read"):

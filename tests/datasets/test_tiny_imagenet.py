@@ -152,5 +152,13 @@ def test_bad_images(tmp_path, tiny_folders, parts):
     with pytest.raises(UserError, match="val_0.JPEG: this image is 32 x 64; .* must be 64 x 64"):
         val[0]
     file.unlink()
-    with pytest.raises(UserError, match="DATASET.ROOT is not tiny_imagenet .*n00000007"):
+    with pytest.raises(UserError, match=r"n00000007: DATASET.ROOT has no image of this class of tiny_imagenet"):
         read_tiny_imagenet(root, "train")
+
+
+@pytest.mark.parametrize("layout", ["official", "folders"])
+def test_a_class_that_only_one_split_has(tmp_path, tiny_folders, layout):
+    top = tiny_folders(tmp_path, layout, count=1) / "tiny-imagenet-200"
+    (top / "train" / "n00000005").rename(top / "train" / "n99")
+    with pytest.raises(UserError, match=r"val.*: must have the classes of .*/train; 'n00000005' is only in .*'n99' is"):
+        read_tiny_imagenet(tmp_path, "test")

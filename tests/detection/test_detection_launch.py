@@ -136,7 +136,7 @@ def test_there_are_configs_of_the_embedded_set():
         ),
         (("EXPERIMENT.LOGIT_STAND", "True"), "EXPERIMENT.LOGIT_STAND is True; it must be False"),
         (("SOLVER.LR", "-1.0"), "SOLVER.LR is -1.0; it must be a number above 0"),
-        (("SOLVER.BATCH_SIZE", "0"), "SOLVER.BATCH_SIZE is 0; it must be a number above 0"),
+        (("SOLVER.BATCH_SIZE", "0"), "SOLVER.BATCH_SIZE is 0; it must be a whole number from 1 to 65,536"),
         (("SOLVER.DECOUPLED.DELTA.TOG", "0.2"), "SOLVER.DECOUPLED.DELTA.TOG is 0.2; it must be in"),
         (
             ("SOLVER.TRAINER", "base", "SOLVER.DECOUPLED.DELTA.TOG", "0.05"),

@@ -1,12 +1,17 @@
 """Read COUNT made-up and damaged pickles of arrays: python fuzz_pickles.py COUNT SEED FOLDER.
 
-Each must be read or be one UserError. If one ends the interpreter, this process ends, and the test sees it.
+Each must be read or be one UserError, in 10 s and little memory. If one ends the interpreter or lasts, this process
+ends, and the test sees it.
 """
 
 import pickle
+import pickletools
 import random
 import resource
+import signal
+import struct
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +84,66 @@ def damaged(content: bytes, draw: random.Random) -> bytes:
     return bytes(mutant)
 
 
+CODES = [code.code.encode("latin1") for code in pickletools.opcodes]
+MANY = struct.pack("<Q", 1 << 40)
+BOMBS = (
+    b"}N" + b"\x85" * 300_000 + b"Ns.",  # a dictionary's key whose hash needs a deeper stack than there is
+    b"\x8f(N" + b"\x85" * 300_000 + b"\x90.",  # the same in a set
+    b"Nr\xff\xff\xff\x7f.",  # a place in the memo that the reader in C makes room for
+    *(b"\x80\x05" + code + MANY + b"x." for code in (b"\x8d", b"\x8e", b"\x96", b"\x95")),
+    b"\x8b\xff\xff\xff\x7f.",
+    b"I" + b"9" * 300_000 + b"\n.",
+    b"]" + b"2(e" * 300_000 + b".",
+    # a text that is encoded again and again
+    b"c_codecs\nencode\np0\n0X"
+    + struct.pack("<I", 100_000)
+    + b"a" * 100_000
+    + b"X\6\0\0\0latin1\x86p1\n0("
+    + b"g0\ng1\nR" * 20_000
+    + b"l.",
+)
+
+
+def instructions(draw: random.Random) -> bytes:
+    """Make a run of instructions, most of them with what they need."""
+    parts = [b"\x80\x04"]
+    for _ in range(draw.randint(1, 30)):
+        parts.append(
+            draw.choice(
+                [
+                    draw.choice(CODES),
+                    draw.choice(CODES) + draw.randbytes(draw.choice([1, 2, 4, 8])),
+                    b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\0\x85C\1btR",
+                    b"cnumpy\ndtype\n(X\2\0\0\0u1\x89\x88tR",
+                    b"cnumpy.core.multiarray\nscalar\n",
+                    b"ccollections\nOrderedDict\n)R",
+                    b"(K\1K\4\x85h\1\x89C\4abcdtb",
+                    b"C\4abcd",
+                    b"K\1",
+                    b"(",
+                    b"}",
+                    b"]",
+                    b"\x94",
+                    b"h\0",
+                    b"R",
+                    b"b",
+                    b"s",
+                ]
+            )
+        )
+    return b"".join(parts) + b"."
+
+
+def as_network(file: Path, content: bytes, packed: bool) -> None:
+    """Put a pickle where torch's reader looks for it."""
+    if not packed:
+        file.write_bytes(content)
+        return
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", content)
+        archive.writestr("archive/version", "3")
+
+
 def main(count: int, seed: int, folder: Path) -> None:
     """Print how many were read and how many refused."""
     # a damaged length must not take the machine's memory either
@@ -94,16 +159,30 @@ def main(count: int, seed: int, folder: Path) -> None:
     refused = 0
     for i in range(count):
         made = draw.choice([array, scalar])(draw)
-        content = pickle.dumps(CONTENT | ({"more": made} if i % 2 else {}), draw.randrange(5))
-        file.write_bytes(content if i % 2 else damaged(content, draw))
-        torch.save({"best_acc": scalar(draw)}, network, _use_new_zipfile_serialization=False)
+        content = pickle.dumps(CONTENT | ({"more": made} if i % 2 else {}), draw.randrange(6))
+        content = content if i % 2 else damaged(content, draw)
+        if i < len(BOMBS):
+            content = BOMBS[i]
+        elif i % 5 == 0:
+            content = instructions(draw)
+        file.write_bytes(content)
+        torch.save({"best_acc": scalar(draw)}, network, _use_new_zipfile_serialization=i % 3 == 0)
+        if i < len(BOMBS):
+            as_network(network, BOMBS[i], i % 2 == 0)
         for read in readers:
+            signal.alarm(10)  # its default ends the process
             try:
                 repr(read())
-            except UserError as error:
+            except (UserError, RecursionError) as error:  # what is nested too deeply for repr has been read
                 refused += 1
                 if "\n" in str(error):
                     sys.exit(f"more than one line: {error}")
+            signal.alarm(0)
+        if not i:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
+    if more > 300:
+        sys.exit(f"reading took {more} MiB")
     print(len(readers) * count - refused, refused)
 
 

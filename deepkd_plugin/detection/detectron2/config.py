@@ -8,12 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ... import config
+from ...config import file as config_file
 from ...config import keys
-from ...errors import UserError
-from ...rules import FRACTION, NOT_NEGATIVE, POSITIVE, WHOLE, Key, one_of
+from ...errors import UserError, shown
+from ...rules import FRACTION, NOT_NEGATIVE, POSITIVE, TEMPERATURE, WHOLE, Key, one_of
 from ...streams import EXTRA_STREAMS, STREAMS
 from ..losses import BASES
 from . import require
@@ -53,7 +52,7 @@ _MOMENTA = (
 )
 
 KEYS = (
-    Key("KD.KD.T", 1.0, "softmax temperature of plain KD over proposals", *POSITIVE),
+    Key("KD.KD.T", 1.0, "softmax temperature of plain KD over proposals", *TEMPERATURE),
     Key("KD.DEEPKD.BASE", "DKD", "the method whose loss is taken apart", *one_of(*BASES)),
     Key("KD.DEEPKD.TASK_WEIGHT", 1.0, "alpha, weight of all detection losses (TOG)", *NOT_NEGATIVE),
     _shared("KD.DEEPKD.TCG_WEIGHT", "DeepKD.TCG_WEIGHT"),
@@ -68,7 +67,7 @@ HOST_KEYS = (
     Key("KD.TYPE", "DKD", "method", *one_of(*_THEIRS, *TYPES)),
     Key("KD.DKD.ALPHA", 1.0, "weight", *NOT_NEGATIVE),
     Key("KD.DKD.BETA", 0.25, "weight", *NOT_NEGATIVE),
-    Key("KD.DKD.T", 1.0, "temperature", *POSITIVE),
+    Key("KD.DKD.T", 1.0, "temperature", *TEMPERATURE),
     Key("KD.REVIEWKD.LOSS_WEIGHT", 1.0, "weight", *NOT_NEGATIVE),
     Key("SOLVER.BASE_LR", 0.001, "learning rate", *POSITIVE),
     Key("SOLVER.MAX_ITER", 40000, "iterations", *WHOLE),
@@ -107,13 +106,40 @@ def load(file: str | Path, options: Sequence[str] = ()) -> tuple[CfgNode, dict[s
     """
     cfg = get_cfg()
     add_deepkd_config(cfg)
-    try:
-        tree = cfg.load_yaml_with_base(str(file))  # the safe loader: a config is no program
-    except (OSError, UnicodeDecodeError, TypeError, AssertionError, yaml.YAMLError) as error:
-        raise UserError(f"{file}: cannot be read as a config file ({' '.join(str(error).split())})") from None
+    tree = _read(Path(file))
     if isinstance(tree, dict) and tree.get("VERSION", cfg.VERSION) != cfg.VERSION:
-        raise UserError(f"{file}: VERSION is {tree['VERSION']!r}; it must be {cfg.VERSION}, detectron2's of today")
+        raise UserError(f"{file}: VERSION is {shown(tree['VERSION'])}; it must be {cfg.VERSION}, detectron2's of today")
     return cfg, config.merge(cfg, tree, str(file), options)
+
+
+def _read(file: Path, levels: int = 10) -> Any:
+    """Read a file over those that its _BASE_ names, relative to it, as detectron2 does."""
+    tree = config_file.read(file)
+    if not isinstance(tree, dict) or "_BASE_" not in tree:
+        return tree
+    named = tree.pop("_BASE_")
+    merged: dict[str, Any] = {}
+    for base in named if isinstance(named, list) else [named]:
+        path = file.parent / Path(base).expanduser() if isinstance(base, str) else None
+        if path is None or not path.is_file() or not levels:
+            raise UserError(f"{file}: _BASE_ is {shown(base)}; it must name a config file, with 10 above it at most")
+        below = _read(path, levels - 1)
+        if not isinstance(below, dict):
+            raise UserError(f"{path}: must hold a YAML mapping of config keys, holds {type(below).__name__}")
+        _put(below, merged, file)
+    _put(tree, merged, file)
+    return merged
+
+
+def _put(tree: Mapping[str, Any], into: dict[str, Any], file: Path) -> None:
+    """Merge a file's mapping into that of its bases."""
+    for name, value in tree.items():
+        if isinstance(value, dict) and name in into:
+            if not isinstance(into[name], dict):
+                raise UserError(f"{file}: {name} is a section; it must be a value, as in _BASE_")
+            _put(value, into[name], file)
+        else:
+            into[name] = value
 
 
 def check(cfg: CfgNode, origin: Mapping[str, str]) -> None:

@@ -7,10 +7,9 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ... import config
-from ...errors import UserError
+from ...config import file as config_file
+from ...errors import UserError, shown
 from ...gsnr import SUMMARIES
 from ...run.metrics import GSNR
 
@@ -61,13 +60,13 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
         for key in sorted(first.settings.keys() | run.settings.keys()):
             value, wanted = run.settings.get(key), first.settings.get(key)
             if config.computes(key) and key not in MAY_DIFFER and value != wanted:
-                raise UserError(f"{file}: {key} is {value!r}; it must be {wanted!r}, as in {first.folder}")
+                raise UserError(f"{file}: {key} is {shown(value)}; it must be {shown(wanted)}, as in {first.folder}")
         for window in run.windows:
             for what, wanted in _measured(first.windows[0]).items():
                 if (value := _measured(window)[what]) != wanted:
                     raise UserError(
-                        f"{run.folder / GSNR}: {what} of iteration {window['iteration']} is {value!r}; it "
-                        f"must be {wanted!r}, as in the first window of {first.folder}"
+                        f"{run.folder / GSNR}: {what} of iteration {window['iteration']} is {shown(value)}; it "
+                        f"must be {shown(wanted)}, as in the first window of {first.folder}"
                     )
     return runs
 
@@ -76,11 +75,10 @@ def read_run(folder: Path) -> Run:
     """Read one run's config.yaml and gsnr.jsonl; UserError if either is missing or of another form."""
     path = folder / "config.yaml"
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-        settings = config.flatten(tree)
+        settings = config.flatten(config_file.read(path))
         itemgetter(*NEEDED)(settings)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    except (UserError, AttributeError, KeyError) as error:
+        reason = str(error).removeprefix(f"{path}: ") if isinstance(error, UserError) else f"it lacks {error}"
         raise UserError(f"{path}: must be the config of a run ({reason})") from None
     # for keys that are newer than the run; YAML has no tuples
     defaults = {k.path: list(k.default) if isinstance(k.default, tuple) else k.default for k in config.all_keys()}

@@ -97,7 +97,7 @@ def test_whole_numbers_stand_for_floats(d2, configs, tmp_path):
             "KD.TYPE DeepKd",
             "command line: KD.TYPE is 'DeepKd'; it must be one of DKD, ReviewKD, ReviewDKD, KD",
         ),
-        ("KD.DEEPKD.T 0", "KD.DEEPKD.T is 0.0; it must be a number above 0"),
+        ("KD.DEEPKD.T 0", "KD.DEEPKD.T is 0.0; it must be a number from 0.01 to 100,000"),
         ("KD.DEEPKD.BASE MLKD", "KD.DEEPKD.BASE is 'MLKD'; it must be one of KD, DKD"),
         ("KD.DEEPKD.NCG_WEIGHT -1.0", "KD.DEEPKD.NCG_WEIGHT is -1.0; it must be a number from 0 on"),
         (
@@ -126,7 +126,7 @@ def test_whole_numbers_stand_for_floats(d2, configs, tmp_path):
         ("SOLVER.NESTEROV True", "SOLVER.NESTEROV is True; it must be False"),
         ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE all", "it must be one of value, norm, full_model"),
         ("SOLVER.BASE_LR nan", "SOLVER.BASE_LR"),
-        ("SOLVER.MAX_ITER 0", "SOLVER.MAX_ITER is 0; it must be a whole number above 0"),
+        ("SOLVER.MAX_ITER 0", "SOLVER.MAX_ITER is 0; it must be a whole number from 1 to 1,000,000"),
         (
             "SOLVER.AMP.ENABLED True MODEL.DEVICE cpu",
             "SOLVER.AMP.ENABLED is True; it must be False with MODEL.DEVICE",
@@ -152,11 +152,14 @@ def test_bad_values(d2, configs, pairs, expected):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("_BASE_: gone.yaml\n", "cannot be read as a config file"),
+        ("_BASE_: gone.yaml\n", "_BASE_ is 'gone.yaml'; it must name a config file"),
+        ("_BASE_: a.yaml\n", "_BASE_ is 'a.yaml'; it must name a config file, with 10 above it at most"),
+        ("_BASE_: 3\n", "_BASE_ is 3; it must name a config file"),
         ("- 1\n", "must hold a YAML mapping of config keys, holds list"),
-        ("", "cannot be read as a config file"),
-        ("KD: [\n", "cannot be read as a config file"),
-        ("KD: !!python/object/apply:os.getcwd []\n", "cannot be read as a config file"),
+        ("", "must hold a YAML mapping of config keys, holds NoneType"),
+        ("KD: [\n", "line 2: is not valid YAML"),
+        ("KD: {}\nKD: {}\n", "line 2: is not valid YAML ('KD' stands in line 1 already)"),
+        ("KD: !!python/object/apply:os.getcwd []\n", "line 1: is not valid YAML (could not determine a constructor"),
         ("KD:\n  NOPE: 1\n", "unknown config key KD.NOPE"),
         ("KD: 1\n", "KD is 1; it is a section and must hold keys: "),
         ("VERSION: 1\n", "VERSION is 1; it must be 2"),
