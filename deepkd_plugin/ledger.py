@@ -75,6 +75,7 @@ class Ledger:
     def add(self, sets: Sets, params: Sequence[Tensor], columns: Sequence[Sequence[Tensor | None]]) -> None:
         """Add the gradients of one backward call, [set][parameter], and bring p.grad to their sum."""
         self._open(sets)
+        self.reduced = False
         new = [{p: g for p, g in zip(params, column) if g is not None} for column in columns]
         if not self.apart:
             grads = {p: p.grad for p in new[0] if p.grad is not None}

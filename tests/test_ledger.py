@@ -498,6 +498,20 @@ def test_averaging_follows_what_a_scaler_unscaled_on_a_gpu(monkeypatch):
     assert_same(train(change, scale=4.0), train())
 
 
+@pytest.mark.parametrize("momentum", [APART, EQUAL], ids=["apart", "equal"])
+def test_a_backward_after_the_averaging_is_warned_of(monkeypatch, momentum):
+    """Gradients that come after the average are this process's own again."""
+    monkeypatch.setattr(dist, "all_reduce", lambda *arguments, **options: None)
+    monkeypatch.setattr(dist, "get_world_size", lambda *arguments: 2)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    net, opt = make(momentum)
+    opt.backward(losses_of(net))
+    opt.average_gradients()
+    opt.backward(losses_of(net, 1))
+    with pytest.warns(UserWarning, match="in 2 processes without average_gradients"):
+        opt.step()
+
+
 def alone(rank, momentum, call):
     net, opt = make(momentum)
     opt.backward(losses_of(net))
