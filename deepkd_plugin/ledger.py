@@ -344,9 +344,12 @@ def _common_factor(changed: Sequence[tuple[Tensor, Sequence[Tensor]]]) -> float 
         return 1.0
     if all(bool(now.isnan().all()) for now, _ in pairs):
         return float("nan")
-    products = squares = coordinates = 0.0
-    for now, parts in pairs:
+    products = squares = coordinates = eps = 0.0
+    for now, parts in sorted(pairs, key=lambda pair: torch.finfo(pair[0].dtype).eps):
+        if coordinates >= 2 and torch.finfo(now.dtype).eps > eps:
+            break  # a narrower type's rounding would spoil the factor
         if parts:
+            eps = torch.finfo(now.dtype).eps
             was = sum(parts[1:], parts[0]).double()
             was = torch.where(was.isfinite(), was, 0.0)
             products += float((now.double() * was).where(was != 0, 0.0).sum())

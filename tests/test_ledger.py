@@ -112,6 +112,26 @@ def test_a_factor_is_followed_in_any_precision(dtype):
         torch.testing.assert_close(sum(opt.state[p].values()), g, rtol=0.05, atol=1e-3)
 
 
+@pytest.mark.parametrize("narrow", [torch.float16, torch.bfloat16])
+def test_a_factor_is_followed_in_a_network_of_two_precisions(narrow):
+    """The rounding of a narrow body is no part of the factor of a wide head."""
+
+    def train(change):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(50, dtype=dtype)) for dtype in (narrow, torch.float32)]
+        opt = DecoupledMomentumSGD(params, 0.1, APART)
+        scales = zip(APART, (1.0, 3.0, 0.5))
+        opt.backward({stream: sum((k * p.float()).sin().sum() for p in params) for stream, k in scales})
+        change(params, opt)
+        opt.step()
+        return [buffer for p in params for buffer in opt.state[p].values()]
+
+    theirs = train(lambda params, opt: clip_grad_norm_(params, 0.3))
+    ours = train(lambda params, opt: opt.clip(lambda grads: clip_grad_norm_(grads, 0.3)))
+    for one, other in zip(theirs, ours):
+        torch.testing.assert_close(one, other, rtol=4 * torch.finfo(one.dtype).eps, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_a_change_of_small_gradients_is_seen(dtype):
     """float16's gradients may all be below its smallest normal number."""
