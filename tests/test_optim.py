@@ -542,6 +542,34 @@ def test_parameters_whose_gradients_autograd_shares(foreach, coefficients):
     assert_equal_params(run(False), run(True))
 
 
+class Fused(torch.autograd.Function):
+    """A loss that computes its gradient in the forward pass, and returns the same tensor in every backward pass."""
+
+    @staticmethod
+    def forward(ctx, p):
+        ctx.save_for_backward(2 * p)
+        return p.square().sum()
+
+    @staticmethod
+    def backward(ctx, _):
+        return ctx.saved_tensors[0]
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+def test_a_gradient_that_a_function_returns_in_every_pass(foreach):
+    def run(loss_of):
+        (p,) = params = [torch.ones(3, dtype=F64, requires_grad=True)]
+        opt = DecoupledMomentumSGD(params, 0.1, {"a": 0.9, "b": 0.5}, foreach=foreach)
+        for _ in range(3):
+            opt.zero_grad()
+            loss = loss_of(p)
+            opt.backward({"a": loss, "b": loss})
+            opt.step()
+        return params
+
+    assert_equal_params(run(Fused.apply), run(lambda p: p.square().sum()))
+
+
 def test_a_modules_zero_grad_forgets_the_streams_too():
     params, expected = random_params(), random_params()
     a, b = (DecoupledMomentumSGD(p, 0.1, {"x": 0.9, "y": 0.5}) for p in (params, expected))
