@@ -50,6 +50,12 @@ def test_plain_files_are_read(some, content):
             b"A: &a [1]\nB: *a\n",
             "some.yaml: line 2: is not valid YAML (an alias; a config says each value where it stands)",
         ),
+        (
+            b"A:\n  B: 1\n  <<: {B: 2}\n",
+            "some.yaml: line 3: is not valid YAML (a merge key; a config says each value where it stands)",
+        ),
+        (b"A: 010\n", "some.yaml: line 1: is not valid YAML ('010' is another number in YAML than it looks like)"),
+        (b"A: 1:30\n", "some.yaml: line 1: is not valid YAML ('1:30' is another number in YAML than it looks like)"),
         (b"A: 1\nB: " + b"[" * 1500 + b"]" * 1500, "some.yaml: line 2: is not valid YAML (more than 20 levels)"),
         (
             b"\n".join(b" " * i + b"a:" for i in range(300)),
