@@ -54,6 +54,11 @@ def prepare_folder(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         before = read_run(folder) if resume else {}
+        if resume and not _is_of(before, cfg, teacher):
+            raise UserError(
+                f"{folder / FILE}: --resume needs the record of this run, and it is another's or was changed; put it "
+                f"back, or start again with --overwrite"
+            )
         device.use_threads(before.get("threads"))
         machine = {
             "device": device.describe(torch_device),
@@ -80,6 +85,17 @@ def prepare_folder(
         checkpoint.write_text(folder / "config.yaml", cfg.dump())
     except OSError as error:
         raise UserError(f"{folder}: LOG.PREFIX must name a folder that can be written ({error})") from None
+
+
+def _is_of(run: Mapping[str, Any], cfg: Any, teacher: str | None) -> bool:
+    """Tell whether a run.json can be that of a run, and holds what going on needs."""
+    threads, minutes = run.get("threads"), run.get("minutes")
+    return (
+        (run.get("seed"), run.get("teacher")) == (cfg.SOLVER.SEED, teacher)
+        and (threads is None or (type(threads) is int and 0 < threads <= 10_000))
+        and type(minutes) in (int, float)
+        and isinstance(run.get("resumed", []), list)
+    )
 
 
 def config_hash(cfg: Any) -> str:
@@ -128,7 +144,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     path = folder / FILE
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: must be the record of a run ({error})") from None
     if not isinstance(run, dict):
         raise UserError(f"{path}: must be the record of a run (it holds a {type(run).__name__})")

@@ -16,6 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from ...errors import UserError
 from ...run.metrics import METRICS, read_metrics
 from ...run.record import find_run
 from ..measures import MEASURES
@@ -135,7 +136,7 @@ class LiveDisplay(Display):
         run = task.fields["run"]
         if (written := _written(run)) == task.fields["written"]:
             return
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(UserError):  # what another program writes
             lines, key = read_metrics(run.folder), MEASURES[run.kind].key
             values = [line[key] for line in lines if key in line]
             self.clock.update(task.id, written=written, values=values)
