@@ -125,6 +125,14 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return read_lines(folder, METRICS)
 
 
+def count_epochs(folder: Path) -> int:
+    """Count the epochs that a run's record tells of; 0 if it cannot be read."""
+    try:
+        return len(read_metrics(folder))
+    except UserError:
+        return 0
+
+
 def read_lines(folder: Path, name: str) -> list[dict[str, Any]]:
     """Read the records of METRICS or GSNR in a run's folder; none if there is no such file.
 

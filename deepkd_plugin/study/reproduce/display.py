@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ...errors import UserError
-from ...run.metrics import METRICS, read_metrics
+from ...run.metrics import METRICS, count_epochs, read_metrics
 from ...run.record import find_run
 from ..measures import MEASURES
 from ..shared import duration
@@ -89,7 +89,7 @@ class LiveDisplay(Display):
         super().begin(runs, before)
 
     def started(self, run: Run, resumed: bool) -> None:
-        done = len(read_metrics(run.folder)) if resumed else 0
+        done = count_epochs(run.folder) if resumed else 0
         # a run that is made anew still has its predecessor's record
         written = None if resumed else _written(run)
         self._start(self.tasks[run], completed=done, visible=True, run=run, values=(), written=written)
