@@ -44,6 +44,16 @@ def read(file: str | Path) -> Any:
         raise UserError(f"{file}: line {mark.line + 1}: is not valid YAML ({error.problem})") from None
 
 
+def without_aliases(text: str) -> str:
+    """Write a dumped config anew as `read` takes it: yacs names a list that two keys share, as mdistiller's do."""
+    return yaml.dump(yaml.safe_load(text), Dumper=_Dumper)
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 

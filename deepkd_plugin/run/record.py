@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .. import config, device, extensions
+from ..config.file import without_aliases
 from ..errors import UserError
 from . import checkpoint
 
@@ -82,7 +83,7 @@ def prepare_folder(
         run |= {"teacher": teacher, "teacher_acc": teacher_acc, "minutes": 0.0, "finished": False}
         # first, because it says whose the other files are
         write_run(folder, run | machine)
-        checkpoint.write_text(folder / "config.yaml", cfg.dump())
+        checkpoint.write_text(folder / "config.yaml", without_aliases(cfg.dump()))
     except OSError as error:
         raise UserError(f"{folder}: LOG.PREFIX must name a folder that can be written ({error})") from None
 

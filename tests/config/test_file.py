@@ -4,6 +4,7 @@ import os
 import time
 
 import pytest
+from yacs.config import CfgNode
 
 from deepkd_plugin.config import file as config_file
 from deepkd_plugin.errors import UserError
@@ -123,3 +124,15 @@ def test_what_is_no_file(some, tmp_path):
 def test_a_file_that_may_not_be_read(some):
     some.touch(0)
     assert "Permission denied" in refused(some)
+
+
+def test_a_config_that_was_written_can_be_read(some):
+    shared = [32, 1.0e-05]
+    cfg = CfgNode({"A": {"SIZE": shared, "NONE": None}, "B": {"SIZE": shared, "TEXT": "010"}})
+    cfg.B.SIZE = cfg.A.SIZE
+    assert "*id001" in cfg.dump()
+    some.write_text(config_file.without_aliases(cfg.dump()))
+    assert config_file.read(some) == {
+        "A": {"SIZE": shared, "NONE": None},
+        "B": {"SIZE": shared, "TEXT": "010"},
+    }
