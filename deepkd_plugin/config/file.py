@@ -1,5 +1,6 @@
 """Reading a config file: YAML without what would make one file mean more, or cost more, than it shows."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ def read(file: str | Path) -> Any:
     """Read a YAML file of plain values.
 
     Raises UserError, with the line, for what is no such file, for a key that stands twice in one section, for
-    aliases, and for what is larger or deeper than a config can be.
+    aliases, merge keys and numbers that YAML reads in base 8 or 60, and for what is larger or deeper than a config
+    can be.
     """
     path = Path(file)
     try:
@@ -42,6 +44,19 @@ def read(file: str | Path) -> Any:
         raise UserError(f"{file}: line {mark.line + 1}: is not valid YAML ({error.problem})") from None
 
 
+def without_aliases(text: str) -> str:
+    """Write a dumped config anew as `read` takes it: yacs names a list that two keys share, as mdistiller's do."""
+    return yaml.dump(yaml.safe_load(text), Dumper=_Dumper)
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+
+
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader; it tells of a key that stands twice, and neither follows aliases nor goes deep."""
 
@@ -64,12 +79,16 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise _problem("a key that is no name", key)
+            if key.tag == "tag:yaml.org,2002:merge":
+                raise _problem("a merge key; a config says each value where it stands", key)
             if key.value in first:
                 raise _problem(f"{shown(key.value)} stands in line {first[key.value]} already", key)
             first[key.value] = key.start_mark.line + 1
         return node
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
+        if node.tag in _NUMBERS and re.match(r"[-+]?(0[0-9_]+$|[0-9_]+:)", node.value):  # octal, or minutes and seconds
+            raise _problem(f"{shown(node.value)} is another number in YAML than it looks like", node)
         try:
             return super().construct_object(node, deep)
         except (ValueError, OverflowError, TypeError, AttributeError, LookupError):  # YAML's kinds check little

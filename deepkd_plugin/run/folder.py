@@ -123,15 +123,24 @@ def left(folder: Path, name: str = CHECKPOINTS[0]) -> tuple[dict[str, Any], bool
 
 
 def set_aside(folder: Path) -> None:
-    """Move the run in a folder, if there is one, to `replaced`, where it waits for the new run's first epoch."""
+    """Move the run in a folder, if there is one, to `replaced`, where it waits for the new run's first epoch.
+
+    Raises UserError, with nothing moved, if there is something of somebody's in its place.
+    """
     if not is_run(folder):
         return
+    kept = folder / REPLACED
+    if kept.is_symlink() or (kept.exists() and not kept.is_dir()) or own_files(kept):
+        raise UserError(
+            f"{kept}: --overwrite keeps the old run there for a while, and this is not of a run; move it "
+            f"away, or set EXPERIMENT.NAME"
+        )
     files = own_files(folder)
     if not record.find_run(folder)["finished"] and not any(re.fullmatch(_STATES, path.name) for path in files):
         _remove(files, folder)  # it was ended before its first epoch
         return
     print(f"{folder}: the run that is there is kept in {REPLACED}/ until the new one has finished an epoch")
-    _move(files, folder, folder / REPLACED, first=True)
+    _move(files, folder, kept, first=True)
 
 
 def settle(folder: Path) -> None:
@@ -144,16 +153,15 @@ def settle(folder: Path) -> None:
     if before.is_symlink() or not before.is_dir():
         return
     ours = (folder / record.FILE).exists()
-    if _is_begun(folder):
-        _remove(own_files(before), before)
-    else:
-        files = own_files(before)
-        if files:
+    if is_run(before):  # else somebody else's
+        if _is_begun(folder):
+            _remove(own_files(before), before)
+        else:
             if ours:
                 _remove(own_files(folder), folder)
-            _move(files, before, folder, first=False)
+            _move(own_files(before), before, folder, first=False)
             print(f"{folder}: the run that was there before is back")
-    _remove_empty(before)
+        _remove_empty(before)
     with contextlib.suppress(OSError):  # something of somebody's is in there
         before.rmdir()
 

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -13,6 +14,10 @@ from ..errors import UserError
 
 FILE = "lock"
 """The file in a folder that is locked. One that a killed process leaves says nothing."""
+
+
+_SIGNED = re.compile(rb"(process \d+ on .*\n)?")
+"""What `sign` leaves in a lock's file. One that holds anything else is somebody's."""
 
 
 class HeldError(UserError):
@@ -66,12 +71,16 @@ def locked(folder: Path, deadline: float = 0.0, remove: bool = False) -> Iterato
 @contextlib.contextmanager
 def ours(folder: Path) -> Iterator[None]:
     """Be the only process in a folder, as `locked`, unless this process is so already."""
-    with contextlib.suppress(OSError):
-        if _identity(folder / FILE) in _held:
-            yield
-            return
-    with locked(folder, remove=True):
+    with contextlib.nullcontext() if _has(folder) else locked(folder, remove=True):
         yield
+
+
+def _has(folder: Path) -> bool:
+    """Tell whether this process has a folder's lock."""
+    try:
+        return _identity(folder / FILE) in _held
+    except OSError:
+        return False
 
 
 def keep(lock: int) -> None:
@@ -96,6 +105,8 @@ def _take(folder: Path, deadline: float) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # whoever had it may have removed the file, and somebody else has made another
             if _identity(lock) == _identity(path):
+                if not _SIGNED.fullmatch(os.pread(lock, 400, 0)):
+                    raise OSError(errno.EEXIST, "it holds something else than a lock's process", str(path))
                 return lock
             os.close(lock)
         except FileNotFoundError:

@@ -125,19 +125,44 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return read_lines(folder, METRICS)
 
 
+def count_epochs(folder: Path) -> int:
+    """Count the epochs that a run's record tells of; 0 if it cannot be read."""
+    try:
+        return len(read_metrics(folder))
+    except UserError:
+        return 0
+
+
 def read_lines(folder: Path, name: str) -> list[dict[str, Any]]:
-    """Read the records of METRICS or GSNR in a run's folder; none if there is no such file."""
+    """Read the records of METRICS or GSNR in a run's folder; none if there is no such file.
+
+    Raises UserError for a file that holds something else.
+    """
     path = folder / name
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if not path.exists():
+        return []
+    try:
+        lines = [json.loads(line, parse_constant=_refuse) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: must hold a record in each line ({error})") from None
+    if not all(isinstance(line, dict) for line in lines):
+        raise UserError(f"{path}: must hold a record in each line")
+    return lines
+
+
+def _refuse(constant: str) -> None:
+    """Take no NaN or infinity, which are never written."""
+    raise ValueError(f"it holds {constant}")
 
 
 def check_lines(folder: Path, epoch: int) -> None:
     """Raise UserError if a run that goes on after so many epochs would lose the record of one of them."""
     for name in (METRICS, GSNR):
         try:
-            epochs = [line["epoch"] for line in read_lines(folder, name)]
-            whole = name == GSNR or epochs[:epoch] == list(range(1, epoch + 1))
-        except (ValueError, KeyError, TypeError):
+            lines = read_lines(folder, name)
+            done = [line["epoch"] for line in lines if line["epoch"] <= epoch]
+            whole = all(line["iteration"] > 0 for line in lines) if name == GSNR else done == [*range(1, epoch + 1)]
+        except (UserError, KeyError, TypeError):
             whole = False
         if not whole:
             raise UserError(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .. import config, device, extensions
+from ..config.file import without_aliases
 from ..errors import UserError
 from . import checkpoint
 
@@ -54,6 +55,11 @@ def prepare_folder(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         before = read_run(folder) if resume else {}
+        if resume and not _is_of(before, cfg, teacher):
+            raise UserError(
+                f"{folder / FILE}: --resume needs the record of this run, and it is another's or was changed; put it "
+                f"back, or start again with --overwrite"
+            )
         device.use_threads(before.get("threads"))
         machine = {
             "device": device.describe(torch_device),
@@ -77,9 +83,20 @@ def prepare_folder(
         run |= {"teacher": teacher, "teacher_acc": teacher_acc, "minutes": 0.0, "finished": False}
         # first, because it says whose the other files are
         write_run(folder, run | machine)
-        checkpoint.write_text(folder / "config.yaml", cfg.dump())
+        checkpoint.write_text(folder / "config.yaml", without_aliases(cfg.dump()))
     except OSError as error:
         raise UserError(f"{folder}: LOG.PREFIX must name a folder that can be written ({error})") from None
+
+
+def _is_of(run: Mapping[str, Any], cfg: Any, teacher: str | None) -> bool:
+    """Tell whether a run.json can be that of a run, and holds what going on needs."""
+    threads, minutes = run.get("threads"), run.get("minutes")
+    return (
+        (run.get("seed"), run.get("teacher")) == (cfg.SOLVER.SEED, teacher)
+        and (threads is None or (type(threads) is int and 0 < threads <= 10_000))
+        and type(minutes) in (int, float)
+        and isinstance(run.get("resumed", []), list)
+    )
 
 
 def config_hash(cfg: Any) -> str:
@@ -128,7 +145,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     path = folder / FILE
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: must be the record of a run ({error})") from None
     if not isinstance(run, dict):
         raise UserError(f"{path}: must be the record of a run (it holds a {type(run).__name__})")

@@ -146,7 +146,7 @@ class Table:
             raise UserError(f"{folder}: holds no {FILE}; it must be a folder that 'deepkd reproduce' made")
         try:
             table = _parse(folder, json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"{path}: must be the plan of a table ({reason})") from None
         if table.kind not in MEASURES:

@@ -4,6 +4,7 @@ import os
 import time
 
 import pytest
+from yacs.config import CfgNode
 
 from deepkd_plugin.config import file as config_file
 from deepkd_plugin.errors import UserError
@@ -50,6 +51,12 @@ def test_plain_files_are_read(some, content):
             b"A: &a [1]\nB: *a\n",
             "some.yaml: line 2: is not valid YAML (an alias; a config says each value where it stands)",
         ),
+        (
+            b"A:\n  B: 1\n  <<: {B: 2}\n",
+            "some.yaml: line 3: is not valid YAML (a merge key; a config says each value where it stands)",
+        ),
+        (b"A: 010\n", "some.yaml: line 1: is not valid YAML ('010' is another number in YAML than it looks like)"),
+        (b"A: 1:30\n", "some.yaml: line 1: is not valid YAML ('1:30' is another number in YAML than it looks like)"),
         (b"A: 1\nB: " + b"[" * 1500 + b"]" * 1500, "some.yaml: line 2: is not valid YAML (more than 20 levels)"),
         (
             b"\n".join(b" " * i + b"a:" for i in range(300)),
@@ -117,3 +124,15 @@ def test_what_is_no_file(some, tmp_path):
 def test_a_file_that_may_not_be_read(some):
     some.touch(0)
     assert "Permission denied" in refused(some)
+
+
+def test_a_config_that_was_written_can_be_read(some):
+    shared = [32, 1.0e-05]
+    cfg = CfgNode({"A": {"SIZE": shared, "NONE": None}, "B": {"SIZE": shared, "TEXT": "010"}})
+    cfg.B.SIZE = cfg.A.SIZE
+    assert "*id001" in cfg.dump()
+    some.write_text(config_file.without_aliases(cfg.dump()))
+    assert config_file.read(some) == {
+        "A": {"SIZE": shared, "NONE": None},
+        "B": {"SIZE": shared, "TEXT": "010"},
+    }

@@ -107,6 +107,22 @@ def test_the_old_run_is_back_if_the_new_one_fails_before_that(run, error, capsys
     assert f"{run}: the run that was there before is back" in capsys.readouterr().out
 
 
+def test_files_of_others_in_replaced_are_left(run):
+    put(run / "replaced", "latest", "best", "train.events/events.out.tfevents.1")
+    refused(run.parent, "replaced: --overwrite keeps the old run there .* move it away", overwrite=True)
+    refused(run.parent, "--resume finds all", resume=True)
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_replaced_is_no_link_or_file(run, tmp_path, kind):
+    put(tmp_path / "theirs", "latest", "run.json")
+    if kind == "link":
+        (run / "replaced").symlink_to(tmp_path / "theirs", target_is_directory=True)
+    else:
+        put(run, "replaced")
+    refused(run.parent, "replaced: --overwrite keeps the old run there .* move it away", overwrite=True)
+
+
 def test_a_run_that_had_finished_no_epoch_is_not_kept(tmp_path, capsys):
     trainer = small.make(small.config(tmp_path))
     trainer.train_epoch = lambda number: (_ for _ in ()).throw(KeyboardInterrupt)

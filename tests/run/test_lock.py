@@ -51,6 +51,18 @@ def test_a_process_that_has_it_may_ask_again(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_error_of_the_system_is_not_taken_for_another_process(tmp_path):
+    with pytest.raises(OSError, match="full"), lock.ours(tmp_path), lock.ours(tmp_path):
+        raise OSError(28, "full")
+
+
+def test_somebody_s_file_of_that_name_is_left(tmp_path):
+    (tmp_path / "lock").write_text("theirs")
+    with pytest.raises(UserError, match="lock: must be a file that can be locked"), lock.locked(tmp_path):
+        pass
+    assert (tmp_path / "lock").read_text() == "theirs"
+
+
 def test_it_goes_with_a_process_that_is_killed(tmp_path):
     def die():
         with lock.locked(tmp_path):

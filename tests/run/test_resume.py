@@ -114,7 +114,12 @@ def test_a_state_that_was_changed_by_hand_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [None, "", '{"epoch": 1}\n', '{"epoch": 1}\n{"epoch": 3}\n', '{"epo', "[]\n[]\n[]\n"]
+    "content",
+    [
+        *(None, "", '{"epoch": 1}\n', '{"epoch": 1}\n{"epoch": 3}\n', '{"epo', "[]\n[]\n[]\n", "[" * 100_000),
+        "".join(f'{{"epoch": {epoch}, "test_acc": NaN}}\n' for epoch in (1, 2, 3)),
+        "".join(f'{{"epoch": {epoch}}}\n' for epoch in (1, 2, 3, 1, 2, 3)),
+    ],
 )
 def test_a_record_that_lacks_epochs_is_refused(tmp_path, content):
     folder = stopped(tmp_path)
@@ -122,6 +127,16 @@ def test_a_record_that_lacks_epochs_is_refused(tmp_path, content):
     if content is not None:
         (folder / "metrics.jsonl").write_text(content)
     refused(folder, "metrics.jsonl: must hold the records of the 3 epochs that --resume goes on from")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"seed": 7}, {"teacher": "0123"}, {"minutes": None}, {"threads": "many"}, {"threads": 10**9}, {"resumed": {}}],
+)
+def test_another_run_s_record_is_refused(tmp_path, changes):
+    folder = stopped(tmp_path)
+    record.note(folder, changes)
+    refused(folder, "run.json: --resume needs the record of this run, and it is another's or was changed")
 
 
 def test_keys_that_only_the_future_reads_may_change_and_are_noted(tmp_path):

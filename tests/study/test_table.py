@@ -46,6 +46,7 @@ RUN = json.loads(ABLATION.read_text())["runs"][0]
 @pytest.mark.parametrize(
     ("content", "line"),
     [
+        ("[" * 100_000, "must be the plan of a table (RecursionError: "),
         ("{", "must be the plan of a table (JSONDecodeError: "),
         ("[]", "must be the plan of a table (AttributeError: "),
         ("{}", "must be the plan of a table (KeyError: 'table')"),

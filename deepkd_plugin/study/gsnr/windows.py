@@ -114,7 +114,7 @@ def _window(path: Path, number: int, line: str) -> dict[str, Any]:
         for by_stream in window.get("layers", {}).values():
             for values in by_stream.values():
                 itemgetter(*SUMMARIES)(values)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path}: line {number} must be the record of a window ({type(error).__name__}: {error})"
         ) from None

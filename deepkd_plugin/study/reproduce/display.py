@@ -16,7 +16,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from ...run.metrics import METRICS, read_metrics
+from ...errors import UserError
+from ...run.metrics import METRICS, count_epochs, read_metrics
 from ...run.record import find_run
 from ..measures import MEASURES
 from ..shared import duration
@@ -88,7 +89,7 @@ class LiveDisplay(Display):
         super().begin(runs, before)
 
     def started(self, run: Run, resumed: bool) -> None:
-        done = len(read_metrics(run.folder)) if resumed else 0
+        done = count_epochs(run.folder) if resumed else 0
         # a run that is made anew still has its predecessor's record
         written = None if resumed else _written(run)
         self._start(self.tasks[run], completed=done, visible=True, run=run, values=(), written=written)
@@ -135,7 +136,7 @@ class LiveDisplay(Display):
         run = task.fields["run"]
         if (written := _written(run)) == task.fields["written"]:
             return
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(UserError):  # what another program writes
             lines, key = read_metrics(run.folder), MEASURES[run.kind].key
             values = [line[key] for line in lines if key in line]
             self.clock.update(task.id, written=written, values=values)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ... import device
-from ...run.metrics import read_metrics
+from ...run.metrics import count_epochs
 from ...run.record import read_run
 from ..shared import cores, duration, threads
 
@@ -62,7 +62,7 @@ def estimate(plan: Plan, states: Mapping[Run, str], jobs: int, here: bool = True
     total = {cell: max(1.0, turns) * seconds for cell, seconds in alone.items()} | known
     seconds = []
     for run in left:
-        done = len(read_metrics(run.folder)) / run.epochs if states[run] == "resumable" else 0.0
+        done = count_epochs(run.folder) / run.epochs if states[run] == "resumable" else 0.0
         seconds.append((1 - done) * total[run.cell])
     timed = sum(run.cell in alone for run in left)
     by_finished = len(left) - timed

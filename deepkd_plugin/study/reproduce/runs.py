@@ -21,6 +21,7 @@ from ...errors import UserError
 from ...run import checkpoint, record
 from ...run import folder as run_folder
 from ...run.lock import locked, sign
+from ...run.metrics import check_lines
 from ..kinds import KINDS
 from ..shared import cores, threads
 from ..table import Run
@@ -78,8 +79,8 @@ def state(run: Run, overwrite: bool = False, code: str | None = None) -> State:
 
     Raises OtherCodeError, a UserError, for a result or a checkpoint of other code than `code`, by default
     record.code_hash(), whose numbers must not share a cell with ours, and for those of another config or teacher.
-    overwrite: such a run is "new", and so is one whose checkpoint is damaged. Raises UserError for a checkpoint that no
-    run.json vouches for.
+    overwrite: such a run is "new", and so is one whose checkpoint or record is damaged. Raises UserError for
+    a checkpoint that no run.json vouches for.
     """
     left, goes_on = run_folder.left(run.folder, KINDS[run.kind].checkpoint)
     finished = left.get("finished")
@@ -106,13 +107,22 @@ def state(run: Run, overwrite: bool = False, code: str | None = None) -> State:
     else:
         latest = run.folder / KINDS[run.kind].checkpoint
         ours = KINDS[run.kind].checkpoint == run_folder.CHECKPOINTS[0]  # detectron2's names another file
-        return "new" if overwrite and ours and not checkpoint.is_whole(latest) else "resumable"
+        return "new" if overwrite and ours and not _is_whole(latest) else "resumable"
     if overwrite:
         return "new"
     raise OtherCodeError(
         f"{run.folder}: the run there {mixes}, and a table must not mix them; give another --out, or "
         f"--overwrite, which makes such runs anew"
     )
+
+
+def _is_whole(latest: Path) -> bool:
+    """Tell whether --resume can read a checkpoint, and the record of its epochs beside it."""
+    try:
+        check_lines(latest.parent, checkpoint.load(latest, "--resume")["epoch"])
+    except (UserError, KeyError, TypeError, IndexError):
+        return False
+    return True
 
 
 def execute(

@@ -20,7 +20,7 @@ from deepkd_plugin.errors import UserError
 from deepkd_plugin.hosts.registry import find_host
 from deepkd_plugin.run import checkpoint, record
 from deepkd_plugin.run.lock import HeldError, keep, locked
-from deepkd_plugin.run.metrics import read_metrics
+from deepkd_plugin.run.metrics import count_epochs, read_metrics
 from deepkd_plugin.study.kinds import KINDS
 from deepkd_plugin.study.reproduce import runs as module
 from deepkd_plugin.study.reproduce import worker
@@ -125,12 +125,24 @@ def test_a_checkpoint_without_a_record_is_nobody_s_to_delete(fake_run, content, 
 def test_a_damaged_checkpoint_is_no_dead_end(fake_run):
     run = fake_run()
     note(run)
-    torch.save({}, run.folder / "latest")
+    torch.save({"epoch": 1}, run.folder / "latest")
+    (run.folder / "metrics.jsonl").write_text('{"epoch": 1}\n')
     assert state(run) == state(run, overwrite=True) == "resumable"
     whole = (run.folder / "latest").read_bytes()
     for damaged in (whole[:-30], whole[:1], b"", whole.replace(b"}", b")")):
         (run.folder / "latest").write_bytes(damaged)
         assert (state(run), state(run, overwrite=True)) == ("resumable", "new")
+
+
+@pytest.mark.parametrize("content", [None, "", "garbage", '{"epoch": 1}\n'])
+def test_a_damaged_record_is_no_dead_end(fake_run, content):
+    run = fake_run()
+    note(run)
+    torch.save({"epoch": 2}, run.folder / "latest")
+    if content is not None:
+        (run.folder / "metrics.jsonl").write_text(content)
+    assert (state(run), state(run, overwrite=True)) == ("resumable", "new")
+    assert count_epochs(run.folder) == (1 if content and "epoch" in content else 0)
 
 
 def test_a_run_that_went_on_under_another_config_does_not_belong_here(fake_run):
