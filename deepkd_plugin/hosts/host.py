@@ -46,8 +46,9 @@ class Host:
     def distiller(self, cfg: CfgNode) -> Any:
         """Return the class of DISTILLER.TYPE; the plugin's own if mdistiller's cannot do what is asked."""
         name = cfg.DISTILLER.TYPE
-        # mdistiller's KD and DKD standardise nothing, and its DKD divides by the warm-up
-        if cfg.EXPERIMENT.LOGIT_STAND or (name == "DKD" and not cfg.DKD.WARMUP):
+        # mdistiller's KD and DKD standardise nothing and take no logits, and its DKD divides by the warm-up
+        ours = cfg.EXPERIMENT.LOGIT_STAND or (cfg.DISTILLER.TEACHER_LOGITS == "table" and name != "NONE")
+        if ours or (name == "DKD" and not cfg.DKD.WARMUP):
             return DISTILLERS[name]
         return self.distillers[name]
 

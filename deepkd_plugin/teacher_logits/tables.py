@@ -1,0 +1,88 @@
+"""Which table a config means, and the tables of a folder."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from .. import data
+from ..data.draws import view_count, view_index
+from ..errors import UserError
+from .lookup import FOLDER, TeacherLogits, check_teacher
+from .table import SUFFIX, Key
+
+
+def open_logits(cfg: Any, teacher: nn.Module, fingerprint: str, samples: Dataset, image: Any) -> TeacherLogits:
+    """Open the table that a config means, or make it.
+
+    fingerprint: of the teacher's weights. samples: the training set, as data.get_dataset's loader has it. image: some
+    of its images, as its batches have them. Raises UserError for a teacher whose logits depend on more than the image,
+    for views that cannot be counted, and as Table.make does.
+    """
+    check_teacher(teacher, image if isinstance(image, Tensor) else image[0])
+    source, seed = data.source(cfg.DATASET.TYPE), cfg.SOLVER.SEED
+    key = make_key(cfg, fingerprint, samples)
+
+    def views(epoch: int, index: Tensor) -> Tensor:
+        return view_index(source.augmentation, seed, epoch, index)
+
+    return TeacherLogits(key, place(cfg), teacher, views, cfg.SOLVER.AMP)
+
+
+def make_key(cfg: Any, fingerprint: str, samples: Any) -> Key:
+    """Return the key of the table that a config means; arguments as in open_logits."""
+    source = data.source(cfg.DATASET.TYPE)
+    views = count_views(cfg)
+    images = samples.dataset  # the chosen ones of the set
+    return Key(
+        network=cfg.DISTILLER.TEACHER,
+        teacher=fingerprint,
+        dataset=cfg.DATASET.TYPE,
+        images=_fingerprint(images.dataset, np.asarray(images.indices)),
+        count=len(samples),
+        views=views,
+        view=f"{', '.join(map(repr, source.augmentation))}; mean {source.mean}, std {source.std}, side {source.side}",
+        classes=source.num_classes,
+        precision="bfloat16" if cfg.SOLVER.AMP else "float32",
+        dtype=cfg.DISTILLER.LOGITS_DTYPE,
+    )
+
+
+def count_views(cfg: Any) -> int:
+    """Count the weak views of an image of a config's data set; UserError if there is no end of them."""
+    count = view_count(data.source(cfg.DATASET.TYPE).augmentation)
+    if count is None:
+        raise UserError(
+            f"config: DISTILLER.TEACHER_LOGITS is 'table'; it must be 'compute' with DATASET.TYPE {cfg.DATASET.TYPE}, "
+            f"whose images have endless views"
+        )
+    return count
+
+
+def place(cfg: Any) -> Path:
+    """Return the folder of a config's tables, or the file of its table."""
+    return Path(cfg.DISTILLER.LOGITS_DIR or Path(cfg.DATASET.ROOT) / FOLDER)
+
+
+def files(path: Path) -> Iterator[Path]:
+    """Yield the files of tables in a folder, or the one that is named."""
+    if path.is_dir():
+        yield from sorted(path.glob(f"*{SUFFIX}"))
+    elif path.is_file():
+        yield path
+    else:
+        raise UserError(f"{path}: no such folder; it must hold tables of teacher logits, or be one")
+
+
+def _fingerprint(images: Any, chosen: np.ndarray) -> str:
+    """Hash the pixels of some images, in their order."""
+    digest = hashlib.sha256()
+    for start in range(0, len(chosen), 1000):
+        digest.update(images.pixels(chosen[start : start + 1000]))
+    return digest.hexdigest()[:16]
