@@ -67,6 +67,12 @@ def count() -> int:
     return torch.cuda.device_count()
 
 
+def use_threads(number: object) -> None:
+    """Compute with so many threads on the CPU, if it is a number: sums in another order round otherwise."""
+    if type(number) is int and number > 0:
+        torch.set_num_threads(number)
+
+
 def describe(device: torch.device) -> str:
     """Name the device, for the record of a run."""
     if device.type == "cuda":

@@ -2,7 +2,8 @@
 
 import shlex
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ from torch import nn
 
 from . import config, data, device
 from .accuracy import measure_teacher
+from .errors import UserError
 from .hosts.host import Host
 from .hosts.mdistiller import check_trainer
 from .hosts.networks import network, trained_network
 from .hosts.registry import find_host, register
+from .run import folder as run_folder
 from .run import record
 from .run.metrics import weights_and_biases
-from .terminal import Parser, Stopped, exit_code, guarded
+from .terminal import Parser, Stopped, check_interruption, exit_code, guarded, used_up
 from .trainer import Trainer
 
 EXAMPLE = "configs/glyphs100/res20_res8/kd.yaml"
@@ -49,39 +52,71 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
     cfg, origin = read_config(host, file, options)
     name = experiment_name(cfg, options)
     folder = Path(cfg.LOG.PREFIX) / name
-    record.check_folder(folder, resume, overwrite)
-    device.tune(cfg.SOLVER.DETERMINISTIC)  # before CUDA starts
-    target_device = device.pick()
-    device.seed_everything(cfg.SOLVER.SEED)
-    train_loader, val_loader, num_data, num_classes = data.get_dataset(cfg)
-    print(f"{name}: {cfg.DISTILLER.TYPE} on {cfg.DATASET.TYPE}, {num_data} images, {device.describe(target_device)}")
-    distiller = make_distiller(host, cfg, num_data, num_classes)
-    distiller = device.place(distiller, target_device, cfg.SOLVER.CHANNELS_LAST)
     make = trainers(host)[cfg.SOLVER.TRAINER]
-    if not issubclass(make, Trainer):
-        # it tests the teacher itself (see hosts/mdistiller.py), and leaves mdistiller's files
-        if cfg.LOG.WANDB:
-            weights_and_biases(folder, cfg)
-        parallel = device.parallel(distiller, cfg.SOLVER.DATA_PARALLEL, always=True)
-        make(name, parallel, train_loader, val_loader, cfg).train(resume=resume)
+    with run_folder.held(folder, resume, overwrite, record_needed=issubclass(make, Trainer)):
+        device.tune(cfg.SOLVER.DETERMINISTIC)  # before CUDA starts
+        target_device = device.pick()
+        device.seed_everything(cfg.SOLVER.SEED)
+        train_loader, val_loader, num_data, num_classes = data.get_dataset(cfg)
+        print(
+            f"{name}: {cfg.DISTILLER.TYPE} on {cfg.DATASET.TYPE}, {num_data} images, {device.describe(target_device)}"
+        )
+        distiller = make_distiller(host, cfg, num_data, num_classes)
+        distiller = device.place(distiller, target_device, cfg.SOLVER.CHANNELS_LAST)
+        if not issubclass(make, Trainer):
+            # it tests the teacher itself (see hosts/mdistiller.py), and leaves mdistiller's files
+            if cfg.LOG.WANDB:
+                weights_and_biases(folder, cfg)
+            parallel = device.parallel(distiller, cfg.SOLVER.DATA_PARALLEL, always=True)
+            make(name, parallel, train_loader, val_loader, cfg).train(resume=resume)
+            return folder
+        source = origin.get("DISTILLER.TEACHER_WEIGHTS", "default")
+        teacher_acc = measure_teacher(distiller, val_loader, cfg, source)
+        trainer = make(name, device.parallel(distiller, cfg.SOLVER.DATA_PARALLEL), train_loader, val_loader, cfg)
+        trainer.teacher_acc = teacher_acc
+        result = run(trainer, resume, overwrite, command)
+        summarise(file, cfg, folder, teacher_acc, result)
         return folder
-    source = origin.get("DISTILLER.TEACHER_WEIGHTS", "default")
-    teacher_acc = measure_teacher(distiller, val_loader, cfg, source)
-    trainer = make(name, device.parallel(distiller, cfg.SOLVER.DATA_PARALLEL), train_loader, val_loader, cfg)
-    trainer.teacher_acc = teacher_acc
-    result = run(trainer, resume, overwrite, command)
-    summarise(file, cfg, folder, teacher_acc, result)
-    return folder
 
 
 def run(trainer: Trainer, resume: bool, overwrite: bool, command: str) -> dict[str, Any]:
-    """Train; raises Stopped, with the command that goes on, if it is interrupted."""
+    """Train; whatever ends it from outside is told with what is left of the run and the command that goes on.
+
+    Raises Stopped if it is interrupted or a loader's process was killed, and UserError if something is used up.
+    """
     try:
         return trainer.train(resume, overwrite, command)
-    except KeyboardInterrupt as interruption:
+    except UserError:
+        raise
+    except (KeyboardInterrupt, Exception) as error:
         again = f"Resume with: {command} --resume" if trainer.epoch else f"Start again with: {command} --overwrite"
-        message = f"interrupted in epoch {trainer.epoch + 1}. {trainer.resume_point()} {again}"
-        raise Stopped(message, exit_code(interruption)) from None
+        left = f"{trainer.resume_point()} {again}"
+        # torch raises it wherever Python is just then, and what is interrupted by it may raise an error of its own
+        killed = next((str(one) for one in chain(error) if "DataLoader worker" in str(one)), None)
+        try:
+            if killed:
+                time.sleep(0.5)  # a signal to the whole group ends a loader's processes first
+            check_interruption()
+        except KeyboardInterrupt as interruption:
+            error = interruption
+        if isinstance(error, KeyboardInterrupt):
+            raise Stopped(f"interrupted in epoch {trainer.epoch + 1}. {left}", exit_code(error)) from None
+        if killed:
+            workers = f"DATASET.NUM_WORKERS {trainer.cfg.DATASET.NUM_WORKERS}"
+            reason = killed.splitlines()[0].strip().rstrip(".")
+            message = f"{reason}; if memory was short, here or in /dev/shm, {workers} must be lower. {left}"
+            raise Stopped(message, 1) from None
+        refused = used_up(error)
+        if refused is None:
+            raise
+        raise UserError(f"{refused}. {left}") from None
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and those that it was raised over."""
+    while error is not None:
+        yield error
+        error = error.__context__
 
 
 def make_distiller(host: Host, cfg: Any, num_data: int, num_classes: int) -> nn.Module:

@@ -2,7 +2,9 @@
 
 import argparse
 import contextlib
+import errno
 import functools
+import os
 import re
 import signal
 import sys
@@ -21,6 +23,10 @@ class Parser(argparse.ArgumentParser):
     """Tells of a mistake in one line, as everything else does."""
 
     takes_pairs = False
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        # a flag that is cut short may be another one tomorrow
+        super().__init__(*args, allow_abbrev=False, **options)
 
     def add_pairs(self) -> None:
         """Take the KEY VALUE pairs that stand anywhere between the flags, as `options`."""
@@ -76,13 +82,26 @@ def count(text: str) -> int:
 
 
 def guarded(work: Callable[[], int | None]) -> int:
-    """Run a command and return its exit code; a UserError is one line on stderr and 2, an interruption 130 or 143."""
+    """Run a command and return its exit code; a UserError is one line on stderr and 2, an interruption 130 or 143.
+
+    What the system refuses (a full disk, too many open files, …) is one line and 2, too; a reader of stdout that has
+    gone is 141, as for a process that SIGPIPE ends.
+    """
+    _open_streams()
     try:
         with _terminable():
-            return work() or 0
+            code = work() or 0
+            sys.stdout.flush()
+            return code
     except UserError as error:
         print(f"deepkd: error: {error}", file=sys.stderr)
         return 2
+    except (OSError, RuntimeError) as error:
+        reason = used_up(error)
+        if reason is None:
+            raise
+        print(f"deepkd: error: {reason}", file=sys.stderr)
+        return _end_of_pipe() if isinstance(error, BrokenPipeError) else 2
     except Stopped as stopped:
         print(f"deepkd: {stopped}", file=sys.stderr)
         return stopped.code
@@ -95,6 +114,51 @@ def guarded(work: Callable[[], int | None]) -> int:
 def warn(text: str) -> None:
     """Print a line on stderr, once in a process: something works, but hardly as it was meant."""
     print(f"deepkd: warning: {text}", file=sys.stderr)
+
+
+def used_up(error: BaseException) -> str | None:
+    """Say in a line what the system refused; None if it was something else that failed."""
+    text = " ".join(str(error).split())
+    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or re.search("Too many open files|ancdata", text):
+        return f"too many open files ({text}); `ulimit -n` must be higher, or DATASET.NUM_WORKERS lower"
+    if isinstance(error, BrokenPipeError) and error.filename is None:
+        return "nobody reads the output any more"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{error.filename}: {error.strerror}" if error.filename else text
+    return None
+
+
+def one_process() -> None:
+    """Raise UserError in one of several processes of a launcher such as torchrun: each would train the same run."""
+    size = os.environ.get("WORLD_SIZE", "1").strip()
+    if size not in ("", "0", "1"):
+        raise UserError(
+            f"environment: WORLD_SIZE is {size}; a run is trained by one process, so start it without torchrun (with "
+            f"several GPUs its batches are shared among them)"
+        )
+
+
+def _open_streams() -> None:
+    """Let a terminal that cannot show a character show "?", and what was closed lead nowhere.
+
+    The next file that is opened would otherwise take the place of a closed stdout, and get its output.
+    """
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+            setattr(sys, name, os.fdopen(number, "w"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def _end_of_pipe() -> int:
+    """Let Python end without a word about a pipe that nobody reads."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return 128 + signal.SIGPIPE
 
 
 class Stopped(Exception):  # noqa: N818 (no error: somebody wanted it)
@@ -110,15 +174,51 @@ def exit_code(interruption: KeyboardInterrupt) -> int:
     return interruption.args[0] if interruption.args else 130
 
 
+_arrived: list[int] = []
+"""The signals that have asked this process to end, since its command began."""
+
+
+def check_interruption() -> None:
+    """Raise KeyboardInterrupt if a signal has asked for an end: what its handler raised may have been lost.
+
+    Python drops what is raised inside a callback of the interpreter's own, such as those of a fork.
+    """
+    if _arrived:
+        raise KeyboardInterrupt(128 + _arrived[0])
+
+
+def _stop(number: int, frame: Any) -> None:
+    _arrived.append(number)
+    raise KeyboardInterrupt(128 + number)
+
+
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """Let SIGTERM end a run as Ctrl-C does, with the exit code that shells expect of it."""
-
-    def stop(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt(128 + number)
-
-    before = signal.signal(signal.SIGTERM, stop)
+    """Let SIGTERM end a run as Ctrl-C does, each with the exit code that shells expect of it."""
+    # a shell has its background jobs ignore Ctrl-C
+    numbers = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, _stop) for number in numbers}
+    _arrived.clear()
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _tell_dropped
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _tell_dropped(dropped: Any) -> None:
+    """Tell of an exception that Python drops, unless it was an end that somebody asked for, as usual."""
+    if not isinstance(dropped.exc_value, KeyboardInterrupt) and "DataLoader worker" not in str(dropped.exc_value):
+        sys.__unraisablehook__(dropped)
+
+
+def _as_usual() -> None:
+    """Let a signal end a loader's process without a word; what a command says, its own process says."""
+    for number, handler in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+        if signal.getsignal(number) is _stop:
+            signal.signal(number, handler)
+
+
+os.register_at_fork(after_in_child=_as_usual)

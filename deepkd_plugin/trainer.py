@@ -19,14 +19,16 @@ from .errors import UserError
 from .gsnr import GradientMonitor
 from .optim import DecoupledMomentumSGD
 from .run import checkpoint, record
-from .run.metrics import RunLog, Sums
+from .run import folder as run_folder
+from .run.metrics import RunLog, Sums, check_lines, weights_and_biases
 from .run.progress import EpochBar, epoch_line, step_text
-from .run.resume import read_state
-from .run.schedule import make_scheduler, set_rate, warmup_point
+from .run.resume import check_model, check_optimizer, read_state, take_up
+from .run.schedule import make_scheduler, set_epoch, set_rate, warmup_point
 from .speed import make_step
 from .step import Batch, Outcome
 from .streams import assign_losses
 from .teacher_logits import TeacherLogits, open_logits
+from .terminal import check_interruption
 
 READ_EVERY = 20
 """Iterations between two readings of the meters: reading them waits for the device."""
@@ -96,26 +98,35 @@ class Trainer:
 
         The teacher is tested first, unless `teacher_acc` is set already. resume: go on from the folder's last
         checkpoint. overwrite: start again if the folder holds a run. command: what started the run, for
-        its record. Raises UserError, before anything is written, if the folder does not fit.
+        its record. Raises UserError, before anything is written, if the folder does not fit, or another process is
+        at work there.
         """
+        with run_folder.held(self.folder, resume, overwrite):
+            return self.train_held(resume, command)
+
+    def train_held(self, resume: bool, command: str | None) -> dict[str, Any]:
+        """Train as `train` does, in a folder that is this process's."""
         epochs = self.cfg.SOLVER.EPOCHS
-        record.check_folder(self.folder, resume, overwrite)
         if self.teacher is not None and self.teacher_acc is None:
             self.teacher_acc = self.test_teacher()
         self.rehearse()
-        self.logits = self.open_logits()
-        if resume:
-            self.load(self.folder / "latest")
+        changed = self.load() if resume else {}
         # one that was ended between its last checkpoint and the note of its result still gets that note
         if self.epoch == epochs and record.read_run(self.folder)["finished"]:
             raise UserError(
                 f"{self.folder}: --resume finds all {self.epoch} epochs done; the results are in run.json there"
             )
+        self.logits = self.open_logits()
         command = command or shlex.join(["python", *sys.argv])
         made_by = {"student": type(self.module.student), "distiller": type(self.module)}
         classes = {part: f"{cls.__module__}.{cls.__qualname__}" for part, cls in made_by.items()}
+        if self.cfg.LOG.WANDB:
+            weights_and_biases(self.folder, self.cfg)
+        if not resume:
+            run_folder.set_aside(self.folder)
         record.prepare_folder(
-            self.folder, self.cfg, self.device, command, resume, self.teacher, self.teacher_acc, classes
+            *(self.folder, self.cfg, self.device, command, resume, self.teacher, self.teacher_acc, classes),
+            *(changed, self.epoch),
         )
         started = time.perf_counter()
         try:
@@ -156,6 +167,7 @@ class Trainer:
         with EpochBar(f"epoch {epoch}/{epochs}", steps) as bar:
             batches = iter(self.train_loader)
             for step in range(1, steps + 1):
+                check_interruption()
                 asked = time.perf_counter()
                 batch = next(batches)
                 waited += time.perf_counter() - asked
@@ -299,10 +311,11 @@ class Trainer:
         """Raise UserError if a loss is not finite, before anything of the epoch is saved."""
         for name, value in values.items():
             if not math.isfinite(value):
+                lower = f" --resume takes a lower SOLVER.LR, with EXPERIMENT.NAME {shlex.quote(self.folder.name)}."
                 raise UserError(
                     f"{self.folder}: loss '{name}' became {value} {when}, at learning rate "
                     f"{self.optimizer.param_groups[0]['lr']:g}; it must stay finite: lower SOLVER.LR, or look at "
-                    f"the images and the teacher. {self.resume_point()}"
+                    f"the images and the teacher. {self.resume_point()}{lower if self.epoch else ''}"
                 )
 
     def resume_point(self) -> str:
@@ -327,18 +340,19 @@ class Trainer:
         for name, student_name in [*names, ("latest", "student_latest")]:
             checkpoint.save(student, self.folder / student_name)
             checkpoint.save(self.state(), self.folder / name)
+        run_folder.settle_new(self.folder)
         print(epoch_line(entry, self.metric, self.shown, self.best_acc))
 
     def _stateful(self) -> dict[str, Any]:
         """Return what has a state beside the networks, by its name in a checkpoint."""
-        parts = {"optimizer": self.optimizer, "scheduler": self.scheduler}
+        parts: dict[str, Any] = {"optimizer": self.optimizer}
         parts |= {} if self.monitor is None else {"monitor": self.monitor}
         return parts | ({} if self.allocation is None else {"allocation": self.allocation})
 
     def state(self) -> dict[str, Any]:
         """Return a checkpoint: everything a resumed run needs. The teacher, which never changes, is left out."""
         model = {k: v for k, v in self.module.state_dict().items() if not k.startswith("teacher.")}
-        return {name: part.state_dict() for name, part in self._stateful().items()} | {
+        state = {name: part.state_dict() for name, part in self._stateful().items()} | {
             "epoch": self.epoch,
             "model": model,
             "best_acc": self.best_acc,
@@ -346,18 +360,29 @@ class Trainer:
             "config": config.flatten(self.cfg),
             "teacher": self.teacher,
         }
+        return state | {"outline": checkpoint.outline(state)}
 
-    def load(self, path: Path) -> None:
-        """Take up a checkpoint; UserError if it is of another config or teacher."""
-        state = read_state(path, self.cfg, self.teacher)
-        teacher = {k: v for k, v in self.module.state_dict().items() if k.startswith("teacher.")}
+    def load(self) -> dict[str, list[Any]]:
+        """Take up the folder's last checkpoint; returns the keys that have changed since: before and now.
+
+        Raises UserError if it is damaged, or of another config or teacher.
+        """
+        path, state, changed = read_state(self.folder, self.cfg, self.teacher)
+        check_lines(self.folder, state["epoch"])
+        networks = self.module.state_dict()
+        teacher = {k: networks.pop(k) for k in list(networks) if k.startswith("teacher.")}
+        check_model(path, state["model"], networks)
         self.module.load_state_dict(teacher | state["model"])
         self.epoch, self.best_acc, self.best_epoch = state["epoch"], state["best_acc"], state["best_epoch"]
+        made = [dict(group) for group in self.optimizer.param_groups]
         for name, part in self._stateful().items():
             if name in state:
-                part.load_state_dict(state[name])
+                take_up(path, part.load_state_dict, name, state[name])
             elif part is self.monitor:  # measured only from here on
                 part.iteration = self.epoch * len(self.train_loader)
+        check_optimizer(path, self.optimizer, made)
+        set_epoch(self.scheduler, self.cfg.SOLVER, self.epoch)
+        return changed
 
 
 class DecoupledMomentumTrainer(Trainer):

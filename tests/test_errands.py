@@ -241,16 +241,17 @@ def test_a_run_goes_on_without_an_extension_it_had_no_use_of(extend, config, tmp
     file = str(config("vanilla", DISTILLER={"TYPE": "NONE", "STUDENT": "tiny"}))
     later = read_config(registry.BUILTIN, file, [])[0].clone()
     later.defrost()
-    state = {"config": flatten(later), "teacher": None}
+    state = {"config": flatten(later), "teacher": None, "epoch": 1, "best_epoch": 1, "best_acc": 1.0}
+    state |= {"model": {"student.bias": torch.zeros(1)}, "optimizer": {}}
     del state["config"]["SOLVER.AMP"]
     for gone in ("MTKD.WEIGHT", "SOLVER.DECOUPLED.DELTA.REL"):
         assert gone in state["config"]
     torch.save(state, tmp_path / "latest")
     del later["MTKD"], later.SOLVER.DECOUPLED.DELTA["REL"]
-    assert resume.read_state(tmp_path / "latest", later, None)["config"] == state["config"]
+    assert resume.read_state(tmp_path, later, None)[1:] == (state, {})
     later.SOLVER.AMP = True
     with pytest.raises(UserError, match="needs the run's own config: SOLVER.AMP was False, is True"):
-        resume.read_state(tmp_path / "latest", later, None)
+        resume.read_state(tmp_path, later, None)
 
 
 WRONG_NETWORKS = {

@@ -256,7 +256,7 @@ def test_a_run_that_is_started_again_leaves_no_old_window(cfg):
     cfg.GSNR.MEASURE = False
     make(cfg).train(overwrite=True)
     assert not (trainer.folder / "gsnr.jsonl").exists()
-    assert list((trainer.folder / "gsnr.events").iterdir()) == []
+    assert not (trainer.folder / "gsnr.events").exists()
 
 
 # Resuming

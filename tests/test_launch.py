@@ -57,6 +57,22 @@ def test_the_student_file_is_read_by_eval(train, data_root, capsys):
     assert "command line: -m is 'resnet9'; it must be one of" in capsys.readouterr().err
     assert evaluate.main(["-m", "resnet8", "-d", "glyphs100", "--root", str(data_root)]) == 2
     assert "-c names no file and the zoo has no weights of resnet8" in capsys.readouterr().err
+    assert evaluate.main(["-m", "resnet8", "-c", str(train.folder / "best"), *arguments[4:], str(data_root)]) == 2
+    assert "best: -c holds a trainer's state; use student_best, which is beside it" in capsys.readouterr().err
+    held = checkpoint.load(train.folder / "student_latest", "test")
+    for value, line in ((float("nan"), "holds NaN"), (1e38, "its network gives no finite numbers on glyphs100")):
+        held["model"]["fc.weight"].fill_(value)
+        checkpoint.save(held, train.folder / "student_latest")
+        assert evaluate.main([*arguments, str(data_root)]) == 2
+        out, err = capsys.readouterr()
+        assert line in err
+        assert "top-1" not in out
+
+
+@pytest.mark.parametrize("flags", [[], ["--resume"]])
+def test_one_process_of_several_is_refused(train, monkeypatch, flags):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "environment: WORLD_SIZE is 2; a run is trained by one process" in mistake(train, "vanilla", flags=flags)
 
 
 @pytest.mark.parametrize("asked", [True, False])
@@ -198,9 +214,9 @@ def test_a_run_is_neither_overwritten_nor_resumed_by_accident(train):
     assert code == 2
     assert "holds a run already; go on with --resume, start again with --overwrite (deep" in err
     assert (train.folder / "metrics.jsonl").read_text() == before
-    code, _, err = train("vanilla", "SOLVER.LR", "0.01", flags=["--resume"])
+    code, _, err = train("vanilla", "SOLVER.MOMENTUM", "0.8", flags=["--resume"])
     assert code == 2
-    assert "--resume needs the run's own config: SOLVER.LR was 0.2, is 0.01" in err
+    assert "--resume needs the run's own config: SOLVER.MOMENTUM was 0.9, is 0.8" in err
     assert (train.folder / "metrics.jsonl").read_text() == before
     assert train("vanilla", "SOLVER.LR", "0.01", flags=["--overwrite"])[0] == 0
     assert (train.folder / "metrics.jsonl").read_text() != before
@@ -238,7 +254,7 @@ def test_the_command_line(train, capsys):
 def test_a_folder_that_cannot_be_made(train, tmp_path):
     (tmp_path / "file").write_text("")
     line = mistake(train, "vanilla", "LOG.PREFIX", str(tmp_path / "file"))
-    assert "LOG.PREFIX must name a folder that can be written" in line
+    assert "must be a folder that can be written; LOG.PREFIX or --out names it" in line
 
 
 def test_losses_without_a_stream_are_found_before_anything_is_written(train):

@@ -338,10 +338,10 @@ def test_a_run_that_ended_before_its_result_was_noted_gets_the_note(cfg):
 
 def test_resuming_needs_the_same_config(cfg):
     stop_after(make(cfg), 1)
-    cfg.SOLVER.LR = 0.01
-    with pytest.raises(UserError, match=r"needs the run's own config: SOLVER.LR was 0.05, is 0.01"):
+    cfg.SOLVER.MOMENTUM = 0.8
+    with pytest.raises(UserError, match=r"needs the run's own config: SOLVER.MOMENTUM was 0.9, is 0.8"):
         make(cfg).train(resume=True)
-    cfg.SOLVER.LR = 0.05
+    cfg.SOLVER.MOMENTUM = 0.9
     cfg.DATASET.ROOT = "elsewhere"  # where, not what
     make(cfg).train(resume=True)
 
@@ -353,6 +353,7 @@ def test_a_key_that_is_gone_does_not_end_a_run(cfg):
     latest = trainer.folder / "latest"
     state = checkpoint.load(latest, "test")
     state["config"]["SOLVER.GRADIENTS"] = "auto"
+    del state["outline"]
     checkpoint.save(state | {"gradients": "sequential"}, latest)
     assert make(cfg).train(resume=True)["epochs"] == cfg.SOLVER.EPOCHS
 
@@ -391,6 +392,9 @@ def test_resuming_from_something_else(cfg):
     trainer = make(cfg)
     trainer.folder.mkdir()
     torch.save({"epoch": 3}, trainer.folder / "latest")
+    with pytest.raises(UserError, match="--resume finds no run.json of this package beside 'latest'"):
+        trainer.train(resume=True)
+    record.write_run(trainer.folder, {"config_hash": "0", "finished": False})
     with pytest.raises(UserError, match="a checkpoint that this trainer wrote"):
         trainer.train(resume=True)
 

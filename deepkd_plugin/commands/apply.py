@@ -92,6 +92,7 @@ def apply(root: Path) -> None:
     """
     scripts, configs = _survey(root)
     _refuse_unknown(scripts)
+    _refuse_links(root, configs)
     changed = _change(root, [*configs, *scripts], lambda file: file.put_in)
     _print_changed(root, changed, "patched", "copied to")
     if not changed:
@@ -118,6 +119,7 @@ def check(root: Path) -> int:
     print(f"{'configs':<24}{counts['in place']} in place, {counts['not yet']} not yet")
     _print_kept(configs)
     _refuse_unknown(scripts)
+    _refuse_links(root, configs)
     return int(any(file.now != file.put_in for file in (*scripts, *configs)))
 
 
@@ -135,6 +137,8 @@ def revert(root: Path) -> None:
                 f"and nothing was changed"
             )
     changed = _change(root, [*scripts, *configs], lambda file: file.taken_out)
+    for config in configs:  # an `apply` that was killed may have made folders and put nothing in them
+        _remove_empty(root, config.path)
     _print_changed(root, changed, "reverted", "removed from")
     if not changed:
         print(f"{root} has nothing of the plugin to take out")
@@ -145,20 +149,22 @@ def revert(root: Path) -> None:
 
 def _survey(root: Path) -> tuple[list[File], list[File]]:
     """Read the scripts and the configs that the commands look at or change. UserError if `root` is no checkout."""
-    detection = (root / DETECTION).is_file()
-    names = [name for name in KNOWN if detection or name != DETECTION]
-    for name in (*names, "mdistiller/__init__.py"):
-        if not (root / name).is_file():
-            raise UserError(f"{root}: has no {name}; PATH must be the root folder of a checkout of mdistiller")
-    folder = shipped("configs")
-    if (root / "configs").resolve() == folder.resolve():
-        raise UserError(f"{root}: its configs/ are the plugin's own; PATH must be a checkout of mdistiller")
     try:
+        detection = (root / DETECTION).is_file()
+        names = [name for name in KNOWN if detection or name != DETECTION]
+        for name in (*names, "mdistiller/__init__.py"):
+            if not (root / name).is_file():
+                raise UserError(f"{root}: has no {name}; PATH must be the root folder of a checkout of mdistiller")
+        folder = shipped("configs")
+        if (root / "configs").resolve() == folder.resolve():
+            raise UserError(f"{root}: its configs/ are the plugin's own; PATH must be a checkout of mdistiller")
         scripts = [_script(root, name) for name in names]
         places = [(file, _place(file.relative_to(folder), detection)) for file in sorted(folder.rglob("*.yaml"))]
         configs = [_config(root, name, file.read_bytes()) for file, name in places if name is not None]
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror}); nothing was changed") from None
+    except RuntimeError as error:  # pathlib's for links that go in a circle
+        raise UserError(f"{root}: cannot be read ({error}); nothing was changed") from None
     return scripts, configs
 
 
@@ -184,9 +190,15 @@ def _config(root: Path, name: str, ours: bytes) -> File:
         return File(name, path, "not yet", None, ours, None)
     now = path.read_bytes()
     # what is reached over a symbolic link may be somebody's only copy
-    linked = path.resolve() != root.resolve() / name
+    linked = path.is_symlink() or _link_above(root, name) is not None
     in_place = now == ours
     return File(name, path, "in place" if in_place else "kept", now, now, None if in_place and not linked else now)
+
+
+def _link_above(root: Path, name: str) -> Path | None:
+    """Find the first symbolic link among the folders of a checkout that a file of it would be in; None without one."""
+    above = [root / parent for parent in reversed(Path(name).parents[:-1])]
+    return next((folder for folder in above if folder.is_symlink()), None)
 
 
 def _place(file: Path, detection: bool) -> str | None:
@@ -219,12 +231,23 @@ def _refuse_unknown(scripts: Iterable[File]) -> None:
     )
 
 
-def _change(root: Path, files: Iterable[File], after: Callable[[File], bytes | None]) -> list[File]:
+def _refuse_links(root: Path, configs: Iterable[File]) -> None:
+    for config in configs:
+        link = _link_above(root, config.name) if config.now is None else None
+        if link is not None:
+            raise UserError(
+                f"{link}: is a link, and nothing was changed; the configs go into the checkout alone, so it must be a "
+                f"folder of its own"
+            )
+
+
+def _change(root: Path, files: Sequence[File], after: Callable[[File], bytes | None]) -> list[File]:
     """Give all files the content that `after` says, or none of them; returns those that this changed."""
     changed = [file for file in files if after(file) != file.now]
     begun: list[File] = []
     with checkpoint.uninterrupted():
         try:
+            _remove_temporaries(files)
             for file in changed:
                 begun.append(file)
                 _put(root, file.path, after(file))
@@ -233,7 +256,8 @@ def _change(root: Path, files: Iterable[File], after: Callable[[File], bytes | N
                 _put(root, file.path, file.now)
             if not isinstance(error, OSError):
                 raise
-            raise UserError(f"{begun[-1].path}: cannot be changed ({error.strerror}); nothing was changed") from None
+            where = begun[-1].path if begun else error.filename
+            raise UserError(f"{where}: cannot be changed ({error.strerror}); nothing was changed") from None
     return changed
 
 
@@ -242,9 +266,7 @@ def _put(root: Path, path: Path, content: bytes | None) -> None:
     if content is None:
         if path.exists():
             path.unlink()
-        for folder in path.relative_to(root).parents[:-1]:
-            with contextlib.suppress(OSError):  # not empty
-                (root / folder).rmdir()
+        _remove_empty(root, path)
         return
     path = path.resolve()  # a link stays a link
     if path.is_file() and path.read_bytes() == content:
@@ -258,6 +280,22 @@ def _put(root: Path, path: Path, content: bytes | None) -> None:
             os.chmod(file.name, mode)
 
     checkpoint.write_whole(path, write)
+
+
+def _remove_empty(root: Path, path: Path) -> None:
+    """Remove the folders above a file of a checkout that are empty."""
+    for folder in path.relative_to(root).parents[:-1]:
+        with contextlib.suppress(OSError):  # not empty
+            (root / folder).rmdir()
+
+
+def _remove_temporaries(files: Sequence[File]) -> None:
+    """Remove what killed calls of this command left of the files that they were writing."""
+    meant = {file.path.resolve() for file in files}
+    for folder in {path.parent for path in meant}:
+        for path, name, writer in checkpoint.temporaries(folder):
+            if folder / name in meant and not checkpoint.is_running(writer):
+                path.unlink()
 
 
 def _print_changed(root: Path, changed: Sequence[File], done: str, moved: str) -> None:

@@ -1,6 +1,7 @@
 """Accuracy of a network's weights on a data set's test images."""
 
 import argparse
+import math
 from collections.abc import Sequence
 
 from .. import config, data, device
@@ -44,6 +45,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     torch_device = device.pick()
     network = trained_network(host, args.dataset, args.model, num_classes, weights, "-c")
     result = evaluate(Alone(device.place(network, torch_device, False)), loader, torch_device, cfg.SOLVER)
+    if not math.isfinite(result["test_loss"]):
+        raise UserError(f"{args.ckpt}: its network gives no finite numbers on {args.dataset}; it must be trained there")
     print(
         f"{args.model} on {args.dataset}: top-1 {result['test_acc']:.2f} %, top-5 "
         f"{result['test_acc_top5']:.2f} %, loss {result['test_loss']:.4f} over {len(loader.dataset)} images"

@@ -13,7 +13,6 @@ def main(words: Sequence[str]) -> int:
         "deepkd gsnr",
         description="Train with GSNR.MEASURE True, as tools/train.py does, and draw what was measured into the "
         "run's folder; or draw runs that were measured, which are seeds of one experiment.",
-        allow_abbrev=False,
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--cfg", metavar="FILE", help="train under this config")

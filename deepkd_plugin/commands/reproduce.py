@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..terminal import Parser, count
+from ..terminal import Parser, count, one_process
 
 
 def main(words: Sequence[str]) -> int:
@@ -17,7 +17,6 @@ def main(words: Sequence[str]) -> int:
         "folders of configs/ and of configs/detection/, coco (mdistiller's detectors, on detectron2), "
         "ablation-momentum, ablation-mask, ablation-delta and ablation-phases, and your own: a folder of configs "
         "PAIR/METHOD.yaml.",
-        allow_abbrev=False,
         argument_default=argparse.SUPPRESS,  # Request has the defaults
     )
     add = parser.add_argument
@@ -40,6 +39,7 @@ def main(words: Sequence[str]) -> int:
     add("--slurm", metavar="KEY=VALUE", nargs="+", help="submitit's parameters, for one run")
     parser.add_pairs()
     args = parser.parse(words)
+    one_process()
     from ..study.reproduce.command import Request, reproduce
 
     return reproduce(Request(**vars(args), command=shlex.join(["deepkd", "reproduce", *words])))

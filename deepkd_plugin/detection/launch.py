@@ -11,6 +11,7 @@ from yacs.config import CfgNode
 from .. import config, device
 from ..hosts import builtin
 from ..launch import experiment_name, read_words, run, sibling
+from ..run import folder as run_folder
 from ..run import record
 from ..terminal import guarded
 from .average_precision import import_pycocotools
@@ -37,22 +38,22 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
     import_pycocotools()  # now, because AP is first measured after an epoch
     name = experiment_name(cfg, options)
     folder = Path(cfg.LOG.PREFIX) / name
-    record.check_folder(folder, resume, overwrite)
-    device.tune(cfg.SOLVER.DETERMINISTIC)  # before CUDA starts
-    torch_device = device.pick()
-    device.seed_everything(cfg.SOLVER.SEED)
-    train_loader, test_loader, count, classes = get_detection_sets(cfg)
-    config.check_mask(cfg, origin, len(classes) + 1)
-    print(f"{name}: {cfg.DISTILLER.TYPE} on {cfg.DATASET.TYPE}, {count} images, {device.describe(torch_device)}")
-    if DETECTION_SETS[cfg.DATASET.TYPE].pretrained and not cfg.DETECTION.STUDENT_BACKBONE:
-        print("student   starts from random numbers: DETECTION.STUDENT_BACKBONE names no file")
-    distiller = device.place(make_distiller(cfg, len(classes)), torch_device, False)
-    source = origin.get("DISTILLER.TEACHER_WEIGHTS", "default")
-    teacher_ap = measure_teacher(distiller, test_loader, cfg, source)
-    trainer = TRAINERS[cfg.SOLVER.TRAINER](name, distiller, train_loader, test_loader, cfg)
-    trainer.teacher_acc = teacher_ap
-    result = run(trainer, resume, overwrite, command)
-    summarise(file, cfg, folder, teacher_ap, result)
+    with run_folder.held(folder, resume, overwrite):
+        device.tune(cfg.SOLVER.DETERMINISTIC)  # before CUDA starts
+        torch_device = device.pick()
+        device.seed_everything(cfg.SOLVER.SEED)
+        train_loader, test_loader, count, classes = get_detection_sets(cfg)
+        config.check_mask(cfg, origin, len(classes) + 1)
+        print(f"{name}: {cfg.DISTILLER.TYPE} on {cfg.DATASET.TYPE}, {count} images, {device.describe(torch_device)}")
+        if DETECTION_SETS[cfg.DATASET.TYPE].pretrained and not cfg.DETECTION.STUDENT_BACKBONE:
+            print("student   starts from random numbers: DETECTION.STUDENT_BACKBONE names no file")
+        distiller = device.place(make_distiller(cfg, len(classes)), torch_device, False)
+        source = origin.get("DISTILLER.TEACHER_WEIGHTS", "default")
+        teacher_ap = measure_teacher(distiller, test_loader, cfg, source)
+        trainer = TRAINERS[cfg.SOLVER.TRAINER](name, distiller, train_loader, test_loader, cfg)
+        trainer.teacher_acc = teacher_ap
+        result = run(trainer, resume, overwrite, command)
+        summarise(file, cfg, folder, teacher_ap, result)
 
 
 def make_distiller(cfg: Any, num_classes: int) -> Detector:

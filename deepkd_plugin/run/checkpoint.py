@@ -37,14 +37,49 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def temporaries(folder: Path) -> list[tuple[Path, str, int]]:
+    """List the temporary files of `write_whole` in a folder, of writers that were killed and of any at work.
+
+    Each comes with the name that it was meant to get and the id of its writer.
+    """
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    found = [(folder / name, _TEMPORARY.fullmatch(name)) for name in names]
+    return [(path, match[1], int(match[2])) for path, match in found if match]
+
+
+_TEMPORARY = re.compile(r"\.(.+)\.(\d{1,9})\.tmp")
+
+
+def is_running(process: int) -> bool:
+    """Tell whether there is a process of this id on this machine."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole."""
     write_whole(path, lambda file: file.write(text.encode()))
 
 
 def save(state: Mapping[str, Any], path: Path) -> None:
-    """Write a checkpoint whole."""
-    write_whole(path, lambda file: torch.save(state, file))
+    """Write a checkpoint whole; OSError, with nothing written, if a disk is full, say."""
+    write_whole(path, lambda file: write_state(state, file))
+
+
+def write_state(state: Mapping[str, Any], file: IO[bytes]) -> None:
+    """Write a checkpoint to an open file; OSError if the file cannot take it."""
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:  # torch's own, over the one that tells why
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 @contextlib.contextmanager
@@ -72,12 +107,18 @@ def uninterrupted() -> Iterator[None]:
 def load(path: str | Path, key: str) -> Any:
     """Read a checkpoint onto the CPU. Only tensors, numbers and plain containers are ever unpickled.
 
-    `key` is the config key or option that named the file, for the UserError that a missing file, a file that is no
-    checkpoint and a checkpoint that would run code raise.
+    `key` is the config key or option that named the file, for the UserError that a missing file, a damaged one, one
+    that is no checkpoint and a checkpoint that would run code raise.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; {key} must name a checkpoint")
+    try:
+        damage = find_damage(path)
+    except OSError as error:
+        raise UserError(f"{path}: {key} must name a file that can be read ({error.strerror})") from None
+    if damage:
+        raise UserError(f"{path}: {key} names a damaged file ({damage}); it must be copied or made again")
     try:
         _check_pickles(path)
         # torch warns of foreign pickles; the error below says it in one line
@@ -86,7 +127,7 @@ def load(path: str | Path, key: str) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no checkpoint make the unpickler raise nearly anything
         named = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it refers to {named[1]}" if named else str(error).split("\n")[0].split(". ")[0].strip()
+        reason = f"it refers to {named[1]}" if named else str(error).split("\n")[0].split(". ")[0].strip()[:200]
         raise UserError(
             f"{path}: {key} must name a checkpoint of tensors and plain containers, and this file is not one "
             f"({type(error).__name__}: {reason})"
@@ -111,6 +152,39 @@ def _check_pickles(path: Path) -> None:
                 array_pickle.check_depth(content)
 
 
+def find_damage(path: Path) -> str | None:
+    """Say what is wrong with the bytes of a checkpoint file; None if nothing can be found.
+
+    The zip archives that torch has written since 1.6 hold a sum of each entry. Older files hold none, and are only
+    held against the hash in a name such as resnet18-f37072fd.pth, torchvision's.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                for entry in archive.infolist():
+                    if entry.compress_type != zipfile.ZIP_STORED:  # torch's are, and a packed one may be of any size
+                        return f"its entry {entry.filename} is packed"
+                broken = archive.testzip()
+            return broken and f"its entry {broken} has another checksum than when it was written"
+        with open(path, "rb") as file:
+            if file.read(2) == b"PK":
+                return "it ends too early"
+        hashed = re.search(r"-([0-9a-f]{8,64})\.", path.name)
+        if hashed:
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            return None if digest.startswith(hashed[1]) else f"its hash is {digest[: len(hashed[1])]}, not its name's"
+    except OSError:
+        raise
+    except Exception as error:  # a damaged archive makes zipfile raise nearly anything
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def is_whole(path: Path) -> bool:
+    """Tell whether a file is a checkpoint as `save` wrote it."""
+    return zipfile.is_zipfile(path) and find_damage(path) is None
+
+
 def _numpy_numbers() -> list[tuple[Any, str]]:
     """Name what the safe unpickler needs for numpy's numbers: RepDistiller's teacher files keep an accuracy as one."""
     known = array_pickle.stand_ins()
@@ -126,15 +200,22 @@ def _numpy_numbers() -> list[tuple[Any, str]]:
 def load_weights(module: nn.Module, path: str | Path, key: str, network: str) -> None:
     """Load a network's weights from a file.
 
-    The file holds a state dictionary, bare or under "model" or "state_dict", its names with or without
-    DataParallel's "module." in front. Raises UserError, with the first differences, for a file of another
-    network or another number of classes; the module is then unchanged.
+    The file holds a state dictionary as `network_weights` finds it. It may lack the counters num_batches_tracked, which
+    nothing here reads. Raises UserError, with the first differences, for a file of another network or another number of
+    classes, and for numbers that no network can have; the module is then unchanged.
     """
     content = load(path, key)
     weights = network_weights(content)
     if weights is None:
         raise UserError(f"{path}: {key} must hold a network's state dictionary, holds {_kind(content)}")
+    if any(name.startswith("student.") for name in weights):
+        beside = Path(path).name.removeprefix("epoch_")
+        raise UserError(f"{path}: {key} holds a trainer's state; use student_{beside}, which is beside it")
     wanted = module.state_dict()
+    weights = {name: wanted[name] for name in wanted if name.endswith("num_batches_tracked")} | weights
+    for name, value in weights.items():
+        if name in wanted and (reason := unfit(value, wanted[name])):
+            raise UserError(f"{path}: {key} must hold plain numbers, and {name} {reason}")
     missing = [name for name in wanted if name not in weights]
     extra = [name for name in weights if name not in wanted]
     other = [name for name in wanted if name in weights and wanted[name].shape != weights[name].shape]
@@ -159,19 +240,64 @@ def load_weights(module: nn.Module, path: str | Path, key: str, network: str) ->
     module.load_state_dict(weights)
 
 
+def unfit(value: Tensor, wanted: Tensor) -> str | None:
+    """Say why a tensor of a file cannot be a network's; None if it can."""
+    if value.layout != torch.strided or value.is_nested:
+        return "is a sparse or nested tensor"
+    if value.is_quantized or value.is_complex() or value.dtype == torch.bool:
+        return f"is of {value.dtype}"
+    if wanted.is_floating_point() and not value.is_floating_point():
+        return f"is of {value.dtype}, not of floating point"
+    if value.is_meta:
+        return "holds nothing"
+    if value.shape == wanted.shape and not bool(torch.isfinite(value.float()).all()):
+        return "holds NaN or an infinite number"
+    return None
+
+
+WRAPPERS = ("model", "state_dict", "model_state_dict", "net")
+"""What training scripts put a network's state dictionary under."""
+
+
 def network_weights(content: Any) -> dict[str, Tensor] | None:
     """Find a network's state dictionary in the content of a file; None if there is none.
 
-    It is there bare, or under "model" or "state_dict" or both, with or without DataParallel's "module." in front of
-    its names.
+    It is there bare, or under one or more of WRAPPERS, with or without "module." (DataParallel) and "_orig_mod."
+    (torch.compile) in front of some of its names.
     """
-    for name in ("model", "state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
-            content = content[name]
+    for _ in WRAPPERS:  # a file may hold itself
+        wrapped = [content[name] for name in WRAPPERS if name in content] if isinstance(content, Mapping) else []
+        content = next((inner for inner in wrapped if isinstance(inner, Mapping)), content)
     named = isinstance(content, Mapping) and bool(content) and all(isinstance(name, str) for name in content)
     if not named or not all(isinstance(value, Tensor) for value in content.values()):
         return None
-    return {name.removeprefix("module."): value for name, value in content.items()}
+    weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in content.items()}
+    # two tensors of one name would be a choice
+    return weights if len(weights) == len(content) else None
+
+
+def outline(state: Any) -> str:
+    """Hash what a checkpoint holds where: names, shapes and types of tensors, and all that is no tensor.
+
+    A file's own checksums are of its tensors' numbers; this tells whether somebody has changed the rest.
+    """
+    digest = hashlib.sha256()
+
+    def walk(value: Any) -> None:
+        if isinstance(value, Mapping):
+            parts: Any = [part for pair in value.items() for part in pair]
+        elif isinstance(value, (list, tuple)):
+            parts = value
+        elif isinstance(value, Tensor):
+            parts, value = (), f"{value.dtype} {tuple(value.shape)}"
+        else:
+            parts = ()
+        digest.update(f"{len(parts)} {'' if parts else repr(value)}\n".encode())
+        for part in parts:
+            walk(part)
+
+    walk(state)
+    return digest.hexdigest()[:16]
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -1,14 +1,19 @@
 """What a run measures and where it writes it."""
 
 import json
+import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 from torch import Tensor
 
+from ..errors import UserError
 from .checkpoint import write_text
 
 METRICS, GSNR = "metrics.jsonl", "gsnr.jsonl"
@@ -53,15 +58,15 @@ class RunLog:
             for name in (METRICS, GSNR)
         )
         self._write()
-        self._events = SummaryWriter(str(folder / "train.events"), purge_step=epoch + 1)
+        self._events = _Events(folder / "train.events", epoch + 1)
         # counted in iterations, so with a purge step of their own
-        self._window_events: SummaryWriter | None = None
+        self._window_events: _Events | None = None
 
     def add(self, record: dict[str, Any], windows: Sequence[dict[str, Any]] = ()) -> None:
         """Append one epoch's record, and those of its GSNR windows, and show their numbers in TensorBoard."""
         if windows and self._window_events is None:
             done = self.windows[-1]["iteration"] if self.windows else 0
-            self._window_events = SummaryWriter(str(self.folder / "gsnr.events"), purge_step=done + 1)
+            self._window_events = _Events(self.folder / "gsnr.events", done + 1)
         self.lines.append(record)
         self.windows += windows
         self._write()
@@ -74,12 +79,10 @@ class RunLog:
         if self._window_events is not None:
             self._window_events.close()
 
-    def _show(self, events: SummaryWriter, record: dict[str, Any], step: str) -> None:
+    def _show(self, events: Any, record: dict[str, Any], step: str) -> None:
         """Hand a record's numbers to TensorBoard and W&B. step: the entry that they are counted by."""
         numbers = [(name, value) for name, value in _numbers(record) if name != step]
-        for name, value in numbers:
-            events.add_scalar(name, value, record[step])
-        events.flush()
+        events.add(numbers, record[step])
         if self._wandb is not None:
             self._wandb.log(dict(numbers) | {step: record[step]})
 
@@ -88,6 +91,29 @@ class RunLog:
         if self.windows or (self.folder / GSNR).exists():
             write_text(self.folder / GSNR, _as_lines(self.windows))
         write_text(self.folder / "worklog.txt", "".join(map(_worklog, self.lines)))
+
+
+class _Events:
+    """A file of TensorBoard's events, without tensorboardX's thread, whose end on a full disk would be a hang.
+
+    purge: the step from which on TensorBoard is to hide what files before this one say.
+    """
+
+    def __init__(self, folder: Path, purge: int) -> None:
+        folder.mkdir(exist_ok=True)
+        self._writer = EventsWriter(str(folder / "events"))
+        self._write(step=purge, session_log=SessionLog(status=SessionLog.START))
+
+    def add(self, numbers: Sequence[tuple[str, float]], step: int) -> None:
+        for name, value in numbers:
+            self._write(step=step, summary=scalar(name, value))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _write(self, **content: Any) -> None:
+        self._writer.write_event(Event(wall_time=time.time(), **content))
 
 
 def _as_lines(records: Sequence[dict[str, Any]]) -> str:
@@ -105,11 +131,39 @@ def read_lines(folder: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def check_lines(folder: Path, epoch: int) -> None:
+    """Raise UserError if a run that goes on after so many epochs would lose the record of one of them."""
+    for name in (METRICS, GSNR):
+        try:
+            epochs = [line["epoch"] for line in read_lines(folder, name)]
+            whole = name == GSNR or epochs[:epoch] == list(range(1, epoch + 1))
+        except (ValueError, KeyError, TypeError):
+            whole = False
+        if not whole:
+            raise UserError(
+                f"{folder / name}: must hold the records of the {epoch} epochs that --resume goes on from; put it "
+                f"back, or start again with --overwrite"
+            )
+
+
 def weights_and_biases(folder: Path, cfg: Any) -> Any:
-    """Return the open run of W&B, or a new one."""
+    """Return the open run of W&B, or a new one; UserError if nobody is logged in, or it cannot be opened."""
     import wandb  # an extra: config.check has seen that it is there
 
-    return wandb.run or wandb.init(project=cfg.EXPERIMENT.PROJECT, name=folder.name, tags=cfg.EXPERIMENT.TAG.split(","))
+    if wandb.run:
+        return wandb.run
+    project, tags = cfg.EXPERIMENT.PROJECT, cfg.EXPERIMENT.TAG.split(",")
+    try:
+        # asked first, because init leaves a folder behind
+        if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.api.api_key:
+            raise ValueError("nobody is logged in")
+        return wandb.init(project=project, name=folder.name, tags=tags)
+    except Exception as error:  # its own errors have no common base
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"LOG.WANDB is True and Weights & Biases cannot be reached ({reason}); it must be False, or log in with "
+            f"`wandb login`, or set WANDB_MODE=offline"
+        ) from None
 
 
 def _numbers(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:

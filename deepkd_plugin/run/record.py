@@ -5,6 +5,7 @@ import json
 import platform
 import subprocess
 import time
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,27 +22,14 @@ FILE = "run.json"
 RECORDED = ("torch", "torchvision", "numpy", "pillow", "matplotlib", "yacs", "tensorboardX", "deepkd_plugin")
 """Distributions whose versions are written down."""
 
+BITWISE = ("device", "processor", "versions", "code")
+"""What must stay as it was for a run that goes on to end with the same weights."""
+
 PACKAGE = Path(__file__).parents[1]
 """The package's own folder, whose code is hashed."""
 
 APART = ("study/", "commands/", "detection/detectron2/merge.py")
 """Files and folders of the package that start runs and read what they left, and change nothing in them."""
-
-
-def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
-    """Raise UserError if a run cannot go on in its folder, or would end another one there."""
-    try:
-        latest = (folder / "latest").is_file()
-        holds_run = latest or (folder / FILE).exists()
-    except OSError as error:  # a name of many options is longer than a file system takes
-        raise UserError(f"{folder}: EXPERIMENT.NAME must be set to a shorter name ({error.strerror})") from None
-    if resume and not latest:
-        raise UserError(f"{folder}: --resume finds no checkpoint 'latest' there; leave it out to start the run")
-    if not resume and not overwrite and holds_run:
-        raise UserError(
-            f"{folder}: holds a run already; go on with --resume, start again with --overwrite "
-            f"(deepkd_plugin's launcher), or set EXPERIMENT.NAME"
-        )
 
 
 def prepare_folder(
@@ -53,16 +41,23 @@ def prepare_folder(
     teacher: str | None,
     teacher_acc: float | None,
     classes: dict[str, str],
+    changed: Mapping[str, Any] | None = None,
+    epoch: int = 0,
 ) -> None:
-    """Make a run's folder with its resolved config and run.json; a run that is started again is removed.
+    """Write a run's resolved config and run.json into its folder; of one that goes on, only a note into run.json.
 
     teacher, teacher_acc: the teacher's fingerprint and its top-1 in percent, None without one. classes: where
-    the code of student and distiller is from, which tells the host. Raises UserError if the folder cannot be written.
+    the code of student and distiller is from, which tells the host. changed: keys that a run goes on with other values
+    of, before and now; epoch: how many it has done. One that goes on takes the number of threads that it began with.
+    Raises UserError if the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        before = read_run(folder) if resume else {}
+        device.use_threads(before.get("threads"))
         machine = {
             "device": device.describe(torch_device),
+            "threads": torch.get_num_threads(),
             "processor": processor(),
             "python": platform.python_version(),
             "versions": {name: version_of(name) for name in RECORDED} | device.settings(torch_device),
@@ -72,29 +67,17 @@ def prepare_folder(
             "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
         if resume:
-            note(folder, {"resumed": [*read_run(folder).get("resumed", []), machine]})
+            others = [name for name in BITWISE if machine[name] != before.get(name)]
+            if others:
+                print(f"{folder}: goes on with another {', '.join(others)}: no longer bitwise the uninterrupted run")
+            session = machine | ({"changed": dict(changed), "after": epoch} if changed else {})
+            note(folder, {"resumed": [*before.get("resumed", []), session], "finished": False})
             return
-        for pattern in (
-            ".*.tmp",
-            "*.jsonl",
-            "worklog.txt",
-            "student_*",
-            "epoch_*",
-            "best",
-            "latest",
-            "train.events/*",
-            "gsnr.events/*",
-            "gsnr*.csv",
-            "gsnr.png",
-            "gsnr.svg",
-        ):
-            for path in folder.glob(pattern):
-                path.unlink()
-        text = cfg.dump()
-        checkpoint.write_whole(folder / "config.yaml", lambda file: file.write(text.encode()))
         run = {"command": command, "config_hash": config_hash(cfg), "seed": cfg.SOLVER.SEED}
         run |= {"teacher": teacher, "teacher_acc": teacher_acc, "minutes": 0.0, "finished": False}
+        # first, because it says whose the other files are
         write_run(folder, run | machine)
+        checkpoint.write_text(folder / "config.yaml", cfg.dump())
     except OSError as error:
         raise UserError(f"{folder}: LOG.PREFIX must name a folder that can be written ({error})") from None
 

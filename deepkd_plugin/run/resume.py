@@ -1,36 +1,168 @@
-"""The checkpoint that a run goes on from: read, and refused if it is another run's."""
+"""The checkpoint that a run goes on from: read, and refused if it is damaged, another run's or not whole."""
 
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from .. import config
 from ..errors import UserError
 from . import checkpoint
 
+FUTURE = (
+    *("SOLVER.LR", "SOLVER.MIN_LR", "SOLVER.LR_SCHEDULE", "SOLVER.LR_DECAY_STAGES", "SOLVER.LR_DECAY_RATE"),
+    *("SOLVER.EPOCHS", "DATASET.NUM_WORKERS"),
+)
+"""Keys that compute, and that --resume may change: they say how a run goes on, not what was done."""
 
-def read_state(path: Path, cfg: Any, teacher: str | None) -> dict[str, Any]:
-    """Read a trainer's checkpoint; UserError if it was written under another config or with another teacher.
+Changes = dict[str, list[Any]]
+"""Key -> its value before and now."""
 
-    teacher: the fingerprint of the teacher's weights, None without one.
+_SHAPE: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "epoch": ("a whole number from 1 on", lambda value: type(value) is int and value > 0),
+    "best_epoch": ("a whole number", lambda value: type(value) is int and value >= 0),
+    "best_acc": ("a finite number", lambda value: isinstance(value, (int, float)) and math.isfinite(value)),
+    "config": ("a mapping of config keys", lambda value: isinstance(value, Mapping)),
+    "model": ("a network's tensors by name", lambda value: checkpoint.network_weights(value) is not None),
+    "optimizer": ("an optimizer's state", lambda value: isinstance(value, Mapping)),
+    "teacher": ("a fingerprint or None", lambda value: value is None or isinstance(value, str)),
+}
+"""What every checkpoint of a trainer holds."""
+
+
+def read_state(folder: Path, cfg: Any, teacher: str | None) -> tuple[Path, dict[str, Any], Changes]:
+    """Read what a run in a folder goes on from: `latest`, or the newest whole checkpoint beside it if that is damaged.
+
+    Returns its file, its content, and which keys of FUTURE have changed. Raises UserError if there is none that is
+    whole, if an entry is missing or odd, and if it was written under another config or with another teacher. teacher:
+    the fingerprint of the teacher's weights, None without one.
     """
+    path = folder / "latest"
+    if not checkpoint.is_whole(path):
+        path = _newest_whole(folder)
     state = checkpoint.load(path, "--resume")
-    if not isinstance(state, dict) or "config" not in state:
+    if not isinstance(state, Mapping) or "config" not in state:
         raise UserError(f"{path}: --resume needs a checkpoint that this trainer wrote")
-    now, before = config.flatten(cfg), state["config"]
-    # of keys that are newer than the checkpoint
-    defaults = {key.path: key.default for key in config.all_keys()}
-    sections = {key.split(".")[0] for key in now}
-    for key in sorted(now.keys() | before.keys()):
-        if key not in now and (key.split(".")[0] not in sections or key.startswith("SOLVER.DECOUPLED.DELTA.")):
-            continue  # an extension's that this method has no use of, or it would be there
-        if key in config.REMOVED:
-            continue
-        was, value = before.get(key, defaults.get(key)), now.get(key)
-        if config.computes(key) and was != value:
-            raise UserError(f"{path}: --resume needs the run's own config: {key} was {was!r}, is {value!r}")
+    rest = {name: value for name, value in state.items() if name != "outline"}
+    if state.get("outline", whole := checkpoint.outline(rest)) != whole:
+        raise _odd(path, "it was changed since")
+    for name, (allowed, valid) in _SHAPE.items():
+        if name not in state or not valid(state[name]):
+            raise _odd(path, f"its entry {name!r} {'is not' if name in state else 'is missing; it must be'} {allowed}")
+    if not state["best_epoch"] <= state["epoch"]:
+        raise _odd(path, f"its best epoch is {state['best_epoch']}, and it ends with epoch {state['epoch']}")
+    changes = _changes(path, config.flatten(cfg), state["config"])
+    if state["epoch"] > cfg.SOLVER.EPOCHS:
+        raise UserError(
+            f"{path}: --resume finds {state['epoch']} epochs done; SOLVER.EPOCHS is {cfg.SOLVER.EPOCHS} and must be "
+            f"more"
+        )
     if state["teacher"] != teacher:
         raise UserError(
             f"{path}: --resume needs the run's own teacher: its weights had the fingerprint {state['teacher']}, "
             f"those of DISTILLER.TEACHER_WEIGHTS have {teacher}"
         )
-    return state
+    return path, dict(state), changes
+
+
+def take_up(path: Path, load: Callable[[Any], Any], part: str, state: Any) -> None:
+    """Let a part of a trainer load its state; UserError for one that it refuses, in whatever way."""
+    try:
+        load(state)
+    except Exception as error:  # what a file holds may be anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise _odd(path, f"its entry {part!r} cannot be taken up ({reason})") from None
+
+
+def check_model(path: Path, weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Raise UserError if a checkpoint's weights are not those of the networks that they are for."""
+    for name in weights.keys() | wanted.keys():
+        if name not in weights or name not in wanted:
+            raise _odd(path, f"its networks {'lack' if name in wanted else 'have an unknown'} {name}")
+        reason = checkpoint.unfit(weights[name], wanted[name])
+        if weights[name].shape != wanted[name].shape:
+            reason = f"has the shape {tuple(weights[name].shape)}, not {tuple(wanted[name].shape)}"
+        if reason:
+            raise _odd(path, f"its {name} {reason}")
+
+
+def check_optimizer(path: Path, optimizer: torch.optim.Optimizer, before: list[dict[str, Any]]) -> None:
+    """Raise UserError if an optimizer has taken up what the next step would stumble over, or compute something else by.
+
+    before: its parameter groups as the config made them. Learning rate and momenta may have moved since then.
+    """
+    for now, made in zip(optimizer.param_groups, before):
+        for name, value in made.items():
+            if name in ("params", "lr", "initial_lr", "momentum", "momentum_shares"):
+                continue
+            if type(now.get(name)) is not type(value) or now[name] != value:
+                raise _odd(path, f"its optimizer has {name} {_shown(now.get(name))}, the config {value!r}")
+        momenta = now["momentum"]
+        if momenta.keys() != made["momentum"].keys() or not all(
+            isinstance(m, float) and 0 <= m < 1 for m in momenta.values()
+        ):
+            raise _odd(path, f"its optimizer has the momenta {_shown(momenta)}")
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            for tensor in _tensors(optimizer.state.get(parameter, {})):
+                if tensor.shape != parameter.shape or not bool(torch.isfinite(tensor).all()):
+                    raise _odd(path, "its optimizer holds a buffer of another shape, or one that is not finite")
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]
+
+
+def _changes(path: Path, now: dict[str, Any], before: Mapping[str, Any]) -> Changes:
+    """Return the keys of FUTURE that have changed; UserError for another one that computes."""
+    # of keys that are newer than the checkpoint
+    defaults = {key.path: key.default for key in config.all_keys()}
+    sections = {key.split(".")[0] for key in now}
+    changes: Changes = {}
+    for key in sorted(now.keys() | set(map(str, before))):
+        if key not in now and (key.split(".")[0] not in sections or key.startswith("SOLVER.DECOUPLED.DELTA.")):
+            continue  # an extension's that this method has no use of, or it would be there
+        if key in config.REMOVED:
+            continue
+        was, value = before.get(key, defaults.get(key)), now.get(key)
+        if not config.computes(key) or (not isinstance(was, Tensor) and was == value):
+            continue
+        if key not in FUTURE:
+            raise UserError(f"{path}: --resume needs the run's own config: {key} was {_shown(was)}, is {value!r}")
+        changes[key] = [was, value]
+    return changes
+
+
+def _newest_whole(folder: Path) -> Path:
+    """Find the newest whole checkpoint beside a damaged `latest`; UserError without one."""
+    whole: dict[int, Path] = {}
+    for path in (*folder.glob("epoch_*"), folder / "best"):
+        if path.is_file() and checkpoint.is_whole(path):
+            state = checkpoint.load(path, "--resume")
+            if isinstance(state, Mapping) and type(state.get("epoch")) is int:
+                whole[state["epoch"]] = path
+    # `best` must be of what is gone on from: of an epoch that is dropped, it would stand for one that never was
+    if whole and folder / "best" in whole.values():
+        newest = whole[max(whole)]
+        print(f"{folder / 'latest'}: is damaged; going on from {newest.name}, epoch {max(whole)}")
+        return newest
+    raise UserError(
+        f"{folder / 'latest'}: is damaged, and neither is a whole 'best' beside it; start again with --overwrite"
+    )
+
+
+def _shown(value: Any) -> str:
+    return " ".join(repr(value).split())[:100]
+
+
+def _odd(path: Path, what: str) -> UserError:
+    return UserError(
+        f"{path}: --resume needs a checkpoint that this trainer wrote, and {what}; put a whole one in its place, or "
+        f"start again with --overwrite"
+    )

@@ -47,3 +47,12 @@ def set_rate(scheduler: LambdaLR, solver: Any, point: float) -> None:
 def make_scheduler(optimizer: Optimizer, solver: Any) -> LambdaLR:
     """Make a scheduler whose step() after an epoch sets the next one's rate."""
     return LambdaLR(optimizer, lambda done: lr_factor(solver, done + 1))
+
+
+def set_epoch(scheduler: LambdaLR, solver: Any, epoch: int) -> None:
+    """Set the rate that follows so many epochs, as stepping does: it follows from the config alone."""
+    scheduler.last_epoch = epoch
+    scheduler.base_lrs = [solver.LR for _ in scheduler.base_lrs]
+    scheduler._last_lr = [solver.LR * lr_factor(solver, epoch + 1) for _ in scheduler.base_lrs]
+    for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr):
+        group["initial_lr"], group["lr"] = solver.LR, rate

@@ -15,7 +15,7 @@ from .. import data
 from ..data.draws import view_count, view_index
 from ..errors import UserError
 from .lookup import FOLDER, TeacherLogits, check_teacher
-from .table import SUFFIX, Key
+from .table import SUFFIX, Damaged, Key, Table, gigabytes
 
 
 def open_logits(cfg: Any, teacher: nn.Module, fingerprint: str, samples: Dataset, image: Any) -> TeacherLogits:
@@ -86,3 +86,19 @@ def _fingerprint(images: Any, chosen: np.ndarray) -> str:
     for start in range(0, len(chosen), 1000):
         digest.update(images.pixels(chosen[start : start + 1000]))
     return digest.hexdigest()[:16]
+
+
+def describe(path: Path) -> str:
+    """Say in a line what a file of a folder of tables is, how large, and how full."""
+    size = path.stat()
+    try:
+        table = Table.open(path)
+    except (Damaged, UserError) as error:
+        return str(error)
+    key, share = table.key, table.share()
+    table.close()
+    return (
+        f"{path}: {key.dataset}, {key.network} {key.teacher} in {key.precision}, {key.count:,} images x {key.views} "
+        f"views x {key.classes} classes in {key.dtype}; about {share:.0%} filled, {gigabytes(size.st_blocks * 512)} "
+        f"of {gigabytes(key.size)}"
+    )

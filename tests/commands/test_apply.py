@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
+import small
 
 from deepkd_plugin.commands import apply
 from deepkd_plugin.commands.cli import main
@@ -322,6 +324,71 @@ def test_what_lies_behind_a_link_is_not_removed(fake, deepkd, tmp_path):
     assert all((tmp_path / name).exists() for name in CONFIGS)
     linked = [name for name in CONFIGS if Path(name).parts[1] == top]
     assert [name for name in CONFIGS if (fake / name).exists()] == linked
+
+
+@pytest.mark.parametrize("name", ["configs", "configs/glyphs100", "detection/configs"])
+def test_nothing_is_written_through_a_link(fake, deepkd, tmp_path, name):
+    (tmp_path / "elsewhere").mkdir()
+    if (fake / name).exists():
+        shutil.rmtree(fake / name)
+    (fake / name).symlink_to(tmp_path / "elsewhere")
+    before = tree(fake)
+    for flags in ([], ["--check"]):
+        code, _, err = deepkd(fake, *flags)
+        assert code == 2
+        assert f"{fake / name}: is a link, and nothing was changed; the configs go into the checkout alone" in err
+    assert deepkd(fake, "--revert")[0] == 0
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    assert tree(fake) == before
+
+
+@pytest.mark.parametrize("flags", [[], ["--check"], ["--revert"]])
+def test_links_in_a_circle_and_names_that_are_too_long(fake, deepkd, tmp_path, flags):
+    shutil.rmtree(fake / "configs")
+    (fake / "configs").symlink_to(fake / "other")
+    (fake / "other").symlink_to(fake / "configs")
+    before = sorted(os.listdir(fake))
+    code, _, err = deepkd(fake, *flags)
+    assert code in (0, 2)
+    assert "Traceback" not in err
+    assert sorted(os.listdir(fake)) == before
+    (tmp_path / "round").symlink_to(tmp_path / "round")
+    assert deepkd(tmp_path / "round", *flags)[0] == 2
+    assert deepkd(tmp_path / ("x" * 300), *flags)[0] == 2
+    assert deepkd(tmp_path / "/".join(["x" * 200] * 30), *flags)[0] == 2
+
+
+@pytest.mark.parametrize("flags", [[], ["--revert"]])
+def test_what_a_killed_call_left_is_removed(fake, deepkd, flags):
+    """Its temporary files and empty folders; those of a call at work and of others stay."""
+    before = tree(fake)
+    folder = (fake / CONFIGS[0]).parent
+    for path in (fake / "tools/.train.py.999999999.tmp", folder / f".{Path(CONFIGS[0]).name}.999999999.tmp"):
+        put(path, b"half")
+    kept = [fake / f"tools/.train.py.{os.getppid()}.tmp", fake / "tools/.theirs.py.999999999.tmp"]
+    for path in kept:
+        put(path, b"")
+    assert deepkd(fake, *flags)[0] == 0
+    assert {path for path in fake.rglob(".*.tmp")} == set(kept)
+    for path in kept:
+        path.unlink()
+    deepkd(fake, "--revert")
+    assert tree(fake) == before
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_call_that_is_killed_anywhere_is_undone(fake, deepkd):
+    """Each write and each new folder is such a place; --revert then leaves nothing."""
+    before = tree(fake)
+    for number in range(1, 400, 11):
+        code, *_ = small.command(lambda: apply.apply(fake), partial(small.kill_at, number))
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        assert deepkd(fake, "--revert")[0] == 0
+        assert tree(fake) == before
+    assert number > 100
 
 
 def test_the_plugin_s_own_configs_are_never_removed(fake, deepkd, monkeypatch):

@@ -262,3 +262,9 @@ def test_the_words_of_a_table_go_where_they_belong(monkeypatch, words, expected)
     assert cli.main(["reproduce", *words.split()]) == 1
     assert vars(asked[0]).items() >= expected.items()
     assert asked[0].command == f"deepkd reproduce {words}"
+
+
+def test_a_table_is_made_by_one_process(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["reproduce", "glyphs100", "--dry-run"]) == 2
+    assert "WORLD_SIZE is 2" in capsys.readouterr().err

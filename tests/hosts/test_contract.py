@@ -329,6 +329,7 @@ def test_a_run_of_mdistillers_trainers_is_not_overwritten(train, mdistiller, mon
 def test_wandb_where_a_config_asks_for_it(train, mdistiller, monkeypatch, cfg_options, trainer):
     calls = []
     fake = types.SimpleNamespace(run=None, log=lambda values: calls.append(("log", values)))
+    fake.api = types.SimpleNamespace(api_key="key")
 
     def init(**arguments):
         calls.append(("init", arguments))

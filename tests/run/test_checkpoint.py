@@ -1,6 +1,11 @@
+import errno
+import hashlib
+import io
+import math
 import os
 import pickle
 import signal
+import zipfile
 
 import numpy as np
 import pytest
@@ -23,6 +28,12 @@ def network(classes=10, width=4):
         lambda s: {"model": s},
         lambda s: {"state_dict": s, "epoch": 3},
         lambda s: {"model": {f"module.{k}": v for k, v in s.items()}, "best_acc": 71.5},
+        lambda s: {"model_state_dict": s, "optimizer_state_dict": {"state": {}}},
+        lambda s: {"net": s, "acc": 1.0},
+        lambda s: {"state_dict": {"model": s}},
+        lambda s: {f"_orig_mod.{k}": v for k, v in s.items()},
+        lambda s: {f"{('module.', '_orig_mod.module.', '')[i % 3]}{k}": v for i, (k, v) in enumerate(s.items())},
+        lambda s: {k: v for k, v in s.items() if "num_batches" not in k},
     ],
 )
 def test_weights_load_from_every_usual_layout(tmp_path, wrap):
@@ -31,6 +42,105 @@ def test_weights_load_from_every_usual_layout(tmp_path, wrap):
     checkpoint.load_weights(target, tmp_path / "w.pt", "KEY", "net")
     for name, value in source.state_dict().items():
         assert torch.equal(value, target.state_dict()[name])
+
+
+def test_two_tensors_of_one_name_are_no_network(tmp_path):
+    whole = network().state_dict()
+    refused(tmp_path, whole | {"module.0.bias": torch.zeros(4)}, "must hold a network's state dictionary")
+    around = {}
+    around["model"] = around
+    refused(tmp_path, around, "holds a mapping with model")
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (lambda: torch.full((4, 3), math.nan), "0.weight holds NaN or an infinite number"),
+        (lambda: torch.full((4, 3), -math.inf), "0.weight holds NaN or an infinite number"),
+        (lambda: torch.zeros(4, 3).to_sparse(), "0.weight is a sparse or nested tensor"),
+        (lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]), "0.weight is a sparse or nested tensor"),
+        (lambda: torch.quantize_per_tensor(torch.zeros(4, 3), 0.1, 0, torch.qint8), "0.weight is of torch.qint8"),
+        (lambda: torch.zeros(4, 3, dtype=torch.complex64), "0.weight is of torch.complex64"),
+        (lambda: torch.zeros(4, 3, dtype=torch.int8), "0.weight is of torch.int8, not of floating point"),
+        (lambda: torch.zeros(4, 3, device="meta"), "0.weight holds nothing"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_that_are_no_weights(tmp_path, value, reason):
+    refused(tmp_path, network().state_dict() | {"0.weight": value()}, reason)
+
+
+def test_half_precision_is_read(tmp_path):
+    torch.save(network().half().state_dict(), tmp_path / "w.pt")
+    checkpoint.load_weights(network(), tmp_path / "w.pt", "KEY", "net")
+
+
+@pytest.mark.parametrize(("name", "student"), [("best", "student_best"), ("epoch_40", "student_40")])
+def test_a_trainer_s_state_names_the_student_s_file(tmp_path, name, student):
+    content = {"model": {f"student.{k}": v for k, v in network().state_dict().items()}, "config": {}, "epoch": 3}
+    torch.save(content, tmp_path / name)
+    with pytest.raises(UserError, match=f"holds a trainer's state; use {student}, which is beside it"):
+        checkpoint.load_weights(network(), tmp_path / name, "-c", "net")
+
+
+def test_one_flipped_bit_is_found(tmp_path):
+    """In any tensor, anywhere."""
+    torch.save({"model": network(width=64).state_dict()}, tmp_path / "w.pt")
+    raw = (tmp_path / "w.pt").read_bytes()
+    with zipfile.ZipFile(tmp_path / "w.pt") as archive:
+        entries = [(entry.header_offset + 64, entry.file_size) for entry in archive.infolist() if entry.file_size > 64]
+    assert len(entries) > 5
+    for start, size in entries:
+        flipped = bytearray(raw)
+        flipped[start + size // 2] ^= 4
+        refused(tmp_path, None, r"names a damaged file \(its entry \S+ has another checksum", raw=bytes(flipped))
+
+
+def test_an_older_file_is_held_against_the_hash_in_its_name(tmp_path):
+    torch.save(network().state_dict(), tmp_path / "w.pth", _use_new_zipfile_serialization=False)
+    raw = (tmp_path / "w.pth").read_bytes()
+    whole = tmp_path / f"net-{hashlib.sha256(raw).hexdigest()[:8]}.pth"
+    whole.write_bytes(raw)
+    checkpoint.load_weights(network(), whole, "KEY", "net")
+    whole.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    with pytest.raises(UserError, match="names a damaged file .its hash is "):
+        checkpoint.load_weights(network(), whole, "KEY", "net")
+
+
+def test_a_full_disk_is_an_error_of_the_system(tmp_path):
+    """torch hides it behind one of its own."""
+
+    class Full(io.RawIOBase):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.write_state({"a": torch.zeros(10_000)}, Full())
+
+
+def test_temporary_files_are_known_by_their_names(tmp_path):
+    for name in (".latest.12.tmp", ".a.b.7.tmp", "latest", ".latest.tmp", "x.12.tmp"):
+        (tmp_path / name).touch()
+    assert sorted(checkpoint.temporaries(tmp_path)) == [
+        (tmp_path / ".a.b.7.tmp", "a.b", 7),
+        (tmp_path / ".latest.12.tmp", "latest", 12),
+    ]
+    assert checkpoint.temporaries(tmp_path / "nowhere") == []
+    assert checkpoint.is_running(os.getpid())
+
+
+def test_an_outline_is_of_all_but_the_numbers_of_tensors():
+    state = {"a": [1, {"b": torch.zeros(2)}], "c": (0.5, "x", None)}
+    same = {"a": [1, {"b": torch.ones(2)}], "c": (0.5, "x", None)}
+    assert checkpoint.outline(state) == checkpoint.outline(same)
+    others = [
+        {"a": [1, {"b": torch.zeros(3)}], "c": (0.5, "x", None)},
+        {"a": [1, {"b": torch.zeros(2).double()}], "c": (0.5, "x", None)},
+        {"a": [2, {"b": torch.zeros(2)}], "c": (0.5, "x", None)},
+        {"a": [1, {"b_": torch.zeros(2)}], "c": (0.5, "x", None)},
+        {"a": [1, {}], "c": (0.5, "x", None)},
+    ]
+    assert len({checkpoint.outline(one) for one in [state, *others]}) == 6
 
 
 @pytest.mark.parametrize("place", ["numpy.core.multiarray", "numpy._core.multiarray"])
@@ -82,7 +192,14 @@ def test_files_that_are_something_else(tmp_path):
         refused(tmp_path, None, "this file is not one", raw=text)
     whole = tmp_path / "whole.pt"
     torch.save(network().state_dict(), whole)
-    refused(tmp_path, None, "this file is not one", raw=whole.read_bytes()[:600])
+    refused(tmp_path, None, r"names a damaged file \(it ends too early\)", raw=whole.read_bytes()[:600])
+
+
+def test_an_archive_that_would_grow_is_refused_before_it_is_unpacked(tmp_path):
+    """torch packs nothing; a few kB of zeros that are packed can be many GB."""
+    with zipfile.ZipFile(tmp_path / "w.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("w/data/0", bytes(10**7))
+    refused(tmp_path, None, r"names a damaged file \(its entry w/data/0 is packed\)", raw=False)
 
 
 def test_weights_of_another_network_or_class_count(tmp_path):

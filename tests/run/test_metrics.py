@@ -5,11 +5,14 @@ import struct
 import sys
 import types
 
+import pytest
+import small
 import torch
 from tensorboardX.proto.event_pb2 import Event
 
 from deepkd_plugin.accuracy import correct
-from deepkd_plugin.run.metrics import GSNR, METRICS, RunLog, Sums, read_lines, read_metrics
+from deepkd_plugin.errors import UserError
+from deepkd_plugin.run.metrics import GSNR, METRICS, RunLog, Sums, read_lines, read_metrics, weights_and_biases
 
 
 def test_sums_are_weighted_by_samples():
@@ -148,3 +151,30 @@ def test_windows_go_to_weights_and_biases_too(tmp_path, monkeypatch):
         "iteration": 10, "samples": 4, "gsnr/tog/ratio": 0.05, "gsnr/tog/missing": 3, "gsnr/tcg/missing": 9,
     }  # fmt: skip
     assert sent[1]["epoch"] == 2
+
+
+@pytest.mark.parametrize("fault", ["no login", "no network"])
+def test_weights_and_biases_that_cannot_be_reached_leave_nothing(tmp_path, monkeypatch, fault):
+    def init(**named):
+        assert fault == "no network"
+        raise RuntimeError("cannot\nconnect")
+
+    api = types.SimpleNamespace(api_key=None if fault == "no login" else "key")
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(run=None, api=api, init=init))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    cfg = small.config(tmp_path / "output")
+    cfg.LOG.WANDB = True
+    reason = "nobody is logged in" if fault == "no login" else "cannot connect"
+    with pytest.raises(
+        UserError, match=f"LOG.WANDB is True and Weights & Biases cannot be reached .{reason}.; it must"
+    ):
+        small.train(cfg)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_login_runs_can_be_kept_offline(tmp_path, monkeypatch):
+    opened = types.SimpleNamespace(log=lambda numbers: None)
+    fake = types.SimpleNamespace(run=None, api=types.SimpleNamespace(api_key=None), init=lambda **named: opened)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert weights_and_biases(tmp_path, small.config(tmp_path)) is opened

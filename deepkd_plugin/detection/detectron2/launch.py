@@ -1,10 +1,11 @@
 """What mdistiller's detection/train_net.py runs after `deepkd apply`, with detectron2's own arguments."""
 
+import contextlib
 import os
 import shlex
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,23 @@ import yaml
 from ... import device
 from ...config.tree import flatten, get, wrong
 from ...errors import UserError, shown
-from ...run import record
+from ...run import folder as run_folder
+from ...run import lock, record
 from ...terminal import Stopped, exit_code, guarded
 from . import SCRIPT, locate, require
 
 DATASETS = "DETECTRON2_DATASETS"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Train or test the detector of a config. Returns the exit code (2: a mistake of the user)."""
-    return guarded(lambda: _main(list(sys.argv[1:] if argv is None else argv)))
+def main(argv: Sequence[str] | None = None, overwrite: bool = False) -> int:
+    """Train or test the detector of a config. Returns the exit code (2: a mistake of the user).
+
+    overwrite: start again over a run that is in OUTPUT_DIR, which is no option of detectron2's.
+    """
+    return guarded(lambda: _main(list(sys.argv[1:] if argv is None else argv), overwrite))
 
 
-def _main(words: list[str]) -> None:
+def _main(words: list[str], overwrite: bool) -> None:
     root = locate()
     find_datasets(root)
     require(root)
@@ -33,18 +38,18 @@ def _main(words: list[str]) -> None:
     from torch.multiprocessing import ProcessRaisedException
 
     parser = default_argument_parser()
-    parser.prog = SCRIPT
+    parser.prog, parser.allow_abbrev = SCRIPT, False
     args = parser.parse_args(words)
     args.command = shlex.join(["python", SCRIPT, *words])
     args.again = shlex.join(["python", SCRIPT, "--resume", *(word for word in words if word != "--resume")])
     args.root = str(root)
     args.config_file = str(find_file(args.config_file, root, "command line: --config-file"))
     cfg = read_config(args)  # here too, so that a mistake ends one process in one line
-    if not args.eval_only:
-        check_folder(cfg, args.resume)
     several = (args.num_machines, args.machine_rank, args.dist_url)
+    trains = not args.eval_only and args.machine_rank == 0
     try:
-        launch(work, args.num_gpus, *several, args=(args,))
+        with held(cfg, args.resume, overwrite) if trains else contextlib.nullcontext():
+            launch(work, args.num_gpus, *several, args=(args,))
     except ProcessRaisedException as error:
         if "UserError: " in str(error):
             raise UserError(str(error)) from None
@@ -103,6 +108,22 @@ def read_config(args: Namespace) -> Any:
         cfg.MODEL.WEIGHTS = str(_find_weights(cfg, origin, Path(args.root)))
     cfg.freeze()
     return cfg
+
+
+@contextlib.contextmanager
+def held(cfg: Any, resume: bool, overwrite: bool) -> Iterator[None]:
+    """Be the only process in OUTPUT_DIR, as run.folder.held, and set aside a run that starts again there."""
+    folder = Path(cfg.OUTPUT_DIR)
+    with lock.ours(folder):
+        run_folder.settle(folder)
+        if not overwrite:
+            check_folder(cfg, resume)
+        if not (resume and (folder / "last_checkpoint").is_file()):
+            run_folder.set_aside(folder)
+        try:
+            yield
+        finally:
+            run_folder.settle(folder)
 
 
 def check_folder(cfg: Any, resume: bool) -> None:

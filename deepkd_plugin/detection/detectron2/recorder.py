@@ -13,6 +13,7 @@ from detectron2.utils import comm
 
 from ... import config
 from ...run import checkpoint, record
+from ...run import folder as run_folder
 from ...run.metrics import RunLog, read_metrics
 
 HOW = (
@@ -92,6 +93,7 @@ class Recorder(HookBase):
         entry |= {} if k is None else {"top_k": k}
         self.log.add(entry | average_precisions(getattr(trainer, "_last_eval_results", None)))
         self._add_minutes()
+        run_folder.settle_new(self.folder)
         tested = [line for line in self.log.lines if "test_ap" in line]
         if tested:
             best = max(tested, key=lambda line: line["test_ap"])

@@ -107,11 +107,8 @@ class Detectron2(Kind):
     def train(self, file: str, resume: bool, options: Sequence[str]) -> int:
         from ...detection.detectron2 import launch
 
-        if not resume:  # what is left there is of no use, which runs.state has seen
-            folder = Path(dict(zip(options[::2], options[1::2]))["OUTPUT_DIR"])
-            for name in (self.checkpoint, "run.json"):
-                (folder / name).unlink(missing_ok=True)
-        return launch.main(self.words(file, resume, options))
+        # what is there is to be made anew, which runs.state has seen
+        return launch.main(self.words(file, resume, options), overwrite=not resume)
 
     def _launch(self) -> Any:
         """Import the launcher, with detectron2 and mdistiller's checkout; UserError if one is missing."""

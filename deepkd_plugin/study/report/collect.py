@@ -146,6 +146,11 @@ def read_record(run: Run) -> Record | LeftOut:
     if about["config_hash"] != run.hash:
         reason = f"made under another config: its hash is {about['config_hash']}, the plan's {run.hash}"
         return LeftOut(run, OTHER_CONFIG, reason)
+    for session in about.get("resumed", ()):
+        if changed := session.get("changed"):
+            key, (was, now) = next(iter(changed.items()))
+            reason = f"went on after {measures.step} {session['after']} under another config: {key} {was}, then {now}"
+            return LeftOut(run, OTHER_CONFIG, reason)
     if not about["finished"]:
         metrics = run.folder / METRICS
         done = len(metrics.read_bytes().splitlines()) if metrics.exists() else 0

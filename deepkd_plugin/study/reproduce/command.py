@@ -12,13 +12,14 @@ from typing import Any
 from ... import device
 from ...errors import UserError
 from ...run import record
+from ...run.lock import locked
 from ...terminal import Stopped, exit_code
 from ..shared import cores, count
 from ..table import Run
 from . import reuse, tables
 from .estimate import Estimate, estimate
 from .plan import Plan, make_plan, problems, with_teachers
-from .runs import locked, state
+from .runs import state
 
 DONE = {"finished": "finished", "elsewhere": "to take over", "resumable": "to go on with", "new": "new"}
 """States of a run, in words."""

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ...errors import UserError
-from ...run import record
+from ...run import folder as run_folder
+from ...run import lock, record
+from ...run.lock import HeldError, locked
 from ..table import Run, Table
 from .plan import is_taught
-from .runs import HeldError, OtherCodeError, locked, state
+from .runs import OtherCodeError, state
 
 
 class Other(NamedTuple):
@@ -63,25 +65,25 @@ def usable(runs: Sequence[Run], others: Mapping[Path, Sequence[Other]], code: st
 def take_over(run: Run, other: Other, code: str) -> None:
     """Copy another table's run into a run's folder, in place of what is there, unless either has changed meanwhile.
 
-    run.json, which says that a run is finished, goes first and comes last, and says where it is from (`taken_from`).
+    run.json, which says that a run is finished, comes last, and says where it is from (`taken_from`).
     A run that another process is training is left to it. Raises UserError if the files cannot be copied.
     """
     with contextlib.suppress(HeldError), locked(run.folder):
         if state(run, True, code) == "finished" or not _fits(run, other.folder, code):
             return
+        run_folder.settle(run.folder)
+        run_folder.check(run.folder, resume=False, overwrite=True)
         theirs = record.read_run(other.folder)
         try:
-            (run.folder / record.FILE).unlink(missing_ok=True)
-            for path in run.folder.iterdir():
-                if path.is_dir():
-                    shutil.rmtree(path)
-                elif path.name != "lock":
-                    path.unlink()
-            ignored = shutil.ignore_patterns("lock", record.FILE, ".*.tmp")
+            run_folder.set_aside(run.folder)
+            record.write_run(run.folder, {run_folder.COPYING: True, "config_hash": run.hash, "finished": False})
+            ignored = shutil.ignore_patterns(lock.FILE, run_folder.REPLACED, record.FILE, ".*.tmp")
             shutil.copytree(other.folder, run.folder, ignore=ignored, dirs_exist_ok=True)
             record.write_run(run.folder, {"taken_from": other.name} | theirs)
         except OSError as error:  # shutil's own among them
             raise UserError(f"{other.folder}: its files cannot be copied to {run.folder} ({error})") from None
+        finally:
+            run_folder.settle(run.folder)
 
 
 def _fits(run: Run, folder: Path, code: str) -> bool:

@@ -1,18 +1,16 @@
 """The runs of a table as processes: what is left of each on disk, N of them side by side, what failed."""
 
 import contextlib
-import fcntl
 import json
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +18,9 @@ from typing import Literal
 
 from ... import device
 from ...errors import UserError
-from ...run import record
+from ...run import checkpoint, record
+from ...run import folder as run_folder
+from ...run.lock import locked, sign
 from ..kinds import KINDS
 from ..shared import cores, threads
 from ..table import Run
@@ -43,10 +43,6 @@ GRACE = 30.0
 
 TAIL = 10
 """Lines of a log that a failure shows."""
-
-
-class HeldError(UserError):
-    """Another process is at work in a folder."""
 
 
 class OtherCodeError(UserError):
@@ -82,11 +78,17 @@ def state(run: Run, overwrite: bool = False, code: str | None = None) -> State:
 
     Raises OtherCodeError, a UserError, for a result or a checkpoint of other code than `code`, by default
     record.code_hash(), whose numbers must not share a cell with ours, and for those of another config or teacher.
-    overwrite: such a run is "new".
+    overwrite: such a run is "new", and so is one whose checkpoint is damaged. Raises UserError for a checkpoint that no
+    run.json vouches for.
     """
-    left = record.find_run(run.folder)
+    left, goes_on = run_folder.left(run.folder, KINDS[run.kind].checkpoint)
     finished = left.get("finished")
-    if not finished and not (left and (run.folder / KINDS[run.kind].checkpoint).is_file()):
+    if goes_on and not left:
+        raise UserError(
+            f"{run.folder}: holds a checkpoint, and its {record.FILE} is empty or missing; put that back, or move the "
+            f"folder away, so that the run can be made anew"
+        )
+    if not finished and not goes_on:
         return "new"
     code = code or record.code_hash()
     codes = {left.get("code"), *(session.get("code") for session in left.get("resumed", []))}
@@ -95,42 +97,22 @@ def state(run: Run, overwrite: bool = False, code: str | None = None) -> State:
         mixes = f"was made by other code ({others}; now {code})"
     elif left.get("config_hash") != run.hash:
         mixes = f"was made under another config ({left.get('config_hash')}; planned {run.hash})"
+    elif changed := [key for session in left.get("resumed", []) for key in session.get("changed", ())]:
+        mixes = f"went on under another config ({', '.join(changed)})"
     elif run.teacher is not None and left.get("teacher") != run.teacher:
         mixes = f"was taught by another teacher (its weights were {left.get('teacher')}, now {run.teacher})"
+    elif finished:
+        return "finished"
     else:
-        return "finished" if finished else "resumable"
+        latest = run.folder / KINDS[run.kind].checkpoint
+        ours = KINDS[run.kind].checkpoint == run_folder.CHECKPOINTS[0]  # detectron2's names another file
+        return "new" if overwrite and ours and not checkpoint.is_whole(latest) else "resumable"
     if overwrite:
         return "new"
     raise OtherCodeError(
         f"{run.folder}: the run there {mixes}, and a table must not mix them; give another --out, or "
         f"--overwrite, which makes such runs anew"
     )
-
-
-@contextlib.contextmanager
-def locked(folder: Path, deadline: float = 0.0) -> Iterator[int]:
-    """Be the only process in a folder, made if needed, as its file `lock` tells; yields that file's descriptor.
-
-    The lock is kept until every copy of the descriptor is closed: it goes with the process, however that ends. Raises
-    HeldError if another process has it and keeps it until the deadline (time.monotonic).
-    """
-    path = folder / "lock"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: must be a folder that can be written ({error.strerror})") from None
-    with contextlib.ExitStack() as stack:
-        try:
-            lock = stack.enter_context(open(path, "a+b", buffering=0)).fileno()
-            while not _take(lock):
-                if time.monotonic() >= deadline:
-                    holder = os.pread(lock, 200, 0).decode(errors="replace").strip() or "another process"
-                    raise HeldError(f"{folder}: {holder} is at work there; call again when it has ended")
-                time.sleep(0.1)
-        except OSError as error:
-            raise UserError(f"{path}: must be a file that can be locked ({error.strerror})") from None
-        _sign(lock, os.getpid())
-        yield lock
 
 
 def execute(
@@ -260,6 +242,7 @@ class _Crew:
         """
         # the process has the lock, too, for as long as it lives
         with locked(run.folder, time.monotonic() + (PATIENCE if attempt > 1 else 0.0)) as lock:
+            run_folder.settle(run.folder)
             before = state(run, self.overwrite, self.code)
             if before == "finished":
                 self.finished(run)
@@ -284,7 +267,8 @@ class _Crew:
                 )
                 self.processes.add(process)
                 self.display.started(run, resume)
-                _sign(lock, process.pid)
+                with contextlib.suppress(OSError):
+                    sign(lock, process.pid)
                 return process, log.tell()
 
     def environment(self, slot: int) -> dict[str, str]:
@@ -320,19 +304,3 @@ def _last_lines(log: Path, start: int) -> tuple[str, ...]:
         file.seek(max(start, file.seek(0, os.SEEK_END) - 20_000))
         lines = file.read().decode(errors="replace").splitlines()
     return tuple(line for line in lines if line.strip())[-TAIL:]
-
-
-def _take(lock: int) -> bool:
-    """Lock a file unless another process has; tells whether."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _sign(lock: int, pid: int) -> None:
-    """Say in a lock which process has it."""
-    with contextlib.suppress(OSError):  # it is only for a message
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"process {pid} on {socket.gethostname()}\n".encode(), 0)

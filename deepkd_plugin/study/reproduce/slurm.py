@@ -7,8 +7,9 @@ from typing import Any
 
 from ...errors import UserError
 from ...run import record
+from ...run.lock import HeldError
 from ..table import Run
-from .runs import WORKER, Failure, HeldError, execute, state
+from .runs import WORKER, Failure, execute, state
 
 TIMEOUTS = 100
 """How often a job whose time is up is queued again; it goes on from its run's checkpoint."""

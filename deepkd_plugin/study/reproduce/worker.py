@@ -10,6 +10,7 @@ from pathlib import Path
 from ...errors import UserError
 from ...hosts.registry import find_host
 from ...run import record
+from ...run.lock import keep
 from ...terminal import guarded
 from ..kinds import KINDS
 from ..kinds.kind import Kind
@@ -42,12 +43,6 @@ def check(code: str, planned: str, kind: Kind, words: Sequence[str]) -> None:
             f"{file}: its config was changed since the table was started: its hash was {planned}, is {resolved} "
             f"on the host {find_host().name}"
         )
-
-
-def keep(lock: int) -> None:
-    """Hold a lock in this process only: a loader's workers may outlive it for a while."""
-    os.set_inheritable(lock, False)
-    os.register_at_fork(after_in_child=lambda: os.close(lock))
 
 
 def end_with(parent: int) -> None:

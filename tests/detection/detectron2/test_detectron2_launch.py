@@ -146,6 +146,34 @@ def test_an_interruption_says_how_to_go_on(train_net, monkeypatch, period):
     assert (resume if period == "1" else expected) in line
 
 
+def test_a_run_that_is_made_anew_is_kept_until_the_new_one_has_finished(train_net, tmp_path, monkeypatch):
+    """`reproduce --overwrite` asks for it; detectron2's command line has no such flag."""
+    folder = tmp_path / "output"
+    pairs = ("SOLVER.MAX_ITER", "4", "SOLVER.STEPS", "(2,)", "TEST.EVAL_PERIOD", "0", "OUTPUT_DIR", str(folder))
+    assert train_net("DeepKD-R18-R101", *pairs)[0] == 0
+
+    def names():
+        return {path.name.partition(".tfevents.")[0] for path in folder.iterdir()}  # the rest is a time
+
+    old = names()
+    before = (folder / "run.json").read_bytes()
+    main = launch.main
+    monkeypatch.setattr(launch, "main", lambda words: main(words, overwrite=True))
+
+    def fail(*arguments):
+        assert (folder / "replaced" / "run.json").read_bytes() == before
+        raise UserError("no start file")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "work", fail)
+        assert train_net("DeepKD-R18-R101", *pairs) == (2, "no start file\n")
+    assert names() == old
+    assert (folder / "run.json").read_bytes() == before
+    assert train_net("DeepKD-R18-R101", *pairs)[0] == 0
+    assert (folder / "run.json").read_bytes() != before
+    assert names() == old
+
+
 def test_a_student_alone_can_be_tested(train_net, make_trainer, tmp_path):
     weights = make_trainer("DeepKD-R18-R101").model.state_dict()
     student = {name: tensor for name, tensor in weights.items() if not name.startswith("teacher.")}

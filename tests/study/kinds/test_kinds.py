@@ -290,19 +290,16 @@ def test_every_row_of_coco_has_a_shipped_config_for_every_pair():
             assert (folder / f"{method.config.format(called)}.yaml").is_file()
 
 
-def test_a_start_anew_forgets_the_checkpoint_of_the_run_before(tmp_path, monkeypatch):
+def test_a_start_anew_goes_over_the_run_that_is_there(tmp_path, monkeypatch):
     from deepkd_plugin.detection.detectron2 import launch
 
     said = []
-    monkeypatch.setattr(launch, "main", lambda words: said.append(words) or 0)
-    (tmp_path / "last_checkpoint").touch()
+    monkeypatch.setattr(launch, "main", lambda words, overwrite: said.append((shlex.join(words), overwrite)) or 0)
     options = ["SEED", "1", "OUTPUT_DIR", str(tmp_path)]
     assert DETECTRON2.train("a.yaml", True, options) == 0
-    assert (tmp_path / "last_checkpoint").exists()
     assert DETECTRON2.train("a.yaml", False, options) == 0
-    assert not (tmp_path / "last_checkpoint").exists()
     start = f"--config-file a.yaml --resume SEED 1 OUTPUT_DIR {tmp_path}"
-    assert [shlex.join(words) for words in said] == [start, start.replace("--resume ", "")]
+    assert said == [(start, False), (start.replace("--resume ", ""), True)]
 
 
 @pytest.fixture

@@ -128,6 +128,16 @@ def test_a_run_resumed_by_the_same_code_counts(folder):
     assert ("kd", 0) in counted(folder)
 
 
+def test_a_run_that_went_on_under_another_config_is_left_out(folder):
+    session = {"code": CODE, "changed": {"SOLVER.LR": [0.2, 0.1]}, "after": 2}
+    change(run_folder(folder) / "run.json", {"resumed": [session]})
+
+    assert reasons(folder)["kd", 0] == (
+        "other config",
+        "went on after epoch 2 under another config: SOLVER.LR 0.2, then 0.1",
+    )
+
+
 def test_a_run_that_does_not_name_its_code_is_left_out(folder):
     change(run_folder(folder) / "run.json", {"code": None})
 

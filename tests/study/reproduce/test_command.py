@@ -12,7 +12,7 @@ from deepkd_plugin import device
 from deepkd_plugin.commands import cli
 from deepkd_plugin.config.shipped import shipped
 from deepkd_plugin.errors import UserError
-from deepkd_plugin.run import record
+from deepkd_plugin.run import lock, record
 from deepkd_plugin.study.kinds.classification import Classification
 from deepkd_plugin.study.reproduce import command, display, runs, slurm
 from deepkd_plugin.study.reproduce.runs import Failure
@@ -286,7 +286,7 @@ def test_a_gsnr_window_that_never_fills_is_refused(reproduce, calls):
 
 def test_two_commands_in_one_folder(reproduce, calls, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "PATIENCE", 0.0)
-    with runs.locked(tmp_path / "output" / "glyphs100"):
+    with lock.locked(tmp_path / "output" / "glyphs100"):
         code, _, err = reproduce(*GLYPHS)
     assert (code, err.count("\n"), calls.executed) == (2, 1, [])
     assert str(tmp_path / "output" / "glyphs100") in err or "output/glyphs100" in err

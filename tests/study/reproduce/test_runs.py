@@ -19,12 +19,13 @@ from deepkd_plugin import device, launch
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.hosts.registry import find_host
 from deepkd_plugin.run import checkpoint, record
+from deepkd_plugin.run.lock import HeldError, keep, locked
 from deepkd_plugin.run.metrics import read_metrics
 from deepkd_plugin.study.kinds import KINDS
 from deepkd_plugin.study.reproduce import runs as module
 from deepkd_plugin.study.reproduce import worker
 from deepkd_plugin.study.reproduce.display import Display
-from deepkd_plugin.study.reproduce.runs import HeldError, OtherCodeError, execute, locked, state
+from deepkd_plugin.study.reproduce.runs import OtherCodeError, execute, state
 from deepkd_plugin.study.table import Run
 from deepkd_plugin.terminal import guarded
 
@@ -106,6 +107,54 @@ def test_runs_that_do_not_belong_here(fake_run, entries, expected, finished):
     with pytest.raises(OtherCodeError):
         execute([fake_run(1), run], 1, worker=fake_run.worker)
     assert not fake_run(1).folder.exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("content", [None, "", "[]"])
+def test_a_checkpoint_without_a_record_is_nobody_s_to_delete(fake_run, content, overwrite):
+    run = fake_run()
+    run.folder.mkdir(parents=True)
+    (run.folder / "latest").write_text("whole")
+    if content is not None:
+        (run.folder / "run.json").write_text(content)
+    with pytest.raises(UserError, match="holds a checkpoint, and its run.json is empty or missing; put that back, or"):
+        execute([run], 1, overwrite=overwrite, worker=fake_run.worker)
+    assert (run.folder / "latest").read_text() == "whole"
+
+
+def test_a_damaged_checkpoint_is_no_dead_end(fake_run):
+    run = fake_run()
+    note(run)
+    torch.save({}, run.folder / "latest")
+    assert state(run) == state(run, overwrite=True) == "resumable"
+    whole = (run.folder / "latest").read_bytes()
+    for damaged in (whole[:-30], whole[:1], b"", whole.replace(b"}", b")")):
+        (run.folder / "latest").write_bytes(damaged)
+        assert (state(run), state(run, overwrite=True)) == ("resumable", "new")
+
+
+def test_a_run_that_went_on_under_another_config_does_not_belong_here(fake_run):
+    run = fake_run()
+    session = {"code": record.code_hash(), "changed": {"SOLVER.LR": [0.1, 0.05]}, "after": 3}
+    note(run, finished=True, resumed=[session])
+    with pytest.raises(OtherCodeError, match=r"the run there went on under another config \(SOLVER.LR\), and a table"):
+        state(run)
+    assert state(run, overwrite=True) == "new"
+
+
+def test_a_run_whose_place_is_being_taken_is_the_one_that_will_be_back(fake_run):
+    run = fake_run()
+    (run.folder / "replaced").mkdir(parents=True)
+    note(run)
+    (run.folder / "run.json").rename(run.folder / "replaced" / "run.json")
+    (run.folder / "latest").touch()
+    assert state(run) == "resumable"  # killed while it was moved aside
+    (run.folder / "latest").rename(run.folder / "replaced" / "latest")
+    note(run, code="0123")
+    assert state(run) == "resumable"  # killed before the new one's first epoch
+    (run.folder / "latest").touch()
+    with pytest.raises(OtherCodeError):
+        state(run)
 
 
 def test_a_start_without_a_checkpoint_is_of_no_code(fake_run):
@@ -284,8 +333,8 @@ def test_a_run_that_another_process_trains_is_left_alone(fake_run, monkeypatch):
     runs = [fake_run(0), fake_run(1)]
     with locked(runs[1].folder), pytest.raises(HeldError, match=f"seed1-0123abcd: process {os.getpid()} on "):
         execute(runs, 2, worker=fake_run.worker)
-    assert sorted(path.name for path in runs[1].folder.iterdir()) == ["lock"]
     assert not runs[0].folder.exists()
+    assert not runs[1].folder.exists()  # nothing was ever written there
     assert execute(runs, 2, worker=fake_run.worker) == []
 
 
@@ -355,7 +404,7 @@ def test_a_lock_is_not_inherited_by_a_process_that_outlives_its_holder(tmp_path)
     read_end, write_end = os.pipe()
 
     def holder():
-        worker.keep(lock)
+        keep(lock)
         os.close(read_end)
         forked(lambda: time.sleep(20) or 0)  # a loader's worker
         return 0

@@ -12,8 +12,9 @@ import pytest
 
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.run import record
+from deepkd_plugin.run.lock import locked
 from deepkd_plugin.study.reproduce import runs as runs_module
-from deepkd_plugin.study.reproduce.runs import OtherCodeError, execute, locked, state
+from deepkd_plugin.study.reproduce.runs import OtherCodeError, execute, state
 from deepkd_plugin.study.reproduce.slurm import Job, submit
 
 needs_submitit = pytest.mark.skipif(

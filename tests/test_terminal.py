@@ -1,0 +1,115 @@
+"""How commands end: one line and an exit code, whatever the terminal is."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deepkd_plugin import terminal
+from deepkd_plugin.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(work, **options):
+    """Run lines of Python in guarded(), in a process of its own."""
+    code = f"""
+import errno, os, signal, sys
+from deepkd_plugin.terminal import *
+from deepkd_plugin.terminal import check_interruption
+def work():
+{chr(10).join("    " + line for line in work.splitlines())}
+sys.exit(guarded(work))
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | options.pop("env", {})
+    return subprocess.run([sys.executable, "-c", code], env=environment, timeout=60, **options)
+
+
+def test_a_closed_stdout_is_nobody_s_file(tmp_path):
+    """The file that is opened next must not get what is printed."""
+    work = f'file = open({str(tmp_path / "file")!r}, "w"); print("said"); os.write(1, b"said")\nfile.close()'
+    ended = run(work, stderr=subprocess.PIPE, preexec_fn=lambda: os.close(1))
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+def test_a_terminal_without_such_characters_shows_others():
+    ended = run('print("a → b"); raise UserError("Δ")', capture_output=True, env={"PYTHONIOENCODING": "ascii:strict"})
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, b"a ? b\n", b"deepkd: error: ?\n")
+
+
+def test_a_reader_that_has_gone_is_one_line():
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    ended = run('print("x" * 100_000)', stdout=write_end, stderr=subprocess.PIPE)
+    os.close(write_end)
+    assert (ended.returncode, ended.stderr) == (141, b"deepkd: error: nobody reads the output any more\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        ('OSError(errno.ENOSPC, "No space left on device", "a/b")', "a/b: No space left on device"),
+        ('OSError(errno.EMFILE, "Too many open files", "a")', "too many open files ("),
+        (
+            'RuntimeError("received 0 items of ancdata")',
+            "too many open files (received 0 items of ancdata); `ulimit -n`",
+        ),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(error, line):
+    ended = run(f"raise {error}", capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(f"deepkd: error: {line}")
+    assert ended.stderr.count("\n") == 1
+
+
+def test_other_errors_keep_their_traceback():
+    ended = run('raise RuntimeError("a fault of ours")', capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "Traceback" in ended.stderr
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_that_python_drops_is_not_lost(name, code):
+    work = f"""
+class Dropping:
+    def __del__(self):
+        signal.raise_signal(signal.{name})
+Dropping()
+check_interruption()
+print("went on")"""
+    ended = run(work, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (code, "")
+    assert ended.stderr == "deepkd: interrupted; the same command starts again\n"
+
+
+def test_a_command_s_signals_are_its_own():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    assert terminal.guarded(lambda: 3) == 3
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    terminal.check_interruption()
+
+
+def test_a_flag_must_be_written_out():
+    parser = terminal.Parser("tool")
+    parser.add_run()
+    for word in ("--o", "--over", "--res"):
+        with pytest.raises(UserError, match=f"unrecognized arguments: {word}"):
+            parser.parse([word])
+    assert parser.parse(["--overwrite"]).overwrite
+
+
+@pytest.mark.parametrize(("size", "refused"), [("4", True), ("1", False), ("", False), (None, False)])
+def test_one_of_several_processes_is_refused(monkeypatch, size, refused):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if size is not None:
+        monkeypatch.setenv("WORLD_SIZE", size)
+    if not refused:
+        terminal.one_process()
+        return
+    with pytest.raises(UserError, match="WORLD_SIZE is 4; a run is trained by one process"):
+        terminal.one_process()
