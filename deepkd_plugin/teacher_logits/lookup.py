@@ -24,8 +24,8 @@ LEAST = 16
 TOLERANCE = 0.05
 """Difference between two computations of a logit that rounding explains, as a share of the largest logit."""
 
-ViewIndex = Callable[[int, Tensor], Tensor]
-"""(epoch, places of images (B,)) -> which of its views each of them has in that epoch, (B,) int64."""
+Find = Callable[[int, Tensor], tuple[Tensor, Tensor]]
+"""(epoch, index of a batch (B,)) -> the images' places in the table, and which of its views each has then, (B,) int64."""
 
 
 class TeacherLogits:
@@ -35,9 +35,9 @@ class TeacherLogits:
     a run does not depend on what the table has. If the table cannot be used, this is said once and all are computed.
     """
 
-    def __init__(self, key: Key, place: Path, teacher: nn.Module, view_index: ViewIndex, amp: bool) -> None:
+    def __init__(self, key: Key, place: Path, teacher: nn.Module, find: Find, amp: bool) -> None:
         """Open or make the table. Raises UserError as Table.make does."""
-        self.key, self.teacher, self.view_index, self.amp = key, teacher, view_index, amp
+        self.key, self.teacher, self.find, self.amp = key, teacher, find, amp
         self.table: Table | None = None
         self.checked = 0
         """The last epoch of which a batch was compared with the table."""
@@ -55,11 +55,11 @@ class TeacherLogits:
     def __call__(self, image: Any, index: Tensor, epoch: int) -> Tensor:
         """Return the teacher's logits of a batch's weak views, (B, C) float32 on the images' device.
 
-        image: (B, 3, H, W), or a list of views with the weak one first. index: (B,), their places in the training set.
+        image: (B, 3, H, W), or a list of views with the weak one first. index: (B,), of the batch.
         In each epoch's first batch that has some in the table these are computed too. Raises UserError if they differ.
         """
         image = image if isinstance(image, Tensor) else image[0]
-        places, views = index.cpu().numpy(), self.view_index(epoch, index.cpu()).numpy()
+        places, views = (part.numpy() for part in self.find(epoch, index.cpu()))
         if self.table is None:
             stored, there = np.zeros((len(places), self.key.classes), DTYPES[self.key.dtype]), np.zeros(len(places), bool)
         else:
@@ -114,9 +114,10 @@ class TeacherLogits:
 
     def compare(self, stored: np.ndarray, computed: np.ndarray) -> None:
         """Raise UserError if logits of the table are not those of the images."""
-        scale = max(float(np.abs(computed).max()), 1e-6)
-        difference = float(np.abs(stored - computed).max())
-        if not difference <= TOLERANCE * scale and np.isfinite(computed).all():
+        finite = np.isfinite(computed)
+        scale = float(np.abs(computed[finite]).max(initial=0))
+        difference = float(np.abs(stored[finite] - computed[finite]).max(initial=0))
+        if not difference <= TOLERANCE * scale:
             raise UserError(
                 f"{self.table.path if self.table else self.key.name}: its logits are not those of the images of this "
                 f"run (they differ by {difference:.3g}, the largest is {scale:.3g}); views must depend on the seed, "

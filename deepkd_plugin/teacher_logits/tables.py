@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from .. import data
 from ..data.draws import view_count, view_index
@@ -18,7 +18,7 @@ from .lookup import FOLDER, TeacherLogits, check_teacher
 from .table import SUFFIX, Damaged, Key, Table, gigabytes
 
 
-def open_logits(cfg: Any, teacher: nn.Module, fingerprint: str, samples: Dataset, image: Any) -> TeacherLogits:
+def open_logits(cfg: Any, teacher: nn.Module, fingerprint: str, samples: Any, image: Any) -> TeacherLogits:
     """Open the table that a config means, or make it.
 
     fingerprint: of the teacher's weights. samples: the training set, as data.get_dataset's loader has it. image: some
@@ -29,23 +29,25 @@ def open_logits(cfg: Any, teacher: nn.Module, fingerprint: str, samples: Dataset
     source, seed = data.source(cfg.DATASET.TYPE), cfg.SOLVER.SEED
     key = make_key(cfg, fingerprint, samples)
 
-    def views(epoch: int, index: Tensor) -> Tensor:
-        return view_index(source.augmentation, seed, epoch, index)
+    chosen = torch.as_tensor(samples.chosen)
 
-    return TeacherLogits(key, place(cfg), teacher, views, cfg.SOLVER.AMP)
+    def find(epoch: int, index: Tensor) -> tuple[Tensor, Tensor]:
+        return chosen[index], view_index(source.augmentation, seed, epoch, chosen[index])
+
+    return TeacherLogits(key, place(cfg), teacher, find, cfg.SOLVER.AMP)
 
 
 def make_key(cfg: Any, fingerprint: str, samples: Any) -> Key:
     """Return the key of the table that a config means; arguments as in open_logits."""
     source = data.source(cfg.DATASET.TYPE)
     views = count_views(cfg)
-    images = samples.dataset  # the chosen ones of the set
+    images = samples.images  # all of the set, so that runs on parts of it share a table
     return Key(
         network=cfg.DISTILLER.TEACHER,
         teacher=fingerprint,
         dataset=cfg.DATASET.TYPE,
-        images=_fingerprint(images.dataset, np.asarray(images.indices)),
-        count=len(samples),
+        images=_fingerprint(images),
+        count=len(images),
         views=views,
         view=f"{', '.join(map(repr, source.augmentation))}; mean {source.mean}, std {source.std}, side {source.side}",
         classes=source.num_classes,
@@ -65,6 +67,14 @@ def count_views(cfg: Any) -> int:
     return count
 
 
+def share_computed(views: int, epochs: int) -> float:
+    """Return the share of logits that an empty table lets a teacher compute in so many epochs, of all runs together.
+
+    An image's views are drawn uniformly, so epochs n leave each of the V views unseen with the chance (1 - 1/V)^n.
+    """
+    return views * (1 - (1 - 1 / views) ** epochs) / epochs
+
+
 def place(cfg: Any) -> Path:
     """Return the folder of a config's tables, or the file of its table."""
     return Path(cfg.DISTILLER.LOGITS_DIR or Path(cfg.DATASET.ROOT) / FOLDER)
@@ -80,11 +90,11 @@ def files(path: Path) -> Iterator[Path]:
         raise UserError(f"{path}: no such folder; it must hold tables of teacher logits, or be one")
 
 
-def _fingerprint(images: Any, chosen: np.ndarray) -> str:
-    """Hash the pixels of some images, in their order."""
-    digest = hashlib.sha256()
-    for start in range(0, len(chosen), 1000):
-        digest.update(images.pixels(chosen[start : start + 1000]))
+def _fingerprint(images: Any) -> str:
+    """Hash the pixels of images, in their order."""
+    digest, places = hashlib.sha256(), np.arange(len(images))
+    for start in range(0, len(places), 1000):
+        digest.update(images.pixels(places[start : start + 1000]))
     return digest.hexdigest()[:16]
 
 

@@ -84,8 +84,8 @@ def cfg(method, *options):
     return kind.read(kind.file("glyphs100", table.pairs[0], method), (*TINY, *options))
 
 
-def seconds(*cfgs, threads=1):
-    return Timer(KINDS["classification"], cfgs, threads).seconds()
+def seconds(*cfgs, threads=1, runs=None):
+    return Timer(KINDS["classification"], cfgs, threads, runs or [1] * len(cfgs)).seconds()
 
 
 def passes(name):
