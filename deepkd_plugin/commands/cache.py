@@ -75,9 +75,27 @@ def _check(paths: Iterable[Path]) -> int:
 
 
 def _fill(file: str, options: Sequence[str]) -> int:
+    from .. import data, device, launch
+    from ..hosts.networks import trained_network
+    from ..hosts.registry import find_host
+    from ..run.checkpoint import fingerprint
     from ..teacher_logits.fill import fill
+    from ..teacher_logits.tables import describe
 
-    fill(file, [*options, "DISTILLER.TEACHER_LOGITS", "table"])
+    host = find_host()
+    cfg, _ = launch.read_config(host, file, [*options, "DISTILLER.TEACHER_LOGITS", "table"])
+    if cfg.DISTILLER.TYPE == "NONE":
+        raise UserError(f"{file}: DISTILLER.TYPE is 'NONE'; it must be a method with a teacher")
+    device.tune(cfg.SOLVER.DETERMINISTIC)
+    at, kind, weights = device.pick(), cfg.DATASET.TYPE, cfg.DISTILLER.TEACHER_WEIGHTS
+    samples = data.get_dataset(cfg)[0].dataset
+    key = "DISTILLER.TEACHER_WEIGHTS"
+    teacher = trained_network(host, kind, cfg.DISTILLER.TEACHER, data.num_classes(cfg), weights, key).eval()
+    teacher = device.place(teacher, at, cfg.SOLVER.CHANNELS_LAST)
+    logits = fill(cfg, teacher, fingerprint(teacher), samples, at)
+    if logits.table is None or not logits.table.writable:
+        return 1
+    print(describe(logits.table.path))
     return 0
 
 

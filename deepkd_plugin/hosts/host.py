@@ -8,6 +8,7 @@ from yacs.config import CfgNode
 
 from .. import config, data
 from ..distillers import DISTILLERS
+from ..teacher_logits.tables import count_views
 
 MDISTILLERS_OWN = {
     "DISTILLER.TYPE": ["AT", "OFD", "RKD", "FITNET", "KDSVD", "CRD", "NST", "PKT", "SP", "VID", "REVIEWKD"],
@@ -68,3 +69,5 @@ class Host:
             raise config.wrong(origin, path, value, f"one of {', '.join(names)}{where}")
         config.check(cfg, origin)
         config.check_mask(cfg, origin, data.num_classes(cfg))
+        if cfg.DISTILLER.TEACHER_LOGITS == "table":
+            count_views(cfg)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import data
-from ..data.draws import view_count, view_index
+from ..data.resident import Batchwise, known, view_count, view_index
 from ..errors import UserError
 from .lookup import FOLDER, TeacherLogits, check_teacher
 from .table import SUFFIX, Damaged, Key, Table, gigabytes
@@ -26,13 +26,13 @@ def open_logits(cfg: Any, teacher: nn.Module, fingerprint: str, samples: Any, im
     for views that cannot be counted, and as Table.make does.
     """
     check_teacher(teacher, image if isinstance(image, Tensor) else image[0])
-    source, seed = data.source(cfg.DATASET.TYPE), cfg.SOLVER.SEED
+    distortions, seed = _distortions(cfg), cfg.SOLVER.SEED
     key = make_key(cfg, fingerprint, samples)
 
     chosen = torch.as_tensor(samples.chosen)
 
     def find(epoch: int, index: Tensor) -> tuple[Tensor, Tensor]:
-        return chosen[index], view_index(source.augmentation, seed, epoch, chosen[index])
+        return chosen[index], view_index(distortions, seed, epoch, chosen[index])
 
     return TeacherLogits(key, place(cfg), teacher, find, cfg.SOLVER.AMP)
 
@@ -58,13 +58,19 @@ def make_key(cfg: Any, fingerprint: str, samples: Any) -> Key:
 
 def count_views(cfg: Any) -> int:
     """Count the weak views of an image of a config's data set; UserError if there is no end of them."""
-    count = view_count(data.source(cfg.DATASET.TYPE).augmentation)
-    if count is None:
+    return view_count(_distortions(cfg))
+
+
+def _distortions(cfg: Any) -> list[Batchwise]:
+    """Return what makes the weak views of a config's images, if these can be counted."""
+    source = data.source(cfg.DATASET.TYPE)
+    made = [known(distortion, source.side, source.side) for distortion in source.augmentation]
+    if not source.small or None in made or view_count(made) is None:
         raise UserError(
             f"config: DISTILLER.TEACHER_LOGITS is 'table'; it must be 'compute' with DATASET.TYPE {cfg.DATASET.TYPE}, "
-            f"whose images have endless views"
+            f"whose images have more views than can be counted"
         )
-    return count
+    return made
 
 
 def share_computed(views: int, epochs: int) -> float:
