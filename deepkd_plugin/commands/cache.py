@@ -16,7 +16,6 @@ def main(words: Sequence[str]) -> int:
         "deepkd cache",
         description="List the tables of teacher logits, fill one with all views of all images, look for damage, or "
         "delete them. PATH is a table, or a folder of tables.",
-        allow_abbrev=False,
     )
     parser.add_argument("action", choices=("list", "fill", "check", "delete"))
     parser.add_argument("paths", metavar="PATH", type=Path, nargs="*", help=f"default of list and check: {DEFAULT}")

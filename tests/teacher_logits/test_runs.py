@@ -92,7 +92,8 @@ def test_an_interrupted_run_goes_on_bitwise(learn, train):
 
 def test_another_teacher_has_another_table_and_cannot_have_this_one(train, tmp_path):
     options = "DISTILLER.TEACHER_LOGITS", "table", "SOLVER.EPOCHS", "1", "DISTILLER.LOGITS_DIR"
-    assert train("kd", *options, str(tmp_path))[0] == 0
+    code, _, err = train("kd", *options, str(tmp_path))
+    assert code == 0, err
     (path,) = tmp_path.glob("*.logits")
     for other in (("DISTILLER.LOGITS_DTYPE", "float32"), ("SOLVER.AMP", "True")):
         code, _, err = train("kd", *options, str(path), *other, flags=("--overwrite",))
