@@ -31,6 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +43,7 @@ from torch.utils.data import DataLoader
 
 from deepkd_plugin import data, device
 from deepkd_plugin.config.tree import add_deepkd_config
-from deepkd_plugin.data.arrays import ArrayDataset, Indexed
+from deepkd_plugin.data.arrays import Training
 from deepkd_plugin.distillers import KD, DeepKD
 from deepkd_plugin.hosts import builtin
 from deepkd_plugin.hosts import mdistiller as adapter
@@ -124,12 +125,16 @@ def our_epoch(cfg: Any, method: str, pair: str, loader: Any) -> Callable[[int], 
     return epoch
 
 
+def _theirs(transform: Callable[[Any], Any], image: Any, draw: Any) -> Any:
+    """Make a view by mdistiller's transform, which draws as it likes."""
+    return transform(image)
+
+
 def their_epoch(host: Any, pair: str, loader: Any, workers: int, folder: str) -> Callable[[int], Epoch]:
     """Make a row of mdistiller's KD on the images of one of our loaders; its files go to `folder`."""
-    chosen = loader.dataset.dataset
-    arrays, indices = chosen.dataset, chosen.indices
+    ours = loader.dataset
     transform = importlib.import_module("mdistiller.dataset.cifar100").get_cifar100_train_transform()
-    images = Indexed(ArrayDataset(arrays.images[indices], arrays.targets[indices], transform))
+    images = Training(ours.images, ours.chosen, partial(_theirs, transform), ours.seed)
     timed = Timed(DataLoader(images, loader.batch_size, shuffle=True, num_workers=workers))
     device.tune()  # as its launcher and our trainers
     cfg = host.cfg.clone()

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from deepkd_plugin import DecoupledMomentumSGD, data, device
 from deepkd_plugin.accuracy import Alone, evaluate
 from deepkd_plugin.config.tree import add_deepkd_config
+from deepkd_plugin.data import draws, resident
 from deepkd_plugin.distillers import KD, DeepKD
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.hosts import builtin, registry
@@ -311,8 +312,8 @@ def pipeline_device(case: Case) -> Finding:
     cfg.DATASET.PIPELINE = "device"
     loader, test, *_ = data.get_dataset(cfg)
     index = torch.arange(0, len(loader.targets), 7, device=loader.targets.device)
-    generator = torch.Generator(index.device).manual_seed(0)
-    drawn = [distortion.draw(len(index), generator) for distortion in loader.distortions]
+    numbers = draws.uniforms(0, 1, index, draws.WEAK, resident.count_numbers(loader.distortions))
+    drawn = resident.draw(loader.distortions, numbers)
     made = loader.make(index, drawn).cpu()
     here = copy.copy(loader)
     for name in ("images", "targets", "white", "mean", "std"):

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from .. import config, device
 from ..errors import UserError
 from . import cifar100, glyphs, imagenet, tiny_imagenet  # noqa: F401 (each registers its set)
-from .arrays import Contrast, Indexed, choose
+from .arrays import Contrast, Passes, Training, choose
 from .resident import ResidentLoader
 from .sources import DATASETS, Source, register_dataset, source
 
@@ -29,9 +29,9 @@ def get_dataset(cfg: Any) -> tuple[Loader, Loader, int, int]:
     """
     data_set = _source(cfg)
     config.check_pipeline(cfg, {"DATASET.PIPELINE": "config"})
-    images = data_set.load(cfg.DATASET, "train", data_set.training_transform(config.views(cfg)))
+    images = data_set.load(cfg.DATASET, "train")
     chosen, _ = _choose(images, cfg.DATASET)
-    train: Dataset = Indexed(Subset(images, chosen))
+    train: Dataset = Training(images, chosen, data_set.training_views(config.views(cfg)), cfg.SOLVER.SEED)
     if cfg.DISTILLER.TYPE in ("CRD", "CRDKD"):
         labels = np.asarray(images.targets)[chosen]
         train = Contrast(train, labels, cfg.CRD.NCE.K, cfg.CRD.MODE == "relax")
@@ -74,10 +74,11 @@ def _loader(cfg: Any, data_set: Source, samples: Dataset, images: Any, chosen: n
     """Make the loader of `samples`, whose images are those of `images` at the places `chosen`."""
     size = cfg.SOLVER.BATCH_SIZE if training else data_set.test_batch(cfg)
     target_device = device.pick()
+    sampler = Passes(chosen, cfg.SOLVER.SEED) if training else None
     if cfg.DATASET.PIPELINE == "workers":
         loading = {"num_workers": cfg.DATASET.NUM_WORKERS, "pin_memory": target_device.type == "cuda"}
-        return DataLoader(samples, size, shuffle=training, **loading)
+        return DataLoader(samples, size, sampler=sampler, **loading)
     pixels = torch.from_numpy(images.pixels(chosen)).to(target_device)
     targets = torch.from_numpy(np.asarray(images.targets)[chosen]).to(target_device)
-    distortions = data_set.augmentation if training else None
-    return ResidentLoader(samples, pixels, targets, size, data_set.mean, data_set.std, distortions)
+    distortions = data_set.augmentation if training else ()
+    return ResidentLoader(samples, pixels, targets, size, data_set.mean, data_set.std, distortions, sampler)

@@ -1,14 +1,17 @@
 """Small image sets held in memory, and the choice of a subset."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
 
 from ..errors import UserError
+from . import draws
+from .draws import Draw
 
 
 class ArrayDataset(Dataset[tuple[Any, ...]]):
@@ -21,34 +24,81 @@ class ArrayDataset(Dataset[tuple[Any, ...]]):
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
-        return self.transform(Image.fromarray(self.images[index])), int(self.targets[index])
+        return self.transform(self.image(index)), int(self.targets[index])
+
+    def image(self, index: int) -> Image.Image:
+        """Return an image, RGB."""
+        return Image.fromarray(self.images[index])
 
     def pixels(self, indices: np.ndarray) -> np.ndarray:
         """Copy some images: (n, H, W, 3) uint8."""
         return self.images[indices]
 
 
-class Indexed(Dataset[tuple[Any, ...]]):
-    """A data set's (image, label), followed by the place in it: mdistiller's training samples."""
+class Passes(Sampler[tuple[int, int]]):
+    """The order of training: (epoch, place) for each place of a pass, an order that depends on seed and epoch alone.
 
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
+    Each pass is the epoch after the last; `set_epoch` says which is next. chosen: of each place, the image's place
+    among all training images of its set.
+    """
+
+    def __init__(self, chosen: np.ndarray, seed: int) -> None:
+        self.chosen = torch.as_tensor(chosen)
+        self.seed = seed
+        self.epoch = 0
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.chosen)
 
-    def __getitem__(self, index: int) -> tuple[Any, ...]:
-        return (*self.dataset[index], index)
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch = self.next_epoch()
+        return ((epoch, place) for place in self.places(epoch).tolist())
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make the next pass that of an epoch, counted from 1."""
+        self.epoch = epoch - 1
+
+    def next_epoch(self) -> int:
+        """Begin a pass; returns its epoch."""
+        self.epoch += 1
+        return self.epoch
+
+    def places(self, epoch: int, device: torch.device | str = "cpu") -> Tensor:
+        """Return the places in the order of an epoch: (N,) int64."""
+        return draws.order(self.seed, epoch, self.chosen.to(device))
+
+
+class Training(Dataset[tuple[Any, ...]]):
+    """Training samples as mdistiller's: (what `make` makes of an image in an epoch, label, place).
+
+    images: a whole set. chosen: the places in it that are trained on. make: (image, draws.Draw) -> view or views. A
+    sample is asked for by (epoch, place), or by its place alone for the views of epoch 0, which no pass has.
+    """
+
+    def __init__(self, images: Any, chosen: np.ndarray, make: Callable[[Image.Image, Draw], Any], seed: int) -> None:
+        self.images, self.chosen, self.make, self.seed = images, chosen, make, seed
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Any, ...]:
+        place, draw = key[1] if isinstance(key, tuple) else key, self.draw(key)
+        return self.make(self.images.image(draw.index), draw), int(self.images.targets[draw.index]), place
+
+    def draw(self, key: int | tuple[int, int]) -> Draw:
+        """Return what the random numbers of a sample depend on."""
+        epoch, place = key if isinstance(key, tuple) else (0, key)
+        return Draw(self.seed, epoch, int(self.chosen[place]))
 
 
 class Contrast(Dataset[tuple[Any, ...]]):
-    """An Indexed data set's samples, followed by CRD's contrast indices: their place, then `count` of other classes.
+    """Training samples, followed by CRD's contrast indices: their place, then `count` of other classes.
 
     labels: (N,), of the samples in their order. relaxed: the first index is that of any sample of the same class. As
     in mdistiller, negatives are drawn without replacement from sets of CIFAR's size, with it from larger ones.
     """
 
-    def __init__(self, dataset: Dataset, labels: np.ndarray, count: int, relaxed: bool) -> None:
+    def __init__(self, dataset: Training, labels: np.ndarray, count: int, relaxed: bool) -> None:
         self.dataset, self.labels, self.count, self.relaxed = dataset, labels, count, relaxed
         self.order = np.argsort(labels, kind="stable")
         self.start, self.end = (np.searchsorted(labels[self.order], labels, side) for side in ("left", "right"))
@@ -56,16 +106,18 @@ class Contrast(Dataset[tuple[Any, ...]]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[Any, ...]:
-        start, end = int(self.start[index]), int(self.end[index])
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Any, ...]:
+        *sample, place = self.dataset[key]
+        start, end = int(self.start[place]), int(self.end[place])
         others = len(self.order) - (end - start)
-        if self.count <= others <= 100_000:
-            drawn = torch.randperm(others)[: self.count]
-        else:
-            drawn = torch.randint(others, (self.count,))
+        with draws.seeded(self.dataset.draw(key), draws.CONTRAST):
+            if self.count <= others <= 100_000:
+                drawn = torch.randperm(others)[: self.count]
+            else:
+                drawn = torch.randint(others, (self.count,))
+            own = int(self.order[int(torch.randint(start, end, ()))]) if self.relaxed else place
         drawn = (drawn + (drawn >= start) * (end - start)).numpy()  # skip the sample's own class
-        own = int(self.order[int(torch.randint(start, end, ()))]) if self.relaxed else index
-        return (*self.dataset[index], np.concatenate([[own], self.order[drawn]]))
+        return (*sample, place, np.concatenate([[own], self.order[drawn]]))
 
 
 def choose(labels: np.ndarray, per_class: int, holdout: float) -> tuple[np.ndarray, np.ndarray]:

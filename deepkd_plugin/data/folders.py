@@ -38,7 +38,11 @@ class ImageFiles(Dataset[tuple[Any, ...]]):
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
-        return self.transform(self._read(self.paths[index])), self.targets[index]
+        return self.transform(self.image(index)), self.targets[index]
+
+    def image(self, index: int) -> Image.Image:
+        """Read an image, RGB."""
+        return self._read(self.paths[index])
 
     def pixels(self, indices: np.ndarray) -> np.ndarray:
         """Decode some images, one after another: (n, H, W, 3) uint8, all of `size` (0.2 ms each at 64 x 64)."""

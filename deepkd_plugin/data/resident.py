@@ -6,23 +6,43 @@ the pixels are equal: a distortion only says which pixel of its image each pixel
 arithmetic, so a batch is one gather. No operation waits for the device.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import transforms
+from torchvision.transforms import functional as F
 
 from ..errors import UserError
+from . import draws
+from .arrays import Passes
 
 
 class Batchwise(Protocol):
-    """A distortion of a batch of images of one size, as a look-up: where each pixel comes from."""
+    """A distortion of images of one size, as a look-up: where each pixel comes from.
 
-    def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Draw what is random about `count` images: (…, count), on the generator's device."""
+    numbers: how many numbers in [0, 1) it draws for an image. ways: how many images it can make of one; None if there
+    is no end to them.
+    """
+
+    numbers: ClassVar[int]
+
+    @property
+    def ways(self) -> int | None: ...
+
+    def draw(self, numbers: Tensor) -> Tensor:
+        """Turn numbers (B, `numbers`) in [0, 1) into what is random about B images: (…, B)."""
+
+    def way(self, drawn: Tensor) -> Tensor:
+        """Number what was drawn, (…, B), from 0 to `ways` − 1: (B,) int64."""
+
+    def apply(self, image: Image.Image, numbers: Sequence[float]) -> Image.Image:
+        """Do to one PIL image what `draw` and `origin` do to a batch."""
 
     def origin(self, y: Tensor, x: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
         """Return the row and column that pixel (y, x) is taken from; outside the image it is black.
@@ -36,10 +56,21 @@ class Crop:
     """A window of the image's size from the image with `padding` black pixels on each side of it."""
 
     padding: int
+    numbers = 2
 
-    def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        size, end = (2, count), self.padding + 1
-        return torch.randint(-self.padding, end, size, generator=generator, device=generator.device)
+    @property
+    def ways(self) -> int:
+        return (2 * self.padding + 1) ** 2
+
+    def draw(self, numbers: Tensor) -> Tensor:
+        return (numbers * (2 * self.padding + 1)).long().T - self.padding
+
+    def way(self, drawn: Tensor) -> Tensor:
+        return (drawn[0] + self.padding) * (2 * self.padding + 1) + drawn[1] + self.padding
+
+    def apply(self, image: Image.Image, numbers: Sequence[float]) -> Image.Image:
+        top, left = (int(number * (2 * self.padding + 1)) - self.padding for number in numbers)
+        return F.crop(image, top, left, image.height, image.width)
 
     def origin(self, y: Tensor, x: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
         return y + drawn[0], x + drawn[1]
@@ -51,9 +82,20 @@ class Flip:
 
     p: float
     width: int
+    numbers = 1
 
-    def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        return torch.rand(count, generator=generator, device=generator.device) < self.p
+    @property
+    def ways(self) -> int:
+        return 2
+
+    def draw(self, numbers: Tensor) -> Tensor:
+        return numbers[:, 0] < self.p
+
+    def way(self, drawn: Tensor) -> Tensor:
+        return drawn.long()
+
+    def apply(self, image: Image.Image, numbers: Sequence[float]) -> Image.Image:
+        return F.hflip(image) if numbers[0] < self.p else image
 
     def origin(self, y: Tensor, x: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
         return y, torch.where(drawn, self.width - 1 - x, x)
@@ -71,10 +113,20 @@ class Rotation:
     high: float
     height: int
     width: int
+    numbers = 1
 
-    def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        drawn = torch.empty(count, device=generator.device)
-        return drawn.uniform_(self.low, self.high, generator=generator)
+    @property
+    def ways(self) -> None:
+        return None
+
+    def draw(self, numbers: Tensor) -> Tensor:
+        return self.low + (self.high - self.low) * numbers[:, 0]
+
+    def way(self, drawn: Tensor) -> Tensor:
+        raise NotImplementedError("there is no end to the angles")
+
+    def apply(self, image: Image.Image, numbers: Sequence[float]) -> Image.Image:
+        return F.rotate(image, self.low + (self.high - self.low) * numbers[0])
 
     def origin(self, y: Tensor, x: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
         angle = torch.deg2rad(drawn.double())
@@ -92,25 +144,64 @@ def _fixed(value: Tensor) -> Tensor:
     return torch.floor(value * 65536 + 0.5).to(torch.int64)
 
 
-def batchwise(distortion: Any, height: int, width: int) -> Batchwise:
-    """Return what one of torchvision's distortions does to images of this size; UserError if it is not known here."""
+def known(distortion: Any, height: int, width: int) -> Batchwise | None:
+    """Return what one of torchvision's distortions does to images of this size; None if it is not known here."""
     if isinstance(distortion, transforms.RandomCrop) and tuple(distortion.size) == (height, width):
         return Crop(distortion.padding)
     if isinstance(distortion, transforms.RandomHorizontalFlip):
         return Flip(distortion.p, width)
     if isinstance(distortion, transforms.RandomRotation):
         return Rotation(*distortion.degrees, height, width)
-    raise UserError(
-        f"config: DATASET.PIPELINE is 'device'; it must be 'workers' with {distortion}, which is not made on a device "
-        f"for images of {width} x {height}"
-    )
+    return None
+
+
+def batchwise(distortions: Sequence[Any], height: int, width: int) -> list[Batchwise]:
+    """Return what torchvision's distortions do to images of this size; UserError if one is not known here."""
+    made = []
+    for distortion in distortions:
+        one = known(distortion, height, width)
+        if one is None:
+            raise UserError(
+                f"config: DATASET.PIPELINE is 'device'; it must be 'workers' with {distortion}, which is not made on a "
+                f"device for images of {width} x {height}"
+            )
+        made.append(one)
+    return made
+
+
+def draw(distortions: Sequence[Batchwise], numbers: Tensor) -> list[Tensor]:
+    """Turn the numbers (B, n) of B images into what each distortion draws: (…, B) each."""
+    parts = numbers.split([distortion.numbers for distortion in distortions], dim=1)
+    return [distortion.draw(part) for distortion, part in zip(distortions, parts)]
+
+
+def count_numbers(distortions: Sequence[Batchwise]) -> int:
+    """Return how many numbers an image needs for its distortions."""
+    return sum(distortion.numbers for distortion in distortions)
+
+
+def view_count(distortions: Sequence[Batchwise]) -> int | None:
+    """Return how many weak views an image has; None if there is no end to them."""
+    ways = [distortion.ways for distortion in distortions]
+    return None if None in ways else math.prod(way for way in ways if way is not None)
+
+
+def view_index(distortions: Sequence[Batchwise], seed: int, epoch: int, index: Tensor) -> Tensor:
+    """Return which of its `view_count` weak views each image has in an epoch: (B,) int64.
+
+    index: the images' places (B,) among all training images of their set.
+    """
+    drawn = draw(distortions, draws.uniforms(seed, epoch, index, draws.WEAK, count_numbers(distortions)))
+    view = torch.zeros_like(index)
+    for distortion, of_image in zip(distortions, drawn):
+        view = view * distortion.ways + distortion.way(of_image)
+    return view
 
 
 class ResidentLoader:
     """Batches of a data set whose images are on a device; used like a DataLoader.
 
-    Training batches are (image, target, index), in another order in each pass: order and distortions are drawn
-    from a generator that one draw from torch's seeds, so a pass is the same whatever a training step draws.
+    Training batches are (image, target, index), in the order of the sampler, with the distortions of its epoch.
     Test batches are (image, target), in the data's order. The last batch may be smaller. Images are float32
     (B, C, H, W), targets and indices int64 (B,), all on the device.
     """
@@ -123,13 +214,14 @@ class ResidentLoader:
         batch_size: int,
         mean: Sequence[float],
         std: Sequence[float],
-        distortions: Sequence[Any] | None,
+        distortions: Sequence[Any] = (),
+        sampler: Passes | None = None,
     ) -> None:
         """Take the images and labels of `dataset`, which gives single samples as the worker pipeline does.
 
         images: (N, H, W, C) uint8. targets: (N,) int64. Both on the device, and in the data set's order.
         mean, std: of the channels. distortions: torchvision's, in their order, of which at most the first may
-        look outside the image; None for test batches.
+        look outside the image. sampler: of training batches; None for test batches.
         """
         self.dataset, self.batch_size = dataset, batch_size
         self.images = images.permute(0, 3, 1, 2).contiguous()
@@ -137,8 +229,8 @@ class ResidentLoader:
         # the divisor too, since CUDA multiplies by the reciprocal of a Python number
         constants = (torch.full((len(mean),), 255.0), torch.tensor(mean), torch.tensor(std))
         self.white, self.mean, self.std = (c.to(images.device)[:, None, None] for c in constants)
-        self.training = distortions is not None
-        self.distortions = [batchwise(d, *images.shape[1:3]) for d in distortions or ()]
+        self.distortions = batchwise(distortions, *images.shape[1:3])
+        self.sampler = sampler
         self.only_draw = False
         """Whether training batches are {"index", "target", "drawn"}, of which `make` makes the images elsewhere."""
 
@@ -146,10 +238,9 @@ class ResidentLoader:
         return -(-len(self.targets) // self.batch_size)
 
     def __iter__(self) -> Iterator[Any]:
-        if not self.training:
+        if self.sampler is None:
             return ((self.normalise(self.images[part]), self.targets[part]) for part in self._parts())
-        seed = int(torch.empty((), dtype=torch.int64).random_())
-        return self._training_batches(torch.Generator(self.images.device).manual_seed(seed))
+        return self._training_batches(self.sampler)
 
     def make(self, index: Tensor, drawn: Sequence[Tensor]) -> Tensor:
         """Return the images (B, C, H, W) of a training batch of places (B,) and draws (…, B)."""
@@ -173,13 +264,15 @@ class ResidentLoader:
         """Do what ToTensor and Normalize do, operation by operation: (B, C, H, W) uint8 to float32."""
         return images.float().div_(self.white).sub_(self.mean).div_(self.std)
 
-    def _training_batches(self, generator: torch.Generator) -> Iterator[Any]:
-        count = len(self.targets)
-        order = torch.randperm(count, generator=generator, device=generator.device)
-        draws = [distortion.draw(count, generator) for distortion in self.distortions]
+    def _training_batches(self, sampler: Passes) -> Iterator[Any]:
+        epoch = sampler.next_epoch()
+        places = sampler.places(epoch, self.images.device)
+        chosen = sampler.chosen.to(self.images.device)
+        needed = count_numbers(self.distortions)
         for part in self._parts():
-            index = order[part]
-            target, drawn = self.targets[index], [draw[..., part] for draw in draws]
+            index = places[part]
+            numbers = draws.uniforms(sampler.seed, epoch, chosen[index], draws.WEAK, needed)
+            target, drawn = self.targets[index], draw(self.distortions, numbers)
             if self.only_draw:
                 yield {"index": index, "target": target, "drawn": drawn}
             else:

@@ -14,8 +14,9 @@ from torchvision import transforms
 from .. import device, extensions
 from ..errors import UserError, shown
 from .arrays import ArrayDataset
+from .draws import Draw
 from .folders import ImageFiles
-from .views import StrongAugment, TwoViews
+from .views import TrainingViews
 
 Distortion = Callable[[Image.Image], Image.Image]
 Transform = Callable[[Image.Image], Any]
@@ -149,13 +150,13 @@ class Source(Facts):
         """Return what makes the views of an image of noise."""
         width, height = self.stored or (self.side, self.side)
         pixels = torch.randint(256, (height, width, 3), dtype=torch.uint8)
-        make, image = self.training_transform(views), Image.fromarray(pixels.numpy())
-        return lambda: make(image)
+        make, image = self.training_views(views), Image.fromarray(pixels.numpy())
+        return lambda: make(image, Draw(0, 1, 0))
 
-    def training_transform(self, views: int) -> Transform:
-        """Return what makes a tensor of an image, or [weak view, strong view] if `views` is 2."""
-        weak = self._tensor(*self.augmentation)
-        return weak if views == 1 else TwoViews(weak, self._tensor(*self.augmentation, StrongAugment()))
+    def training_views(self, views: int) -> TrainingViews:
+        """Return what makes a tensor of an image and a Draw, or [weak view, strong view] if `views` is 2."""
+        size = (self.side, self.side) if self.small else None
+        return TrainingViews(self.augmentation, self._tensor(), views > 1, size)
 
     def test_transform(self) -> Callable[[Image.Image], Tensor]:
         """Return what makes a tensor of an image, with nothing at random."""

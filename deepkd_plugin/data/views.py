@@ -1,18 +1,23 @@
 """The weak and the strong view of an image, for methods that compare the two (MLKD, CRLD).
 
 The strong view is the one of their releases: RandAugment as FixMatch has it, with two operations, then a grey
-cut-out. All random numbers come from torch, whose generators a loader seeds in every worker; the releases
-draw from `random` and `numpy.random`, and so the same values in other orders.
+cut-out. All random numbers come from torch; the releases draw from `random` and `numpy.random`, and so the same
+values in other orders.
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
+
+from . import draws
+from .draws import Draw
+from .resident import count_numbers, known
 
 DRAWN = 2
 """Operations drawn for an image."""
@@ -106,11 +111,42 @@ def cut_out(image: Image.Image, share: float, centre: tuple[float, float]) -> Im
     return covered
 
 
-class TwoViews:
-    """[weak view, strong view] of an image, each drawn for itself."""
+class TrainingViews:
+    """The tensor of an image in training, or [weak view, strong view] of it, as a `Draw` says.
 
-    def __init__(self, weak: Callable[[Image.Image], Tensor], strong: Callable[[Image.Image], Tensor]) -> None:
-        self.weak, self.strong = weak, strong
+    weak: torchvision's distortions, or any other callables from image to image. tensor: makes a tensor of an image.
+    two: whether there is a strong view. size: height and width, if all images have the same. Distortions that
+    resident.py knows are made of its numbers, so both pipelines give the same pixels. Others, and the strong view's,
+    draw from the global generators in a state of their own.
+    """
 
-    def __call__(self, image: Image.Image) -> list[Tensor]:
-        return [self.weak(image), self.strong(image)]
+    def __init__(
+        self,
+        weak: Sequence[Callable[[Image.Image], Image.Image]],
+        tensor: Callable[[Image.Image], Tensor],
+        two: bool,
+        size: tuple[int, int] | None,
+    ) -> None:
+        self.weak, self.tensor, self.two = weak, tensor, two
+        made = [known(distortion, *size) for distortion in weak] if size else [None]
+        self.known = None if None in made else [one for one in made if one is not None]
+        self.strong = StrongAugment()
+
+    def __call__(self, image: Image.Image, draw: Draw) -> Tensor | list[Tensor]:
+        with contextlib.nullcontext() if self.known is not None else draws.seeded(draw, draws.WEAK):
+            weak = self.tensor(self._distort(image, draw, draws.WEAK))
+        if not self.two:
+            return weak
+        with draws.seeded(draw, draws.STRONG):
+            return [weak, self.tensor(self.strong(self._distort(image, draw, draws.STRONG)))]
+
+    def _distort(self, image: Image.Image, draw: Draw, stream: int) -> Image.Image:
+        if self.known is None:
+            for distortion in self.weak:
+                image = distortion(image)
+            return image
+        numbers = draws.numbers(draw, stream, count_numbers(self.known))
+        for one in self.known:
+            image = one.apply(image, numbers[: one.numbers])
+            numbers = numbers[one.numbers :]
+        return image

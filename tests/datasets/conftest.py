@@ -24,7 +24,7 @@ def data_cfg():
         return CfgNode(
             {
                 "DATASET": dataset | node,
-                "SOLVER": {"BATCH_SIZE": 32},
+                "SOLVER": {"BATCH_SIZE": 32, "SEED": 0},
                 "DISTILLER": {"TYPE": method},
                 "DeepKD": {"BASE": base},
             }

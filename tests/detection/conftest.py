@@ -132,6 +132,6 @@ def detect(tmp_path, config_file, capsys):
 @pytest.fixture
 def batch():
     """(images, targets) of two training images of `tiny`, the second without a box."""
-    samples = squares(3, 2).training(np.array([0, 2]), 0.0)
+    samples = squares(3, 2).training(np.array([0, 2]), 0.0, 0)
     images, targets = zip(*(samples[i] for i in range(2)))
     return list(images), list(targets)

@@ -6,6 +6,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from ... import device
+from ...data.arrays import Passes
 from ...errors import UserError
 from . import canvas, coco  # noqa: F401 (each registers its set)
 from .samples import DetectionSamples, collate
@@ -25,7 +26,7 @@ def get_detection_sets(cfg: Any) -> tuple[DataLoader, DataLoader, int, tuple[str
     source = DETECTION_SETS[cfg.DATASET.TYPE]
     images = source.load(cfg.DATASET, "train")
     chosen, kept_out = _split(len(images), cfg.DATASET.HOLDOUT)
-    train = images.training(chosen, cfg.DETECTION.FLIP)
+    train = images.training(chosen, cfg.DETECTION.FLIP, cfg.SOLVER.SEED)
     if not len(train):
         raise UserError(f"DATASET.ROOT {cfg.DATASET.ROOT}: no training image of {cfg.DATASET.TYPE} has a box")
     if cfg.DATASET.HOLDOUT:
@@ -60,4 +61,5 @@ def _split(count: int, holdout: float) -> tuple[np.ndarray, np.ndarray]:
 def _loader(cfg: Any, samples: DetectionSamples, training: bool) -> DataLoader:
     size = cfg.SOLVER.BATCH_SIZE if training else cfg.DATASET.TEST.BATCH_SIZE
     loading = {"num_workers": cfg.DATASET.NUM_WORKERS, "pin_memory": device.pick().type == "cuda"}
-    return DataLoader(samples, size, shuffle=training, collate_fn=collate, **loading)
+    sampler = Passes(samples.chosen, cfg.SOLVER.SEED) if training else None
+    return DataLoader(samples, size, sampler=sampler, collate_fn=collate, **loading)

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ...data import draws
+from ...data.draws import Draw
+
 Sample = tuple[Tensor, dict[str, Tensor]]
 
 
@@ -62,12 +65,12 @@ class AnnotatedImages:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def training(self, chosen: np.ndarray, flip: float) -> DetectionSamples:
+    def training(self, chosen: np.ndarray, flip: float, seed: int) -> DetectionSamples:
         """Give samples of some images with the boxes that are trained on, mirrored with probability `flip`."""
         boxes = self.boxes.to_train_on(self.sizes)
         if not self.train_on_empty:
             chosen = chosen[boxes.counts()[chosen] > 0]
-        return DetectionSamples(replace(self, boxes=boxes), chosen, flip=flip)
+        return DetectionSamples(replace(self, boxes=boxes), chosen, flip=flip, seed=seed)
 
     def testing(self, chosen: np.ndarray) -> DetectionSamples:
         """Give samples of some images with all their boxes, and what AP needs besides."""
@@ -78,24 +81,26 @@ class DetectionSamples(Dataset[Sample]):
     """(image (3, H, W) float32 in [0, 1], target) of the images at `chosen`.
 
     target: boxes (n, 4) float32 x1 y1 x2 y2 in pixels, labels (n,) int64 from 1 (0 is background), image_id; with
-    `for_ap` also iscrowd (n,) int64. flip: probability that image and boxes are mirrored,
-    by torch's random numbers.
+    `for_ap` also iscrowd (n,) int64. flip: probability that image and boxes are mirrored, as `seed`, epoch and image
+    say. A sample is asked for by (epoch, place), or by its place alone for epoch 0.
     """
 
-    def __init__(self, images: AnnotatedImages, chosen: np.ndarray, *, flip: float = 0.0, for_ap: bool = False) -> None:
-        self.images, self.chosen, self.flip, self.for_ap = images, chosen, flip, for_ap
+    def __init__(
+        self, images: AnnotatedImages, chosen: np.ndarray, *, flip: float = 0.0, seed: int = 0, for_ap: bool = False
+    ) -> None:
+        self.images, self.chosen, self.flip, self.seed, self.for_ap = images, chosen, flip, seed, for_ap
 
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
         place = int(self.chosen[index])
         image = self.images.images[place][0]
         all_boxes = self.images.boxes
         rows = slice(all_boxes.offsets[place], all_boxes.offsets[place + 1])
         boxes = torch.tensor(all_boxes.boxes[rows])
-        # no draw without a flip: a test must not move the training's random numbers
-        if self.flip and float(torch.rand(())) < self.flip:
+        if self.flip and draws.numbers(Draw(self.seed, epoch, place), draws.WEAK, 1)[0] < self.flip:
             image, boxes = mirror(image, boxes)
         target = {
             "boxes": boxes,

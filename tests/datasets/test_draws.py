@@ -1,0 +1,190 @@
+"""Order and augmentation as functions of (seed, epoch, image)."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+from yacs.config import CfgNode
+
+from deepkd_plugin.data import DATASETS, draws, get_dataset
+from deepkd_plugin.data.draws import Draw
+from deepkd_plugin.data.resident import batchwise, count_numbers, draw, view_count, view_index
+from deepkd_plugin.data.views import TrainingViews
+
+
+def splitmix(state):
+    """SplitMix64's output for a state, as its authors give it."""
+    mask = 2**64 - 1
+    z = (state + 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return z ^ (z >> 31)
+
+
+def test_a_word_is_splitmix64s():
+    assert splitmix(0) == 0xE220A8397B1DCDAF  # the first output of a generator that starts at 0
+    assert draws.word(0) == splitmix(0)
+    assert draws.word(5, 7) == splitmix(splitmix(5) ^ 7)
+
+
+@pytest.mark.parametrize("seed", [0, 3, 2**63 - 1])
+def test_many_at_once_are_one_by_one(seed):
+    index = torch.tensor([0, 1, 49_999, 2**40])
+    for stream in (draws.WEAK, draws.STRONG):
+        made = draws.uniforms(seed, 12, index, stream, 3)
+        assert made.tolist() == [draws.numbers(Draw(seed, 12, i), stream, 3) for i in index.tolist()]
+
+
+def test_numbers_are_uniform_and_independent():
+    index = torch.arange(20_000)
+    columns = [
+        draws.uniforms(seed, epoch, index, stream, 2)
+        for seed, epoch, stream in ((0, 1, 0), (0, 2, 0), (1, 1, 0), (0, 1, 1))
+    ]
+    table = torch.cat(columns, 1)
+    assert table.min() >= 0
+    assert table.max() < 1
+    expected = torch.linspace(0, 1, 20_000, dtype=torch.float64)
+    assert all((column.sort().values - expected).abs().max() < 0.015 for column in table.T)
+    correlation = torch.corrcoef(table.T) - torch.eye(8)
+    assert correlation.abs().max() < 0.035  # five standard errors
+    lagged = torch.corrcoef(torch.stack([table[1:, 0], table[:-1, 0]]))[0, 1]
+    assert abs(lagged) < 0.035
+
+
+def test_an_order_is_a_permutation_of_its_epoch():
+    index = torch.arange(1000)
+    first, second = draws.order(0, 1, index), draws.order(0, 2, index)
+    assert sorted(first.tolist()) == list(range(1000))
+    assert not torch.equal(first, second)
+    assert torch.equal(first, draws.order(0, 1, index))
+    part = index[::3]
+    kept = [place for place in first.tolist() if place % 3 == 0]
+    assert part[draws.order(0, 1, part)].tolist() == kept
+
+
+def test_global_generators_get_their_own_state_back():
+    def state():
+        return torch.rand(2).tolist(), np.random.rand(2).tolist(), random.random()  # noqa: NPY002
+
+    def set_all():
+        torch.manual_seed(1)
+        np.random.seed(1)  # noqa: NPY002
+        random.seed(1)
+
+    set_all()
+    expected = state()
+    set_all()
+    with draws.seeded(Draw(0, 1, 2), draws.WEAK):
+        inside = state()
+    assert state() == expected
+    with draws.seeded(Draw(0, 1, 2), draws.WEAK):
+        assert state() == inside
+    with draws.seeded(Draw(0, 1, 2), draws.STRONG):
+        assert state() != inside
+
+
+@pytest.mark.parametrize(("kind", "count"), [("cifar100", 162), ("glyphs100", 81), ("tiny_imagenet", None)])
+def test_views_are_numbered(kind, count):
+    source = DATASETS[kind]
+    known = batchwise(source.augmentation, source.side, source.side)
+    assert view_count(known) == count
+    if count is None:
+        return
+    index = torch.arange(5000)
+    views = view_index(known, 0, 3, index)
+    assert torch.bincount(views, minlength=count).min() > 0
+    assert views.max() < count
+    # one number, one image
+    numbers = draws.uniforms(0, 3, index, draws.WEAK, count_numbers(known))
+    drawn = torch.stack(
+        [part.reshape(-1, 5000)[row] for part in draw(known, numbers) for row in range(part.reshape(-1, 5000).shape[0])]
+    )
+    assert len({(int(v), *d) for v, d in zip(views, drawn.T.tolist())}) == count
+
+
+def training(data_cfg, root, epoch=1, **options):
+    """Every training image's views in an epoch, by its place in the whole set."""
+    batch = options.pop("BATCH_SIZE", 64)
+    cfg = data_cfg("glyphs100", root, **options)
+    cfg.SOLVER.BATCH_SIZE = batch
+    loader, *_ = get_dataset(cfg)
+    loader.sampler.set_epoch(epoch)
+    torch.manual_seed(batch)  # must not matter
+    images, order = {}, []
+    chosen = loader.dataset.chosen
+    for image, _, places in loader:
+        views = image if isinstance(image, list) else [image]
+        for i, place in enumerate(places.tolist()):
+            images[int(chosen[place])] = [view[i].cpu() for view in views]
+            order.append(int(chosen[place]))
+    return images, order
+
+
+CHANGES = (
+    {"BATCH_SIZE": 17},
+    {"NUM_WORKERS": 1},
+    {"NUM_WORKERS": 3},
+    {"method": "MLKD"},
+    {"PIPELINE": "device"},
+    {"HOLDOUT": 0.25},
+)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_an_image_is_the_same_whatever_loads_it(data_cfg, data_root, change):
+    few = {"TRAIN_PER_CLASS": 4} if "HOLDOUT" not in change else {}
+    images, order = training(data_cfg, data_root, NUM_WORKERS=0, **few)
+    others, other_order = training(data_cfg, data_root, **({"NUM_WORKERS": 0} | few | change))
+    assert others.keys() <= images.keys()
+    assert all(torch.equal(images[index][0], views[0]) for index, views in others.items())
+    assert other_order == [index for index in order if index in others]
+
+
+@pytest.mark.parametrize("method", ["KD", "MLKD"])
+def test_the_next_epoch_is_another(data_cfg, data_root, method):
+    few = {"TRAIN_PER_CLASS": 4, "method": method, "NUM_WORKERS": 0}
+    images, order = training(data_cfg, data_root, **few)
+    later, later_order = training(data_cfg, data_root, epoch=2, **few)
+    assert order != later_order
+    for view in range(len(images[0])):
+        same = [torch.equal(images[index][view], later[index][view]) for index in images]
+        assert sum(same) < 0.1 * len(same)
+
+
+def test_passes_are_counted_where_nobody_sets_the_epoch(data_cfg, data_root):
+    """Under mdistiller's own trainers."""
+    loader, *_ = get_dataset(data_cfg("glyphs100", data_root, TRAIN_PER_CLASS=2, NUM_WORKERS=0))
+    passes = [torch.cat([batch[2] for batch in loader]).tolist() for _ in range(2)]
+    loader.sampler.set_epoch(1)
+    again = torch.cat([batch[2] for batch in loader]).tolist()
+    assert passes[0] == again != passes[1]
+
+
+def test_distortions_that_draw_from_anywhere_are_repeatable():
+    def jitter(image):
+        drawn = torch.randint(9, ()).item() + np.random.randint(9) + random.randint(0, 9)  # noqa: NPY002
+        return Image.fromarray(np.asarray(image) + np.uint8(drawn))
+
+    image = Image.fromarray(np.full((8, 8, 3), 100, np.uint8))
+    make = TrainingViews((jitter, transforms.RandomResizedCrop(8)), transforms.ToTensor(), True, (8, 8))
+    first = make(image, Draw(0, 1, 5))
+    torch.manual_seed(3)
+    random.seed(3)
+    assert all(torch.equal(a, b) for a, b in zip(first, make(image, Draw(0, 1, 5))))
+    values = {make(image, Draw(0, 1, i))[0].mean().item() for i in range(40)}
+    assert len(values) > 10
+
+
+def test_contrasts_are_an_images_own(data_cfg, data_root):
+    def made(batch, workers):
+        cfg = data_cfg("glyphs100", data_root, method="CRD", TRAIN_PER_CLASS=2, NUM_WORKERS=workers)
+        cfg.SOLVER.BATCH_SIZE = batch
+        cfg.CRD = CfgNode({"MODE": "relax", "NCE": {"K": 16}})
+        loader, *_ = get_dataset(cfg)
+        return {int(place): row.tolist() for _, _, places, rows in loader for place, row in zip(places, rows)}
+
+    assert made(64, 0) == made(7, 2)
