@@ -279,7 +279,7 @@ class GSNRAllocation:
         """Take a window's GSNR by stream; returns each stream's Δ."""
         for stream in self.bounds:
             value = gsnr.get(stream)
-            if value is None or not value > 0:
+            if value is None or not 0 < value < math.inf:
                 continue
             new = math.log(value)
             old = self.logs.get(stream, new)

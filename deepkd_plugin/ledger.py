@@ -75,6 +75,7 @@ class Ledger:
     def add(self, sets: Sets, params: Sequence[Tensor], columns: Sequence[Sequence[Tensor | None]]) -> None:
         """Add the gradients of one backward call, [set][parameter], and bring p.grad to their sum."""
         self._open(sets)
+        self.reduced = False
         new = [{p: g for p, g in zip(params, column) if g is not None} for column in columns]
         if not self.apart:
             grads = {p: p.grad for p in new[0] if p.grad is not None}
@@ -89,7 +90,8 @@ class Ledger:
     def collect(self, stream: str, sets: Sets, params: Sequence[Tensor]) -> None:
         """Take what was added to p.grad since the last call of this object into a stream's set."""
         present = [p for p in params if p.grad is not None]
-        if not present:
+        changed = self._unknown(present)
+        if not (changed if self.apart else present):
             raise RuntimeError(f"collect({stream!r}) finds no gradient: call loss.backward() before it")
         if self.sets and self.sets != sets:
             raise RuntimeError("coefficients changed between two backward calls of one step")
@@ -98,7 +100,6 @@ class Ledger:
         if not self.apart:
             return
         home = self.by_set[next(s for s, names in enumerate(sets) if stream in names)]
-        changed = self._unknown(present)
         before = _total([{p: g[p] for p in changed if p in g} for g in self.by_set])
         for p in changed:
             assert p.grad is not None
@@ -194,7 +195,8 @@ class Ledger:
 
     def average(self, params: Sequence[Tensor], group: Any = None) -> None:
         """Average p.grad and every set's gradients over the processes of torch.distributed's `group`."""
-        self.settle(params)
+        # reducing waits for the device anyway, and then the sets are written over p.grad
+        self.settle(params, unscaled=self._disagrees(params))
         sums = {p: p.grad for p in params if p.grad is not None}
         averaged = average(self.by_set if self.apart else [sums], params, group)
         self.reduced = True
@@ -237,9 +239,9 @@ class Ledger:
         for p in params:
             if p.grad is not None:
                 self._known[p] = (p.grad, p.grad._version)
-        # of the smallest alone, and only if that waits for no device
-        here = [p for p, (grad, _) in self._known.items() if type(grad) is Tensor and grad.device.type == "cpu"]
-        smallest = min(here, key=Tensor.numel, default=None)
+        # of the smallest that a factor would change, and only if that waits for no device
+        here = [p for p, (grad, _) in self._known.items() if _is_plain(grad)]
+        smallest = next((p for p in sorted(here, key=Tensor.numel) if bool(self._known[p][0].any())), None)
         self._probe = None if smallest is None else (smallest, self._known[smallest][0].clone())
 
     def _changed_unseen(self) -> bool:
@@ -248,6 +250,14 @@ class Ledger:
             return False
         p, held = self._probe
         return p.grad is not None and not self._unknown([p]) and not torch.equal(p.grad, held)
+
+    def _disagrees(self, params: Sequence[Tensor]) -> bool:
+        """Tell whether the smallest p.grad that is not 0 is another than the sets' sum; waits for the device."""
+        present = sorted((p for p in params if p.grad is not None), key=Tensor.numel)
+        for p in present if self.apart else []:
+            if p.grad is not None and _any_nonzero([p]):
+                return not _agree(_local(p.grad), [_local(g[p]) for g in self.by_set if p in g], 1.0)
+        return False
 
     def _unknown(self, params: Sequence[Tensor]) -> list[Tensor]:
         """Return the parameters whose p.grad is not, or may not be, what it was left as.
@@ -312,6 +322,11 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def _is_plain(grad: Tensor) -> bool:
+    """Tell whether a gradient's values can be compared without waiting: a dense tensor on the CPU."""
+    return type(grad) is Tensor and grad.device.type == "cpu" and grad.layout == torch.strided
+
+
 def _any_nonzero(params: Sequence[Tensor]) -> bool:
     """Tell whether any p.grad is not 0 everywhere; waits for the device."""
     grads = [_local(p.grad) for p in params if p.grad is not None]
@@ -329,9 +344,12 @@ def _common_factor(changed: Sequence[tuple[Tensor, Sequence[Tensor]]]) -> float 
         return 1.0
     if all(bool(now.isnan().all()) for now, _ in pairs):
         return float("nan")
-    products = squares = coordinates = 0.0
-    for now, parts in pairs:
+    products = squares = coordinates = eps = 0.0
+    for now, parts in sorted(pairs, key=lambda pair: torch.finfo(pair[0].dtype).eps):
+        if coordinates >= 2 and torch.finfo(now.dtype).eps > eps:
+            break  # a narrower type's rounding would spoil the factor
         if parts:
+            eps = torch.finfo(now.dtype).eps
             was = sum(parts[1:], parts[0]).double()
             was = torch.where(was.isfinite(), was, 0.0)
             products += float((now.double() * was).where(was != 0, 0.0).sum())
@@ -349,7 +367,8 @@ def _agree(now: Tensor, parts: Sequence[Tensor], factor: float) -> bool:
         return not bool(now.any())
     was, size = sum(parts[1:], parts[0]), sum((part.abs() for part in parts[1:]), parts[0].abs())
     limits = torch.finfo(now.dtype)
-    near = (now - factor * was).abs() <= 8 * limits.eps * abs(factor) * size + limits.tiny
+    # the second part is the distance of numbers next to 0: in float16 whole gradients are smaller than limits.tiny
+    near = (now - factor * was).abs() <= 8 * limits.eps * (abs(factor) * size + limits.tiny)
     return bool((near | ~was.isfinite()).all())
 
 

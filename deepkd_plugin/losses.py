@@ -11,6 +11,7 @@ checked always; values (labels, masked classes) only where a check can read them
 all that. Elsewhere a class that is masked in one network alone gives a loss that means nothing.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -213,8 +214,8 @@ def _check(student: Tensor, teacher: Tensor, temperature: float, target: Tensor 
             f"{tuple(teacher.shape)}; per_sample flattens logits with more dimensions"
         )
     _check_type(student, teacher)
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature!r}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature!r}")
     num_classes = student.shape[1]
     if target is not None:
         if num_classes < 2:

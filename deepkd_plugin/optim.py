@@ -62,8 +62,9 @@ class DecoupledMomentumSGD(Optimizer):
     and uses up the streams' own gradients. If somebody else multiplied p.grad meanwhile by one common factor
     (clip_grad_norm_, a GradScaler), the streams follow; p.grad = None drops that parameter's gradients. Any
     other change is refused by the next call here: it goes through `clip`, `scale_gradients`,
-    `average_gradients` or `collect`. A GradScaler steps this optimizer by its own protocol: one scale, one
-    decision to skip, and a step that is skipped leaves every buffer alone.
+    `average_gradients` or `collect`. A change of p.grad.data, which PyTorch does not count, may go unnoticed.
+    A GradScaler steps this optimizer by its own protocol: one scale, one decision to skip, and a step that is
+    skipped leaves every buffer alone.
 
     Several processes: `backward` uses torch.autograd.grad, so it runs neither DistributedDataParallel's hooks
     nor those of register_post_accumulate_grad_hook, which would see the sum of the streams only. Call
@@ -167,8 +168,9 @@ class DecoupledMomentumSGD(Optimizer):
             opt.step()
 
         For wrappers that reduce gradients in their hooks, such as FSDP2. p.grad must not be changed by anything else
-        between two calls. Of the second stream on, what p.grad gained is taken, so a gradient is exact to the
-        rounding of the sum. Raises ValueError for an unknown stream, RuntimeError if there is no gradient.
+        between two calls: what is not to be stepped on is given up by this object's zero_grad, not by the network's.
+        Of the second stream on, what p.grad gained is taken, so a gradient is exact to the rounding of the sum.
+        Raises ValueError for an unknown stream, RuntimeError if there is no gradient.
         """
         if stream not in self.streams:
             raise ValueError(f"unknown stream {stream!r}; the streams are {list(self.streams)}")
@@ -222,9 +224,8 @@ class DecoupledMomentumSGD(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
-        for group in state["param_groups"]:
-            if isinstance(group["momentum"], Mapping):
-                group["momentum"] = dict(group["momentum"])  # of a plain class, for safe loaders
+        for group in state["param_groups"]:  # of plain classes, for safe loaders: numpy's numbers are none
+            group.update({key: _plain(value) for key, value in group.items()})
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -374,7 +375,7 @@ def backward(optimizer: Any, losses: Mapping[str, Tensor], retain_graph: bool = 
     while not isinstance(inner, DecoupledMomentumSGD):
         steps = getattr(getattr(inner, "gradient_state", None), "num_steps", 1)
         scaler = getattr(inner, "scaler", None)
-        if isinstance(losses, Mapping):
+        if isinstance(losses, Mapping) and all(isinstance(loss, Tensor) for loss in losses.values()):
             scaled = {name: loss / steps for name, loss in scaled.items()}
             scaled = {name: scaler.scale(loss) for name, loss in scaled.items()} if scaler is not None else scaled
         inner = getattr(inner, "optimizer", None)
@@ -404,18 +405,23 @@ def to_sgd(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     SGD's buffer is the sum of the streams'. Momentum and dampening are those of `optimizer`, an SGD; learning rate,
     decay, nesterov and maximize are the state's. Another state is returned as it is.
     """
-    if _is_sgd(state_dict):
+    if not _is_ours(state_dict):
         return state_dict
     state = {}
     for i, buffers in state_dict["state"].items():
-        first, *rest = buffers.values()
+        first, *rest = buffers.get("buffers") or buffers.values()  # a list in 0.1
         state[i] = {"momentum_buffer": sum(rest, first)}
     return {"state": state, "param_groups": _groups_for(optimizer, state_dict)}
 
 
 def _is_sgd(state_dict: Mapping[str, Any]) -> bool:
-    groups = state_dict["param_groups"]
-    return all(isinstance(group.get("momentum"), Real) and "momentum_shares" not in group for group in groups)
+    """Tell whether a state is torch.optim.SGD's; other optimizers there have a momentum too, such as RMSprop."""
+    options = {"momentum", "dampening", "nesterov"}
+    return not _is_ours(state_dict) and all(options <= group.keys() for group in state_dict["param_groups"])
+
+
+def _is_ours(state_dict: Mapping[str, Any]) -> bool:
+    return all("weight_decay_stream" in group for group in state_dict["param_groups"])
 
 
 def _groups_for(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -473,6 +479,13 @@ def _shares(momentum: Mapping[str, float]) -> dict[str, float]:
     """Return each stream's momentum as a share of the largest; all 1 if that is 0."""
     largest = max(momentum.values())
     return {name: m / largest if largest else 1.0 for name, m in momentum.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Return a group's value as dictionaries and numbers of Python."""
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    return value.item() if hasattr(value, "item") and not isinstance(value, Tensor) else value
 
 
 def _check_names(momentum: Mapping[str, float]) -> None:

@@ -61,7 +61,7 @@ def backward_by_set(
     `params`, in their order; None for a parameter that does not take part. The graph is kept between the
     passes and, with `retain_graph`, after the last. The caller may write to the gradients. Raises
     TypeError for what is no mapping to tensors, ValueError for an unknown stream or a loss that is not a
-    scalar, RuntimeError if no loss needs a gradient or none reaches a parameter.
+    scalar, RuntimeError if no loss or no parameter needs a gradient, or none reaches one.
     """
     known = [name for names in sets for name in names]
     _check_losses(losses, known)
@@ -72,10 +72,12 @@ def backward_by_set(
     present = [total for total in totals if total is not None]
     if not present:
         raise RuntimeError(f"none of the losses {list(losses)} needs a gradient")
-    columns = []
+    if not params:
+        raise RuntimeError("no parameter needs a gradient: all are frozen (requires_grad False), or there are none")
+    columns, seen = [], set[int]()
     for i, total in enumerate(present):
         keep = retain_graph or i < len(present) - 1
-        columns.append(_own(torch.autograd.grad(total, params, retain_graph=keep, allow_unused=True)))
+        columns.append(_own(torch.autograd.grad(total, params, retain_graph=keep, allow_unused=True), seen))
     if all(g is None for column in columns for g in column):
         raise RuntimeError(
             f"the losses {list(losses)} reach none of the parameters: the network uses other tensors than these. After "
@@ -99,12 +101,14 @@ def _check_losses(losses: Mapping[str, Tensor], known: Sequence[str]) -> None:
             raise ValueError(f"the loss of stream {name!r} must be a scalar, got shape {tuple(loss.shape)}")
 
 
-def _own(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+def _own(gradients: Sequence[Tensor | None], seen: set[int]) -> list[Tensor | None]:
     """Return gradients that can be written to: autograd may hand out one tensor twice, or an expanded one.
+
+    seen: the memory that passes before have handed out; this one's is added. A function of the user's own, such as a
+    fused loss, may return what it has saved, in every pass.
 
     A tensor of a subclass, such as a DTensor, has no memory to look at and is left as it is.
     """
-    seen: set[int] = set()
     own: list[Tensor | None] = []
     for g in gradients:
         if g is not None and type(g) is Tensor and g.layout == torch.strided and g.numel():

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -89,7 +90,7 @@ def guarded(work: Callable[[], int | None]) -> int:
     """
     _open_streams()
     try:
-        with _terminable():
+        with _terminable(), _quiet_threads():
             code = work() or 0
             sys.stdout.flush()
             return code
@@ -153,6 +154,27 @@ def _open_streams() -> None:
             setattr(sys, name, os.fdopen(number, "w"))
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+
+
+@contextlib.contextmanager
+def _quiet_threads() -> Iterator[None]:
+    """Let no thread write a traceback about a loader's process that is gone; whoever waits for its images tells.
+
+    Python's thread that hands tensors to such processes calls sys.excepthook if one ends meanwhile.
+    """
+    show = sys.excepthook
+
+    def quieter(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        gone = issubclass(kind, (EOFError, ConnectionError)) and threading.current_thread() is not main
+        if not gone:
+            show(kind, error, trace)
+
+    main = threading.main_thread()
+    sys.excepthook = quieter
+    try:
+        yield
+    finally:
+        sys.excepthook = show
 
 
 def _end_of_pipe() -> int:

@@ -875,7 +875,7 @@ def test_equal_gsnr_gives_every_stream_the_same_momentum():
     assert GSNRAllocation(EQUAL).update(dict.fromkeys(STREAMS, 0.1)) == dict.fromkeys(STREAMS, 0.0)
 
 
-@pytest.mark.parametrize("nothing", [None, 0.0, -1.0, math.nan])
+@pytest.mark.parametrize("nothing", [None, 0.0, -1.0, math.nan, math.inf])
 def test_a_window_in_which_a_stream_has_no_gsnr(nothing):
     allocation = GSNRAllocation(EQUAL, separation=4.0, smoothing=0.0)
     assert allocation.offsets() == dict.fromkeys(STREAMS, 0.0)

@@ -9,7 +9,7 @@ from processes import in_two_processes
 from torch import nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
-from deepkd_plugin import DecoupledMomentumSGD, backward
+from deepkd_plugin import DecoupledMomentumSGD, backward, ledger
 
 APART = {"tog": 0.9, "tcg": 0.5, "ncg": 0.7}
 EQUAL = dict.fromkeys(APART, 0.9)
@@ -110,6 +110,44 @@ def test_a_factor_is_followed_in_any_precision(dtype):
     opt.step()
     for p, g in zip(net.parameters(), total):
         torch.testing.assert_close(sum(opt.state[p].values()), g, rtol=0.05, atol=1e-3)
+
+
+@pytest.mark.parametrize("narrow", [torch.float16, torch.bfloat16])
+def test_a_factor_is_followed_in_a_network_of_two_precisions(narrow):
+    """The rounding of a narrow body is no part of the factor of a wide head."""
+
+    def train(change):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(50, dtype=dtype)) for dtype in (narrow, torch.float32)]
+        opt = DecoupledMomentumSGD(params, 0.1, APART)
+        scales = zip(APART, (1.0, 3.0, 0.5))
+        opt.backward({stream: sum((k * p.float()).sin().sum() for p in params) for stream, k in scales})
+        change(params, opt)
+        opt.step()
+        return [buffer for p in params for buffer in opt.state[p].values()]
+
+    theirs = train(lambda params, opt: clip_grad_norm_(params, 0.3))
+    ours = train(lambda params, opt: opt.clip(lambda grads: clip_grad_norm_(grads, 0.3)))
+    for one, other in zip(theirs, ours):
+        torch.testing.assert_close(one, other, rtol=4 * torch.finfo(one.dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_change_of_small_gradients_is_seen(dtype):
+    """float16's gradients may all be below its smallest normal number."""
+
+    def train(change):
+        net, opt = make()
+        net.to(dtype)
+        opt.backward({name: 1e-5 * loss for name, loss in losses_of_type(net, 0, dtype).items()})
+        change(net, opt)
+        opt.step()
+        return [buffer for p in net.parameters() for buffer in opt.state[p].values()]
+
+    for theirs, ours in zip(train(times(0.25)), train(lambda net, opt: opt.scale_gradients(0.25))):
+        torch.testing.assert_close(theirs, ours, rtol=0.05, atol=1e-7)
+    with pytest.raises(RuntimeError, match="more than one common factor"):
+        train(lambda net, opt: (1e-5 * losses_of_type(net, 1, dtype)["ncg"]).backward())
 
 
 def losses_of_type(net, step, dtype):
@@ -319,6 +357,14 @@ def test_replaced_parameters_are_not_reached():
         opt.backward(losses_of(net))
 
 
+def test_a_network_that_is_frozen_whole_is_named():
+    net, opt = make()
+    losses = losses_of(net)
+    net.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"no parameter needs a gradient: all are frozen"):
+        opt.backward(losses)
+
+
 class Wrapper:
     """As Lightning's and Fabric's: a dynamic subclass that reads from the optimizer and writes to itself."""
 
@@ -370,6 +416,8 @@ def test_backward_finds_the_optimizer_inside():
         backward(Outer(torch.optim.SGD(net.parameters(), 0.1)), losses_of(net))
     with pytest.raises(TypeError, match="losses must map streams"):
         backward(Outer(opt, steps=4), losses_of(net)["tog"])
+    with pytest.raises(TypeError, match="the loss of stream 'tog' must be a scalar tensor, got NoneType"):
+        backward(Outer(opt, steps=4), {"tog": None})
 
 
 def collected(momentum, steps=3):
@@ -414,6 +462,74 @@ def test_collect_says_what_is_missing():
         opt.collect("tog")
     with pytest.raises(ValueError, match="unknown stream 'feat'"):
         opt.collect("feat")
+
+
+def test_collect_without_a_backward_since_the_last_one_is_refused():
+    net, opt = make()
+    losses_of(net)["tog"].backward()
+    opt.collect("tog")
+    with pytest.raises(RuntimeError, match=r"collect\('tcg'\) finds no gradient: call loss.backward\(\) before it"):
+        opt.collect("tcg")
+
+
+UNSCALED = {
+    "step": lambda net, opt: None,
+    "clip": lambda net, opt: opt.clip(lambda params: clip_grad_norm_(params, 1e9)),
+    "average": lambda net, opt: opt.average_gradients(),
+}
+
+
+@pytest.mark.parametrize("dead", [(), (0,), (1,)], ids=["none", "no element", "zero"])
+@pytest.mark.parametrize("call", UNSCALED)
+def test_gradients_that_a_scaler_unscaled_are_found_whatever_is_smallest(monkeypatch, call, dead):
+    """A parameter without elements, or one with a gradient of 0, looks the same after a factor as before."""
+    monkeypatch.setattr(dist, "all_reduce", lambda *arguments, **options: None)
+    monkeypatch.setattr(dist, "get_world_size", lambda *arguments: 1)
+
+    def step(scale):
+        net, opt = make()
+        if dead:
+            net.dead = nn.Parameter(torch.zeros(dead, dtype=torch.float64))
+            opt.add_param_group({"params": [net.dead]})
+        losses = losses_of(net)
+        if dead:
+            losses["tog"] = losses["tog"] + 0 * net.dead.sum()
+        opt.backward({stream: scale * loss for stream, loss in losses.items()})
+        if scale != 1:
+            grads = [p.grad for p in net.parameters()]
+            torch._amp_foreach_non_finite_check_and_unscale_(grads, torch.zeros(1), torch.tensor(1 / scale))
+        UNSCALED[call](net, opt)
+        opt.step()
+        return net
+
+    assert_same(step(1024.0), step(1))
+
+
+def test_averaging_follows_what_a_scaler_unscaled_on_a_gpu(monkeypatch):
+    """On a GPU no copy of a gradient is compared, but averaging would write the sets' sum over p.grad."""
+    monkeypatch.setattr(dist, "all_reduce", lambda *arguments, **options: None)
+    monkeypatch.setattr(dist, "get_world_size", lambda *arguments: 1)
+    monkeypatch.setattr(ledger, "_is_plain", lambda grad: False)
+
+    def change(net, opt):
+        FACTORS["without a trace"](net, opt)
+        opt.average_gradients()
+
+    assert_same(train(change, scale=4.0), train())
+
+
+@pytest.mark.parametrize("momentum", [APART, EQUAL], ids=["apart", "equal"])
+def test_a_backward_after_the_averaging_is_warned_of(monkeypatch, momentum):
+    """Gradients that come after the average are this process's own again."""
+    monkeypatch.setattr(dist, "all_reduce", lambda *arguments, **options: None)
+    monkeypatch.setattr(dist, "get_world_size", lambda *arguments: 2)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    net, opt = make(momentum)
+    opt.backward(losses_of(net))
+    opt.average_gradients()
+    opt.backward(losses_of(net, 1))
+    with pytest.warns(UserWarning, match="in 2 processes without average_gradients"):
+        opt.step()
 
 
 def alone(rank, momentum, call):

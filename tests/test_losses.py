@@ -223,7 +223,8 @@ def test_the_non_target_term_keeps_its_digits_beside_a_large_target():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
+        ({"temperature": float("inf")}, "temperature must be positive and finite, got inf"),
         ({"top_k": 0}, "K must be an integer from 1 to 9"),
         ({"top_k": 10}, "K must be an integer from 1 to 9"),
         ({"mask": "both"}, "mask must be one of"),
@@ -291,6 +292,7 @@ def test_compiled_whole(logits, top_k, mask):
 
 def test_compiled_once_for_any_batch_and_any_k(logits):
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # of the tests before, which reset leaves
     compiled = torch.compile(everything, fullgraph=True, backend="eager", dynamic=True)
     for size, k in ((16, 3), (7, 3), (5, 4), (11, 9)):
         part = [part[:size] for part in logits]

@@ -1,6 +1,7 @@
 import copy
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -461,11 +462,13 @@ def test_plain_backward_serves_one_stream_only():
         DecoupledMomentumSGD(params, 0.1, {"a": 0.9, "b": 0.5}).step()
 
 
-def test_sparse_gradients_are_refused():
+@pytest.mark.parametrize("momentum", [{"a": 0.9}, {"a": 0.9, "b": 0.5}])
+def test_sparse_gradients_are_refused(momentum):
     table = torch.nn.Embedding(4, 2, sparse=True)
-    opt = DecoupledMomentumSGD(table.parameters(), 0.1, {"a": 0.9})
-    opt.backward({"a": table(torch.tensor([1])).sum()})
-    with pytest.raises(RuntimeError, match="sparse"):
+    opt = DecoupledMomentumSGD(table.parameters(), 0.1, momentum)
+    rows = table(torch.tensor([1]))
+    opt.backward(dict(zip(momentum, [rows.sum(), rows.square().sum()])))
+    with pytest.raises(RuntimeError, match="does not take sparse gradients"):
         opt.step()
 
 
@@ -537,6 +540,34 @@ def test_parameters_whose_gradients_autograd_shares(foreach, coefficients):
         return params
 
     assert_equal_params(run(False), run(True))
+
+
+class Fused(torch.autograd.Function):
+    """A loss that computes its gradient in the forward pass, and returns the same tensor in every backward pass."""
+
+    @staticmethod
+    def forward(ctx, p):
+        ctx.save_for_backward(2 * p)
+        return p.square().sum()
+
+    @staticmethod
+    def backward(ctx, _):
+        return ctx.saved_tensors[0]
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+def test_a_gradient_that_a_function_returns_in_every_pass(foreach):
+    def run(loss_of):
+        (p,) = params = [torch.ones(3, dtype=F64, requires_grad=True)]
+        opt = DecoupledMomentumSGD(params, 0.1, {"a": 0.9, "b": 0.5}, foreach=foreach)
+        for _ in range(3):
+            opt.zero_grad()
+            loss = loss_of(p)
+            opt.backward({"a": loss, "b": loss})
+            opt.step()
+        return params
+
+    assert_equal_params(run(Fused.apply), run(lambda p: p.square().sum()))
 
 
 def test_a_modules_zero_grad_forgets_the_streams_too():
@@ -652,6 +683,31 @@ class TestConversion:
         state = sgd.state_dict()
         assert to_sgd(sgd, state) is state
 
+    @pytest.mark.parametrize("kind", ["Adam", "RMSprop"])
+    def test_the_state_of_another_kind_of_optimizer_is_left_alone(self, kind):
+        """Adam's averages are no momentum buffers to add up, and RMSprop has a momentum that means another thing."""
+        params = random_params()
+        other = getattr(torch.optim, kind)(params)
+        linear_loss(params, random_gradients(0, 0)).backward()
+        other.step()
+        state = other.state_dict()
+        assert to_sgd(torch.optim.SGD(params, 0.1, 0.9), state) is state
+        opt = DecoupledMomentumSGD(params, 0.1, {"x": 0.9, "y": 0.5})
+        opt.register_load_state_dict_pre_hook(from_sgd)
+        with pytest.raises(ValueError, match="the state has the streams None"):
+            opt.load_state_dict(state)
+
+    def test_a_state_of_0_1_becomes_sgds(self):
+        params = random_params()
+        opt = DecoupledMomentumSGD(params, 0.1, {"x": 0.9, "y": 0.5})
+        one_step(opt, params, 0)
+        expected = to_sgd(torch.optim.SGD(params, 0.1, 0.9), opt.state_dict())["state"]
+        old = opt.state_dict()
+        old["state"] = {i: {"buffers": list(buffers.values())} for i, buffers in old["state"].items()}
+        converted = to_sgd(torch.optim.SGD(params, 0.1, 0.9), old)["state"]
+        for i, buffers in expected.items():
+            torch.testing.assert_close(converted[i], buffers, rtol=0, atol=0)
+
     def test_another_number_of_groups_is_refused(self):
         a, b = random_params(1), random_params(2)
         sgd = torch.optim.SGD([{"params": a}, {"params": b}], 0.1, 0.9)
@@ -671,6 +727,17 @@ class TestState:
             assert all(isinstance(buffer, torch.Tensor) for buffer in opt.state[p].values())
         state = opt.state_dict()
         assert type(state["param_groups"][0]["momentum"]) is dict
+
+    def test_numpys_numbers_are_saved_as_pythons(self, tmp_path):
+        """torch.load(weights_only=True) refuses numpy's."""
+        params = random_params()
+        momentum = {"a": np.float32(0.5), "b": np.float64(0.25)}
+        opt = DecoupledMomentumSGD(params, np.float64(0.1), momentum, np.float32(0.5), "a", nesterov=np.bool_(True))
+        one_step(opt, params, 0)
+        torch.save(opt.state_dict(), tmp_path / "state.pt")
+        (group,) = torch.load(tmp_path / "state.pt", weights_only=True)["param_groups"]
+        assert group["momentum"] == momentum
+        assert (group["lr"], group["weight_decay"], group["nesterov"]) == (0.1, 0.5, True)
 
     def test_a_state_of_0_1_loads(self):
         """Lists of buffers, whose streams stood in the group; no nesterov, maximize and capturable."""

@@ -113,3 +113,20 @@ def test_one_of_several_processes_is_refused(monkeypatch, size, refused):
         return
     with pytest.raises(UserError, match="WORLD_SIZE is 4; a run is trained by one process"):
         terminal.one_process()
+
+
+@pytest.mark.parametrize(("error", "shown"), [("ConnectionResetError", False), ("EOFError", False), ("KeyError", True)])
+def test_a_thread_says_nothing_of_a_loaders_process_that_is_gone(error, shown):
+    """As multiprocessing's thread does: it hands what it caught to sys.excepthook."""
+    work = f"""import threading
+def serve():
+    try:
+        raise {error}("gone")
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+thread = threading.Thread(target=serve)
+thread.start()
+thread.join()"""
+    done = run(work, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert ("Traceback" in done.stderr) == shown
