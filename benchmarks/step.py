@@ -21,8 +21,9 @@ optimizer. Images are noise, on the device already. The rows of a pair:
 
 Columns: "floor ratio" is what the arithmetic of a method's n distinct coefficients costs beside KD's,
 (F_t + F_s + n·B) / (F_t + F_s + B), of the teacher's forward, the student's forward and backward times, which the
-second table has; "ratio to floor" is the step's time over F_t + F_s + n·B. With a table there is no F_t in a floor. For KD the latter is what the losses and
-the optimizer cost. The release's DeepKD has two distinct coefficients, so n = 2 there, as in ours.
+second table has; "ratio to floor" is the step's time over F_t + F_s + n·B. With a table there is no F_t above. For KD
+the latter is what the losses and the optimizer cost. The release's DeepKD has two distinct coefficients, so n = 2
+there, as in ours.
 Peak memory is what a few steps hold beyond what stood before them.
 
 The defaults, two pairs on a CPU and all four on a GPU, take less than 3 minutes on 2 cores, --quick less than one.
@@ -31,7 +32,9 @@ The defaults, two pairs on a CPU and all four on a GPU, take less than 3 minutes
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import io
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -210,7 +213,8 @@ def table_step(of: Setting, method: str, folder: Path) -> Callable[[], None]:
     def find(epoch: int, index: Tensor) -> tuple[Tensor, Tensor]:
         return index, torch.randint(views, (len(index),), generator=drawn)
 
-    logits = TeacherLogits(key, folder, teacher, find, of.amp)
+    with contextlib.redirect_stdout(io.StringIO()):  # the table's place is nobody's concern
+        logits = TeacherLogits(key, folder, teacher, find, of.amp)
     assert logits.table is not None
     full = logits.table.share() == 1  # by another step of the pair
     known = np.tile(logits.compute(batch["image"], np.arange(of.batch)), (batches, 1)).astype(np.float16)

@@ -62,9 +62,9 @@ def _check(paths: Iterable[Path]) -> int:
             code = 1
             continue
         with EpochBar(path.name, table.key.count) as bar:
-            for image, count in enumerate(table.counts(), 1):
-                if image % 100 == 0:
-                    bar.update(image, "")
+            for count in table.counts():
+                if count.all % (100 * table.key.views) == 0:
+                    bar.update(count.all // table.key.views, "")
         table.close()
         print(f"{path}: {count.there:,} of {count.all:,} views are there, {count.damaged:,} are damaged")
         if count.damaged:
@@ -99,8 +99,8 @@ def _fill(file: str, options: Sequence[str]) -> int:
 
 
 def _delete(paths: Iterable[Path], yes: bool) -> int:
-    from ..teacher_logits.tables import describe, files
     from ..teacher_logits.table import MAGIC
+    from ..teacher_logits.tables import describe, files
 
     found = [file for one in paths for file in files(one)]
     for path in found:

@@ -25,7 +25,7 @@ TOLERANCE = 0.05
 """Difference between two computations of a logit that rounding explains, as a share of the largest logit."""
 
 Find = Callable[[int, Tensor], tuple[Tensor, Tensor]]
-"""(epoch, index of a batch (B,)) -> the images' places in the table, and which of its views each has then, (B,) int64."""
+"""(epoch, index of a batch (B,)) -> the images' places in the table, and which of its views each has, (B,) int64."""
 
 
 class TeacherLogits:
@@ -61,7 +61,10 @@ class TeacherLogits:
         image = image if isinstance(image, Tensor) else image[0]
         places, views = (part.numpy() for part in self.find(epoch, index.cpu()))
         if self.table is None:
-            stored, there = np.zeros((len(places), self.key.classes), DTYPES[self.key.dtype]), np.zeros(len(places), bool)
+            stored, there = (
+                np.zeros((len(places), self.key.classes), DTYPES[self.key.dtype]),
+                np.zeros(len(places), bool),
+            )
         else:
             stored, there = self.table.read(places, views)
         missing = np.flatnonzero(~there)

@@ -5,8 +5,8 @@
 
 A record is written by one call. Its checksum covers the header's and the record's place too, so one that is half
 written, damaged, or of another place or table does not fit, and counts as one that is not there. That is why any number
-of processes may fill a table at once without a lock, and an interruption leaves no wrong logit. The file is sparse: what
-was not written yet takes no space. It is read and written by calls, not mapped into memory: of a full disk or a
+of processes may fill a table at once without a lock, and an interruption leaves no wrong logit. The file is sparse:
+what was not written yet takes no space. It is read and written by calls, not mapped into memory: of a full disk or a
 truncated file a call says so, where a mapping would end the process.
 """
 
@@ -91,7 +91,9 @@ class Key:
     def differences(self, other: Key) -> str:
         """Say in what another key differs from this one: the other's value, then ours."""
         pairs = [(field.name, getattr(other, field.name), getattr(self, field.name)) for field in fields(Key)]
-        return ", ".join(f"{name} is {shown(theirs)}, not {shown(ours)}" for name, theirs, ours in pairs if theirs != ours)
+        return ", ".join(
+            f"{name} is {shown(theirs)}, not {shown(ours)}" for name, theirs, ours in pairs if theirs != ours
+        )
 
 
 class Damaged(Exception):  # noqa: N818 (a table's state; the caller decides what it means)

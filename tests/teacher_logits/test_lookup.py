@@ -13,7 +13,7 @@ from deepkd_plugin.errors import UserError
 from deepkd_plugin.hosts.builtin import cifar_model_dict
 from deepkd_plugin.teacher_logits import lookup
 from deepkd_plugin.teacher_logits.lookup import TeacherLogits, check_teacher
-from deepkd_plugin.teacher_logits.table import Key, Table
+from deepkd_plugin.teacher_logits.table import Key
 
 IMAGES, VIEWS, BATCH, CLASSES = 64, 4, 32, 10
 

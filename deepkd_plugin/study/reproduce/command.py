@@ -13,8 +13,8 @@ from typing import Any
 from ... import device
 from ...errors import UserError
 from ...run import record
-from ...run.metrics import read_metrics
 from ...run.lock import locked
+from ...run.metrics import read_metrics
 from ...terminal import Stopped, exit_code
 from ..shared import cores, count
 from ..table import Run
@@ -187,7 +187,9 @@ def _run(request: Request, plan: Plan, jobs: int) -> int:
 
 def _saved(runs: Sequence[Run]) -> str:
     """Say what tables of the teacher's logits saved; nothing if no run has one."""
-    computed = [line["teacher_computed"] for run in runs for line in read_metrics(run.folder) if "teacher_computed" in line]
+    computed = [
+        line["teacher_computed"] for run in runs for line in read_metrics(run.folder) if "teacher_computed" in line
+    ]
     if not computed:
         return ""
     return f"{1 - mean(computed):.0%} of its logits in {count(len(computed), 'epoch')} were read from a table"
