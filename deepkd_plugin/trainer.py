@@ -289,7 +289,7 @@ class Trainer:
         if self.teacher is None or self.cfg.DISTILLER.TEACHER_LOGITS == "compute":
             return None
         image = self.samples(32)["image"]
-        return open_logits(self.cfg, self.module.teacher, self.teacher, self.train_loader.dataset, image)
+        return open_logits(self.cfg, self.module.teacher, self.teacher, self.train_loader, image)
 
     def rehearse(self) -> None:
         """Pass two images through a copy, so that losses without a stream are found before a run."""

@@ -12,21 +12,28 @@ import torch
 from torch import Tensor, nn
 
 from .. import data
+from ..data.arrays import Passes, Training
 from ..data.resident import Batchwise, known, view_count, view_index
 from ..errors import UserError
 from .lookup import FOLDER, TeacherLogits, check_teacher
 from .table import SUFFIX, Damaged, Key, Table, gigabytes
 
 
-def open_logits(cfg: Any, teacher: nn.Module, fingerprint: str, samples: Any, image: Any) -> TeacherLogits:
+def open_logits(cfg: Any, teacher: nn.Module, fingerprint: str, loader: Any, image: Any) -> TeacherLogits:
     """Open the table that a config means, or make it.
 
-    fingerprint: of the teacher's weights. samples: the training set, as data.get_dataset's loader has it. image: some
-    of its images, as its batches have them. Raises UserError for a teacher whose logits depend on more than the image,
-    for views that cannot be counted, and as Table.make does.
+    fingerprint: of the teacher's weights. loader: of the training set, data.get_dataset's. image: some of its images,
+    as its batches have them. Raises UserError for a teacher whose logits depend on more than the image, for views that
+    cannot be counted, for a loader that may draw views as it likes, and as Table.make does.
     """
+    samples = loader.dataset
+    if not isinstance(samples, Training) or not isinstance(loader.sampler, Passes):
+        raise UserError(
+            "config: DISTILLER.TEACHER_LOGITS is 'table'; it must be 'compute' with a training set that get_dataset "
+            "did not make: only of its images it is known which view an epoch has"
+        )
     check_teacher(teacher, image if isinstance(image, Tensor) else image[0])
-    distortions, seed = _distortions(cfg), cfg.SOLVER.SEED
+    distortions, seed = _distortions(cfg), loader.sampler.seed
     key = make_key(cfg, fingerprint, samples)
 
     chosen = torch.as_tensor(samples.chosen)
@@ -38,7 +45,7 @@ def open_logits(cfg: Any, teacher: nn.Module, fingerprint: str, samples: Any, im
 
 
 def make_key(cfg: Any, fingerprint: str, samples: Any) -> Key:
-    """Return the key of the table that a config means; arguments as in open_logits."""
+    """Return the key of the table that a config means. samples: the training set, as get_dataset's loader has it."""
     source = data.source(cfg.DATASET.TYPE)
     views = count_views(cfg)
     images = samples.images  # all of the set, so that runs on parts of it share a table

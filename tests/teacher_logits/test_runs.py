@@ -7,15 +7,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from deepkd_plugin import config
 from deepkd_plugin.commands import cli
-from deepkd_plugin.data import DATASETS
+from deepkd_plugin.data import DATASETS, get_dataset
 from deepkd_plugin.distillers import DISTILLERS, Distiller
 from deepkd_plugin.errors import UserError
+from deepkd_plugin.hosts.builtin import cifar_model_dict
 from deepkd_plugin.hosts.registry import find_host
 from deepkd_plugin.launch import read_config
 from deepkd_plugin.study.reproduce.command import _saved
+from deepkd_plugin.teacher_logits import open_logits
 from deepkd_plugin.teacher_logits.tables import share_computed
 
 TABLE = ("DISTILLER.TEACHER_LOGITS", "table", "DISTILLER.LOGITS_DTYPE", "float32")
@@ -117,6 +120,34 @@ def test_what_cannot_use_a_table_is_refused(monkeypatch):
     imagenet = "configs/imagenet/r34_r18/kd.yaml"
     with pytest.raises(UserError, match="'compute' with DATASET.TYPE imagenet, whose images have more views"):
         read_config(find_host(), imagenet, TABLE)
+
+
+def test_mdistiller_s_own_methods_give_way_to_ours(mdistiller):
+    """They know of no table; its trainers neither."""
+    config = "configs/glyphs100/res20_res8/kd.yaml"
+    for name, cls in (("KD", DISTILLERS["KD"]), ("DKD", DISTILLERS["DKD"])):
+        cfg, _ = read_config(mdistiller, config, (*TABLE, "DISTILLER.TYPE", name))
+        assert mdistiller.distiller(cfg) is cls
+    with pytest.raises(UserError, match="'compute' with DISTILLER.TYPE RKD"):
+        read_config(mdistiller, config, (*TABLE, "DISTILLER.TYPE", "RKD"))
+    plain = ("SOLVER.TRAINER", "dot", "SOLVER.LR_SCHEDULE", "step", "SOLVER.WARMUP_EPOCHS", "0")
+    with pytest.raises(UserError, match="'compute' under mdistiller's trainer dot"):
+        read_config(mdistiller, config, (*TABLE, *plain))
+
+
+def test_a_loader_of_another_kind_is_refused(data_root, tmp_path):
+    """Its views are nobody's function, so wrong logits would be kept."""
+    options = ("DATASET.ROOT", str(data_root), "DISTILLER.LOGITS_DIR", str(tmp_path), *TABLE)
+    cfg, _ = read_config(find_host(), "configs/glyphs100/res20_res8/kd.yaml", options)
+    loader = get_dataset(cfg)[0]
+    image = torch.stack([loader.dataset[place][0] for place in range(4)])
+    teacher = cifar_model_dict["resnet20"][0](num_classes=100).eval()
+    for other in (DataLoader(loader.dataset, 4, shuffle=True), DataLoader([*range(4)], 4, sampler=loader.sampler)):
+        with pytest.raises(UserError, match="must be 'compute' with a training set that get_dataset did not make"):
+            open_logits(cfg, teacher, "ab", other, image)
+    assert not list(tmp_path.iterdir())
+    open_logits(cfg, teacher, "ab", loader, image).close()
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_without_a_teacher_there_is_nothing_to_look_up(learn):
