@@ -70,6 +70,7 @@ def test_in_float32_every_bit_is_the_teacher_s_own(noise, tmp_path, channels_las
     logits.teacher = teacher
     for epoch in range(1, 60):
         image, index = noise.batch(epoch % 20, channels_last)
+        logits.checked = epoch % 20  # no batch is computed whole to compare it
         assert torch.equal(logits(image, index, epoch % 20), noise.truth(image))
         shares.append(logits.share_computed())
     assert shares[0] == 1

@@ -130,7 +130,18 @@ def test_mdistiller_s_own_methods_give_way_to_ours(mdistiller):
         assert mdistiller.distiller(cfg) is cls
     with pytest.raises(UserError, match="'compute' with DISTILLER.TYPE RKD"):
         read_config(mdistiller, config, (*TABLE, "DISTILLER.TYPE", "RKD"))
-    plain = ("SOLVER.TRAINER", "dot", "SOLVER.LR_SCHEDULE", "step", "SOLVER.WARMUP_EPOCHS", "0")
+    plain = (
+        "SOLVER.CHANNELS_LAST",
+        "False",
+        "SOLVER.TRAINER",
+        "dot",
+        "SOLVER.LR_SCHEDULE",
+        "step",
+        "SOLVER.WARMUP_EPOCHS",
+        "0",
+        "SOLVER.MIN_LR",
+        "0.0",
+    )
     with pytest.raises(UserError, match="'compute' under mdistiller's trainer dot"):
         read_config(mdistiller, config, (*TABLE, *plain))
 

@@ -74,11 +74,14 @@ def test_a_record_counts_only_in_its_own_place_of_its_own_table(tmp_path):
     table, other = filled(tmp_path), Table.make(tmp_path, replace(KEY, teacher="ef" * 8))
     content = bytearray(table.path.read_bytes())
     first, second = (slice(HEADER + n * KEY.record, HEADER + (n + 1) * KEY.record) for n in (0, 1))
-    for target, moved in ((table.path, content[:]), (other.path, bytearray(other.path.read_bytes()))):
-        moved[second] = content[first]
-        target.write_bytes(moved)
+    copied = bytearray(other.path.read_bytes())
+    copied[second] = content[second]
+    other.path.write_bytes(copied)
+    content[second] = content[first]
+    table.path.write_bytes(content)
     assert not table.read(np.array([0]), np.array([1]))[1].any()
     assert not other.read(np.array([0]), np.array([1]))[1].any()
+    assert table.damaged == other.damaged == 1
 
 
 def test_a_truncated_table_lacks_its_end_and_can_be_filled_again(tmp_path):
