@@ -165,8 +165,9 @@ class Trainer:
         self.windows = []
         waited, start = 0.0, time.perf_counter()
         with EpochBar(f"epoch {epoch}/{epochs}", steps) as bar:
-            if hasattr(self.train_loader.sampler, "set_epoch"):  # a loader of somebody else may draw as it likes
-                self.train_loader.sampler.set_epoch(epoch)
+            sampler = getattr(self.train_loader, "sampler", None)
+            if hasattr(sampler, "set_epoch"):  # a loader of somebody else may draw as it likes
+                sampler.set_epoch(epoch)
             batches = iter(self.train_loader)
             for step in range(1, steps + 1):
                 check_interruption()

@@ -145,14 +145,30 @@ def _fixed(value: Tensor) -> Tensor:
 
 
 def known(distortion: Any, height: int, width: int) -> Batchwise | None:
-    """Return what one of torchvision's distortions does to images of this size; None if it is not known here."""
-    if isinstance(distortion, transforms.RandomCrop) and tuple(distortion.size) == (height, width):
+    """Return what one of torchvision's distortions does to images of this size; None if it is not known here.
+
+    Only those that are made here as they are: a subclass, another fill, padding or interpolation is not known.
+    """
+    options, kind = vars(distortion) if hasattr(distortion, "__dict__") else {}, type(distortion)
+    if any(options.get(name, usual) != usual for name, usual in _USUAL.items()):
+        return None
+    if kind is transforms.RandomCrop and (*distortion.size,) == (height, width) and type(distortion.padding) is int:
         return Crop(distortion.padding)
-    if isinstance(distortion, transforms.RandomHorizontalFlip):
+    if kind is transforms.RandomHorizontalFlip:
         return Flip(distortion.p, width)
-    if isinstance(distortion, transforms.RandomRotation):
+    if kind is transforms.RandomRotation:
         return Rotation(*distortion.degrees, height, width)
     return None
+
+
+_USUAL = {
+    "fill": 0,
+    "padding_mode": "constant",
+    "interpolation": transforms.InterpolationMode.NEAREST,
+    "expand": False,
+    "center": None,
+}
+"""torchvision's options that are made here with these values alone, their defaults."""
 
 
 def batchwise(distortions: Sequence[Any], height: int, width: int) -> list[Batchwise]:
@@ -220,8 +236,8 @@ class ResidentLoader:
         """Take the images and labels of `dataset`, which gives single samples as the worker pipeline does.
 
         images: (N, H, W, C) uint8. targets: (N,) int64. Both on the device, and in the data set's order.
-        mean, std: of the channels. distortions: torchvision's, in their order, of which at most the first may
-        look outside the image. sampler: of training batches; None for test batches.
+        mean, std: of the channels. distortions: torchvision's, in their order. sampler: of training batches; None
+        for test batches.
         """
         self.dataset, self.batch_size = dataset, batch_size
         self.images = images.permute(0, 3, 1, 2).contiguous()
@@ -252,10 +268,11 @@ class ResidentLoader:
         height, width = images.shape[2:]
         y = torch.arange(height, device=index.device)[:, None].expand(len(index), height, 1)
         x = torch.arange(width, device=index.device).expand(len(index), 1, width)
+        inside = torch.ones((len(index), 1, 1), dtype=torch.bool, device=index.device)
         # backwards, for a pixel of the result comes from the last distortion's input, and so on
         for distortion, draw in zip(reversed(self.distortions), reversed(drawn)):
             y, x = distortion.origin(y, x, draw[..., None, None])
-        inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+            inside = inside & (y >= 0) & (y < height) & (x >= 0) & (x < width)
         place = y.clamp(0, height - 1) * width + x.clamp(0, width - 1)
         place = place.flatten(1)[:, None].expand(-1, images.shape[1], -1)
         return images.flatten(2).gather(2, place).view_as(images) * inside[:, None]
@@ -267,12 +284,12 @@ class ResidentLoader:
     def _training_batches(self, sampler: Passes) -> Iterator[Any]:
         epoch = sampler.next_epoch()
         places = sampler.places(epoch, self.images.device)
-        chosen = sampler.chosen.to(self.images.device)
-        needed = count_numbers(self.distortions)
+        chosen, needed = sampler.chosen.to(self.images.device)[places], count_numbers(self.distortions)
+        # of all batches at once: on a GPU a batch's own would take as long to start as some of its layers
+        of_pass = draw(self.distortions, draws.uniforms(sampler.seed, epoch, chosen, draws.WEAK, needed))
         for part in self._parts():
             index = places[part]
-            numbers = draws.uniforms(sampler.seed, epoch, chosen[index], draws.WEAK, needed)
-            target, drawn = self.targets[index], draw(self.distortions, numbers)
+            target, drawn = self.targets[index], [one[..., part] for one in of_pass]
             if self.only_draw:
                 yield {"index": index, "target": target, "drawn": drawn}
             else:

@@ -133,11 +133,11 @@ class TrainingViews:
         self.strong = StrongAugment()
 
     def __call__(self, image: Image.Image, draw: Draw) -> Tensor | list[Tensor]:
-        with contextlib.nullcontext() if self.known is not None else draws.seeded(draw, draws.WEAK):
+        with contextlib.nullcontext() if self.known is not None else draws.all_seeded(draw, draws.WEAK):
             weak = self.tensor(self._distort(image, draw, draws.WEAK))
         if not self.two:
             return weak
-        with draws.seeded(draw, draws.STRONG):
+        with (draws.seeded if self.known is not None else draws.all_seeded)(draw, draws.STRONG):
             return [weak, self.tensor(self.strong(self._distort(image, draw, draws.STRONG)))]
 
     def _distort(self, image: Image.Image, draw: Draw, stream: int) -> Image.Image:

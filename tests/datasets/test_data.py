@@ -15,7 +15,7 @@ import torchvision
 from PIL import Image
 
 from deepkd_plugin.data import cifar100, get_dataset, get_test_set, imagenet, source
-from deepkd_plugin.data.arrays import ArrayDataset, choose
+from deepkd_plugin.data.arrays import ArrayDataset, Training, choose
 from deepkd_plugin.errors import UserError
 
 
@@ -265,9 +265,8 @@ def test_a_holdout_comes_from_the_training_images_unaugmented(data_cfg, cifar_ro
     train, test, count, _ = get_dataset(data_cfg("cifar100", cifar_root, HOLDOUT=0.34))
     assert (count, len(test.dataset)) == (200, 100)
     images, _ = cifar100.read_cifar100(cifar_root, "train")
-    used, held = (
-        {part.dataset.images[i].tobytes() for i in part.indices} for part in (train.dataset.dataset, test.dataset)
-    )
+    used = {train.dataset.images.images[i].tobytes() for i in train.dataset.chosen}
+    held = {test.dataset.dataset.images[i].tobytes() for i in test.dataset.indices}
     assert used | held == {image.tobytes() for image in images}
     assert not held & used
     assert torch.equal(test.dataset[0][0], test.dataset[0][0])
@@ -301,10 +300,9 @@ def test_augmentation_crops_and_flips_and_tests_do_neither():
     image = np.zeros((1, 32, 32, 3), np.uint8)
     image[0, :, :8] = 255
     plainly = replace(source("cifar100"), mean=(0.0,) * 3, std=(1.0,) * 3)
-    train, test = plainly.training_transform(1), plainly.test_transform()
-    torch.manual_seed(0)
-    data = ArrayDataset(image, np.array([3]), train)
-    drawn = torch.stack([data[0][0] for _ in range(60)])
+    train, test = plainly.training_views(1), plainly.test_transform()
+    data = Training(ArrayDataset(image, np.array([3]), None), np.arange(1), train, 0)
+    drawn = torch.stack([data[epoch, 0][0] for epoch in range(1, 61)])
     bright_left = drawn[:, 0, 16, :8].mean(1) > drawn[:, 0, 16, -8:].mean(1)
     assert 15 < bright_left.sum() < 45  # flipped about half the time
     assert len({d.sum().item() for d in drawn}) > 3  # shifted by the crop

@@ -1,5 +1,6 @@
 """Order and augmentation as functions of (seed, epoch, image)."""
 
+import itertools
 import random
 
 import numpy as np
@@ -10,9 +11,11 @@ from torchvision import transforms
 from yacs.config import CfgNode
 
 from deepkd_plugin.data import DATASETS, draws, get_dataset
+from deepkd_plugin.data.arrays import Passes
 from deepkd_plugin.data.draws import Draw
-from deepkd_plugin.data.resident import batchwise, count_numbers, draw, view_count, view_index
+from deepkd_plugin.data.resident import ResidentLoader, batchwise, count_numbers, draw, view_count, view_index
 from deepkd_plugin.data.views import TrainingViews
+from deepkd_plugin.errors import UserError
 
 
 def splitmix(state):
@@ -78,13 +81,17 @@ def test_global_generators_get_their_own_state_back():
     set_all()
     expected = state()
     set_all()
-    with draws.seeded(Draw(0, 1, 2), draws.WEAK):
+    with draws.all_seeded(Draw(0, 1, 2), draws.WEAK):
         inside = state()
     assert state() == expected
-    with draws.seeded(Draw(0, 1, 2), draws.WEAK):
+    with draws.all_seeded(Draw(0, 1, 2), draws.WEAK):
         assert state() == inside
-    with draws.seeded(Draw(0, 1, 2), draws.STRONG):
-        assert state() != inside
+    with draws.all_seeded(Draw(0, 1, 2), draws.STRONG):
+        assert all(a != b for a, b in zip(state(), inside))
+    set_all()
+    with draws.seeded(Draw(0, 1, 2), draws.WEAK):
+        assert torch.rand(2).tolist() == inside[0]
+    assert state() == expected
 
 
 @pytest.mark.parametrize(("kind", "count"), [("cifar100", 162), ("glyphs100", 81), ("tiny_imagenet", None)])
@@ -177,6 +184,54 @@ def test_distortions_that_draw_from_anywhere_are_repeatable():
     assert all(torch.equal(a, b) for a, b in zip(first, make(image, Draw(0, 1, 5))))
     values = {make(image, Draw(0, 1, i))[0].mean().item() for i in range(40)}
     assert len(values) > 10
+
+
+class Shifted(transforms.RandomHorizontalFlip):
+    """A distortion of somebody's own that is torchvision's by its class."""
+
+    def forward(self, image):
+        return Image.fromarray(np.roll(np.asarray(image), int(torch.randint(1, 8, ())), 1))
+
+
+@pytest.mark.parametrize(
+    "distortion",
+    [
+        transforms.RandomCrop(8),
+        transforms.RandomCrop(8, padding=(4, 2)),
+        transforms.RandomCrop(8, padding=4, fill=99),
+        transforms.RandomCrop(8, padding=4, padding_mode="reflect"),
+        transforms.RandomCrop(6, padding=4),
+        transforms.RandomRotation(30, fill=200),
+        transforms.RandomRotation(30, center=(0, 0)),
+        transforms.RandomRotation(30, expand=True),
+        transforms.RandomRotation(30, interpolation=transforms.InterpolationMode.BILINEAR),
+        Shifted(),
+    ],
+    ids=repr,
+)
+def test_a_distortion_that_is_not_quite_a_known_one_is_run_itself(distortion):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8))
+    make = TrainingViews((distortion,), transforms.PILToTensor(), False, (8, 8))
+    for index in range(5):
+        with draws.all_seeded(Draw(0, 1, index), draws.WEAK):
+            expected = transforms.PILToTensor()(distortion(image))
+        assert torch.equal(make(image, Draw(0, 1, index)), expected)
+    with pytest.raises(UserError, match="it must be 'workers' with "):
+        batchwise((distortion,), 8, 8)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_known_distortions_in_any_order_are_the_same_in_both_pipelines(seed):
+    crop, flip, turn = transforms.RandomCrop(8, 3), transforms.RandomHorizontalFlip(), transforms.RandomRotation(40)
+    images = np.random.default_rng(0).integers(1, 255, (50, 8, 8, 3), np.uint8)
+    pixels, labels = torch.from_numpy(images), torch.zeros(50, dtype=torch.int64)
+    for some in itertools.permutations((crop, flip, turn)):
+        make = TrainingViews(some, transforms.PILToTensor(), False, (8, 8))
+        loader = ResidentLoader(None, pixels, labels, 50, (0.0,) * 3, (1.0,) * 3, some, Passes(np.arange(50), seed))
+        loader.normalise = lambda image: image
+        ((made, _, places),) = loader
+        expected = [make(Image.fromarray(images[place]), Draw(seed, 1, place)) for place in places.tolist()]
+        assert torch.equal(made, torch.stack(expected))
 
 
 def test_contrasts_are_an_images_own(data_cfg, data_root):

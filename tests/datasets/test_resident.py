@@ -5,12 +5,14 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torchvision import transforms
 from torchvision.transforms import functional as F
 from yacs.config import CfgNode
 
 from deepkd_plugin import device
 from deepkd_plugin.accuracy import evaluate
-from deepkd_plugin.data import DATASETS, Source, get_dataset, get_test_set, resident, source
+from deepkd_plugin.data import DATASETS, Source, draws, get_dataset, get_test_set, resident, source
+from deepkd_plugin.data.arrays import Passes
 from deepkd_plugin.data.resident import ResidentLoader, batchwise
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.hosts.builtin.models import cifar_model_dict
@@ -29,13 +31,14 @@ def noise(count, side):
     return np.random.default_rng(0).integers(1, 256, (count, side, side, 3), dtype=np.uint8)
 
 
-def loader_of(kind, images, batch_size=64):
+def loader_of(kind, images, batch_size=64, seed=0):
     """A training loader of a data set's distortions over other images; image i is of class i % 7."""
     source = DATASETS[kind]
     at = device.pick()
     targets = torch.arange(len(images), device=at) % 7
     pixels = torch.from_numpy(images).to(at)
-    return ResidentLoader(images, pixels, targets, batch_size, source.mean, source.std, source.augmentation)
+    sampler = Passes(np.arange(len(images)), seed)
+    return ResidentLoader(images, pixels, targets, batch_size, source.mean, source.std, source.augmentation, sampler)
 
 
 def by_hand(kind, pixels, drawn):
@@ -57,9 +60,9 @@ def by_hand(kind, pixels, drawn):
 def test_equal_draws_give_torchvisions_pixels(kind):
     images = noise(300, SIDES[kind])
     loader = loader_of(kind, images)
-    generator = torch.Generator(device.pick()).manual_seed(0)
-    drawn = [distortion.draw(300, generator) for distortion in loader.distortions]
-    index = torch.randperm(300, generator=generator, device=device.pick())
+    numbers = torch.rand(300, resident.count_numbers(loader.distortions), dtype=torch.float64).to(device.pick())
+    drawn = resident.draw(loader.distortions, numbers)
+    index = torch.randperm(300, device=device.pick())
     made = loader.normalise(loader.distort(index, drawn)).cpu()
     assert (made.dtype, made.shape) == (torch.float32, (300, 3, SIDES[kind], SIDES[kind]))
     assert made.is_contiguous()
@@ -84,7 +87,7 @@ def test_every_corner_of_the_crop_and_both_directions():
 def test_a_rotation_is_pils(size):
     width, height = size
     pixels = np.random.default_rng(1).integers(1, 256, (height, width, 3), dtype=np.uint8)
-    distortions = [DATASETS["tiny_imagenet"].augmentation[0]]
+    distortions = DATASETS["tiny_imagenet"].augmentation[:1]
     images = torch.from_numpy(pixels)[None]
     loader = ResidentLoader(images, images, torch.zeros(1), 1, (0.0,) * 3, (1.0,) * 3, distortions)
     angles = torch.cat([torch.empty(1000).uniform_(-20, 20), torch.tensor([-20.0, 0.0, 20.0, 1e-4])])
@@ -104,15 +107,18 @@ def cells(images):
     return torch.bincount((down + 4) * 18 + (across + 4) * 2 + flipped, minlength=162)
 
 
-def test_crops_and_flips_are_distributed_as_the_workers():
+def test_crops_and_flips_are_distributed_as_torchvisions():
     """Chi-squared over the 162 cells, which also sees rows, columns and flips that depend on each other."""
     row, column = np.mgrid[:32, :32]
     image = np.stack([column, row, np.full((32, 32), 255)], 2).astype(np.uint8)
     count = 8100
-    torch.manual_seed(0)
     ours = cells(torch.cat([batch[0] for batch in loader_of("cifar100", np.stack([image] * count), 500)]).cpu())
-    transform = DATASETS["cifar100"].training_transform(1)
-    theirs = cells(torch.stack([transform(Image.fromarray(image)) for _ in range(count)]))
+    source = DATASETS["cifar100"]
+    torchvisions = transforms.Compose(
+        [*source.augmentation, transforms.ToTensor(), transforms.Normalize(source.mean, source.std)]
+    )
+    torch.manual_seed(0)
+    theirs = cells(torch.stack([torchvisions(Image.fromarray(image)) for _ in range(count)]))
     for observed in (ours, theirs):
         assert observed.sum() == count
         statistic = (observed - 50).square().sum() / 50
@@ -121,19 +127,19 @@ def test_crops_and_flips_are_distributed_as_the_workers():
 
 
 def test_angles_are_uniform_and_flips_are_fair():
-    generator = torch.Generator().manual_seed(0)
-    rotation, flip = (batchwise(d, 64, 64) for d in DATASETS["tiny_imagenet"].augmentation)
-    angles = rotation.draw(10_000, generator).sort().values
+    distortions = batchwise(DATASETS["tiny_imagenet"].augmentation, 64, 64)
+    numbers = draws.uniforms(0, 1, torch.arange(10_000), draws.WEAK, 2)
+    angles, flips = resident.draw(distortions, numbers)
     expected = torch.linspace(-20, 20, 10_000)
-    assert (angles - expected).abs().max() < 40 * 0.02  # Kolmogorov and Smirnov's distance
-    assert abs(flip.draw(10_000, generator).float().mean() - 0.5) < 0.02
+    assert (angles.sort().values - expected).abs().max() < 40 * 0.02  # Kolmogorov and Smirnov's distance
+    assert abs(flips.float().mean() - 0.5) < 0.02
 
 
 def test_a_distortion_without_a_counterpart():
     with pytest.raises(UserError, match="RandomResizedCrop.*, which is not made on a device for images of 64 x 64"):
-        batchwise(DATASETS["imagenet"].augmentation[0], 64, 64)
+        batchwise(DATASETS["imagenet"].augmentation[:1], 64, 64)
     with pytest.raises(UserError, match="RandomCrop.* images of 64 x 64"):
-        batchwise(DATASETS["cifar100"].augmentation[0], 64, 64)
+        batchwise(DATASETS["cifar100"].augmentation[:1], 64, 64)
 
 
 def test_glyphs_are_never_mirrored():
@@ -143,7 +149,6 @@ def test_glyphs_are_never_mirrored():
 def test_each_pass_is_another_permutation_with_the_last_smaller_batch():
     images = noise(150, 32)
     loader = loader_of("cifar100", images)
-    torch.manual_seed(0)
     orders = []
     for _ in range(2):
         batches = list(loader)
@@ -160,14 +165,12 @@ def test_each_pass_is_another_permutation_with_the_last_smaller_batch():
 
 
 def test_a_pass_follows_from_the_seed_alone():
-    """Not from what a training step draws between two batches."""
-    loader = loader_of("cifar100", noise(150, 32))
+    """Not from what a training step draws, before it or between two batches."""
 
-    def one_pass(seed, draws):
-        torch.manual_seed(seed)
+    def one_pass(seed, drawn):
         parts = []
-        for batch in loader:
-            torch.rand(draws)
+        for batch in loader_of("cifar100", noise(150, 32), seed=seed):
+            torch.rand(drawn)
             parts.append(batch)
         return [torch.cat(part) for part in zip(*parts)]
 
@@ -226,14 +229,10 @@ def test_training_sets_are_the_workers(data_cfg, roots, kind):
     assert len(ours) == len(theirs)
     plain = resident.ResidentLoader.normalise(ours, ours.images).cpu()
     transform = DATASETS[kind].test_transform()
-    held = theirs.dataset.dataset
-    arrays = held.dataset.pixels(np.asarray(held.indices))
+    arrays = theirs.dataset.images.pixels(theirs.dataset.chosen)
     for i in (0, 57, count - 1):
         assert torch.equal(plain[i], transform(Image.fromarray(arrays[i])))
-        torch.manual_seed(i)
-        sample = ours.dataset[i]
-        torch.manual_seed(i)
-        expected = theirs.dataset[i]
+        sample, expected = ours.dataset[2, i], theirs.dataset[2, i]
         assert torch.equal(sample[0], expected[0])
         assert sample[1:] == expected[1:] == (ours.targets[i], i)
     image, target, index = next(iter(ours))

@@ -71,8 +71,7 @@ def test_training_rotates_and_flips_and_tests_do_neither(tmp_path, tiny_folders,
             file.unlink()
         Image.fromarray(half).save(folder / name, quality=95)
     train, test, *_ = get_dataset(data_cfg("tiny_imagenet", root))
-    torch.manual_seed(0)
-    drawn = torch.stack([train.dataset[0][0][0] for _ in range(200)])
+    drawn = torch.stack([train.dataset[epoch, 0][0][0] for epoch in range(200)])
     black = drawn.min()
     assert black == pytest.approx(-MEAN[0] / STD[0])  # corners that turned in
     flipped = drawn[:, 32, :8].mean(1) > drawn[:, 32, -8:].mean(1)
@@ -88,8 +87,7 @@ def test_subsets_and_holdouts(data_cfg, tiny_root):
     node = {"TRAIN_PER_CLASS": 2, "HOLDOUT": 0.25}
     train, test, count, _ = get_dataset(data_cfg("tiny_imagenet", tiny_root, **node))
     assert (count, len(test.dataset)) == (400, 200)
-    subset = train.dataset.dataset
-    used = [subset.dataset.paths[i] for i in subset.indices]
+    used = [train.dataset.images.paths[i] for i in train.dataset.chosen]
     held = [test.dataset.dataset.paths[i] for i in test.dataset.indices]
     assert [path[-7:] for path in used] == ["_0.JPEG", "_1.JPEG"] * 200  # of each class the first two
     assert [path[-7:] for path in held] == ["_3.JPEG"] * 200  # and the last quarter

@@ -143,6 +143,7 @@ def test_with_all_deltas_0_a_method_is_torchs_sgd(make, method, monkeypatch):
     for epoch, rate in ((1, 0.005), (2, 0.0)):
         device.seed_everything(0, epoch)
         sgd.param_groups[0]["lr"] = rate
+        trainer.train_loader.sampler.set_epoch(epoch)
         for step, (images, targets) in enumerate(trainer.train_loader, 1):
             progress = (3 * (epoch - 1) + step - 1) / 5
             _, losses = plain(image=images, target=targets, epoch=epoch, progress=progress)

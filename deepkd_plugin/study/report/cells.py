@@ -10,7 +10,19 @@ from . import published
 from .collect import Record, Results
 from .formats import CONFIDENCE, interval, span
 from .published import Published
-from .statistics import EQUAL, HIGHER, LEVEL, LOWER, Difference, Summary, compare, compare_published, holm, summarise
+from .statistics import (
+    EQUAL,
+    HIGHER,
+    LEVEL,
+    LOWER,
+    Difference,
+    Summary,
+    compare,
+    compare_paired,
+    compare_published,
+    holm,
+    summarise,
+)
 
 NUMBERS = {"last": "last epoch", "best": "best of all epochs, chosen on the test images"}
 """The two numbers of a run. The last epoch's is the main one: it needs no look at the test images."""
@@ -25,12 +37,14 @@ def number_name(number: str, measures: Measures) -> str:
 class Number:
     """One of a cell's two numbers over its runs, compared with the published value and with its base.
 
-    further: the other measures of the same epochs, by name.
+    paired: the gain seed by seed, None if the base has other seeds. further: the other measures of the same epochs, by
+    name.
     """
 
     summary: Summary
     minus_published: Difference | None
     gain: Difference | None
+    paired: Difference | None
     holm_p: float | None
     further: dict[str, Summary]
 
@@ -67,7 +81,11 @@ class Cell:
 
     def values(self, number: str) -> list[float]:
         """List one of NUMBERS of each run."""
-        return [getattr(record, number) for record in self.records]
+        return list(self.by_seed(number).values())
+
+    def by_seed(self, number: str) -> dict[int, float]:
+        """Gather one of NUMBERS of each run, by its seed."""
+        return {record.run.seed: getattr(record, number) for record in self.records}
 
 
 def assemble(table: Results) -> list[Cell]:
@@ -96,18 +114,19 @@ def assemble(table: Results) -> list[Cell]:
             for cell, base in with_base
         ]
         adjusted = holm([gain.p if gain else None for gain in gains])
-        for (cell, _), gain, holm_p in zip(with_base, gains, adjusted):
-            cell.numbers[name] = _number(cell, name, gain, holm_p)
+        for (cell, base), gain, holm_p in zip(with_base, gains, adjusted):
+            paired = compare_paired(cell.by_seed(name), base.by_seed(name)) if base else None
+            cell.numbers[name] = _number(cell, name, gain, paired, holm_p)
     return [replace(cell, base_published=base.published if base else None) for cell, base in with_base]
 
 
-def _number(cell: Cell, name: str, gain: Difference | None, holm_p: float | None) -> Number:
+def _number(cell: Cell, name: str, gain: Difference | None, paired: Difference | None, holm_p: float | None) -> Number:
     known = cell.published.comparable_value if cell.published else None
     minus = None if known is None else compare_published(cell.values(name), known)
     further = {
         other: summarise([record.further[name][other] for record in cell.records]) for other in cell.measures.further
     }
-    return Number(summarise(cell.values(name)), minus, gain, holm_p, further)
+    return Number(summarise(cell.values(name)), minus, gain, paired, holm_p, further)
 
 
 def comparisons(cells: Iterable[Cell], number: str) -> int:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ..measures import CLASSIFICATION, MEASURES, Measures
 from .cells import Cell, Number, number_name
-from .formats import CONFIDENCE, NONE, interval, mean_std, p_value
+from .formats import CONFIDENCE, NONE, interval, mean_std, p_value, paired
 from .statistics import EQUAL
 
 Words = tuple[str, ...]
@@ -46,7 +46,8 @@ def columns(cells: Sequence[Cell], number: str) -> list[Column]:
         difference = cell.numbers[number].gain
         if cell.base is None or difference is None:
             return _missing_gain(cell)
-        return (interval(difference), *([f"over {cell.base.label}"] if len(bases) > 1 else []))
+        over = [f"over {cell.base.label}"] if len(bases) > 1 else []
+        return (interval(difference), *paired(cell.numbers[number].paired), *over)
 
     shown = [
         Column("Method", lambda cell: (cell.method.label,), "words"),

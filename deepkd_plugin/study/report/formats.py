@@ -36,10 +36,18 @@ def span(values: Sequence[float]) -> str:
 
 def interval(difference: Difference) -> str:
     """Write a difference, with its interval if it has one."""
-    text = signed(difference.value)
-    if difference.low is None or difference.high is None:
-        return text
-    return f"{text} [{signed(difference.low)},\u00a0{signed(difference.high)}]"
+    return " ".join((signed(difference.value), *_ends(difference)))
+
+
+def paired(difference: Difference | None) -> tuple[str, ...]:
+    """Write the interval of a gain seed by seed, for small letters; nothing if there is none."""
+    return tuple(f"paired\u00a0{ends}" for ends in _ends(difference))
+
+
+def _ends(difference: Difference | None) -> tuple[str, ...]:
+    if difference is None or difference.low is None or difference.high is None:
+        return ()
+    return (f"[{signed(difference.low)},\u00a0{signed(difference.high)}]",)
 
 
 def mean_std(summary: Summary) -> str:

@@ -67,9 +67,11 @@ def notes(cells: Sequence[Cell]) -> list[str]:
         "on the test images, so it flatters. It is shown because papers often print it.",
         "Mean ± sample standard deviation (n − 1) over the seeds that count; differences are in percentage points.",
         "Gain: our mean minus the base method's in this table, each under its protocol above, with the "
-        f"{CONFIDENCE} interval and the p value of Welch's t-test. Runs that share a seed are treated as independent, "
-        "because how far they go together is unknown. "
+        f"{CONFIDENCE} interval and the p value of Welch's t-test, which treats all runs as independent. "
         f"Higher and lower: p is below {1 - LEVEL:.2f}.",
+        f"Paired: the {CONFIDENCE} t interval of the differences seed by seed, if both rows have the same seeds. It "
+        "holds however far two runs of one seed go together, and the further they do, the narrower it is beside "
+        "Welch's. The verdicts do not look at it.",
         f"A cell with fewer than {MIN_RUNS} runs, or against a base with fewer, gets no interval, no p value and "
         "no verdict.",
     ]

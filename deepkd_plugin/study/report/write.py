@@ -12,6 +12,7 @@ from ..shared import csv_text
 from .cells import NUMBERS, Cell, assemble
 from .collect import NOT_STARTED, UNFINISHED, Record, Results, collect
 from .page import markdown, page
+from .statistics import Difference
 
 
 def report(folder: Path) -> list[Path]:
@@ -78,14 +79,19 @@ def cell_rows(table: Results, cells: Sequence[Cell]) -> list[dict[str, Any]]:
                 measure = f"{name}_{other.lower()}"
                 row |= {f"{measure}_mean": summary.mean, f"{measure}_std": summary.std}
             for what, one in (("minus_published", number.minus_published), ("gain", number.gain)):
-                row |= {f"{name}_{what}": one and one.value}
-                row |= {f"{name}_{what}_low": one and one.low, f"{name}_{what}_high": one and one.high}
+                row[f"{name}_{what}"] = one and one.value
+                row |= _interval(f"{name}_{what}", one)
+            row |= _interval(f"{name}_paired", number.paired)
             row[f"{name}_p"] = number.gain and number.gain.p
             row[f"{name}_holm_p"] = number.holm_p
             row[f"{name}_verdict"] = number.gain and number.gain.verdict
             row[f"{name}_verdict_after_holm"] = number.after_holm
         rows.append(row)
     return rows
+
+
+def _interval(name: str, one: Difference | None) -> dict[str, float | None]:
+    return {f"{name}_low": one and one.low, f"{name}_high": one and one.high}
 
 
 def run_rows(table: Results) -> list[dict[str, Any]]:

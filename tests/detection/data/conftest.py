@@ -20,7 +20,9 @@ def detection_cfg():
             "HOLDOUT": 0.0,
             "TEST": {"BATCH_SIZE": 3},
         }
-        return CfgNode({"DATASET": dataset | node, "SOLVER": {"BATCH_SIZE": batch}, "DETECTION": {"FLIP": flip}})
+        return CfgNode(
+            {"DATASET": dataset | node, "SOLVER": {"BATCH_SIZE": batch, "SEED": 0}, "DETECTION": {"FLIP": flip}}
+        )
 
     return make
 

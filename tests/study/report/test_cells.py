@@ -32,6 +32,21 @@ def test_a_cell_is_compared_with_its_base_by_either_number(cells_of):
     assert cell.numbers["last"].gain.verdict == "higher"
 
 
+def test_a_gain_is_paired_if_the_base_has_the_same_seeds(cells_of):
+    cells = cells_of({(PAIR, "kd"): [None, *LOW], (PAIR, "deepkd"): [None, *HIGH]})
+    paired, expected = cells[PAIR, "deepkd"].numbers["last"].paired, stats.ttest_rel(HIGH, LOW)
+
+    assert (paired.low, paired.high) == pytest.approx(tuple(expected.confidence_interval()))
+    assert cells[PAIR, "kd"].numbers["last"].paired is None
+
+
+def test_a_gain_over_a_base_with_another_seed_is_not_paired(cells_of):
+    number = cells_of({(PAIR, "kd"): [*LOW, None], (PAIR, "deepkd"): [None, *HIGH]})[PAIR, "deepkd"].numbers["last"]
+
+    assert number.gain.verdict == "higher"
+    assert number.paired is None
+
+
 def test_a_cell_without_a_base_or_a_base_without_runs_has_no_gain(cells_of):
     cells = cells_of({(PAIR, "kd"): [None] * 3, (PAIR, "deepkd"): HIGH})
 

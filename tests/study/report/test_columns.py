@@ -30,6 +30,8 @@ def test_the_main_table_has_the_published_value_with_source_and_certainty(cells_
     )
     assert fields["Ours − published [95\u00a0%]"][0].startswith("−0.39 [−1.14,")
     assert fields["Gain over KD [95\u00a0%]"][0].startswith("+3.10 [+2.")
+    # differences 3.0, 3.1, 3.2: 4.302653 · 0.1 / sqrt(3) = 0.248
+    assert fields["Gain over KD [95\u00a0%]"][1:] == ("paired\u00a0[+2.85,\u00a0+3.35]",)
     assert fields["p, and Holm's"][1].startswith("Holm\u00a0")
     assert fields["Verdict"] == ("higher",)
     assert fields["Best epoch*"] == ("76.55\u00a0±\u00a00.30",)

@@ -1,6 +1,6 @@
 import pytest
 
-from deepkd_plugin.study.report.formats import interval, mean_std, p_value, ranges, signed, span
+from deepkd_plugin.study.report.formats import interval, mean_std, p_value, paired, ranges, signed, span
 from deepkd_plugin.study.report.statistics import Difference, Summary
 
 
@@ -20,6 +20,11 @@ def test_a_span_of_one_is_written_once():
 def test_a_difference_has_its_interval_if_there_is_one():
     assert interval(Difference(1.0, -0.5, 2.5)) == "+1.00 [−0.50,\u00a0+2.50]"
     assert interval(Difference(1.0)) == "+1.00"
+
+
+def test_a_paired_interval_is_named_and_left_out_if_there_is_none():
+    assert paired(Difference(1.0, -0.5, 2.5)) == ("paired\u00a0[−0.50,\u00a0+2.50]",)
+    assert paired(Difference(1.0, reason="two runs")) == paired(None) == ()
 
 
 def test_mean_and_deviation():

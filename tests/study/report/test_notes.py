@@ -53,7 +53,8 @@ def test_runs_of_a_cell_that_share_a_reason_stand_together(tmp_path):
 def test_notes_state_the_statistics(tmp_path):
     text = " ".join(notes(assemble(collect(make(tmp_path)))))
 
-    for said in ("Welch", "fewer than 3 runs", "chosen on the test images", "spread", "(n − 1)"):
+    stated = ("Welch", "fewer than 3 runs", "chosen on the test images", "spread", "(n − 1)", "Paired: the 95\u00a0% t")
+    for said in stated:
         assert said in text
     assert "Holm" not in text  # no comparison has a p value yet
 

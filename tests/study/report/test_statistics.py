@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from deepkd_plugin.study.report.statistics import compare, compare_published, holm, summarise
+from deepkd_plugin.study.report.statistics import compare, compare_paired, compare_published, holm, summarise
 
 NAMES = ("ours", "base")
 
@@ -139,6 +139,52 @@ def test_no_interval_around_few_runs_or_without_spread(ours, reason):
     difference = compare_published(ours, 70.0)
 
     assert difference.value == pytest.approx(np.mean(ours) - 70.0)
+    assert (difference.low, difference.high, difference.reason) == (None, None, reason)
+
+
+def test_paired_by_hand_is_narrow_if_runs_of_a_seed_go_together():
+    # differences 1, 2, 3: standard error 1 / sqrt(3), 97.5 % point with 2 degrees of freedom 4.302653
+    ours, base = {0: 11.0, 1: 22.0, 2: 33.0}, {0: 10.0, 1: 20.0, 2: 30.0}
+    difference, welch = compare_paired(ours, base), compare([*ours.values()], [*base.values()], NAMES)
+
+    assert difference.value == welch.value == pytest.approx(2.0)
+    assert (difference.low, difference.high) == pytest.approx((2 - 2.484138, 2 + 2.484138), abs=1e-5)
+    assert (difference.p, difference.verdict) == (None, None)
+    assert welch.high - welch.low > 40
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_paired_is_scipys_and_goes_by_seed_not_by_place(seed):
+    draw = np.random.default_rng(seed)
+    ours, base = draw.normal(76.3, 0.2, 5), draw.normal(76.0, 0.4, 5)
+    interval = stats.ttest_rel(ours, base).confidence_interval(0.95)
+
+    difference = compare_paired(dict(zip(range(5), ours)), dict(reversed([*zip(range(5), base)])))
+
+    assert difference.value == pytest.approx(np.mean(ours) - np.mean(base), abs=1e-12)
+    assert (difference.low, difference.high) == pytest.approx((interval.low, interval.high), abs=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("ours", "base"),
+    [((0, 1, 2), (0, 1, 3)), ((0, 1, 2), (0, 1, 2, 3)), ((0, 1, 2, 3), (0, 1, 2)), ((), (0, 1, 2)), ((), ())],
+)
+def test_cells_of_other_seeds_are_not_paired(ours, base):
+    assert compare_paired({seed: seed**2 for seed in ours}, {seed: 0.0 for seed in base}) is None
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("ours", "reason"),
+    [
+        ((71.0, 72.0), "an interval needs 3 runs, there are 2"),
+        ((71.0, 73.0, 75.0), "no seed differs from another, so there is no spread to make an interval of"),
+    ],
+)
+def test_few_pairs_or_equal_differences_have_no_interval(ours, reason):
+    difference = compare_paired(dict(enumerate(ours)), {seed: value - 0.3 for seed, value in enumerate(ours)})
+
+    assert difference.value == pytest.approx(0.3)
     assert (difference.low, difference.high, difference.reason) == (None, None, reason)
 
 

@@ -53,6 +53,10 @@ def test_report_csv_has_a_row_for_each_cell(tmp_path):
     assert float(deepkd["last_gain"]) == pytest.approx(3.1)
     assert float(deepkd["last_gain_low"]) == pytest.approx(interval.low)
     assert float(deepkd["last_gain_high"]) == pytest.approx(interval.high)
+    paired = stats.ttest_rel(HIGH, LOW).confidence_interval()  # KD's fourth seed has no run, so both have three
+    ends = [float(deepkd[f"{number}_paired_{end}"]) for number in ("last", "best") for end in ("low", "high")]
+    assert ends == pytest.approx([*paired, *paired])
+    assert kd["last_paired_low"] == ""
     assert float(deepkd["last_p"]) == float(deepkd["last_holm_p"]) == pytest.approx(test.pvalue)
     assert (deepkd["last_verdict"], deepkd["best_verdict"]) == ("higher", "higher")
     assert (deepkd["teacher"], deepkd["student"]) == ("resnet32x4", "resnet8x4")
