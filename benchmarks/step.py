@@ -11,6 +11,8 @@ optimizer. Images are noise, on the device already. The rows of a pair:
   DecoupledMomentumSGD: one backward pass for each distinct coefficient;
 - with --execution the same, and KD as one stream, in the other ways of SOLVER.EXECUTION: networks compiled, steps
   replayed as CUDA graphs. The column names the way that was taken, eager if another could not be;
+- KD and DeepKD with a table of the teacher's logits (DISTILLER.TEACHER_LOGITS table, float16) that is full, reading
+  included, for CIFAR pairs;
 - if MDISTILLER_ROOT names a checkout of mdistiller, its KD and its DOT; if DEEPKD_RELEASE_ROOT names one of
   the authors' release, its DeepKD with its three backward passes. Distiller, trainer and optimizer are theirs, the
   networks ours, so that only the step differs. Their trainers' own `train_iter` runs up to its clock behind the
@@ -19,8 +21,9 @@ optimizer. Images are noise, on the device already. The rows of a pair:
 
 Columns: "floor ratio" is what the arithmetic of a method's n distinct coefficients costs beside KD's,
 (F_t + F_s + n·B) / (F_t + F_s + B), of the teacher's forward, the student's forward and backward times, which the
-second table has; "ratio to floor" is the step's time over F_t + F_s + n·B. For KD the latter is what the losses and
-the optimizer cost. The release's DeepKD has two distinct coefficients, so n = 2 there, as in ours.
+second table has; "ratio to floor" is the step's time over F_t + F_s + n·B. With a table there is no F_t above. For KD
+the latter is what the losses and the optimizer cost. The release's DeepKD has two distinct coefficients, so n = 2
+there, as in ours.
 Peak memory is what a few steps hold beyond what stood before them.
 
 The defaults, two pairs on a CPU and all four on a GPU, take less than 3 minutes on 2 cores, --quick less than one.
@@ -29,13 +32,17 @@ The defaults, two pairs on a CPU and all four on a GPU, take less than 3 minutes
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import io
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import others
 import torch
 from common import Rows, conditions, medians_in_turn, peak_mebibytes, report
@@ -48,6 +55,8 @@ from deepkd_plugin.hosts import builtin
 from deepkd_plugin.speed import STEPS, make_step
 from deepkd_plugin.step import Step
 from deepkd_plugin.streams import assign_losses
+from deepkd_plugin.teacher_logits.lookup import TeacherLogits
+from deepkd_plugin.teacher_logits.table import Key
 from deepkd_plugin.terminal import Parser, guarded
 
 PAIRS = ("resnet56:resnet20", "resnet32x4:resnet8x4", "wrn_40_2:wrn_16_2", "ResNet34:ResNet18")
@@ -109,6 +118,8 @@ class Row(NamedTuple):
     sets: int
     """Distinct coefficients: the backward passes that its arithmetic needs."""
     make: Callable[[], Callable[[], None]]
+    teacher: bool = True
+    """Whether the teacher computes in it."""
 
 
 def on_imagenet(pair: str) -> bool:
@@ -179,6 +190,46 @@ def our_step(of: Setting, method: str, execution: str = "eager") -> Callable[[],
     return functools.partial(step, noise(of), 1)
 
 
+def table_step(of: Setting, method: str, folder: Path) -> Callable[[], None]:
+    """Make a step of ours that reads the teacher's logits from a full table of 50 batches, in all their views."""
+    batches, views = 50, 162
+    step = our_step(of, method)
+    batch, epoch = step.args
+    teacher = step.func.module.teacher
+    key = Key(
+        network=of.pair.split(":")[0],
+        teacher="",
+        dataset="noise",
+        images="",
+        count=batches * of.batch,
+        views=views,
+        view="",
+        classes=teacher(batch["image"][:1])[0].shape[1],
+        precision="bfloat16" if of.amp else "float32",
+        dtype="float16",
+    )
+    drawn = torch.Generator().manual_seed(0)
+
+    def find(epoch: int, index: Tensor) -> tuple[Tensor, Tensor]:
+        return index, torch.randint(views, (len(index),), generator=drawn)
+
+    with contextlib.redirect_stdout(io.StringIO()):  # the table's place is nobody's concern
+        logits = TeacherLogits(key, folder, teacher, find, of.amp)
+    assert logits.table is not None
+    full = logits.table.share() == 1  # by another step of the pair
+    known = np.tile(logits.compute(batch["image"], np.arange(of.batch)), (batches, 1)).astype(np.float16)
+    places = np.arange(key.count)
+    for view in range(0 if full else views):
+        logits.table.write(places, np.full(key.count, view), known)
+    index = torch.arange(of.batch)
+
+    def table_step() -> None:
+        places = of.batch * torch.randint(batches, (), generator=drawn) + index
+        step.func(batch | {"teacher_logits": logits(batch["image"], places, epoch)}, epoch)
+
+    return table_step
+
+
 def their_step(of: Setting, root: Path, trainer: str) -> Callable[[], None]:
     teacher, student = networks(of)
     solver = {"LR": LR, "WEIGHT_DECAY": WEIGHT_DECAY}
@@ -206,7 +257,7 @@ def parts(of: Setting) -> dict[str, Callable[[], Any]]:
     }
 
 
-def rows_of(of: Setting, executions: list[str], roots: Mapping[str, Path | None]) -> list[Row]:
+def rows_of(of: Setting, executions: list[str], roots: Mapping[str, Path | None], folder: Path) -> list[Row]:
     """List everything to be timed for a pair, KD first."""
     make = functools.partial
     rows = [Row("KD", _passes(1), 1, make(kd_step, of))]
@@ -214,6 +265,10 @@ def rows_of(of: Setting, executions: list[str], roots: Mapping[str, Path | None]
         for name, method in METHODS.items():
             if method.sets > 1 or execution != "eager":  # eager KD is the reference
                 rows.append(Row(name, _passes(method.sets), method.sets, make(our_step, of, name, execution)))
+    for name in () if of.imagenet else ("KD, one stream", "DeepKD, 2 coefficients"):
+        sets, short = METHODS[name].sets, name.replace(", one stream", "")
+        made = make(table_step, of, name, folder)
+        rows.append(Row(f"{short}, table", _passes(sets), sets, made, teacher=False))
     if root := roots[others.MDISTILLER]:
         rows.append(Row("mdistiller's KD", _passes(1), 1, make(their_step, of, root, "base")))
         rows.append(Row("mdistiller's DOT", _passes(2), 2, make(their_step, of, root, "dot")))
@@ -231,14 +286,15 @@ def measure(of: Setting, rows: list[Row], rounds: int, repeat: int, memory: bool
     backward = times["F_s + B"] - times["F_s"]
     about = {"pair": of.pair.replace(":", " → "), "images": f"{of.batch} of {of.size} × {of.size}"}
 
-    def floor(passes: int) -> float:
-        return times["F_t"] + times["F_s"] + passes * backward
+    def floor(passes: int, teacher: bool = True) -> float:
+        return teacher * times["F_t"] + times["F_s"] + passes * backward
 
     table = [
         about
         | {"step": row.name, "gradients": row.gradients, "execution": taken[i]}
         | {"ms": times[i], "ratio to KD": times[i] / times[0]}
-        | {"floor ratio": floor(row.sets) / floor(1), "ratio to floor": times[i] / floor(row.sets)}
+        | {"floor ratio": floor(row.sets, row.teacher) / floor(1)}
+        | {"ratio to floor": times[i] / floor(row.sets, row.teacher)}
         | ({"peak MiB": peak} if memory else {})
         for i, (row, peak) in enumerate(zip(rows, peaks))
     ]
@@ -307,7 +363,9 @@ def main() -> None:
     for pair in PAIRS if "all" in args.pairs else args.pairs:
         sizes = (args.imagenet_batch, args.imagenet_size) if on_imagenet(pair) else (args.batch, 32)
         of = Setting(pair, *sizes, args.channels_last, args.amp)
-        tables_of_pair = measure(of, rows_of(of, executions, roots), args.rounds, args.repeat, not args.no_memory)
+        with tempfile.TemporaryDirectory() as folder:
+            rows = rows_of(of, executions, roots, Path(folder))
+            tables_of_pair = measure(of, rows, args.rounds, args.repeat, not args.no_memory)
         for table, new in zip(tables, tables_of_pair):
             table.extend(new)
     of_steps = f" of {args.repeat} steps" if args.repeat > 1 else ""

@@ -27,6 +27,7 @@ from .run.schedule import make_scheduler, set_epoch, set_rate, warmup_point
 from .speed import make_step
 from .step import Batch, Outcome
 from .streams import assign_losses
+from .teacher_logits import TeacherLogits, open_logits
 from .terminal import check_interruption
 
 READ_EVERY = 20
@@ -74,7 +75,8 @@ class Trainer:
             cfg.SOLVER.AMP,
         )
         self.step.measure = self.measure
-        if isinstance(train_loader, ResidentLoader) and self.step.name == "graphs":
+        looked_up = cfg.DISTILLER.TEACHER_LOGITS == "table"
+        if isinstance(train_loader, ResidentLoader) and self.step.name == "graphs" and not looked_up:
             # a captured step makes its images itself, of numbers that the loader draws
             train_loader.only_draw = True
             self.step.complete = self.complete
@@ -84,6 +86,8 @@ class Trainer:
         teacher = getattr(self.module, "teacher", None)
         self.teacher = checkpoint.fingerprint(teacher) if teacher is not None else None
         self.teacher_acc: float | None = None
+        self.logits: TeacherLogits | None = None
+        """Where training batches get the teacher's logits of their weak view, if not from the distiller."""
         self.epoch = 0
         self.best_acc = -1.0
         self.best_epoch = 0
@@ -112,6 +116,7 @@ class Trainer:
             raise UserError(
                 f"{self.folder}: --resume finds all {self.epoch} epochs done; the results are in run.json there"
             )
+        self.logits = self.open_logits()
         command = command or shlex.join(["python", *sys.argv])
         made_by = {"student": type(self.module.student), "distiller": type(self.module)}
         classes = {part: f"{cls.__module__}.{cls.__qualname__}" for part, cls in made_by.items()}
@@ -147,6 +152,8 @@ class Trainer:
                     self.finish_epoch(epoch, entry, log)
         finally:
             log.close()
+            if self.logits is not None:
+                self.logits.close()
         last = log.lines[-1][self.metric]
         return {"best": self.best_acc, "best_epoch": self.best_epoch, "last": last, "epochs": self.epoch}
 
@@ -168,6 +175,8 @@ class Trainer:
                 batch = next(batches)
                 waited += time.perf_counter() - asked
                 parts = self.prepare(batch, epoch, step)
+                if self.logits is not None:
+                    parts["teacher_logits"] = self.logits(parts["image"], parts["index"], epoch)
                 outcome = self.take_step(parts, epoch, self.advance_warmup(epoch, step))
                 sums.add(outcome.sums, len(parts["target"]))
                 if step % READ_EVERY == 0 or step == steps:
@@ -185,6 +194,8 @@ class Trainer:
             entry["top_k"] = top_k
         if self.windows:
             entry["gsnr"] = self.windows[-1]["gsnr"]
+        if self.logits is not None:
+            entry["teacher_computed"] = self.logits.share_computed()
         return entry | {
             "images_per_second": sums.count / seconds,
             "seconds": seconds,
@@ -273,6 +284,13 @@ class Trainer:
     def test_teacher(self) -> float | None:
         """Return the teacher's own number of `metric` in percent; UserError for one that knows nothing."""
         return measure_teacher(self.module, self.val_loader, self.cfg)
+
+    def open_logits(self) -> TeacherLogits | None:
+        """Open the table of DISTILLER.TEACHER_LOGITS; None if every step computes the teacher's logits, or has none."""
+        if self.teacher is None or self.cfg.DISTILLER.TEACHER_LOGITS == "compute":
+            return None
+        image = self.samples(32)["image"]
+        return open_logits(self.cfg, self.module.teacher, self.teacher, self.train_loader, image)
 
     def rehearse(self) -> None:
         """Pass two images through a copy, so that losses without a stream are found before a run."""

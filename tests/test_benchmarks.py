@@ -71,6 +71,9 @@ def test_the_optimizers_speed(run, tmp_path):
 SMALL = ("--rounds", 1, "--batch", 2, "--imagenet-batch", 2, "--imagenet-size", 32)
 
 
+TABLE_ROWS = [("KD, table", "1 pass"), ("DeepKD, 2 coefficients, table", "2 passes")]
+
+
 def test_the_steps_of_a_cifar_and_an_imagenet_pair(run, tmp_path):
     options = ("--pairs", "resnet8:resnet8", "ResNet18:ResNet18", "--no-memory")
     out = run("step", *SMALL, *options, "--write", tmp_path / "table.md")
@@ -79,20 +82,42 @@ def test_the_steps_of_a_cifar_and_an_imagenet_pair(run, tmp_path):
     assert record["settings"] == {"memory format": "contiguous", "precision": "float32"}
     assert {"processor", "cores", "device", "python", "torch", "commit"} <= record["machine"].keys()
     rows = record["rows"]
-    assert [row["pair"] for row in rows] == ["resnet8 → resnet8"] * 4 + ["ResNet18 → ResNet18"] * 4
-    assert [(row["step"], row["gradients"]) for row in rows[:4]] == [
+    assert [row["pair"] for row in rows] == ["resnet8 → resnet8"] * 6 + ["ResNet18 → ResNet18"] * 4
+    assert [(row["step"], row["gradients"]) for row in rows[:6]] == [
         ("KD", "1 pass"),
         ("two streams", "2 passes"),
         ("DeepKD, 2 coefficients", "2 passes"),
         ("DeepKD, 3 coefficients", "3 passes"),
+        *TABLE_ROWS,
     ]
-    for part, of_pair in zip(record["parts"], (rows[:4], rows[4:])):
-        once = part["F_t ms"] + part["F_s ms"]
-        for row, passes in zip(of_pair, (1, 2, 2, 3)):
-            floor = once + passes * part["B ms"]
+    for part, of_pair in zip(record["parts"], (rows[:6], rows[6:])):
+        kd = part["F_t ms"] + part["F_s ms"] + part["B ms"]
+        for row, passes in zip(of_pair, (1, 2, 2, 3, 1, 2)):
+            floor = part["F_s ms"] + passes * part["B ms"] + ("table" not in row["step"]) * part["F_t ms"]
             assert row["ratio to KD"] == row["ms"] / of_pair[0]["ms"]
             assert row["ratio to floor"] == pytest.approx(row["ms"] / floor)
-            assert row["floor ratio"] == pytest.approx(floor / (once + part["B ms"]))
+            assert row["floor ratio"] == pytest.approx(floor / kd)
+
+
+def test_a_step_with_a_table_is_given_the_teacher_s_logits(script, tmp_path, monkeypatch):
+    """It is the step without one, but for the teacher's pass and float16."""
+    step = script("step")
+    of = step.Setting("resnet8:resnet8", 16, 32)
+    with_table, without = (
+        step.table_step(of, "DeepKD, 2 coefficients", tmp_path),
+        step.our_step(of, "DeepKD, 2 coefficients"),
+    )
+    passes = []
+    hook = step.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, inputs: passes.append(module) if hasattr(module, "fc") else None
+    )
+    with_table()
+    first = len(passes)  # compared once, as an epoch's first batch is
+    with_table()
+    second = len(passes) - first
+    without()
+    hook.remove()
+    assert (first, second, len(passes) - first - second) == (2, 1, 2)
 
 
 def test_a_step_in_other_modes(run, tmp_path):
@@ -109,10 +134,10 @@ def test_a_step_in_other_executions(run, execution, tmp_path):
     options = ("--execution", execution, "--pairs", "resnet8:resnet8", "--no-memory")
     out = run("step", *SMALL, *options, "--write", tmp_path / "table.md")
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
-    assert [row["step"] for row in rows[4:]] == ["KD, one stream", *(row["step"] for row in rows[1:4])]
-    assert {row["execution"] for row in rows[:4]} == {"eager"}
+    assert [row["step"] for row in rows[4:8]] == ["KD, one stream", *(row["step"] for row in rows[1:4])]
+    assert {row["execution"] for row in rows[:4] + rows[8:]} == {"eager"}
     taken = "eager" if f"{execution}: falls back" in out else execution
-    assert {row["execution"] for row in rows[4:]} == {taken}
+    assert {row["execution"] for row in rows[4:8]} == {taken}
     assert taken == "eager" or execution == "compile" or torch.cuda.is_available()
 
 
@@ -141,7 +166,7 @@ def test_the_steps_of_others(run, tmp_path):
     out = run("step", *SMALL, *options, "--write", tmp_path / "table.md", **roots)
     assert (tmp_path / "table.md").read_text() == out.removesuffix("\n")
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
-    assert [(row["step"], row["gradients"]) for row in rows[4:]] == expected
+    assert [(row["step"], row["gradients"]) for row in rows[4:]] == [*TABLE_ROWS, *expected]
 
 
 @pytest.mark.parametrize("given", [False, True])

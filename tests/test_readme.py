@@ -55,7 +55,7 @@ def test_commands(command, train, data_root, cifar_root, capsys, monkeypatch, re
         assert code == 0, err
     elif words[:2] == ["deepkd", "reproduce"]:
         # what it would start; tests/study/reproduce starts it
-        monkeypatch.setattr(Classification, "seconds", lambda kind, cfgs, threads: [0.0] * len(cfgs))
+        monkeypatch.setattr(Classification, "seconds", lambda kind, cfgs, threads, runs: [0.0] * len(cfgs))
         words = [word for word in words[1:] if word != "--dry-run"]
         if "--reuse" in words:
             (tmp_path / "other").mkdir()

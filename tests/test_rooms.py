@@ -15,7 +15,7 @@ PACKAGE = Path(deepkd_plugin.__file__).parent
 ROOMS = (
     *("errors", "device", "terminal", "rules", "extensions"),
     *("topk", "losses", "streams", "ledger", "updates", "optim", "gsnr"),
-    *("distillers", "config", "run", "data"),
+    *("distillers", "config", "run", "data", "teacher_logits"),
     *("step", "speed", "solver", "accuracy", "trainer"),
     *("hosts", "launch", "detection", "study", "commands"),
     *("registry", "mdistiller", "__main__", "__init__"),

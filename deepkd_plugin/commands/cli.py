@@ -9,6 +9,7 @@ from ..terminal import Parser, guarded
 
 COMMANDS = {
     "apply": "put the plugin into a checkout of mdistiller",
+    "cache": "list, fill, check and delete tables of teacher logits",
     "doctor": "look for what would keep a run from working",
     "gsnr": "measure and draw the gradient signal-to-noise ratio of the streams",
     "reproduce": "train what a table compares, and compare it",

@@ -30,9 +30,13 @@ def check(cfg: CfgNode, origin: dict[str, str]) -> None:
     if cfg.LOG.WANDB and importlib.util.find_spec("wandb") is None:
         raise wrong(origin, "LOG.WANDB", True, "False, for wandb is not installed (pip install wandb)")
     check_pipeline(cfg, origin)
-    if cfg.EXPERIMENT.LOGIT_STAND and not getattr(DISTILLERS.get(cfg.DISTILLER.TYPE), "on_logits", False):
+    if cfg.EXPERIMENT.LOGIT_STAND and not _on_logits(cfg):
         allowed = f"False with DISTILLER.TYPE {cfg.DISTILLER.TYPE}, which has no distillation on logits"
         raise wrong(origin, "EXPERIMENT.LOGIT_STAND", True, allowed)
+    path, method = "DISTILLER.TEACHER_LOGITS", cfg.DISTILLER.TYPE
+    if cfg.DISTILLER.TEACHER_LOGITS == "table" and method != "NONE" and not _on_logits(cfg):
+        allowed = f"'compute' with DISTILLER.TYPE {method}, which needs more of the teacher than its logits"
+        raise wrong(origin, path, "table", allowed)
     check_momenta(cfg, origin)
     check_warmups(cfg, origin)
     for key in ours:
@@ -41,6 +45,10 @@ def check(cfg: CfgNode, origin: dict[str, str]) -> None:
             trainer = f"SOLVER.TRAINER {cfg.SOLVER.TRAINER}, which does not read it; {TRAINER} does"
             allowed = f"{key.default!r} with {trainer}"
             raise wrong(origin, key.path, get(cfg, key.path), allowed)
+
+
+def _on_logits(cfg: CfgNode) -> bool:
+    return getattr(DISTILLERS.get(cfg.DISTILLER.TYPE), "on_logits", False)
 
 
 def check_keys(cfg: CfgNode, origin: dict[str, str], keys: Sequence[Key]) -> None:

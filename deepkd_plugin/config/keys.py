@@ -130,6 +130,19 @@ _FIXED = (
     Key("GSNR.COORDINATES", 500_000, "coordinates followed, drawn once; 0: all", *whole(0, 10**9)),
     Key("GSNR.LAYERS", False, "also by layer", *FLAG),
     Key("DISTILLER.TEACHER_WEIGHTS", "", "teacher file; empty: the zoo's; builtin:NAME: one we ship", *FILE_OR_NONE),
+    Key(
+        "DISTILLER.TEACHER_LOGITS",
+        "compute",
+        "the teacher's logits of an image's weak view: computed in every step, or once and kept in a table on disk",
+        *one_of("compute", "table"),
+    ),
+    Key("DISTILLER.LOGITS_DTYPE", "float16", "what such a table rounds them to", *one_of("float16", "float32")),
+    Key(
+        "DISTILLER.LOGITS_DIR",
+        "",
+        "folder of such tables, or the file of one; empty: teacher_logits in DATASET.ROOT",
+        *FILE_OR_NONE,
+    ),
     Key("DATASET.ROOT", "./data", "folder of the data sets", *FOLDER),
     Key("DATASET.DOWNLOAD", False, "fetch CIFAR-100 if DATASET.ROOT has none", *FLAG),
     Key(

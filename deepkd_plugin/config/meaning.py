@@ -8,7 +8,7 @@ from .tree import get
 
 HOW = (
     *("DATASET.ROOT", "DATASET.DOWNLOAD", "DATASET.TEST.BATCH_SIZE", "DISTILLER.TEACHER_WEIGHTS"),
-    *("GSNR.MEASURE", "GSNR.LAYERS"),
+    *("DISTILLER.LOGITS_DIR", "GSNR.MEASURE", "GSNR.LAYERS"),
 )
 """Keys that say where a run finds things and what it looks at, not what it computes. (A teacher's file is
 compared by its content; the number of workers decides which random numbers an image gets.)"""

@@ -120,6 +120,7 @@ ONLY = {
     "DATASET.PIPELINE": "workers",
     "DATASET.TRAIN_PER_CLASS": 0,
     "EXPERIMENT.LOGIT_STAND": False,
+    "DISTILLER.TEACHER_LOGITS": "compute",
 }
 """Keys that are for classification only, and their value here. (Warm-up is DETECTION.WARMUP_ITERATIONS.)"""
 

@@ -36,8 +36,9 @@ class Taught(nn.Module):
 class Distiller(Taught):
     """A student that trains beside a teacher in evaluation mode.
 
-    In training, `forward(image=, target=, epoch=, …)` returns `(logits, {name: scalar loss})`. In evaluation,
-    `forward(image=)` returns the student's logits. Both networks map images (B, 3, H, W) to
+    In training, `forward(image=, target=, epoch=, …)` returns `(logits, {name: scalar loss})`. With teacher_logits=,
+    those of the first view, `compare` does not compute them. In evaluation, `forward(image=)` returns the student's
+    logits. Both networks map images (B, 3, H, W) to
     `(logits (B, C), features)`.
 
     A subclass declares what the rest of the package reads of it:
@@ -59,6 +60,8 @@ class Distiller(Taught):
     streams: ClassVar[tuple[str, ...]] = ()
     on_logits: ClassVar[bool] = False
     warmup_key: ClassVar[str] = ""
+    known: Tensor | None = None
+    """The teacher's logits of the first view of the batch that is passed, (B, C), if somebody knows them already."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__()
@@ -102,6 +105,7 @@ class Distiller(Taught):
         return 0
 
     def forward(self, **batch: Any) -> Any:
+        self.known = batch.pop("teacher_logits", None)
         if self.training:
             return self.forward_train(**batch)
         return self.student(batch["image"])[0]
@@ -122,13 +126,14 @@ class Distiller(Taught):
                 f"{type(self).__name__} needs {count} view(s) of each image, the batch has {len(images)}; "
                 f"get_dataset gives as many as the config's method needs"
             )
-        return [self._view(one) for one in images]
+        return [self._view(one, None if place else self.known) for place, one in enumerate(images)]
 
-    def _view(self, image: Tensor) -> View:
-        with torch.inference_mode():  # without autograd's bookkeeping
-            teacher_logits = self.teacher(image)[0]
-        # an ordinary tensor again, and before the student's pass: compiled networks may use the memory again
-        teacher_logits = teacher_logits.clone()
+    def _view(self, image: Tensor, teacher_logits: Tensor | None) -> View:
+        if teacher_logits is None:
+            with torch.inference_mode():  # without autograd's bookkeeping
+                teacher_logits = self.teacher(image)[0]
+            # an ordinary tensor again, and before the student's pass: compiled networks may use the memory again
+            teacher_logits = teacher_logits.clone()
         return self.student(image)[0], teacher_logits
 
 

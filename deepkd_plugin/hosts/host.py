@@ -8,6 +8,7 @@ from yacs.config import CfgNode
 
 from .. import config, data
 from ..distillers import DISTILLERS
+from ..teacher_logits.tables import count_views
 
 MDISTILLERS_OWN = {
     "DISTILLER.TYPE": ["AT", "OFD", "RKD", "FITNET", "KDSVD", "CRD", "NST", "PKT", "SP", "VID", "REVIEWKD"],
@@ -46,8 +47,9 @@ class Host:
     def distiller(self, cfg: CfgNode) -> Any:
         """Return the class of DISTILLER.TYPE; the plugin's own if mdistiller's cannot do what is asked."""
         name = cfg.DISTILLER.TYPE
-        # mdistiller's KD and DKD standardise nothing, and its DKD divides by the warm-up
-        if cfg.EXPERIMENT.LOGIT_STAND or (name == "DKD" and not cfg.DKD.WARMUP):
+        # mdistiller's KD and DKD standardise nothing and take no logits, and its DKD divides by the warm-up
+        ours = cfg.EXPERIMENT.LOGIT_STAND or (cfg.DISTILLER.TEACHER_LOGITS == "table" and name != "NONE")
+        if ours or (name == "DKD" and not cfg.DKD.WARMUP):
             return DISTILLERS[name]
         return self.distillers[name]
 
@@ -67,3 +69,5 @@ class Host:
             raise config.wrong(origin, path, value, f"one of {', '.join(names)}{where}")
         config.check(cfg, origin)
         config.check_mask(cfg, origin, data.num_classes(cfg))
+        if cfg.DISTILLER.TEACHER_LOGITS == "table":
+            count_views(cfg)

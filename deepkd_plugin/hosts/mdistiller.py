@@ -37,7 +37,7 @@ _PLACES = {
 }
 _OURS_ALONE = (
     *("LR_SCHEDULE", "WARMUP_EPOCHS", "WARMUP_UNIT", "MIN_LR", "AMP", "CHANNELS_LAST", "DETERMINISTIC", "EXECUTION"),
-    "GSNR.MEASURE",
+    *("GSNR.MEASURE", "DISTILLER.TEACHER_LOGITS"),
 )
 """Keys that only our trainers read; those outside SOLVER are given with their section."""
 

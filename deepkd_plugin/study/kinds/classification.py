@@ -145,8 +145,8 @@ class Classification(Kind):
         kind, name, weights = cfg.DATASET.TYPE, cfg.DISTILLER.TEACHER, cfg.DISTILLER.TEACHER_WEIGHTS
         return trained_network(find_host(), kind, name, data.num_classes(cfg), weights, TEACHER_KEY)
 
-    def seconds(self, cfgs: Sequence[Any], threads: int) -> list[float]:
-        return Timer(self, cfgs, threads).seconds()
+    def seconds(self, cfgs: Sequence[Any], threads: int, runs: Sequence[int]) -> list[float]:
+        return Timer(self, cfgs, threads, runs).seconds()
 
     def network(self, cfg: Any, name: str) -> nn.Module:
         return network(find_host(), cfg.DATASET.TYPE, name, data.num_classes(cfg))

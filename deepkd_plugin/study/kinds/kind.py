@@ -93,10 +93,11 @@ class Kind(ABC):
         prepare: also draw or fetch a data set, once, before several processes would.
         """
 
-    def seconds(self, cfgs: Sequence[Any], threads: int) -> list[float]:
+    def seconds(self, cfgs: Sequence[Any], threads: int, runs: Sequence[int]) -> list[float]:
         """Time how long a run of each of these configs of one pair takes, before any is finished.
 
-        threads: what a run will have. Raises whatever a trainer that cannot be timed does.
+        threads: what a run will have. runs: how many of each there will be. Raises whatever a trainer that cannot be
+        timed does.
         """
         raise NotImplementedError
 

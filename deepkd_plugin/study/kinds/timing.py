@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ... import config, device
+from ...teacher_logits.tables import count_views, share_computed
 from ..shared import cores
 
 BUDGET = 3.0
@@ -39,11 +40,13 @@ class Timer:
 
     On a CPU steps are taken by one thread or by `threads`, whichever is faster: if other work keeps a core busy,
     threads that wait for each other take many times as long. A CPU that would take longer than BUDGET is given
-    smaller batches, and their times are scaled. Left out: reading files, checkpoints, measuring AP.
+    smaller batches, and their times are scaled. Left out: reading files, checkpoints, measuring AP. A table of
+    teacher's logits is taken to be empty before the first of the pair's runs, of which there are `runs` of each config.
     """
 
-    def __init__(self, kind: Timed, cfgs: Sequence[Any], threads: int) -> None:
+    def __init__(self, kind: Timed, cfgs: Sequence[Any], threads: int, runs: Sequence[int]) -> None:
         self.kind, self.cfgs, self.device = kind, cfgs, device.pick()
+        self.shared_epochs = sum(count * cfg.SOLVER.EPOCHS for cfg, count in zip(cfgs, runs) if _looks_up(cfg))
         self.threads = [1] if threads == 1 else [1, threads]
         self.budget = BUDGET / (len(cfgs) + 2)
         self.networks: dict[tuple[str, str], nn.Module] = {}
@@ -69,6 +72,9 @@ class Timer:
         source, views = self.kind.source(cfg), config.views(cfg)
         student, *teacher = (source.images(cfg)[1] * self.passes[part] for part in _parts(cfg))
         step, workers = self.step(cfg), min(cfg.DATASET.NUM_WORKERS, cores())
+        if _looks_up(cfg):
+            share = share_computed(count_views(cfg), self.shared_epochs)
+            step += share * cfg.SOLVER.BATCH_SIZE * self.passes[_parts(cfg)[1]]
         if cfg.DATASET.PIPELINE == "workers":
             load = cfg.SOLVER.BATCH_SIZE * self.timed(source.augmenter(views), self.budget / 10)
             step = max(step, load / workers) if workers else step + load
@@ -89,7 +95,10 @@ class Timer:
 
         def work(count: int) -> Callable[[], Any]:
             noise = source.noise(count, config.views(cfg))
-            return lambda: trainer.step(trainer.prepare(noise, 1, 1), 1)
+            known = {}
+            if _looks_up(cfg):
+                known["teacher_logits"] = torch.randn(count, source.num_classes, device=self.device)
+            return lambda: trainer.step(trainer.prepare(noise, 1, 1) | known, 1)
 
         step, monitor = self.least(work, batch), trainer.monitor
         if monitor is None:
@@ -144,6 +153,11 @@ class Timer:
             device.synchronise(self.device)
             times.append(time.perf_counter() - started)
         return min(times)
+
+
+def _looks_up(cfg: Any) -> bool:
+    """Tell whether a config's runs look their teacher's logits up in a table."""
+    return cfg.DISTILLER.TEACHER_LOGITS == "table" and cfg.DISTILLER.TYPE != "NONE"
 
 
 def _parts(cfg: Any) -> list[tuple[str, str]]:

@@ -7,12 +7,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from ... import device
 from ...errors import UserError
 from ...run import record
 from ...run.lock import locked
+from ...run.metrics import read_metrics
 from ...terminal import Stopped, exit_code
 from ..shared import cores, count
 from ..table import Run
@@ -175,10 +177,22 @@ def _run(request: Request, plan: Plan, jobs: int) -> int:
         print(failure, file=sys.stderr)
     done = len(plan.runs) - len(failures)
     print(_entry("done", f"{done} of {len(plan.runs)} runs are finished"))
+    if saved := _saved(plan.runs):
+        print(_entry("teacher", saved))
     if failures:
         print(_entry("again", f"the same command tries the others again: {request.command}"))
     print(_entry("report", ", ".join(str(path) for path in report(plan.out))))
     return 1 if failures else 0
+
+
+def _saved(runs: Sequence[Run]) -> str:
+    """Say what tables of the teacher's logits saved; nothing if no run has one."""
+    computed = [
+        line["teacher_computed"] for run in runs for line in read_metrics(run.folder) if "teacher_computed" in line
+    ]
+    if not computed:
+        return ""
+    return f"{1 - mean(computed):.0%} of its logits in {count(len(computed), 'epoch')} were read from a table"
 
 
 def _submit(request: Request, plan: Plan, parameters: Mapping[str, Any]) -> int:

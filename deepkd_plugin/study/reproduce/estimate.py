@@ -53,7 +53,8 @@ def estimate(plan: Plan, states: Mapping[Run, str], jobs: int, here: bool = True
     alone: dict[Cell, float] = {}
     for pair, cells in untimed.items():
         try:
-            alone |= zip(cells, kind.seconds([plan.cfgs[cell] for cell in cells], each))
+            runs = [sum(run.cell == cell for run in left) for cell in cells]
+            alone |= zip(cells, kind.seconds([plan.cfgs[cell] for cell in cells], each, runs))
         except Exception as error:  # a GPU whose memory others use, a method that cannot take noise
             reason = (str(error) or type(error).__name__).splitlines()[0]
             return Estimate(None, f"not known: timing {pair} failed ({reason})")

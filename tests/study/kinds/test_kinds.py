@@ -210,7 +210,7 @@ def test_the_detectors_of_a_pair_are_timed(monkeypatch):
     tested = 500 / 2
     alone = 9 * (750 * 1.0 + tested)
     taught = 9 * (750 * 2.0 + tested) + tested
-    assert DETECTION.seconds(made, 1) == [alone, taught, taught]
+    assert DETECTION.seconds(made, 1, [1, 1, 1]) == [alone, taught, taught]
 
 
 def fake(tmp_path, kind, states, **options):

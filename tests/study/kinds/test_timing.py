@@ -84,8 +84,8 @@ def cfg(method, *options):
     return kind.read(kind.file("glyphs100", table.pairs[0], method), (*TINY, *options))
 
 
-def seconds(*cfgs, threads=1):
-    return Timer(KINDS["classification"], cfgs, threads).seconds()
+def seconds(*cfgs, threads=1, runs=None):
+    return Timer(KINDS["classification"], cfgs, threads, runs or [1] * len(cfgs)).seconds()
 
 
 def passes(name):
@@ -121,6 +121,19 @@ def test_a_run_costs_its_steps_and_its_tests(clock, method, options, views, back
     expected = 10 * (STEPS * step + tested * student) + tested * teacher
     (taken,) = seconds(cfg(method, *options))
     assert taken == pytest.approx(expected, rel=5e-3)  # relations of classes, angles of gradients are counted too
+
+
+@pytest.mark.parametrize(("method", "computed"), [("kd", 0), ("mlkd", 1)])
+def test_with_a_table_a_run_costs_what_is_not_in_it(clock, method, computed):
+    """Of a set without augmentation, all of whose views the first epoch of the first run has seen."""
+    student, back = passes("resnet8")
+    teacher = passes("resnet20")[0]
+    views = computed + 1
+    options = ("DISTILLER.TEACHER_LOGITS", "table")
+    tested = TESTED / 8
+    (taken,) = seconds(cfg(method, *options), runs=[5])
+    step = views * (student + back) + (computed + 1 / 50) * teacher
+    assert taken == pytest.approx(10 * (STEPS * step + tested * student) + tested * teacher, rel=5e-3)
 
 
 def test_a_pair_s_runs_are_timed_as_each_alone_and_its_networks_are_tested_once(clock):

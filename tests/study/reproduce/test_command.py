@@ -53,7 +53,7 @@ def calls(monkeypatch, tmp_path, data_root):
     module = types.ModuleType("deepkd_plugin.study.report")
     module.report = made.report
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(Classification, "seconds", lambda kind, cfgs, threads: [100.0 for _ in cfgs])
+    monkeypatch.setattr(Classification, "seconds", lambda kind, cfgs, threads, runs: [100.0 for _ in cfgs])
     monkeypatch.setattr(device, "count", lambda: 0)
     return made
 

@@ -44,7 +44,7 @@ def timed(monkeypatch):
     """Runs that take KD or OTHER seconds on a machine of 8 cores; returns the (methods, threads) that were timed."""
     calls = []
 
-    def seconds(kind, cfgs, threads):
+    def seconds(kind, cfgs, threads, runs):
         methods = [cfg.DISTILLER.TYPE for cfg in cfgs]
         calls.append((methods, threads))
         return [KD if method == "KD" else OTHER for method in methods]

@@ -1,0 +1,120 @@
+"""`deepkd cache`: the tables of teacher logits that runs with DISTILLER.TEACHER_LOGITS table share."""
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from ..errors import UserError
+from ..terminal import Parser
+
+DEFAULT = Path("data/teacher_logits")
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    parser = Parser(
+        "deepkd cache",
+        description="List the tables of teacher logits, fill one with all views of all images, look for damage, or "
+        "delete them. PATH is a table, or a folder of tables.",
+    )
+    parser.add_argument("action", choices=("list", "fill", "check", "delete"))
+    parser.add_argument("paths", metavar="PATH", type=Path, nargs="*", help=f"default of list and check: {DEFAULT}")
+    parser.add_argument("--cfg", metavar="FILE", help="with fill: the config of a run that will use the table")
+    parser.add_argument("--yes", action="store_true", help="with delete: do not ask")
+    parser.add_pairs()
+    args = parser.parse(words)
+    # a free word may be a path or, behind a key, a value; the parser takes all that are no pair as paths
+    if (args.action == "fill") != bool(args.cfg):
+        parser.error("--cfg FILE goes with fill")
+    if (args.options and not args.cfg) or (args.yes and args.action != "delete"):
+        parser.error("KEY VALUE goes with fill, --yes with delete")
+    if args.action == "fill":
+        if args.paths:
+            parser.error("fill takes no PATH; DISTILLER.LOGITS_DIR says where its table is")
+        return _fill(args.cfg, args.options)
+    if args.action == "delete":
+        if not args.paths:
+            parser.error("delete needs PATH")
+        return _delete(args.paths, args.yes)
+    paths = args.paths or [DEFAULT]
+    return _list(paths) if args.action == "list" else _check(paths)
+
+
+def _list(paths: Iterable[Path]) -> int:
+    from ..teacher_logits.tables import describe, files
+
+    for path in (file for one in paths for file in files(one)):
+        print(describe(path))
+    return 0
+
+
+def _check(paths: Iterable[Path]) -> int:
+    from ..run.progress import EpochBar
+    from ..teacher_logits.table import Damaged, Table
+    from ..teacher_logits.tables import files
+
+    code = 0
+    for path in (file for one in paths for file in files(one)):
+        try:
+            table = Table.open(path)
+        except Damaged as error:
+            print(error)
+            code = 1
+            continue
+        with EpochBar(path.name, table.key.count) as bar:
+            for count in table.counts():
+                if count.all % (100 * table.key.views) == 0:
+                    bar.update(count.all // table.key.views, "")
+        table.close()
+        print(f"{path}: {count.there:,} of {count.all:,} views are there, {count.damaged:,} are damaged")
+        if count.damaged:
+            print(f"{path}: damaged ones are not used; the runs that need them compute them again")
+            code = 1
+    return code
+
+
+def _fill(file: str, options: Sequence[str]) -> int:
+    from .. import data, device, launch
+    from ..hosts.networks import trained_network
+    from ..hosts.registry import find_host
+    from ..run.checkpoint import fingerprint
+    from ..teacher_logits.fill import fill
+    from ..teacher_logits.tables import describe
+
+    host = find_host()
+    cfg, _ = launch.read_config(host, file, [*options, "DISTILLER.TEACHER_LOGITS", "table"])
+    if cfg.DISTILLER.TYPE == "NONE":
+        raise UserError(f"{file}: DISTILLER.TYPE is 'NONE'; it must be a method with a teacher")
+    device.tune(cfg.SOLVER.DETERMINISTIC)
+    at, kind, weights = device.pick(), cfg.DATASET.TYPE, cfg.DISTILLER.TEACHER_WEIGHTS
+    samples = data.get_dataset(cfg)[0].dataset
+    key = "DISTILLER.TEACHER_WEIGHTS"
+    teacher = trained_network(host, kind, cfg.DISTILLER.TEACHER, data.num_classes(cfg), weights, key).eval()
+    teacher = device.place(teacher, at, cfg.SOLVER.CHANNELS_LAST)
+    logits = fill(cfg, teacher, fingerprint(teacher), samples, at)
+    if logits.table is None or not logits.table.writable:
+        return 1
+    print(describe(logits.table.path))
+    return 0
+
+
+def _delete(paths: Iterable[Path], yes: bool) -> int:
+    from ..teacher_logits.table import MAGIC
+    from ..teacher_logits.tables import describe, files
+
+    found = [file for one in paths for file in files(one)]
+    for path in found:
+        with open(path, "rb") as file:
+            if file.read(len(MAGIC)) not in (MAGIC, b""):
+                raise UserError(f"{path}: is no table of teacher logits, and stays; nothing was deleted")
+        print(describe(path))
+    if found and not yes:
+        if not sys.stdin.isatty():
+            raise UserError("command line: delete asks before it does; without a terminal it needs --yes")
+        if input(f"delete {len(found)} {'table' if len(found) == 1 else 'tables'}? [y/N] ").strip().lower() != "y":
+            print("nothing was deleted")
+            return 0
+    for path in found:
+        path.unlink()
+        print(f"{path}: deleted")
+    return 0

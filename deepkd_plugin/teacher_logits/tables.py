@@ -1,0 +1,127 @@
+"""Which table a config means, and the tables of a folder."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import data
+from ..data.arrays import Passes, Training
+from ..data.resident import Batchwise, known, view_count, view_index
+from ..errors import UserError
+from .lookup import FOLDER, TeacherLogits, check_teacher
+from .table import SUFFIX, Damaged, Key, Table, gigabytes
+
+
+def open_logits(cfg: Any, teacher: nn.Module, fingerprint: str, loader: Any, image: Any) -> TeacherLogits:
+    """Open the table that a config means, or make it.
+
+    fingerprint: of the teacher's weights. loader: of the training set, data.get_dataset's. image: some of its images,
+    as its batches have them. Raises UserError for a teacher whose logits depend on more than the image, for views that
+    cannot be counted, for a loader that may draw views as it likes, and as Table.make does.
+    """
+    samples = loader.dataset
+    if not isinstance(samples, Training) or not isinstance(loader.sampler, Passes):
+        raise UserError(
+            "config: DISTILLER.TEACHER_LOGITS is 'table'; it must be 'compute' with a training set that get_dataset "
+            "did not make: only of its images it is known which view an epoch has"
+        )
+    check_teacher(teacher, image if isinstance(image, Tensor) else image[0])
+    distortions, seed = _distortions(cfg), loader.sampler.seed
+    key = make_key(cfg, fingerprint, samples)
+
+    chosen = torch.as_tensor(samples.chosen)
+
+    def find(epoch: int, index: Tensor) -> tuple[Tensor, Tensor]:
+        return chosen[index], view_index(distortions, seed, epoch, chosen[index])
+
+    return TeacherLogits(key, place(cfg), teacher, find, cfg.SOLVER.AMP)
+
+
+def make_key(cfg: Any, fingerprint: str, samples: Any) -> Key:
+    """Return the key of the table that a config means. samples: the training set, as get_dataset's loader has it."""
+    source = data.source(cfg.DATASET.TYPE)
+    views = count_views(cfg)
+    images = samples.images  # all of the set, so that runs on parts of it share a table
+    return Key(
+        network=cfg.DISTILLER.TEACHER,
+        teacher=fingerprint,
+        dataset=cfg.DATASET.TYPE,
+        images=_fingerprint(images),
+        count=len(images),
+        views=views,
+        view=f"{', '.join(map(repr, source.augmentation))}; mean {source.mean}, std {source.std}, side {source.side}",
+        classes=source.num_classes,
+        precision="bfloat16" if cfg.SOLVER.AMP else "float32",
+        dtype=cfg.DISTILLER.LOGITS_DTYPE,
+    )
+
+
+def count_views(cfg: Any) -> int:
+    """Count the weak views of an image of a config's data set; UserError if there is no end of them."""
+    return view_count(_distortions(cfg))
+
+
+def _distortions(cfg: Any) -> list[Batchwise]:
+    """Return what makes the weak views of a config's images, if these can be counted."""
+    source = data.source(cfg.DATASET.TYPE)
+    made = [known(distortion, source.side, source.side) for distortion in source.augmentation]
+    if not source.small or None in made or view_count(made) is None:
+        raise UserError(
+            f"config: DISTILLER.TEACHER_LOGITS is 'table'; it must be 'compute' with DATASET.TYPE {cfg.DATASET.TYPE}, "
+            f"whose images have more views than can be counted"
+        )
+    return made
+
+
+def share_computed(views: int, epochs: int) -> float:
+    """Return the share of logits that an empty table lets a teacher compute in so many epochs, of all runs together.
+
+    An image's views are drawn uniformly, so epochs n leave each of the V views unseen with the chance (1 - 1/V)^n.
+    """
+    return views * (1 - (1 - 1 / views) ** epochs) / epochs
+
+
+def place(cfg: Any) -> Path:
+    """Return the folder of a config's tables, or the file of its table."""
+    return Path(cfg.DISTILLER.LOGITS_DIR or Path(cfg.DATASET.ROOT) / FOLDER)
+
+
+def files(path: Path) -> Iterator[Path]:
+    """Yield the files of tables in a folder, or the one that is named."""
+    if path.is_dir():
+        yield from sorted(path.glob(f"*{SUFFIX}"))
+    elif path.is_file():
+        yield path
+    else:
+        raise UserError(f"{path}: no such folder; it must hold tables of teacher logits, or be one")
+
+
+def _fingerprint(images: Any) -> str:
+    """Hash the pixels of images, in their order."""
+    digest, places = hashlib.sha256(), np.arange(len(images))
+    for start in range(0, len(places), 1000):
+        digest.update(images.pixels(places[start : start + 1000]))
+    return digest.hexdigest()[:16]
+
+
+def describe(path: Path) -> str:
+    """Say in a line what a file of a folder of tables is, how large, and how full."""
+    size = path.stat()
+    try:
+        table = Table.open(path)
+    except (Damaged, UserError) as error:
+        return str(error)
+    key, share = table.key, table.share()
+    table.close()
+    return (
+        f"{path}: {key.dataset}, {key.network} {key.teacher} in {key.precision}, {key.count:,} images x {key.views} "
+        f"views x {key.classes} classes in {key.dtype}; about {share:.0%} filled, {gigabytes(size.st_blocks * 512)} "
+        f"of {gigabytes(key.size)}"
+    )
