@@ -29,7 +29,7 @@ def finish(run, **entries):
     (run.folder / "log.txt").write_text(str(run.folder))
     (run.folder / "train.events").mkdir()
     (run.folder / "train.events" / "events").write_text("events")
-    (run.folder / "lock").write_text("process 7")
+    (run.folder / "lock").write_text("process 7 on a machine\n")
 
 
 def complaint(call, *arguments):
@@ -116,7 +116,7 @@ def test_a_run_is_taken_over_with_its_files_and_says_where_it_is_from(tmp_path, 
     names = {path.relative_to(ours.folder).as_posix() for path in ours.folder.rglob("*")}
     assert names == {"run.json", "log.txt", "lock", "train.events", "train.events/events"}
     assert (ours.folder / "log.txt").read_text() == str(glyphs[0].folder)
-    assert (ours.folder / "lock").read_text() != "process 7"
+    assert (ours.folder / "lock").read_text() != "process 7 on a machine\n"
     held, theirs = (json.loads((run.folder / "run.json").read_text()) for run in (ours, glyphs[0]))
     assert held == theirs | {"taken_from": "glyphs100: res20_res8 kd seed 0"}
     # taken once more, it is still from where it was trained
