@@ -161,7 +161,7 @@ def settle(folder: Path) -> None:
                 _remove(own_files(folder), folder)
             _move(own_files(before), before, folder, first=False)
             print(f"{folder}: the run that was there before is back")
-        _remove_empty(before)
+    _remove_empty(before)
     with contextlib.suppress(OSError):  # something of somebody's is in there
         before.rmdir()
 

@@ -7,7 +7,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..errors import UserError
@@ -38,10 +38,12 @@ def locked(folder: Path, deadline: float = 0.0, remove: bool = False) -> Iterato
     another process has the lock and keeps it until the deadline (time.monotonic), UserError if there can be none, and
     OSError if too many files are open.
     """
+    made: list[Path] = []
     try:
-        made = [above for above in (folder, *folder.parents) if not above.exists()]
+        made += [above for above in (folder, *folder.parents) if not above.exists()]
         lock = _take(folder, deadline)
     except OSError as error:  # a name of many options is longer than a file system takes
+        _unmake(made)
         if error.errno == errno.ENAMETOOLONG:
             raise UserError(f"{folder}: EXPERIMENT.NAME must be set to a shorter name ({error.strerror})") from None
         if error.errno in (errno.EMFILE, errno.ENFILE):
@@ -63,8 +65,7 @@ def locked(folder: Path, deadline: float = 0.0, remove: bool = False) -> Iterato
             alone = os.listdir(folder) == [FILE]
             if alone or remove:
                 (folder / FILE).unlink()
-            for above in made if alone else ():
-                above.rmdir()
+            _unmake(made if alone else ())
         os.close(lock)
 
 
@@ -73,6 +74,13 @@ def ours(folder: Path) -> Iterator[None]:
     """Be the only process in a folder, as `locked`, unless this process is so already."""
     with contextlib.nullcontext() if _has(folder) else locked(folder, remove=True):
         yield
+
+
+def _unmake(folders: Iterable[Path]) -> None:
+    """Remove folders that are empty; of a path with "..", one may be another that is not."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _has(folder: Path) -> bool:

@@ -108,3 +108,10 @@ def test_a_run_beside_a_live_one_is_refused_before_anything_is_read(tmp_path, fl
     assert f"{tmp_path / 'run'}: process {os.getpid()} on " in err
     assert err.count("\n") == 1
     assert small.files(tmp_path / "run") == before
+
+
+def test_folders_that_were_made_for_a_lock_go_with_it(tmp_path):
+    """Also those that a path only goes through."""
+    with lock.locked(tmp_path / "a" / ".." / "b" / "run"):
+        assert (tmp_path / "b" / "run" / "lock").is_file()
+    assert not list(tmp_path.iterdir())
