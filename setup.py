@@ -65,6 +65,7 @@ setup(
         "matplotlib>=3.8",  # its fonts make glyphs100
         "scipy>=1.11",  # the tests of a table's differences
         "jinja2>=3.1",  # the page of a table
+        "safetensors>=0.4.5",  # students in a form that every framework reads
         "rich>=13",  # the terminal's live view and progress bars
     ],
     extras_require={

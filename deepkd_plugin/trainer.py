@@ -342,6 +342,7 @@ class Trainer:
         # `latest` comes last: an interruption before it resumes from the epoch before and overwrites the rest
         for name, student_name in [*names, ("latest", "student_latest")]:
             checkpoint.save(student, self.folder / student_name)
+            checkpoint.save_weights(student["model"], self.folder / f"{student_name}{checkpoint.SAFE}")
             checkpoint.save(self.state(), self.folder / name)
         run_folder.settle_new(self.folder)
         print(epoch_line(entry, self.metric, self.shown, self.best_acc))

@@ -52,7 +52,11 @@ def test_the_student_file_is_read_by_eval(train, data_root, capsys):
     assert train("vanilla")[0] == 0
     arguments = ["-m", "resnet8", "-c", str(train.folder / "student_latest"), "-d", "glyphs100", "--root"]
     assert evaluate.main([*arguments, str(data_root)]) == 0
-    assert "resnet8 on glyphs100: top-1 " in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "resnet8 on glyphs100: top-1 " in told
+    safe = str(train.folder / "student_latest.safetensors")
+    assert evaluate.main([*arguments[:3], safe, *arguments[4:], str(data_root)]) == 0
+    assert capsys.readouterr().out == told
     assert evaluate.main(["-m", "resnet9", "-d", "glyphs100", "--root", str(data_root)]) == 2
     assert "command line: -m is 'resnet9'; it must be one of" in capsys.readouterr().err
     assert evaluate.main(["-m", "resnet8", "-d", "glyphs100", "--root", str(data_root)]) == 2

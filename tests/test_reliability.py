@@ -111,8 +111,9 @@ def test_a_run_killed_at_random_moments_goes_on_bitwise(tmp_path, whole):
         runs += 1
         prefix = tmp_path / str(runs)
         prefix.mkdir()
-        for _ in range(50):
-            code, _, err = go_on(prefix, partial(signal.setitimer, signal.ITIMER_REAL, draw.uniform(0.0, 0.35)))
+        for attempt in range(50):
+            moment = draw.uniform(0.0, 0.35 + 0.05 * attempt)  # a machine that is busy needs longer for an epoch
+            code, _, err = go_on(prefix, partial(signal.setitimer, signal.ITIMER_REAL, moment))
             if code != -signal.SIGALRM:
                 break
             kills += 1
@@ -279,6 +280,8 @@ def test_a_signal_to_the_group_or_a_killed_loader_process_is_one_line(tmp_path, 
 
     def end(pid):
         while not (tmp_path / "run/latest").exists():
+            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                return  # it ended by itself, and says why
             time.sleep(0.01)
         time.sleep(0.03 * number)
         if what == "group":
@@ -291,7 +294,7 @@ def test_a_signal_to_the_group_or_a_killed_loader_process_is_one_line(tmp_path, 
 
     code, _, err = small.command(lambda: small.train(cfg), os.setsid, end)
     # a process that is killed when its epoch is over is missed by nobody
-    assert code == 143 if what == "group" else code in (0, 1)
+    assert code == 143 if what == "group" else code in (0, 1), err
     if code:
         *_, line = err.splitlines()
         assert f"{tmp_path / 'run/latest'} (epoch " in line

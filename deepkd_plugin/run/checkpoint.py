@@ -14,11 +14,19 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
 from . import array_pickle
+
+SAFE = ".safetensors"
+"""End of the name of a file in the format of that name: tensors by name and nothing else."""
+
+_FINGERPRINT = "deepkd_fingerprint"
+"""Of a file's weights, in its metadata; the format has no checksum of its own."""
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
@@ -82,6 +90,14 @@ def write_state(state: Mapping[str, Any], file: IO[bytes]) -> None:
         raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
+def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Write a network's state dictionary whole in the safetensors format; OSError as `save`."""
+    # tensors of one storage, such as tied weights, become tensors of their own: the format has no other way
+    own = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in weights.items()}
+    content = safetensors.torch.save(own, {"format": "pt", _FINGERPRINT: hash_weights(dict(sorted(own.items())))})
+    write_whole(path, lambda file: file.write(content))
+
+
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
     """Let Ctrl-C and SIGTERM take effect after the block instead of inside it.
@@ -113,6 +129,8 @@ def load(path: str | Path, key: str) -> Any:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; {key} must name a checkpoint")
+    if path.suffix == SAFE:
+        return _load_safe(path, key)
     try:
         damage = find_damage(path)
     except OSError as error:
@@ -132,6 +150,24 @@ def load(path: str | Path, key: str) -> Any:
             f"{path}: {key} must name a checkpoint of tensors and plain containers, and this file is not one "
             f"({type(error).__name__}: {reason})"
         ) from None
+
+
+def _load_safe(path: Path, key: str) -> dict[str, Tensor]:
+    """Read a file of the safetensors format, as `load` does."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except OSError as error:
+        raise UserError(f"{path}: {key} must name a file that can be read ({error.strerror or error})") from None
+    except Exception as error:  # its own error, and whatever tensors that cannot be raise
+        raise UserError(f"{path}: {key} names a damaged file ({error}); it must be copied or made again") from None
+    if (written := metadata.get(_FINGERPRINT)) and written != hash_weights(dict(sorted(weights.items()))):
+        raise UserError(
+            f"{path}: {key} names a damaged file (its weights are others than were written); it must be copied or "
+            f"made again"
+        )
+    return weights
 
 
 def _check_pickles(path: Path) -> None:
@@ -302,8 +338,13 @@ def outline(state: Any) -> str:
 
 def fingerprint(module: nn.Module) -> str:
     """Hash a network's weights: the same for the same numbers, whatever file they came from."""
+    return hash_weights(module.state_dict())
+
+
+def hash_weights(weights: Mapping[str, Tensor]) -> str:
+    """Hash tensors by their names, in their order, and their numbers."""
     digest = hashlib.sha256()
-    for name, value in module.state_dict().items():
+    for name, value in weights.items():
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

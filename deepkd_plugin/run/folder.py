@@ -25,7 +25,7 @@ COPYING = "copying"
 CHECKPOINTS = ("latest", "last_checkpoint")
 """What says that a run can be gone on with: ours, and detectron2's."""
 
-_STATES = r"latest|best|epoch_\d+|student_(latest|best|\d+)"
+_STATES = r"latest|best|epoch_\d+|student_(latest|best|\d+)(\.safetensors)?"
 _EVENTS = r"(train|gsnr)\.events/events\.out\.tfevents\..+"
 _FILES = re.compile(
     rf"{_STATES}|{_EVENTS}|config\.yaml|run\.json|metrics\.jsonl|gsnr\.jsonl|worklog\.txt|gsnr[\w.-]*\.csv|gsnr\.(png|svg)"

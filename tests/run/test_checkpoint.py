@@ -9,6 +9,7 @@ import zipfile
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from fuzz_pickles import as_network
 from torch import nn
@@ -94,6 +95,36 @@ def test_one_flipped_bit_is_found(tmp_path):
         flipped = bytearray(raw)
         flipped[start + size // 2] ^= 4
         refused(tmp_path, None, r"names a damaged file \(its entry \S+ has another checksum", raw=bytes(flipped))
+
+
+def test_weights_in_the_safetensors_format(tmp_path):
+    """Ours and other people's, which hold no hash; tied weights become tensors of their own."""
+    source, target = network(), network()
+    source[2].weight = nn.Parameter(source[2].weight.detach().T.contiguous().T)
+    checkpoint.save_weights(source.state_dict(), tmp_path / "w.safetensors")
+    checkpoint.load_weights(target, tmp_path / "w.safetensors", "KEY", "net")
+    assert checkpoint.fingerprint(target) == checkpoint.fingerprint(source)
+    theirs = {f"module.{name}": value.bfloat16() for name, value in target.state_dict().items() if value.ndim}
+    safetensors.torch.save_file(theirs, tmp_path / "theirs.safetensors")
+    checkpoint.load_weights(target, tmp_path / "theirs.safetensors", "KEY", "net")
+    assert torch.equal(target[0].weight, source[0].weight.bfloat16().float())
+    checkpoint.save_weights({"a": source[0].weight, "b": source[0].weight}, tmp_path / "tied.safetensors")
+    tied = checkpoint.load(tmp_path / "tied.safetensors", "KEY")
+    assert torch.equal(tied["a"], tied["b"])
+
+
+@pytest.mark.parametrize("place", [4, 60, -1])
+def test_one_flipped_bit_is_found_in_the_safetensors_format_too(tmp_path, place):
+    """In the size of its header, in the header, and in a number."""
+    checkpoint.save_weights(network().state_dict(), tmp_path / "w.safetensors")
+    raw = bytearray((tmp_path / "w.safetensors").read_bytes())
+    raw[place] ^= 4
+    (tmp_path / "w.safetensors").write_bytes(raw)
+    with pytest.raises(UserError, match=r"w.safetensors: KEY names a damaged file \(.+\); it must be copied"):
+        checkpoint.load_weights(network(), tmp_path / "w.safetensors", "KEY", "net")
+    (tmp_path / "w.safetensors").write_bytes(raw[: len(raw) // 2])
+    with pytest.raises(UserError, match="KEY names a damaged file"):
+        checkpoint.load(tmp_path / "w.safetensors", "KEY")
 
 
 def test_an_older_file_is_held_against_the_hash_in_its_name(tmp_path):
