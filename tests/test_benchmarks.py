@@ -557,3 +557,31 @@ def test_waiting_is_told_from_working(script):
 def test_mistaken_options_of_epoch(run, option, expected):
     with pytest.raises(UserError, match=re.escape(expected)):
         run("epoch", *option)
+
+
+def test_the_simulation_of_many_cards_in_cases_that_a_hand_can_add_up(script):
+    scale = script("scale")
+    cluster = scale.Cluster(4, 10.0, 0.0)
+    assert cluster.seconds(40) == 6.0  # 2 · 3/4 · 40 / 10
+    network = scale.Network(1.0, ((0.25, 10), (0.5, 30), (1.0, 40)))
+    parts = scale.buckets(network, 40)
+    assert parts == [(0.5, 40), (1.0, 40)]
+    assert scale.buckets(network, 10**9) == [(1.0, 80)]
+    # forward until 2, passes until 12 and 22; the first's 12 s are sent from 12 to 24, the last's 6 and 6 until 36
+    assert scale.step_seconds(2, 10, 2, parts, cluster, overlap=True) == 36
+    assert scale.step_seconds(2, 10, 2, parts, cluster, overlap=False) == 22 + 12 + 12
+    # with links ten times as fast: the first until 13.2, the buckets from 17 to 17.6 and from 22 to 22.6
+    fast = scale.Cluster(4, 100.0, 0.0)
+    assert scale.step_seconds(2, 10, 2, parts, fast, overlap=True) == pytest.approx(22.6)
+    assert scale.Cluster(4, 100.0, 0.5).seconds(0) == 3  # 2 · 3 messages
+
+
+def test_the_simulation_knows_a_network_by_its_layers(script):
+    """ResNet18's published size and operations; the classifier's gradients are the first to be finished."""
+    network = script("scale").look_at("ResNet18")
+    assert network.bytes == 4 * 11_689_512
+    assert network.forward == pytest.approx(2 * 1.814e9, rel=1e-3)
+    assert network.gradients[0][1] in (4 * 1000, 4 * 512_000)
+    shares = [done for done, _ in network.gradients]
+    assert shares == sorted(shares)
+    assert shares[-1] == pytest.approx(1)
