@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from deepkd_plugin import choice, config, launch
-from deepkd_plugin.distillers import KD, DeepKD
+from deepkd_plugin.distillers import DISTILLERS, KD
 from deepkd_plugin.distillers.base import Distiller
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.hosts.registry import find_host
@@ -304,16 +304,21 @@ def test_data_parallel_over_several_devices_keeps_the_plain_teacher(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_folded_teacher_is_compiled_in_place_of_the_plain_one(train):
-    options = ("SOLVER.EXECUTION", "compile", "SOLVER.EPOCHS", "1", "SOLVER.WARMUP_EPOCHS", "0")
+def test_a_folded_teacher_is_compiled_in_place_of_the_plain_one(tmp_path, capsys):
     made = {}
-    for folds in ("True", "False"):
-        code, out, _ = train("kd", *options, "DISTILLER.FOLD_TEACHER", folds, flags=["--overwrite"] * (folds != "True"))
-        assert code == 0, out
-        assert "falls back" not in out
-        made[folds] = small.weights(train.folder)
-    for name, value in made["False"].items():
-        torch.testing.assert_close(made["True"][name], value, rtol=1e-3, atol=1e-4)
+    for folds in (True, False):
+        torch.manual_seed(1)
+        trainer = with_teacher(tmp_path / str(folds), folds, small.Net(16), EXECUTION="compile")
+        launch.run(trainer, False, False, small.COMMAND)
+        module = trainer.module
+        compiled = {part: getattr(module, part)._compiled_call_impl for part in ("student", "teacher")}
+        assert compiled["student"] is not None
+        assert (compiled["teacher"] is None) is folds
+        assert not folds or module.folded._compiled_call_impl is not None
+        made[folds] = small.weights(trainer.folder)
+    assert "falls back" not in capsys.readouterr().out
+    for name, value in made[False].items():
+        torch.testing.assert_close(made[True][name], value, rtol=1e-3, atol=1e-4)
 
 
 def test_what_a_plan_chooses_is_folded_only_if_its_config_may(tmp_path, monkeypatch):
@@ -338,8 +343,15 @@ def test_auto_follows_another_value_and_the_other_way_round(tmp_path):
         assert type(value) is type(cfg.SOLVER.CHANNELS_LAST)
 
 
-def test_deepkd_is_a_distiller_that_may_fold(tmp_path):
-    cfg = small.config(tmp_path)
-    cfg.DISTILLER.TYPE = "DeepKD"
+def test_which_teachers_stay_plain(monkeypatch):
+    cfg = launch.read_config(find_host(), "configs/glyphs100/res20_res8/deepkd_mlkd.yaml", TABLE)[0].clone()
+    assert config.plain_teacher(cfg) == ""  # it computes the strong view
+    cfg.defrost()
+    cfg.DeepKD.BASE = "KD"
+    assert config.plain_teacher(cfg) == "DISTILLER.TEACHER_LOGITS table keeps the plain teacher's logits"
+    cfg.DISTILLER.TEACHER_LOGITS = "compute"
     assert config.plain_teacher(cfg) == ""
-    assert issubclass(DeepKD, Distiller)
+    cfg.DISTILLER.TYPE, cfg.DISTILLER.FOLD_TEACHER = "FEATURES", True
+    monkeypatch.setitem(DISTILLERS, "FEATURES", type("Features", (Distiller,), {}))
+    with pytest.raises(UserError, match="auto or False: DISTILLER.TYPE FEATURES needs more of the teacher than its"):
+        config.check(cfg, {})
