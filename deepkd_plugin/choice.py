@@ -67,6 +67,8 @@ def settle(cfg: Any, distiller: Any, samples: Callable[[int], Tensor], reason: s
     if cfg.DISTILLER.FOLD_TEACHER is not False:
         auto = automatic(cfg.DISTILLER.FOLD_TEACHER)
         reason = config.plain_teacher(cfg) or reason
+        if getattr(distiller, "teacher", None) is None:  # whatever the config calls the distiller
+            reason = "there is no teacher"
         if not reason and not isinstance(distiller, Distiller):
             reason = f"{type(distiller).__module__}.{type(distiller).__qualname__} is no distiller of this package"
         choice = Choice(False, reason)
