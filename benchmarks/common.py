@@ -104,10 +104,15 @@ def machine() -> dict[str, Any]:
     return about | {"commit": commit()}
 
 
+def memory_format(channels_last: bool) -> str:
+    """Name a memory format."""
+    return "channels last" if channels_last else "contiguous"
+
+
 def conditions(channels_last: bool, amp: bool) -> dict[str, str]:
     """Describe what a run's images and networks are like, for the record."""
     return {
-        "memory format": "channels last" if channels_last else "contiguous",
+        "memory format": memory_format(channels_last),
         "precision": "bfloat16 autocast" if amp else "float32",
     }
 

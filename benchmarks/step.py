@@ -1,6 +1,6 @@
 """Training steps against a plain KD step of the same pair, in one process and in turn.
 
-    python benchmarks/step.py [--quick] [--execution compile] [--channels-last] [--amp] [--write PATH.md]
+    python benchmarks/step.py [--quick] [--execution compile] [--channels-last [ours]] [--amp] [--write PATH.md]
     python benchmarks/step.py --pairs all --rounds 15
 
 A step is what changes the weights once: the teacher's and the student's forward pass, losses, backward passes,
@@ -13,16 +13,20 @@ optimizer. Images are noise, on the device already. The rows of a pair:
   replayed as CUDA graphs. The column names the way that was taken, eager if another could not be;
 - KD and DeepKD with a table of the teacher's logits (DISTILLER.TEACHER_LOGITS table, float16) that is full, reading
   included, for CIFAR pairs;
+- KD and DeepKD with a teacher whose BatchNorms are folded (DISTILLER.FOLD_TEACHER), in float32;
 - if MDISTILLER_ROOT names a checkout of mdistiller, its KD and its DOT; if DEEPKD_RELEASE_ROOT names one of
   the authors' release, its DeepKD with its three backward passes. Distiller, trainer and optimizer are theirs, the
   networks ours, so that only the step differs. Their trainers' own `train_iter` runs up to its clock behind the
   optimizer; the accuracies and meters that follow it are left out, as ours are. --amp and --channels-last, which
-  they do not have, are put around them too.
+  they do not have, are put around them too. With --channels-last ours they keep their own memory format, as their
+  users have it, and only our rows have ours.
 
 Columns: "floor ratio" is what the arithmetic of a method's n distinct coefficients costs beside KD's,
 (F_t + F_s + n·B) / (F_t + F_s + B), of the teacher's forward, the student's forward and backward times, which the
-second table has; "ratio to floor" is the step's time over F_t + F_s + n·B. With a table there is no F_t above. For KD
-the latter is what the losses and the optimizer cost. The release's DeepKD has two distinct coefficients, so n = 2
+second table has; "ratio to floor" is the step's time over F_t + F_s + n·B, of parts in the row's memory format. With a
+table there is no F_t above, and with a folded teacher it is the folded one's. For KD the latter is what the losses and
+the optimizer cost. "ratio to mdistiller's KD" and "ratio to the release's" are the step's time over that of theirs, in
+the same run and turn. The release's DeepKD has two distinct coefficients, so n = 2
 there, as in ours.
 Peak memory is what a few steps hold beyond what stood before them.
 
@@ -38,19 +42,20 @@ import io
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import others
 import torch
-from common import Rows, conditions, medians_in_turn, peak_mebibytes, report
+from common import Rows, conditions, medians_in_turn, memory_format, peak_mebibytes, report
 from torch import Tensor, nn
 
 from deepkd_plugin import DecoupledMomentumSGD, device
 from deepkd_plugin.config.tree import add_deepkd_config
 from deepkd_plugin.distillers import KD, DeepKD
+from deepkd_plugin.fold import fold
 from deepkd_plugin.hosts import builtin
 from deepkd_plugin.speed import STEPS, make_step
 from deepkd_plugin.step import Step
@@ -61,6 +66,7 @@ from deepkd_plugin.terminal import Parser, guarded
 
 PAIRS = ("resnet56:resnet20", "resnet32x4:resnet8x4", "wrn_40_2:wrn_16_2", "ResNet34:ResNet18")
 LR, WEIGHT_DECAY = 1e-3, 5e-4
+MDISTILLERS, RELEASES = "mdistiller's KD", "the release's DeepKD"
 
 SIZES = {
     "quick": {"batch": 16, "imagenet_batch": 2, "imagenet_size": 64, "rounds": 3, "repeat": 1},
@@ -81,6 +87,8 @@ class Setting:
     """Height and width of an image."""
     channels_last: bool = False
     amp: bool = False
+    ours_alone: bool = False
+    """Whether other people's steps have contiguous networks and images all the same."""
 
     @property
     def imagenet(self) -> bool:
@@ -118,8 +126,9 @@ class Row(NamedTuple):
     sets: int
     """Distinct coefficients: the backward passes that its arithmetic needs."""
     make: Callable[[], Callable[[], None]]
-    teacher: bool = True
-    """Whether the teacher computes in it."""
+    of: Setting
+    teacher: str | None = "F_t"
+    """The part that its teacher's pass is; None if it does not compute."""
 
 
 def on_imagenet(pair: str) -> bool:
@@ -190,6 +199,14 @@ def our_step(of: Setting, method: str, execution: str = "eager") -> Callable[[],
     return functools.partial(step, noise(of), 1)
 
 
+def folded_step(of: Setting, method: str) -> Callable[[], None]:
+    """Make a step of ours with a folded teacher."""
+    step = our_step(of, method)
+    distiller = step.func.module
+    distiller.fold(fold(distiller.teacher, step.args[0]["image"][:2]))
+    return step
+
+
 def table_step(of: Setting, method: str, folder: Path) -> Callable[[], None]:
     """Make a step of ours that reads the teacher's logits from a full table of 50 batches, in all their views."""
     batches, views = 50, 162
@@ -250,8 +267,9 @@ def parts(of: Setting) -> dict[str, Callable[[], Any]]:
         student.zero_grad()
         forward(student).sum().backward()
 
+    teachers = {"F_t": teacher} | ({} if of.amp else {"F_t folded": fold(teacher, image[:2])})
     return {
-        "F_t": torch.no_grad()(functools.partial(forward, teacher)),
+        **{name: torch.no_grad()(functools.partial(forward, network)) for name, network in teachers.items()},
         "F_s": functools.partial(forward, student),
         "F_s + B": forward_backward,
     }
@@ -259,21 +277,23 @@ def parts(of: Setting) -> dict[str, Callable[[], Any]]:
 
 def rows_of(of: Setting, executions: list[str], roots: Mapping[str, Path | None], folder: Path) -> list[Row]:
     """List everything to be timed for a pair, KD first."""
-    make = functools.partial
-    rows = [Row("KD", _passes(1), 1, make(kd_step, of))]
+    make, as_theirs = functools.partial, replace(of, channels_last=of.channels_last and not of.ours_alone)
+    rows = [Row("KD", _passes(1), 1, make(kd_step, of), of)]
     for execution in executions:
         for name, method in METHODS.items():
             if method.sets > 1 or execution != "eager":  # eager KD is the reference
-                rows.append(Row(name, _passes(method.sets), method.sets, make(our_step, of, name, execution)))
-    for name in () if of.imagenet else ("KD, one stream", "DeepKD, 2 coefficients"):
+                rows.append(Row(name, _passes(method.sets), method.sets, make(our_step, of, name, execution), of))
+    for name in ("KD, one stream", "DeepKD, 2 coefficients"):
         sets, short = METHODS[name].sets, name.replace(", one stream", "")
-        made = make(table_step, of, name, folder)
-        rows.append(Row(f"{short}, table", _passes(sets), sets, made, teacher=False))
+        if not of.imagenet:
+            rows.append(Row(f"{short}, table", _passes(sets), sets, make(table_step, of, name, folder), of, None))
+        if not of.amp:
+            rows.append(Row(f"{short}, folded", _passes(sets), sets, make(folded_step, of, name), of, "F_t folded"))
     if root := roots[others.MDISTILLER]:
-        rows.append(Row("mdistiller's KD", _passes(1), 1, make(their_step, of, root, "base")))
-        rows.append(Row("mdistiller's DOT", _passes(2), 2, make(their_step, of, root, "dot")))
+        rows.append(Row(MDISTILLERS, _passes(1), 1, make(their_step, as_theirs, root, "base"), as_theirs))
+        rows.append(Row("mdistiller's DOT", _passes(2), 2, make(their_step, as_theirs, root, "dot"), as_theirs))
     if root := roots[others.RELEASE]:
-        rows.append(Row("the release's DeepKD", _passes(3), 2, make(their_step, of, root, "deepkd")))
+        rows.append(Row(RELEASES, _passes(3), 2, make(their_step, as_theirs, root, "deepkd"), as_theirs))
     return rows
 
 
@@ -281,25 +301,38 @@ def measure(of: Setting, rows: list[Row], rounds: int, repeat: int, memory: bool
     """Time a pair and make its tables: its steps, and the parts that its floor is made of."""
     peaks = [peak_mebibytes(row.make) if memory else None for row in rows]
     steps: dict[Any, Callable[[], Any]] = {i: row.make() for i, row in enumerate(rows)}
-    times = medians_in_turn(steps | parts(of), rounds, repeat=repeat)
+    settings = dict.fromkeys(row.of for row in rows)
+    pieces = {(one, name): part for one in settings for name, part in parts(one).items()}
+    times = medians_in_turn(steps | pieces, rounds, repeat=repeat)
     taken = [_execution(step) for step in steps.values()]
-    backward = times["F_s + B"] - times["F_s"]
+    others_rows = {"mdistiller's KD": MDISTILLERS, "the release's": RELEASES}
+    theirs = {name: [times[i] for i, row in enumerate(rows) if row.name == of] for name, of in others_rows.items()}
     about = {"pair": of.pair.replace(":", " → "), "images": f"{of.batch} of {of.size} × {of.size}"}
 
-    def floor(passes: int, teacher: bool = True) -> float:
-        return teacher * times["F_t"] + times["F_s"] + passes * backward
+    def backward(one: Setting) -> float:
+        return times[one, "F_s + B"] - times[one, "F_s"]
+
+    def floor(one: Setting, passes: int, teacher: str | None = "F_t") -> float:
+        return (times[one, teacher] if teacher else 0.0) + times[one, "F_s"] + passes * backward(one)
 
     table = [
         about
         | {"step": row.name, "gradients": row.gradients, "execution": taken[i]}
+        | {"memory format": memory_format(row.of.channels_last)}
         | {"ms": times[i], "ratio to KD": times[i] / times[0]}
-        | {"floor ratio": floor(row.sets, row.teacher) / floor(1)}
-        | {"ratio to floor": times[i] / floor(row.sets, row.teacher)}
+        | {"floor ratio": floor(row.of, row.sets, row.teacher) / floor(row.of, 1)}
+        | {"ratio to floor": times[i] / floor(row.of, row.sets, row.teacher)}
+        | {f"ratio to {name}": times[i] / milliseconds for name, found in theirs.items() for milliseconds in found}
         | ({"peak MiB": peak} if memory else {})
         for i, (row, peak) in enumerate(zip(rows, peaks))
     ]
-    pieces = {"F_t ms": times["F_t"], "F_s ms": times["F_s"], "B ms": backward}
-    return table, [about | pieces | {"(F_t + F_s + 3B) / (F_t + F_s + 2B)": floor(3) / floor(2)}]
+    return table, [
+        about
+        | {"memory format": memory_format(one.channels_last)}
+        | {f"{name} ms": times[one, name] for name in ("F_t", "F_t folded", "F_s") if (one, name) in times}
+        | {"B ms": backward(one), "(F_t + F_s + 3B) / (F_t + F_s + 2B)": floor(one, 3) / floor(one, 2)}
+        for one in settings
+    ]
 
 
 def _execution(step: Any) -> str:
@@ -348,7 +381,13 @@ def main() -> None:
         default=[],
         help="also these ways of SOLVER.EXECUTION",
     )
-    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument(
+        "--channels-last",
+        nargs="?",
+        const="all",
+        choices=("all", "ours"),
+        help="the memory format of all steps, or of ours alone beside others' in their own",
+    )
     parser.add_argument("--amp", action="store_true", help="forward passes under bfloat16 autocast")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
     parser.add_argument("--write", type=Path, help="Markdown file to write; a .json is written beside it")
@@ -362,7 +401,7 @@ def main() -> None:
     tables: tuple[Rows, Rows] = ([], [])
     for pair in PAIRS if "all" in args.pairs else args.pairs:
         sizes = (args.imagenet_batch, args.imagenet_size) if on_imagenet(pair) else (args.batch, 32)
-        of = Setting(pair, *sizes, args.channels_last, args.amp)
+        of = Setting(pair, *sizes, bool(args.channels_last), args.amp, args.channels_last == "ours")
         with tempfile.TemporaryDirectory() as folder:
             rows = rows_of(of, executions, roots, Path(folder))
             tables_of_pair = measure(of, rows, args.rounds, args.repeat, not args.no_memory)
@@ -370,7 +409,10 @@ def main() -> None:
             table.extend(new)
     of_steps = f" of {args.repeat} steps" if args.repeat > 1 else ""
     title = f"Training step, medians of {args.rounds} rounds{of_steps} in turn"
-    report(title, tables[0], args.write, conditions(args.channels_last, args.amp), tables[1])
+    settings = conditions(bool(args.channels_last), args.amp)
+    if args.channels_last == "ours":
+        settings["memory format"] += " for ours, contiguous for others'"
+    report(title, tables[0], args.write, settings, tables[1])
 
 
 def count_argument(text: str) -> int:

@@ -80,15 +80,15 @@ def describe(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def place(module: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
-    """Move a module to the device, its weights in channels-last order if asked for."""
-    return module.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
+def place(module: nn.Module, device: torch.device, channels_last: Any) -> nn.Module:
+    """Move a module to the device, its weights in channels-last order if that is True (not if it is still `auto`)."""
+    return module.to(device, memory_format=torch.channels_last if channels_last is True else torch.preserve_format)
 
 
-def place_batch(batch: Any, device: torch.device, channels_last: bool) -> Any:
-    """Move a batch (tensors or lists of them) to the device; images (B, C, H, W) in channels-last order if asked."""
+def place_batch(batch: Any, device: torch.device, channels_last: Any) -> Any:
+    """Move a batch (tensors or lists of them) to the device; images (B, C, H, W) in channels-last order if True."""
     if isinstance(batch, Tensor):
-        images = channels_last and batch.ndim == 4
+        images = channels_last is True and batch.ndim == 4
         order = torch.channels_last if images else torch.preserve_format
         return batch.to(device, non_blocking=True, memory_format=order)
     return [place_batch(part, device, channels_last) for part in batch]
@@ -224,6 +224,18 @@ def autocast_within(module: nn.Module, device: torch.device) -> None:
     module.register_forward_pre_hook(enter)
     # first of all, so that of several such pairs the last to enter is the first to leave
     module.register_forward_hook(leave, always_call=True, prepend=True)
+
+
+@contextlib.contextmanager
+def whole_float32() -> Iterator[None]:
+    """Compute convolutions in all bits of float32, where a GPU would round their inputs to TensorFloat-32."""
+    convolutions = torch.backends.cudnn.conv
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision = before
 
 
 @functools.cache

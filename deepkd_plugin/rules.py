@@ -19,6 +19,11 @@ class Key(NamedTuple):
     valid: Callable[[Any], bool]
 
 
+def automatic(value: Any) -> bool:
+    """Tell whether a key that takes AUTO leaves it to a measurement, in a config (auto) or by default (None)."""
+    return value is None or value == "auto"
+
+
 def one_of(*names: str) -> Rule:
     """Return the rule of a key that takes one of some names."""
     return "one of " + ", ".join(names), lambda value: value in names
@@ -67,6 +72,7 @@ FILE_OR_NONE: Rule = (
     _fits,
 )
 FLAG: Rule = ("True or False", lambda value: isinstance(value, bool))
+AUTO: Rule = ("auto, True or False", lambda value: isinstance(value, bool) or automatic(value))
 POSITIVE: Rule = ("a number above 0", lambda value: value > 0)
 ABOVE_ONE: Rule = ("a number above 1", lambda value: value > 1)
 NOT_NEGATIVE: Rule = ("a number from 0 on", lambda value: value >= 0)

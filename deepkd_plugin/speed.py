@@ -21,9 +21,6 @@ class CompiledStep(Step):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.networks = [getattr(self.module, part) for part in ("student", "teacher") if hasattr(self.module, part)]
-        for network in self.networks:
-            network.compile(**device.compile_options(self.device))
         # several backward passes read what a compiled one would give away
         functorch_config.donated_buffer = False
         self.hooks = []
@@ -37,12 +34,16 @@ class CompiledStep(Step):
         if self.tried:
             return super().gradients(batch, epoch)
         self.tried = True
-        before = _copies(buffer for network in self.networks for buffer in network.buffers())
+        teacher = "teacher" if getattr(self.module, "folded", None) is None else "folded"
+        networks = [getattr(self.module, part) for part in ("student", teacher) if hasattr(self.module, part)]
+        for network in networks:
+            network.compile(**device.compile_options(self.device))
+        before = _copies(buffer for network in networks for buffer in network.buffers())
         try:
             return super().gradients(batch, epoch)
         except Exception as error:  # the compiler's own errors have no common class
             _restore(before)
-            for network in self.networks:
+            for network in networks:
                 network._compiled_call_impl = None
             for hook in self.hooks:
                 hook.remove()

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from . import config, device, solver
+from . import choice, config, device, solver
 from .accuracy import correct, evaluate, measure_teacher
 from .data.resident import ResidentLoader
 from .errors import UserError
@@ -22,7 +22,7 @@ from .run import checkpoint, record
 from .run import folder as run_folder
 from .run.metrics import RunLog, Sums, check_lines, weights_and_biases
 from .run.progress import EpochBar, epoch_line, step_text
-from .run.resume import check_model, check_optimizer, read_state, take_up
+from .run.resume import check_model, check_optimizer, read_state, settled, take_up
 from .run.schedule import make_scheduler, set_epoch, set_rate, warmup_point
 from .speed import make_step
 from .step import Batch, Outcome
@@ -111,6 +111,7 @@ class Trainer:
             self.teacher_acc = self.test_teacher()
         self.rehearse()
         changed = self.load() if resume else {}
+        chosen = self.settle()
         # one that was ended between its last checkpoint and the note of its result still gets that note
         if self.epoch == epochs and record.read_run(self.folder)["finished"]:
             raise UserError(
@@ -128,6 +129,8 @@ class Trainer:
             *(self.folder, self.cfg, self.device, command, resume, self.teacher, self.teacher_acc, classes),
             *(changed, self.epoch),
         )
+        if chosen and not resume:
+            record.note(self.folder, {"chosen": chosen})
         started = time.perf_counter()
         try:
             result = self.train_epochs()
@@ -303,6 +306,18 @@ class Trainer:
                 f"no loss; its losses are {', '.join(losses)}"
             )
 
+    def settle(self) -> dict[str, str]:
+        """Settle memory format and folded teacher, see choice.settle; returns how they came about."""
+        several = isinstance(self.distiller, nn.DataParallel) and len(self.distiller.device_ids or ()) > 1
+        reason = "SOLVER.DATA_PARALLEL copies the student and the plain teacher alone" if several else ""
+
+        def images(count: int) -> Tensor:
+            image = self.samples(count)["image"]
+            return image if isinstance(image, Tensor) else image[0]
+
+        self.cfg, how = choice.settle(self.cfg, self.module, images, reason)
+        return how
+
     def samples(self, count: int) -> dict[str, Any]:
         """Return a training batch of `count` images, spread over the set, as the distiller's arguments."""
         dataset = self.train_loader.dataset
@@ -372,6 +387,8 @@ class Trainer:
         Raises UserError if it is damaged, or of another config or teacher.
         """
         path, state, changed = read_state(self.folder, self.cfg, self.teacher)
+        for key, value in settled(path, self.cfg, state["config"]).items():
+            self.cfg = choice.resolved(self.cfg, key, value)
         check_lines(self.folder, state["epoch"])
         networks = self.module.state_dict()
         teacher = {k: networks.pop(k) for k in list(networks) if k.startswith("teacher.")}

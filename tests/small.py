@@ -40,6 +40,7 @@ def config(prefix, **keys):
     cfg.SOLVER.EPOCHS, cfg.SOLVER.BATCH_SIZE, cfg.SOLVER.LR_DECAY_STAGES = 4, 16, [2]
     cfg.SOLVER.DECOUPLED.DELTA.TOG, cfg.SOLVER.DECOUPLED.DELTA.TCG = 0.05, -0.05
     cfg.DATASET.NUM_WORKERS = 0
+    cfg.SOLVER.CHANNELS_LAST = cfg.DISTILLER.FOLD_TEACHER = False
     for key, value in keys.items():
         cfg.SOLVER[key] = value
     return cfg

@@ -72,6 +72,7 @@ SMALL = ("--rounds", 1, "--batch", 2, "--imagenet-batch", 2, "--imagenet-size", 
 
 
 TABLE_ROWS = [("KD, table", "1 pass"), ("DeepKD, 2 coefficients, table", "2 passes")]
+FOLDED_ROWS = [("KD, folded", "1 pass"), ("DeepKD, 2 coefficients, folded", "2 passes")]
 
 
 def test_the_steps_of_a_cifar_and_an_imagenet_pair(run, tmp_path):
@@ -82,18 +83,20 @@ def test_the_steps_of_a_cifar_and_an_imagenet_pair(run, tmp_path):
     assert record["settings"] == {"memory format": "contiguous", "precision": "float32"}
     assert {"processor", "cores", "device", "python", "torch", "commit"} <= record["machine"].keys()
     rows = record["rows"]
-    assert [row["pair"] for row in rows] == ["resnet8 → resnet8"] * 6 + ["ResNet18 → ResNet18"] * 4
-    assert [(row["step"], row["gradients"]) for row in rows[:6]] == [
+    assert [row["pair"] for row in rows] == ["resnet8 → resnet8"] * 8 + ["ResNet18 → ResNet18"] * 6
+    assert [(row["step"], row["gradients"]) for row in rows[:8]] == [
         ("KD", "1 pass"),
         ("two streams", "2 passes"),
         ("DeepKD, 2 coefficients", "2 passes"),
         ("DeepKD, 3 coefficients", "3 passes"),
-        *TABLE_ROWS,
+        *(row for both in zip(TABLE_ROWS, FOLDED_ROWS) for row in both),
     ]
-    for part, of_pair in zip(record["parts"], (rows[:6], rows[6:])):
+    for part, of_pair in zip(record["parts"], (rows[:8], rows[8:])):
         kd = part["F_t ms"] + part["F_s ms"] + part["B ms"]
-        for row, passes in zip(of_pair, (1, 2, 2, 3, 1, 2)):
-            floor = part["F_s ms"] + passes * part["B ms"] + ("table" not in row["step"]) * part["F_t ms"]
+        for row in of_pair:
+            asked = "F_t folded ms" if "folded" in row["step"] else "F_t ms"
+            floor = part["F_s ms"] + int(row["gradients"][0]) * part["B ms"]
+            floor += 0 if "table" in row["step"] else part[asked]
             assert row["ratio to KD"] == row["ms"] / of_pair[0]["ms"]
             assert row["ratio to floor"] == pytest.approx(row["ms"] / floor)
             assert row["floor ratio"] == pytest.approx(floor / kd)
@@ -153,6 +156,19 @@ def test_the_cost_of_sampling_gradients(run, tmp_path):
     assert row["share at 200 %"] == pytest.approx(extra / (2 * row["step ms"]))
 
 
+def test_a_step_with_a_folded_teacher_asks_it_alone(script):
+    step = script("step")
+    of = step.Setting("resnet8:resnet8", 4, 32)
+    folded = step.folded_step(of, "DeepKD, 2 coefficients")
+    norms = []
+    hook = step.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, inputs: norms.append(module.training) if isinstance(module, step.nn.BatchNorm2d) else None
+    )
+    folded()
+    hook.remove()
+    assert set(norms) == {True}  # the student's
+
+
 @pytest.mark.filterwarnings("ignore:size_average")
 def test_the_steps_of_others(run, tmp_path):
     """Both packages in one process, if both are there."""
@@ -167,6 +183,37 @@ def test_the_steps_of_others(run, tmp_path):
     assert (tmp_path / "table.md").read_text() == out.removesuffix("\n")
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
     assert [(row["step"], row["gradients"]) for row in rows[4:]] == [*TABLE_ROWS, *expected]
+    assert {row["memory format"] for row in rows} == {"channels last"}
+
+
+@pytest.mark.filterwarnings("ignore:size_average")
+def test_others_in_their_own_memory_format(script, run, tmp_path):
+    """The ratios are to their steps of the same run; the floor is of parts in the row's own format."""
+    roots = {variable: os.environ[variable] for variable in CHECKOUTS if os.environ.get(variable)}
+    if not roots:
+        pytest.skip(f"no checkout of mdistiller or of the authors' release: {', '.join(CHECKOUTS)} name none")
+    options = ("--pairs", "resnet8:resnet8", "--channels-last", "ours", "--no-memory")
+    run("step", *SMALL, *options, "--write", tmp_path / "table.md", **roots)
+    record = json.loads((tmp_path / "table.json").read_text())
+    assert record["settings"]["memory format"] == "channels last for ours, contiguous for others'"
+    rows = {row["step"]: row for row in record["rows"]}
+    parts = {part["memory format"]: part for part in record["parts"]}
+    named = {"mdistiller's KD": "mdistiller's KD", "the release's": "the release's DeepKD"}
+    for row in rows.values():
+        theirs = row["step"].startswith(("mdistiller's", "the release's"))
+        assert row["memory format"] == ("contiguous" if theirs else "channels last")
+        for name, step in named.items():
+            assert step not in rows or row[f"ratio to {name}"] == row["ms"] / rows[step]["ms"]
+    for step, row in rows.items():
+        part = parts[row["memory format"]]
+        if step in named.values():
+            passes = 1 if step == "mdistiller's KD" else 2
+            floor = part["F_t ms"] + part["F_s ms"] + passes * part["B ms"]
+            assert row["ratio to floor"] == pytest.approx(row["ms"] / floor)
+    of = script("step").Setting("resnet8:resnet8", 2, 32, channels_last=True, ours_alone=True)
+    checkouts = {variable: Path(roots[variable]) if variable in roots else None for variable in CHECKOUTS}
+    made = script("step").rows_of(of, ["eager"], checkouts, tmp_path)
+    assert {row.of.channels_last for row in made if "'s " in row.name} == {False}
 
 
 @pytest.mark.parametrize("given", [False, True])

@@ -14,9 +14,9 @@ PACKAGE = Path(deepkd_plugin.__file__).parent
 
 ROOMS = (
     *("errors", "device", "terminal", "rules", "extensions"),
-    *("topk", "losses", "streams", "ledger", "updates", "optim", "gsnr"),
+    *("topk", "losses", "streams", "ledger", "updates", "optim", "gsnr", "fold"),
     *("distillers", "config", "run", "data", "teacher_logits"),
-    *("step", "speed", "solver", "accuracy", "trainer"),
+    *("step", "speed", "choice", "solver", "accuracy", "trainer"),
     *("hosts", "launch", "detection", "study", "commands"),
     *("registry", "mdistiller", "__main__", "__init__"),
 )

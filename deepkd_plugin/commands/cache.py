@@ -74,9 +74,10 @@ def _check(paths: Iterable[Path]) -> int:
 
 
 def _fill(file: str, options: Sequence[str]) -> int:
-    from .. import data, device, launch
+    from .. import choice, config, data, device, launch
     from ..hosts.networks import trained_network
     from ..hosts.registry import find_host
+    from ..rules import automatic
     from ..run.checkpoint import fingerprint
     from ..teacher_logits.fill import fill
     from ..teacher_logits.tables import describe
@@ -90,6 +91,11 @@ def _fill(file: str, options: Sequence[str]) -> int:
     samples = data.get_dataset(cfg)[0].dataset
     key = "DISTILLER.TEACHER_WEIGHTS"
     teacher = trained_network(host, kind, cfg.DISTILLER.TEACHER, data.num_classes(cfg), weights, key).eval()
+    teacher = teacher.to(at)
+    if automatic(cfg.SOLVER.CHANNELS_LAST):
+        images = data.source(kind).noise(cfg.SOLVER.BATCH_SIZE)[0].to(at)
+        faster = choice.channels_last(None, teacher, images, cfg.SOLVER.AMP).value
+        cfg = choice.resolved(cfg, config.CHANNELS_LAST, faster)
     teacher = device.place(teacher, at, cfg.SOLVER.CHANNELS_LAST)
     logits = fill(cfg, teacher, fingerprint(teacher), samples, at)
     if logits.table is None or not logits.table.writable:

@@ -6,11 +6,15 @@ the host's tree, checks.py refuses values that cannot be meant, meaning.py says 
 
 from ..rules import Key
 from .checks import check, check_keys, check_mask, check_momenta, check_pipeline
-from .keys import HOST_KEYS, REMOVED, TRAINER, all_keys, known_streams
-from .meaning import HOW, computes, dampening, momenta, streams, views, warmups
+from .keys import BEFORE, CHANNELS_LAST, CHOICES, FOLD_TEACHER, HOST_KEYS, REMOVED, TRAINER, all_keys, known_streams
+from .meaning import HOW, asks_teacher, computes, dampening, momenta, plain_teacher, streams, views, warmups
 from .tree import add_deepkd_config, add_keys, check_tree, flatten, get, load, merge, set_default, wrong
 
 __all__ = [
+    "BEFORE",
+    "CHANNELS_LAST",
+    "CHOICES",
+    "FOLD_TEACHER",
     "HOST_KEYS",
     "HOW",
     "REMOVED",
@@ -19,6 +23,7 @@ __all__ = [
     "add_deepkd_config",
     "add_keys",
     "all_keys",
+    "asks_teacher",
     "check",
     "check_keys",
     "check_mask",
@@ -33,6 +38,7 @@ __all__ = [
     "load",
     "merge",
     "momenta",
+    "plain_teacher",
     "set_default",
     "streams",
     "views",

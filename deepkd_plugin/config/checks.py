@@ -10,8 +10,8 @@ from ..errors import UserError
 from ..rules import PLAIN, Key, plain
 from ..terminal import warn
 from ..topk import classes, count_classes
-from .keys import HOST_KEYS, TRAINER, all_keys, known_streams
-from .meaning import momenta, streams, views, warmups
+from .keys import FOLD_TEACHER, HOST_KEYS, TRAINER, all_keys, known_streams
+from .meaning import momenta, on_logits, plain_teacher, streams, views, warmups
 from .tree import flatten, get, wrong
 
 
@@ -30,13 +30,15 @@ def check(cfg: CfgNode, origin: dict[str, str]) -> None:
     if cfg.LOG.WANDB and importlib.util.find_spec("wandb") is None:
         raise wrong(origin, "LOG.WANDB", True, "False, for wandb is not installed (pip install wandb)")
     check_pipeline(cfg, origin)
-    if cfg.EXPERIMENT.LOGIT_STAND and not _on_logits(cfg):
+    if cfg.EXPERIMENT.LOGIT_STAND and not on_logits(cfg):
         allowed = f"False with DISTILLER.TYPE {cfg.DISTILLER.TYPE}, which has no distillation on logits"
         raise wrong(origin, "EXPERIMENT.LOGIT_STAND", True, allowed)
     path, method = "DISTILLER.TEACHER_LOGITS", cfg.DISTILLER.TYPE
-    if cfg.DISTILLER.TEACHER_LOGITS == "table" and method != "NONE" and not _on_logits(cfg):
+    if cfg.DISTILLER.TEACHER_LOGITS == "table" and method != "NONE" and not on_logits(cfg):
         allowed = f"'compute' with DISTILLER.TYPE {method}, which needs more of the teacher than its logits"
         raise wrong(origin, path, "table", allowed)
+    if cfg.DISTILLER.FOLD_TEACHER is True and method != "NONE" and (reason := plain_teacher(cfg)):
+        raise wrong(origin, FOLD_TEACHER, True, f"auto or False: {reason}")
     check_momenta(cfg, origin)
     check_warmups(cfg, origin)
     for key in ours:
@@ -45,10 +47,6 @@ def check(cfg: CfgNode, origin: dict[str, str]) -> None:
             trainer = f"SOLVER.TRAINER {cfg.SOLVER.TRAINER}, which does not read it; {TRAINER} does"
             allowed = f"{key.default!r} with {trainer}"
             raise wrong(origin, key.path, get(cfg, key.path), allowed)
-
-
-def _on_logits(cfg: CfgNode) -> bool:
-    return getattr(DISTILLERS.get(cfg.DISTILLER.TYPE), "on_logits", False)
 
 
 def check_keys(cfg: CfgNode, origin: dict[str, str], keys: Sequence[Key]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from ..distillers import DISTILLERS
 from ..rules import (
     ABOVE_ONE,
+    AUTO,
     FILE_OR_NONE,
     FLAG,
     FOLDER,
@@ -28,6 +29,9 @@ from ..streams import EXTRA_STREAMS, STREAMS
 
 TRAINER = "DecoupledMomentumSGD"
 """Registry key of the trainer that reads SOLVER.DECOUPLED."""
+
+CHANNELS_LAST, FOLD_TEACHER = CHOICES = ("SOLVER.CHANNELS_LAST", "DISTILLER.FOLD_TEACHER")
+"""Keys that leave it to a measurement (choice.py) whether they are True or False, unless a config says so."""
 
 MEANING = {"tog": "the task stream", "tcg": "the target-class stream", "ncg": "the non-target-class stream"} | {
     "feat": "a stream of feature losses"
@@ -122,7 +126,12 @@ _FIXED = (
     ),
     Key("SOLVER.DATA_PARALLEL", False, "split each batch over all GPUs; BatchNorm then sees a part", *FLAG),
     Key("SOLVER.DETERMINISTIC", False, "only algorithms that repeat their results bit for bit, on a GPU too", *FLAG),
-    Key("SOLVER.CHANNELS_LAST", False, "memory format of networks and images", *FLAG),
+    Key(
+        CHANNELS_LAST,
+        "auto",
+        "memory format of networks and images; auto: what is faster here, measured once at the start",
+        *AUTO,
+    ),
     Key("SOLVER.SEED", 0, "seed of weights, order and augmentation", *NOT_NEGATIVE),
     Key("GSNR.MEASURE", False, "measure the streams' gradient signal-to-noise ratio (gsnr.py)", *FLAG),
     Key("GSNR.EVERY", 200, "iterations between two samples of the gradients (paper)", *WHOLE),
@@ -135,6 +144,12 @@ _FIXED = (
         "compute",
         "the teacher's logits of an image's weak view: computed in every step, or once and kept in a table on disk",
         *one_of("compute", "table"),
+    ),
+    Key(
+        FOLD_TEACHER,
+        "auto",
+        "BatchNorm folded into the convolutions of a teacher whose logits alone are used; auto: if that is faster here",
+        *AUTO,
     ),
     Key("DISTILLER.LOGITS_DTYPE", "float16", "what such a table rounds them to", *one_of("float16", "float32")),
     Key(
@@ -154,6 +169,9 @@ _FIXED = (
     Key("DATASET.TRAIN_PER_CLASS", 0, "training images of each class, the first ones; 0: all", *NOT_NEGATIVE),
     Key("DATASET.HOLDOUT", 0.0, "share of each class kept from training and tested on instead", *FRACTION),
 )
+
+BEFORE = {CHANNELS_LAST: False, FOLD_TEACHER: False}
+"""What runs did that are older than a key, if that is not its default."""
 
 REMOVED = {"SOLVER.GRADIENTS": "backward passes are made in turn, which was the faster way"}
 """Keys of older configs, and what is done instead."""

@@ -55,6 +55,29 @@ def computes(path: str) -> bool:
     return path.split(".")[0] not in ("LOG", "EXPERIMENT") and path not in HOW
 
 
+def asks_teacher(cfg: CfgNode) -> bool:
+    """Tell whether a training step passes images through a teacher."""
+    known = cfg.DISTILLER.TEACHER_LOGITS == "table" and views(cfg) == 1
+    return cfg.DISTILLER.TYPE != "NONE" and not known
+
+
+def plain_teacher(cfg: CfgNode) -> str:
+    """Say why a config's teacher stays as it is, whatever FOLD_TEACHER says; "" if it may be folded."""
+    method = cfg.DISTILLER.TYPE
+    if method == "NONE":
+        return "there is no teacher"
+    if not on_logits(cfg):
+        return f"DISTILLER.TYPE {method} needs more of the teacher than its logits"
+    if not asks_teacher(cfg):
+        return "DISTILLER.TEACHER_LOGITS table keeps the plain teacher's logits"
+    return "SOLVER.AMP rounds to bfloat16, folded weights too" if cfg.SOLVER.AMP else ""
+
+
+def on_logits(cfg: CfgNode) -> bool:
+    """Tell whether a config's method compares logits."""
+    return getattr(DISTILLERS.get(cfg.DISTILLER.TYPE), "on_logits", False)
+
+
 def warmups(cfg: CfgNode, method: object) -> dict[str, int]:
     """Return the epochs of the linear warm-ups, by key: of the learning rate, and of the losses if `method` has one.
 

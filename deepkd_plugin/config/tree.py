@@ -15,9 +15,9 @@ from typing import Any
 from yacs.config import CfgNode
 
 from ..errors import UserError, shown
-from ..rules import Key, plain
+from ..rules import AUTO, Key, plain
 from . import file as config_file
-from .keys import REMOVED, all_keys
+from .keys import CHOICES, REMOVED, all_keys
 
 
 def add_deepkd_config(cfg: CfgNode) -> list[str]:
@@ -32,7 +32,10 @@ def add_deepkd_config(cfg: CfgNode) -> list[str]:
 
 
 def add_keys(cfg: CfgNode, added_keys: Sequence[Key]) -> list[str]:
-    """Add keys with their defaults to a config tree, leaving what is there; returns the paths that were added."""
+    """Add keys with their defaults to a config tree, leaving what is there; returns the paths that were added.
+
+    `auto` is None there.
+    """
     added = []
     frozen = cfg.is_frozen()
     cfg.defrost()
@@ -42,7 +45,8 @@ def add_keys(cfg: CfgNode, added_keys: Sequence[Key]) -> list[str]:
         for name in parents:
             node = node.setdefault(name, CfgNode())
         if leaf not in node:
-            node[leaf] = key.default
+            # yacs, by which mdistiller's launcher merges, lets only None give way to a word or a flag
+            node[leaf] = None if key.path in CHOICES else key.default
             added.append(key.path)
     if frozen:
         cfg.freeze()
@@ -62,6 +66,8 @@ def check_tree(cfg: CfgNode, name: str) -> None:
                 )
         value = node.get(leaf, key.default)
         numbers = {type(value), type(key.default)} <= {int, float}
+        if key.path in CHOICES and AUTO[1](value):
+            continue
         if type(value) is not type(key.default) and not numbers:
             raise UserError(
                 f"{name}: its config key {key.path} is {shown(value)}; the plugin's of that name is like "
@@ -159,7 +165,7 @@ def _unknown(root: CfgNode, path: str, source: str) -> UserError:
 
 def _set(node: CfgNode, leaf: str, value: Any, path: str, source: str) -> None:
     """Set one leaf, with yacs's rules of type and whole numbers accepted for floats."""
-    old = node[leaf]
+    old = None if path in CHOICES else node[leaf]  # of no single type; checks.py says which values there are
     if isinstance(old, CfgNode):
         raise UserError(f"{source}: {path} is {shown(value)}; it is a section and must hold keys: {', '.join(old)}")
     if isinstance(value, str) and not isinstance(old, str):

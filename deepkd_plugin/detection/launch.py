@@ -75,6 +75,8 @@ def read_config(file: str, options: Sequence[str]) -> tuple[CfgNode, dict[str, s
     cfg = builtin.CFG.clone()
     config.add_deepkd_config(cfg)
     config.add_keys(cfg, DETECTION_KEYS)
+    for key in config.CHOICES:
+        config.set_default(cfg, key, False)
     origin = config.load(cfg, file, options)
     check(cfg, origin)
     cfg.freeze()
@@ -115,6 +117,7 @@ def check(cfg: CfgNode, origin: dict[str, str]) -> None:
 ONLY = {
     "SOLVER.EXECUTION": "eager",
     "SOLVER.CHANNELS_LAST": False,
+    "DISTILLER.FOLD_TEACHER": False,
     "SOLVER.DATA_PARALLEL": False,
     "SOLVER.WARMUP_EPOCHS": 0,
     "DATASET.PIPELINE": "workers",

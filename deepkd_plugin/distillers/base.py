@@ -62,6 +62,8 @@ class Distiller(Taught):
     warmup_key: ClassVar[str] = ""
     known: Tensor | None = None
     """The teacher's logits of the first view of the batch that is passed, (B, C), if somebody knows them already."""
+    folded: nn.Module | None = None
+    """What `compare` asks instead of the teacher, see `fold`."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__()
@@ -97,6 +99,10 @@ class Distiller(Taught):
         """
         return epoch
 
+    def fold(self, folded: nn.Module) -> None:
+        """Let `compare` ask a network of the same logits as the teacher's, which is no part of the module's state."""
+        object.__setattr__(self, "folded", folded)
+
     def get_learnable_parameters(self) -> list[nn.Parameter]:
         return list(self.student.parameters())
 
@@ -130,8 +136,9 @@ class Distiller(Taught):
 
     def _view(self, image: Tensor, teacher_logits: Tensor | None) -> View:
         if teacher_logits is None:
+            teacher = self.teacher if self.folded is None else self.folded
             with torch.inference_mode():  # without autograd's bookkeeping
-                teacher_logits = self.teacher(image)[0]
+                teacher_logits = teacher(image)[0]
             # an ordinary tensor again, and before the student's pass: compiled networks may use the memory again
             teacher_logits = teacher_logits.clone()
         return self.student(image)[0], teacher_logits

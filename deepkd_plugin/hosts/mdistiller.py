@@ -37,7 +37,7 @@ _PLACES = {
 }
 _OURS_ALONE = (
     *("LR_SCHEDULE", "WARMUP_EPOCHS", "WARMUP_UNIT", "MIN_LR", "AMP", "CHANNELS_LAST", "DETERMINISTIC", "EXECUTION"),
-    *("GSNR.MEASURE", "DISTILLER.TEACHER_LOGITS"),
+    *("GSNR.MEASURE", "DISTILLER.TEACHER_LOGITS", "DISTILLER.FOLD_TEACHER"),
 )
 """Keys that only our trainers read; those outside SOLVER are given with their section."""
 
@@ -180,7 +180,8 @@ def check_trainer(cfg: Any, origin: Mapping[str, str], trainer: type) -> None:
         reason = f"{cfg.DISTILLER.TYPE} needs two views of an image, and mdistiller's trainers take one"
         raise config.wrong(origin, "SOLVER.TRAINER", cfg.SOLVER.TRAINER, f"{config.TRAINER}: {reason}")
     for key in config.all_keys():
-        if key.path.removeprefix("SOLVER.") in _OURS_ALONE and config.get(cfg, key.path) != key.default:
+        plain = key.default, *((None, False) if key.path in config.CHOICES else ())
+        if key.path.removeprefix("SOLVER.") in _OURS_ALONE and config.get(cfg, key.path) not in plain:
             allowed = f"{key.default!r} under mdistiller's trainer {cfg.SOLVER.TRAINER}, which does not read it"
             raise config.wrong(origin, key.path, config.get(cfg, key.path), allowed)
 

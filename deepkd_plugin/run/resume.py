@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import config
 from ..errors import UserError
+from ..rules import automatic
 from . import checkpoint
 
 FUTURE = (
@@ -68,6 +69,16 @@ def read_state(folder: Path, cfg: Any, teacher: str | None) -> tuple[Path, dict[
     return path, dict(state), changes
 
 
+def settled(path: Path, cfg: Any, before: Mapping[str, Any]) -> dict[str, bool]:
+    """Return what a run had settled on where the config has `auto`. before: the config of its checkpoint `path`."""
+    now = config.flatten(cfg)
+    values = {key: before.get(key, config.BEFORE[key]) for key in config.CHOICES if key in now and automatic(now[key])}
+    for key, value in values.items():
+        if not isinstance(value, bool):
+            raise _odd(path, f"its config has {key} {_shown(value)}")
+    return values
+
+
 def take_up(path: Path, load: Callable[[Any], Any], part: str, state: Any) -> None:
     """Let a part of a trainer load its state; UserError for one that it refuses, in whatever way."""
     try:
@@ -122,13 +133,13 @@ def _tensors(value: Any) -> list[Tensor]:
 def _changes(path: Path, now: dict[str, Any], before: Mapping[str, Any]) -> Changes:
     """Return the keys of FUTURE that have changed; UserError for another one that computes."""
     # of keys that are newer than the checkpoint
-    defaults = {key.path: key.default for key in config.all_keys()}
+    defaults = {key.path: key.default for key in config.all_keys()} | config.BEFORE
     sections = {key.split(".")[0] for key in now}
     changes: Changes = {}
     for key in sorted(now.keys() | set(map(str, before))):
         if key not in now and (key.split(".")[0] not in sections or key.startswith("SOLVER.DECOUPLED.DELTA.")):
             continue  # an extension's that this method has no use of, or it would be there
-        if key in config.REMOVED:
+        if key in config.REMOVED or (key in config.CHOICES and automatic(now.get(key))):
             continue
         was, value = before.get(key, defaults.get(key)), now.get(key)
         if not config.computes(key) or (not isinstance(was, Tensor) and was == value):

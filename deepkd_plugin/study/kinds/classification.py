@@ -7,13 +7,16 @@ from os.path import normpath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import nn
 
-from ... import data, launch
+from ... import choice, config, data, device, launch
 from ...config.shipped import shipped
+from ...distillers.base import Distiller
 from ...errors import UserError
 from ...hosts.networks import network, trained_network, weights_file
 from ...hosts.registry import find_host
+from ...rules import automatic
 from ...run import checkpoint
 from ...solver import check_window, samples_gradients
 from ...trainer import Trainer
@@ -147,6 +150,41 @@ class Classification(Kind):
 
     def seconds(self, cfgs: Sequence[Any], threads: int, runs: Sequence[int]) -> list[float]:
         return Timer(self, cfgs, threads, runs).seconds()
+
+    def settle(
+        self, cfgs: Mapping[Cell, Any], before: Mapping[Cell, Mapping[str, str]], threads: int | None
+    ) -> dict[Cell, dict[str, bool]]:
+        """Measure by the first config whose teacher may be folded, if there is one."""
+        takes = {cell: self._takes(cfg) for cell, cfg in cfgs.items()}
+        left = {key: [cell for cell in cfgs if takes[cell].get(key)] for key in config.CHOICES}
+        values = {}
+        for key, cells in left.items():
+            if said := [before[cell][key] for cell in cells if key in before.get(cell, {})]:
+                values[key] = said[0] == "True"
+        if any(cells and key not in values for key, cells in left.items()):
+            cfg = next(cfgs[cell] for key in reversed(config.CHOICES) for cell in left[key])  # one that folds, if any
+            values = (self._measure(cfg, threads) if threads else dict.fromkeys(left, False)) | values
+        return {cell: {key: may and values[key] for key, may in keys.items()} for cell, keys in takes.items()}
+
+    def _takes(self, cfg: Any) -> dict[str, bool]:
+        """Return the keys that a config leaves open, and whether its run could take True."""
+        ours = issubclass(launch.trainers(find_host())[cfg.SOLVER.TRAINER], Trainer)
+        folds = ours and not config.plain_teacher(cfg) and issubclass(find_host().distiller(cfg), Distiller)
+        takes = dict(zip(config.CHOICES, (ours, folds)))
+        return {key: may for key, may in takes.items() if automatic(config.get(cfg, key))}
+
+    def _measure(self, cfg: Any, threads: int) -> dict[str, bool]:
+        at, before = device.pick(), torch.get_num_threads()
+        node = cfg.DISTILLER
+        student = self.network(cfg, node.STUDENT).to(at)
+        teacher = self.network(cfg, node.TEACHER).requires_grad_(False).eval().to(at) if node.TYPE != "NONE" else None
+        images = self.source(cfg).noise(cfg.SOLVER.BATCH_SIZE)[0].to(at)
+        torch.set_num_threads(threads)
+        try:
+            return choice.choose(cfg, student, teacher, images)
+        finally:
+            torch.set_num_threads(before)
+            device.release()
 
     def network(self, cfg: Any, name: str) -> nn.Module:
         return network(find_host(), cfg.DATASET.TYPE, name, data.num_classes(cfg))

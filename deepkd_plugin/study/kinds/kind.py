@@ -93,6 +93,16 @@ class Kind(ABC):
         prepare: also draw or fetch a data set, once, before several processes would.
         """
 
+    def settle(
+        self, cfgs: Mapping[Cell, Any], before: Mapping[Cell, Mapping[str, str]], threads: int | None
+    ) -> dict[Cell, dict[str, bool]]:
+        """Give the keys that one pair's configs leave to a measurement the same value in all its runs, by cell.
+
+        before: the options that earlier calls gave to the pair's runs; what they had settled on stays. threads: what a
+        run will have here; None if runs are made elsewhere, where nothing can be measured: what is open is False.
+        """
+        return {}
+
     def seconds(self, cfgs: Sequence[Any], threads: int, runs: Sequence[int]) -> list[float]:
         """Time how long a run of each of these configs of one pair takes, before any is finished.
 

@@ -1,5 +1,6 @@
 """How long runs will take: the steps of their own trainers, taken here on noise."""
 
+import contextlib
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from ... import config, device
+from ...fold import CannotFoldError, fold
 from ...teacher_logits.tables import count_views, share_computed
 from ..shared import cores
 
@@ -89,6 +91,10 @@ class Timer:
         networks = [self.networks[part] for part in _parts(cfg)]
         trainer = self.kind.trainer(cfg, networks, range(source.steps(cfg)))
         trainer.distiller.train()
+        if cfg.DISTILLER.FOLD_TEACHER is True and config.asks_teacher(cfg):
+            images = device.place_batch(source.noise(2)[0], self.device, cfg.SOLVER.CHANNELS_LAST)
+            with contextlib.suppress(CannotFoldError):  # whose run will say so
+                trainer.distiller.fold(fold(networks[1], images))
         if cfg.SOLVER.DECOUPLED.ALLOCATION == "gsnr":  # momenta are equal only before the first window
             for group in trainer.optimizer.param_groups:
                 group["momentum"] = {s: m - i / 1000 for i, (s, m) in enumerate(group["momentum"].items())}

@@ -16,7 +16,7 @@ from ...run import record
 from ...run.lock import locked
 from ...run.metrics import read_metrics
 from ...terminal import Stopped, exit_code
-from ..shared import cores, count
+from ..shared import cores, count, threads
 from ..table import Run
 from . import reuse, tables
 from .estimate import Estimate, estimate
@@ -55,10 +55,10 @@ def reproduce(request: Request) -> int:
     written. Raises UserError for what the user can mend, and Stopped after an interruption.
     """
     parameters = slurm_parameters(request)
-    plan = _plan(request)
+    jobs = request.jobs or device.count() or 1
+    plan = _plan(request, threads(jobs, cores()) if request.launcher == "local" else None)
     others = reuse.elsewhere(plan.runs, request.reuse)
     plan = with_teachers(plan, {ours: [other.folder for other in those] for ours, those in others.items()})
-    jobs = request.jobs or device.count() or 1
     code = record.code_hash()
     states: dict[Run, str] = {run: state(run, request.overwrite, code) for run in plan.runs}
     unfinished = [run for run in plan.runs if states[run] != "finished"]
@@ -107,6 +107,7 @@ def describe(
         "runs": ", ".join(there),
         "protocol": _protocol(plan),
         "options": " ".join(request.options),
+        "chosen": _chosen(plan),
         "reuse": f"{', '.join(map(str, request.reuse))}: {count(by_state['elsewhere'], 'run')} to take over"
         if request.reuse
         else "",
@@ -153,14 +154,14 @@ def slurm_parameters(request: Request) -> dict[str, Any]:
     return limit | parameters
 
 
-def _plan(request: Request) -> Plan:
+def _plan(request: Request, each: int | None) -> Plan:
     table = tables.find(request.table, request.base, request.dataset)
     if table.over is not None and not request.pairs and len(table.pairs) > 1:
         raise UserError(f"command line: --pairs is missing; {table.title} must name some of {', '.join(table.pairs)}")
     pairs = tables.choose(request.pairs, table.pairs, "--pairs")
     methods = tables.choose(request.methods, [method.name for method in table.methods], "--methods")
     out = request.out or Path("output") / table.name
-    return make_plan(table, pairs, methods, request.seeds, request.options, out)
+    return make_plan(table, pairs, methods, request.seeds, request.options, out, each)
 
 
 def _run(request: Request, plan: Plan, jobs: int) -> int:
@@ -232,6 +233,18 @@ def _protocol(plan: Plan) -> str:
     if len(lengths) == 1:
         return next(iter(lengths))
     return "; ".join(f"{text} ({' '.join(dict.fromkeys(methods))})" for text, methods in lengths.items())
+
+
+def _chosen(plan: Plan) -> str:
+    """Say what each pair's runs were given of what their configs leave open, True if any of its methods takes that."""
+    pairs: dict[str, dict[str, bool]] = {}
+    for (pair, _), values in plan.settled.items():
+        for key, value in values.items():
+            pairs.setdefault(pair, {})[key] = value or pairs.get(pair, {}).get(key, False)
+    texts: dict[str, list[str]] = {}
+    for pair, values in pairs.items():
+        texts.setdefault(", ".join(f"{key} {value}" for key, value in values.items()), []).append(pair)
+    return "; ".join(f"{text} ({' '.join(names)})" for text, names in texts.items())
 
 
 def _machine() -> str:

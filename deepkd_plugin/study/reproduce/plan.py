@@ -1,7 +1,7 @@
 """A table's plan: which runs, under which configs, where, and what could stop them."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ class Plan:
     """What a call is to run, and the table that it belongs to.
 
     runs: those of this call. cfgs: their resolved configs by cell. document: what table.json will hold, with the runs
-    of earlier calls. replaced: how many of those had another config than they would have now.
+    of earlier calls. replaced: how many of those had another config than they would have now. settled: what Kind.settle
+    gave to a cell's runs.
     """
 
     table: Outline
@@ -27,16 +28,24 @@ class Plan:
     cfgs: Mapping[Cell, Any]
     document: Table
     replaced: int = 0
+    settled: Mapping[Cell, Mapping[str, bool]] = field(default_factory=dict)
 
 
 def make_plan(
-    table: Outline, pairs: Sequence[str], methods: Sequence[str], seeds: int, options: Sequence[str], out: Path
+    table: Outline,
+    pairs: Sequence[str],
+    methods: Sequence[str],
+    seeds: int,
+    options: Sequence[str],
+    out: Path,
+    threads: int | None = None,
 ) -> Plan:
     """Plan the runs of pairs × methods × seeds 0 … seeds − 1, with the plan that `out` holds already.
 
     options: KEY, VALUE, … for every run. Runs of earlier calls stay in the plan, under the config that they would
-    have now: a table is of one protocol. Nothing is written. Raises UserError for a config or option that is
-    wrong, and if `out` holds another table.
+    have now: a table is of one protocol. threads: what a run will have here, None if runs are made elsewhere; what the
+    configs of a pair leave to a measurement is settled once for all its runs (Kind.settle). Nothing is written. Raises
+    UserError for a config or option that is wrong, and if `out` holds another table.
     """
     for key, instead in table.kind.ours.items():
         if key in options[::2]:
@@ -45,15 +54,26 @@ def make_plan(
         if key in options[::2]:
             raise UserError(f"command line: {key} is what {table.name} varies; leave it out")
     asked = set(product(product(pairs, methods), range(seeds)))
-    before = {(run.cell, run.seed): run.hash for run in _earlier_runs(out, table)}
+    earlier = _earlier_runs(out, table)
+    before = {(run.cell, run.seed): run.hash for run in earlier}
+    given = {run.cell: dict(zip(run.options[::2], run.options[1::2])) for run in earlier}
     cfgs: dict[Cell, Any] = {}
     planned: list[Run] = []
-    for pair, method in product(table.pairs, table.methods):
-        cell = pair, method.name
-        of_cell = sorted(seed for other, seed in asked | before.keys() if other == cell)
-        file = table.file(pair, method)
-        if of_cell and file is not None:
-            cfgs[cell], words = _resolve(table, pair, method, file, options)
+    settled: dict[Cell, dict[str, bool]] = {}
+    for pair in table.pairs:
+        cells: dict[Cell, tuple[list[int], Path, list[str]]] = {}
+        for method in table.methods:
+            cell = pair, method.name
+            of_cell = sorted(seed for other, seed in asked | before.keys() if other == cell)
+            file = table.file(pair, method)
+            if of_cell and file is not None:
+                cfgs[cell], words = _resolve(table, pair, method, file, options)
+                cells[cell] = of_cell, file, words
+        settled |= table.kind.settle({cell: cfgs[cell] for cell in cells}, given, threads)
+        for cell, (of_cell, file, words) in cells.items():
+            if values := settled.get(cell):
+                words += [word for key, value in values.items() for word in (key, str(value))]
+                cfgs[cell] = table.kind.read(file, words)
             planned += [_run(table, cell, seed, file, words, cfgs[cell], out) for seed in of_cell]
     runs = tuple(run for run in planned if (run.cell, run.seed) in asked)
     if not runs:
@@ -61,14 +81,15 @@ def make_plan(
             f"command line: --methods is {' '.join(methods)}; {table.place} has none of them for {' '.join(pairs)}"
         )
     now = {(run.cell, run.seed): run.hash for run in planned}
-    cells = {run.cell for run in runs}
+    cells_of_call = {run.cell for run in runs}
     return Plan(
         table=table,
         out=out,
         runs=runs,
-        cfgs={cell: cfg for cell, cfg in cfgs.items() if cell in cells},
+        cfgs={cell: cfg for cell, cfg in cfgs.items() if cell in cells_of_call},
         document=_document(table, planned, cfgs, options, out),
         replaced=sum(now.get(key) != hash_ for key, hash_ in before.items()),
+        settled={cell: values for cell, values in settled.items() if cell in cells_of_call},
     )
 
 

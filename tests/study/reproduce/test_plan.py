@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from deepkd_plugin import config, data
+from deepkd_plugin import choice, config, data
 from deepkd_plugin.config.shipped import shipped
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.hosts import registry
@@ -89,7 +90,7 @@ def test_table_json_is_what_the_report_reads(out):
     ]
     entry = json.loads((out / "table.json").read_text())["runs"][0]
     assert entry["config"] == "configs/glyphs100/res20_res8/vanilla.yaml"
-    assert entry["options"] == ["DATASET.ROOT", "x"]
+    assert entry["options"] == ["DATASET.ROOT", "x", "DISTILLER.FOLD_TEACHER", "False"]
     assert entry["folder"] == f"runs/res20_res8/vanilla/seed0-{entry['hash'][:8]}"
     assert [path.name for path in out.iterdir()] == ["table.json"]
 
@@ -282,7 +283,53 @@ def test_a_look_neither_draws_nor_fetches(out, tmp_path, monkeypatch):
 
 
 def test_the_other_keys_of_a_run_are_the_users(out):
-    """Nothing but what is in OURS is set behind the user's back."""
+    """Nothing is set behind the user's back but what is in OURS, and what the config leaves to a measurement."""
     for run in make(out).runs:
-        assert set(run.options[::2]) == set(GLYPHS.kind.ours)
+        assert set(run.options[::2]) == {*GLYPHS.kind.ours, "DISTILLER.FOLD_TEACHER"}
     assert not [key for key in GLYPHS.kind.ours if config.computes(key) and key != "SOLVER.SEED"]
+
+
+OPEN = ("SOLVER.CHANNELS_LAST", "auto")
+
+
+def given(run):
+    """The values of the keys that a plan settles, of a run's options; the last one counts."""
+    options = dict(zip(run.options[::2], run.options[1::2]))
+    return {key: options.get(key) for key in config.CHOICES}
+
+
+def test_all_runs_of_a_pair_get_what_was_measured_once(out, monkeypatch):
+    measured = []
+
+    def medians(passes, images):
+        measured.append((len(images), torch.get_num_threads()))
+        return {False: 1.0, True: 0.5}
+
+    monkeypatch.setattr(choice, "medians", medians)
+    options = ("SOLVER.BATCH_SIZE", "16", *OPEN)
+    made = make_plan(GLYPHS, PAIR, ("vanilla", "kd", "deepkd"), 2, options, out, threads=2)
+    assert measured == [(16, 2), (16, 2)]  # the format, then the teacher in that format
+    for run in made.runs:
+        folds = str(run.method != "vanilla")
+        assert given(run) == {"SOLVER.CHANNELS_LAST": "True", "DISTILLER.FOLD_TEACHER": folds}
+        cfg, _ = read_config(registry.BUILTIN, str(run.config), run.options)
+        assert record.config_hash(cfg) == run.hash
+    assert made.settled[PAIR[0], "kd"] == {"SOLVER.CHANNELS_LAST": True, "DISTILLER.FOLD_TEACHER": True}
+    # another call measures nothing, though it would now choose otherwise, and gives the same to runs that are new
+    made.document.write()
+    monkeypatch.setattr(choice, "medians", lambda passes, images: {False: 1.0, True: 2.0})
+    again = make_plan(GLYPHS, PAIR, ("kd", "deepkd", "dkd"), 3, options, out, threads=2)
+    assert again.replaced == 0
+    assert {tuple(given(run).values()) for run in again.runs} == {("True", "True")}
+    assert {run.hash for run in made.runs if run.method != "vanilla"} < {run.hash for run in again.runs}
+
+
+def test_what_the_config_says_or_nobody_can_measure_is_not_measured(out, monkeypatch):
+    monkeypatch.setattr(choice, "medians", lambda passes, images: {False: 1.0, True: 0.5})
+    (run,) = make(out, ["kd"], 1, ["SOLVER.CHANNELS_LAST", "True", "DISTILLER.FOLD_TEACHER", "False"]).runs
+    assert given(run) == {"SOLVER.CHANNELS_LAST": "True", "DISTILLER.FOLD_TEACHER": "False"}
+    (elsewhere,) = make_plan(GLYPHS, PAIR, ["kd"], 1, OPEN, out).runs  # on a cluster
+    assert given(elsewhere) == {"SOLVER.CHANNELS_LAST": "False", "DISTILLER.FOLD_TEACHER": "False"}
+    table = ["DISTILLER.TEACHER_LOGITS", "table"]
+    (looks_up,) = make_plan(GLYPHS, PAIR, ["kd"], 1, [*OPEN, *table], out, threads=1).runs
+    assert given(looks_up) == {"SOLVER.CHANNELS_LAST": "True", "DISTILLER.FOLD_TEACHER": "False"}
