@@ -7,7 +7,7 @@ the host's tree, checks.py refuses values that cannot be meant, meaning.py says 
 from ..rules import Key
 from .checks import check, check_keys, check_mask, check_momenta, check_pipeline
 from .keys import HOST_KEYS, REMOVED, TRAINER, all_keys, known_streams
-from .meaning import HOW, computes, dampening, momenta, streams, views, warmups
+from .meaning import HOW, computes, dampening, momenta, needs_workers, settled, streams, views, warmups
 from .tree import add_deepkd_config, add_keys, check_tree, flatten, get, load, merge, set_default, wrong
 
 __all__ = [
@@ -33,7 +33,9 @@ __all__ = [
     "load",
     "merge",
     "momenta",
+    "needs_workers",
     "set_default",
+    "settled",
     "streams",
     "views",
     "warmups",
