@@ -175,6 +175,14 @@ def folder_names(folder: Path) -> set[str]:
 
 def _images(folder: Path, nested: bool) -> list[str]:
     """List the images below a class's folder, by their folder and then by their name."""
+    return [path for path in visible_files(folder, nested) if is_image(path)]
+
+
+def visible_files(folder: Path, nested: bool = True) -> list[str]:
+    """List the files below a folder that are not hidden, nor in a hidden one, by their folder and then by their name.
+
+    Links are followed. Raises UserError for a folder that is there twice and, unless `nested`, for any; and OSError.
+    """
     found: list[tuple[str, list[str]]] = []
     seen = set()
 
@@ -189,9 +197,10 @@ def _images(folder: Path, nested: bool) -> list[str]:
         if (status.st_dev, status.st_ino) in seen:
             raise UserError(f"{place}: links to a folder that holds it, or that is here already")
         seen.add((status.st_dev, status.st_ino))
-        found.append((place, [name for name in files if _is_image(name)]))
+        found.append((place, [name for name in files if not name.startswith(".")]))
     return [os.path.join(place, name) for place, names in sorted(found) for name in sorted(names)]
 
 
-def _is_image(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
+def is_image(path: str) -> bool:
+    """Tell whether a file's name is that of an image."""
+    return os.path.splitext(path)[1].lower() in SUFFIXES

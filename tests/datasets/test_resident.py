@@ -392,12 +392,12 @@ def test_the_loaders_of_auto(data_cfg, data_root, request):
 def test_a_run_goes_on_under_auto_on_a_gpu_as_it_began_with_workers(train, monkeypatch, before):
     """And the other way round. The images are the same, so this changes nothing and is not asked about."""
     now = {"workers": "auto", "auto": "workers"}[before]
-    short = ("SOLVER.EPOCHS", "1")
+    short = ("SOLVER.EPOCHS", "2")
     assert train("vanilla", "DATASET.PIPELINE", before, *short)[0] == 0
     makes = []
     original = data_sets.pipeline
     monkeypatch.setattr(data_sets, "pipeline", lambda cfg: makes.append(original(cfg)) or "device")
-    assert train("vanilla", "DATASET.PIPELINE", now, flags=["--resume"])[0] == 0
+    assert train("vanilla", "DATASET.PIPELINE", now, "SOLVER.EPOCHS", "3", flags=["--resume"])[0] == 0
     assert makes
     run = record.read_run(train.folder)
     assert run["finished"]
