@@ -9,6 +9,8 @@ their epochs in turn, the first of which is not counted. The rows of a pair:
 
 - KD and DeepKD (two distinct coefficients) by our trainers, with DATASET.PIPELINE "workers" for each number of
   --workers, and "device";
+- both on the device with the teacher's logits from a table (DISTILLER.TEACHER_LOGITS): a first epoch, for which each
+  time a new table is made, and one whose views are all in the table ("teacher computed" is the share that was not);
 - if MDISTILLER_ROOT names a checkout of mdistiller, KD by its distiller, networks, trainer, transform and
   loader on the same images, for each number of workers. --channels-last, --amp and --execution are ours
   alone.
@@ -62,6 +64,8 @@ class Epoch(NamedTuple):
     seconds: float
     waiting: float
     steps: str
+    computed: float = 1.0
+    """Share of the images that went through the teacher."""
 
 
 class Row(NamedTuple):
@@ -111,18 +115,41 @@ def networks(zoo: dict[str, Any], pair: str) -> list[nn.Module]:
     return [teacher.requires_grad_(False), student]
 
 
-def our_epoch(cfg: Any, method: str, pair: str, loader: Any) -> Callable[[int], Epoch]:
+def our_trainer(cfg: Any, method: str, pair: str, loader: Any) -> Trainer:
     distiller, trainer, delta = METHODS[method]
     cfg.SOLVER.DECOUPLED.DELTA.update({"TOG": delta, "TCG": -delta, "NCG": delta})
     teacher, student = networks(builtin.cifar_model_dict, pair)
     placed = device.place(distiller(student, teacher, cfg), device.pick(), cfg.SOLVER.CHANNELS_LAST)
-    running = trainer("epoch", placed, loader, [], cfg)
+    return trainer("epoch", placed, loader, [], cfg)
 
+
+def our_epoch(running: Trainer) -> Callable[[int], Epoch]:
     def epoch(number: int) -> Epoch:
         entry = running.train_epoch(number)
-        return Epoch(entry["seconds"], entry["data_seconds"], entry["execution"])
+        computed = entry.get("teacher_computed", 1.0)
+        return Epoch(entry["seconds"], entry["data_seconds"], entry["execution"], computed)
 
     return epoch
+
+
+def table_epoch(running: Trainer, folder: str, full: bool) -> Callable[[int], Epoch]:
+    """Make a row that reads logits from a table in `folder`: empty before each epoch, or, if `full`, with its views.
+
+    An epoch's views depend on its number alone, so the same epoch again finds all of them.
+    """
+    epoch = our_epoch(running)
+
+    def table_epoch(number: int) -> Epoch:
+        if running.logits is None or not full:
+            if running.logits is not None:
+                running.logits.close()
+            running.cfg.DISTILLER.LOGITS_DIR = tempfile.mkdtemp(dir=folder)
+            with contextlib.redirect_stdout(io.StringIO()):  # the table's place is nobody's concern
+                running.logits = running.open_logits()
+        running.logits.checked = 0  # a batch of each epoch is compared
+        return epoch(1 if full else number)
+
+    return table_epoch
 
 
 def _theirs(transform: Callable[[Any], Any], image: Any, draw: Any) -> Any:
@@ -170,13 +197,19 @@ def rows_of(args: argparse.Namespace, folder: str) -> tuple[list[Row], int]:
             for workers in args.workers:
                 theirs = {"loop": "mdistiller", "method": "KD", "pipeline": "workers", "workers": workers}
                 made = their_epoch(host, pair, loaders["workers", workers], workers, folder)
-                rows.append(Row(about | theirs, made))
+                rows.append(Row(about | theirs | {"teacher": "computed"}, made))
         for method in METHODS:
             for (pipeline, workers), loader in loaders.items():
                 count = workers if pipeline == "workers" else "–"
-                ours = {"loop": "deepkd_plugin", "method": method, "pipeline": pipeline, "workers": count}
-                cfg = configs[pipeline, workers].clone()
-                rows.append(Row(about | ours, our_epoch(cfg, method, pair, loader)))
+                ours = about | {"loop": "deepkd_plugin", "method": method, "pipeline": pipeline, "workers": count}
+                cfg = configs[pipeline, workers]
+                made = our_epoch(our_trainer(cfg.clone(), method, pair, loader))
+                rows.append(Row(ours | {"teacher": "computed"}, made))
+            for full in (False, True):  # of the device's loader, the last
+                with_table = cfg.clone()
+                with_table.DISTILLER.update({"TEACHER": pair.split(":")[0], "TEACHER_LOGITS": "table"})
+                made = table_epoch(our_trainer(with_table, method, pair, loader), folder, full)
+                rows.append(Row(ours | {"teacher": "table, full" if full else "table, empty"}, made))
     return rows, len(loaders["device", 0].dataset)
 
 
@@ -191,10 +224,13 @@ def measure(rows: list[Row], images: int, epochs: int) -> Rows:
     for row, times in zip(rows, taken):
         seconds = statistics.median(epoch.seconds for epoch in times[1:])
         waiting = statistics.median(epoch.waiting for epoch in times[1:])
+        computed = statistics.median(epoch.computed for epoch in times[1:])
         speeds = {"images/s": images / seconds, "s an epoch": seconds, "s waiting": waiting}
+        speeds |= {"teacher computed": computed}
         table.append(row.about | {"steps": times[-1].steps} | speeds)
     for row in table:
-        same = [r for r in table if (r["pair"], r["method"], r["pipeline"]) == (row["pair"], "KD", "workers")]
+        reference = {"pair": row["pair"], "method": "KD", "pipeline": "workers"}
+        same = [r for r in table if reference.items() <= r.items()]
         theirs = [r for r in same if r["loop"] == "mdistiller"]
         row["to reference"] = row["images/s"] / max(r["images/s"] for r in theirs or same)
     return table

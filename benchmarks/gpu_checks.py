@@ -35,6 +35,7 @@ from deepkd_plugin import DecoupledMomentumSGD, data, device
 from deepkd_plugin.accuracy import Alone, evaluate
 from deepkd_plugin.config.tree import add_deepkd_config
 from deepkd_plugin.data import draws, resident
+from deepkd_plugin.data.normalise import Normalise
 from deepkd_plugin.distillers import KD, DeepKD
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.hosts import builtin, registry
@@ -316,8 +317,9 @@ def pipeline_device(case: Case) -> Finding:
     drawn = resident.draw(loader.distortions, numbers)
     made = loader.make(index, drawn).cpu()
     here = copy.copy(loader)
-    for name in ("images", "targets", "white", "mean", "std"):
-        setattr(here, name, getattr(loader, name).cpu())
+    here.images, here.targets = loader.images.cpu(), loader.targets.cpu()
+    source = data.source(cfg.DATASET.TYPE)
+    here.normalise = Normalise(source.mean, source.std, "cpu")
     training = torch.equal(made, here.make(index.cpu(), [draw.cpu() for draw in drawn]))
     cfg.DATASET.PIPELINE = "workers"
     ours = next(iter(test))[0].cpu()

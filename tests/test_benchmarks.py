@@ -450,7 +450,7 @@ EPOCHS = ("--images", 200, "--epochs", 1, "--batch", 60, "--workers", 0, "--pair
 
 
 def epochs_of(run, data_root, path, *options, **variables):
-    """(loop, method, pipeline) -> row of epoch.py."""
+    """(loop, method, pipeline) -> row of epoch.py; those with a table have a fourth name."""
     out = run("epoch", *EPOCHS, "--root", data_root, *options, "--write", path, **variables)
     assert path.read_text() == out.removesuffix("\n")
     record = json.loads(path.with_suffix(".json").read_text())
@@ -458,7 +458,13 @@ def epochs_of(run, data_root, path, *options, **variables):
     for row in record["rows"]:
         assert 0 < row["s waiting"] < row["s an epoch"]
         assert row["images/s"] == pytest.approx(200 / row["s an epoch"])
-    return record, {(row["loop"], row["method"], row["pipeline"]): row for row in record["rows"]}
+    kinds = ("loop", "method", "pipeline")
+    return record, {tuple(row[kind] for kind in kinds) + teacher_of(row): row for row in record["rows"]}
+
+
+def teacher_of(row):
+    """("table, full",) or so for a row with a table, whose name it is part of."""
+    return () if row["teacher"] == "computed" else (row["teacher"],)
 
 
 def test_epochs_of_both_pipelines(run, data_root, tmp_path):
@@ -466,12 +472,35 @@ def test_epochs_of_both_pipelines(run, data_root, tmp_path):
     record, rows = epochs_of(run, data_root, tmp_path / "table.md", *options)
     assert record["settings"] == {"memory format": "channels last", "precision": "bfloat16 autocast"}
     ours = "deepkd_plugin"
-    assert [*rows] == [(ours, m, p) for m in ("KD", "DeepKD") for p in ("workers", "device")]
+    ways = (("workers",), ("device",), ("device", "table, empty"), ("device", "table, full"))
+    assert [*rows] == [(ours, method, *way) for method in ("KD", "DeepKD") for way in ways]
+    assert [row["teacher computed"] for row in rows.values()] == [1, 1, 1, 0] * 2
     assert rows[ours, "KD", "workers"]["to reference"] == 1
     for row in rows.values():
         reference = rows[ours, "KD", "workers"]["images/s"]
         assert row["to reference"] == pytest.approx(row["images/s"] / reference)
         assert row["steps"] == "eager"
+
+
+def test_reading_large_images(run, tmp_path):
+    threads = torch.get_num_threads()
+    try:
+        out = run("input", "--images", 2, "--rounds", 1, "--write", tmp_path / "table.md")
+    finally:
+        torch.set_num_threads(threads)
+    assert (tmp_path / "table.md").read_text() == out.removesuffix("\n")
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    ways = [
+        (use, files, way)
+        for use in ("training", "test")
+        for files in ("as they are", "shrunk")
+        for way in ("PIL, floats", "bytes")
+    ]
+    assert [(row["use"], row["files"], row["way"]) for row in rows[:-1]] == ways
+    assert rows[-1]["way"] == "bytes, normalised on the device"
+    for row in rows:
+        assert row["images/s"] == pytest.approx(1e3 / row["ms an image"])
+    assert rows[1]["to PIL"] == pytest.approx(rows[1]["images/s"] / rows[0]["images/s"])
 
 
 ON_A_CPU = ("optimizer_ways", "grad_scaler", "amp_in_threads", "teacher_top_50", "deterministic_twice")
@@ -571,7 +600,7 @@ def test_without_a_gpu_its_checks_end_in_one_line(checks):
 @pytest.mark.slow
 def test_epochs_of_mdistillers_own_loop(data_root, tmp_path, mdistiller_root):
     _, rows = epochs_of(start, data_root, tmp_path / "table.md", MDISTILLER_ROOT=str(mdistiller_root))
-    assert len(rows) == 5
+    assert len(rows) == 9
     assert rows["mdistiller", "KD", "workers"]["to reference"] == 1
 
 

@@ -258,7 +258,7 @@ def test_the_command_line(train, capsys):
 def test_a_folder_that_cannot_be_made(train, tmp_path):
     (tmp_path / "file").write_text("")
     line = mistake(train, "vanilla", "LOG.PREFIX", str(tmp_path / "file"))
-    assert "must be a folder that can be written; LOG.PREFIX or --out names it" in line
+    assert "must be a folder that can be written; LOG.PREFIX, --out or --to names it" in line
 
 
 def test_losses_without_a_stream_are_found_before_anything_is_written(train):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from deepkd_plugin.commands import cli, evaluate
 from deepkd_plugin.detection import evaluate as detection_evaluate
@@ -120,6 +121,12 @@ def test_commands(command, train, data_root, cifar_root, capsys, monkeypatch, re
         monkeypatch.chdir(tmp_path)
         assert cli.main(words[1:]) == 2
         assert words[2] in capsys.readouterr().err
+    elif words[:2] == ["deepkd", "shrink"]:
+        monkeypatch.chdir(tmp_path)
+        Path(words[2]).mkdir(parents=True)
+        Image.new("RGB", (500, 375)).save(Path(words[2]) / "a.jpeg")
+        assert cli.main(words[1:]) == 0
+        assert Image.open(Path(words[4]) / "a.jpeg").size == (341, 256)
     elif words[:2] == ["python", "tools/eval.py"]:
         assert evaluate.main([*words[2:], "--root", str(data_root)]) == 0
         accuracy = float(re.search(r"top-1 ([\d.]+) %", capsys.readouterr().out).group(1))

@@ -14,6 +14,7 @@ COMMANDS = {
     "gsnr": "measure and draw the gradient signal-to-noise ratio of the streams",
     "reproduce": "train what a table compares, and compare it",
     "report": "compare what reproduce has trained so far",
+    "shrink": "resize a folder of images once, before it is trained on",
     "merge-detector-weights": "make the start file of mdistiller's detection",
 }
 """Each is a module beside this one, with a `main` that takes the words behind the command's name."""

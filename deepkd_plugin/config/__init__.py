@@ -7,7 +7,19 @@ the host's tree, checks.py refuses values that cannot be meant, meaning.py says 
 from ..rules import Key
 from .checks import check, check_keys, check_mask, check_momenta, check_pipeline
 from .keys import BEFORE, CHANNELS_LAST, CHOICES, FOLD_TEACHER, HOST_KEYS, REMOVED, TRAINER, all_keys, known_streams
-from .meaning import HOW, asks_teacher, computes, dampening, momenta, plain_teacher, streams, views, warmups
+from .meaning import (
+    HOW,
+    asks_teacher,
+    compared,
+    computes,
+    dampening,
+    momenta,
+    needs_workers,
+    plain_teacher,
+    streams,
+    views,
+    warmups,
+)
 from .tree import add_deepkd_config, add_keys, check_tree, flatten, get, load, merge, set_default, wrong
 
 __all__ = [
@@ -30,6 +42,7 @@ __all__ = [
     "check_momenta",
     "check_pipeline",
     "check_tree",
+    "compared",
     "computes",
     "dampening",
     "flatten",
@@ -38,6 +51,7 @@ __all__ = [
     "load",
     "merge",
     "momenta",
+    "needs_workers",
     "plain_teacher",
     "set_default",
     "streams",

@@ -11,7 +11,7 @@ from ..rules import PLAIN, Key, plain
 from ..terminal import warn
 from ..topk import classes, count_classes
 from .keys import FOLD_TEACHER, HOST_KEYS, TRAINER, all_keys, known_streams
-from .meaning import momenta, on_logits, plain_teacher, streams, views, warmups
+from .meaning import momenta, needs_workers, on_logits, plain_teacher, streams, warmups
 from .tree import flatten, get, wrong
 
 
@@ -114,17 +114,9 @@ def check_warmups(cfg: CfgNode, origin: dict[str, str]) -> None:
 
 def check_pipeline(cfg: CfgNode, origin: dict[str, str]) -> None:
     """Raise UserError if a method needs more of an image than batches have that are made on the device."""
-    node, method = cfg.DATASET, cfg.DISTILLER.TYPE
-    if node.PIPELINE == "workers":
-        return
-    if views(cfg) > 1:
-        asked = f"DeepKD.BASE {cfg.DeepKD.BASE}" if method == "DeepKD" else f"DISTILLER.TYPE {method}"
-        reason = "the strong view is drawn by PIL's operations"
-    elif method in ("CRD", "CRDKD"):
-        asked, reason = f"DISTILLER.TYPE {method}", "its contrast indices are drawn image by image"
-    else:
-        return
-    raise wrong(origin, "DATASET.PIPELINE", node.PIPELINE, f"'workers' with {asked}: {reason}")
+    reason = needs_workers(cfg)
+    if cfg.DATASET.PIPELINE == "device" and reason:
+        raise wrong(origin, "DATASET.PIPELINE", "device", f"'workers' with {reason}")
 
 
 def check_mask(cfg: CfgNode, origin: dict[str, str], num_classes: int) -> None:

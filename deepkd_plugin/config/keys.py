@@ -162,9 +162,10 @@ _FIXED = (
     Key("DATASET.DOWNLOAD", False, "fetch CIFAR-100 if DATASET.ROOT has none", *FLAG),
     Key(
         "DATASET.PIPELINE",
-        "workers",
-        "who makes batches: loader processes, or the device, which then has the whole of a small set",
-        *one_of("workers", "device"),
+        "auto",
+        "who makes batches: loader processes, or the device, which then has the whole of a small set; auto: the device "
+        "if it is a GPU and can make them",
+        *one_of("auto", "workers", "device"),
     ),
     Key("DATASET.TRAIN_PER_CLASS", 0, "training images of each class, the first ones; 0: all", *NOT_NEGATIVE),
     Key("DATASET.HOLDOUT", 0.0, "share of each class kept from training and tested on instead", *FRACTION),

@@ -1,5 +1,7 @@
 """What a checked config asks for: momenta by stream, views of an image, and which keys compute."""
 
+from typing import Any
+
 from yacs.config import CfgNode
 
 from ..distillers import DISTILLERS
@@ -12,6 +14,16 @@ HOW = (
 )
 """Keys that say where a run finds things and what it looks at, not what it computes. (A teacher's file is
 compared by its content; the number of workers decides which random numbers an image gets.)"""
+
+
+AUTO = {"DATASET.PIPELINE": "workers"}
+"""Keys whose value may be `auto`, which chooses by the machine what gives the same results, and the value that it is
+compared as, so that a run's hash is the same on every machine. (Runs had that value before there was `auto`.)"""
+
+
+def compared(path: str, value: Any) -> Any:
+    """Return a key's value as runs are compared by it."""
+    return AUTO[path] if path in AUTO and isinstance(value, str) and value == "auto" else value
 
 
 def streams(cfg: CfgNode) -> tuple[str, ...]:
@@ -91,3 +103,14 @@ def views(cfg: CfgNode) -> int:
     """Return how many views of each training image the config's method needs: 1, or 2 (weak and strong)."""
     distiller = DISTILLERS.get(cfg.DISTILLER.TYPE)
     return 1 if distiller is None else distiller.views_of(cfg)
+
+
+def needs_workers(cfg: CfgNode) -> str | None:
+    """Say what in a config needs more of an image than batches have that are made on the device; None if nothing."""
+    method = cfg.DISTILLER.TYPE
+    if views(cfg) > 1:
+        asked = f"DeepKD.BASE {cfg.DeepKD.BASE}" if method == "DeepKD" else f"DISTILLER.TYPE {method}"
+        return f"{asked}: the strong view is drawn by PIL's operations"
+    if method in ("CRD", "CRDKD"):
+        return f"DISTILLER.TYPE {method}: its contrast indices are drawn image by image"
+    return None

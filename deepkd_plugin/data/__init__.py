@@ -10,12 +10,13 @@ from .. import config, device
 from ..errors import UserError
 from . import cifar100, glyphs, imagenet, tiny_imagenet  # noqa: F401 (each registers its set)
 from .arrays import Contrast, Passes, Training, choose
-from .resident import ResidentLoader
+from .normalise import NormalisingLoader
+from .resident import ResidentLoader, known
 from .sources import DATASETS, Source, register_dataset, source
 
-__all__ = ["DATASETS", "Source", "get_dataset", "get_test_set", "num_classes", "register_dataset", "source"]
+__all__ = ["DATASETS", "Source", "get_dataset", "get_test_set", "num_classes", "pipeline", "register_dataset", "source"]
 
-Loader = DataLoader | ResidentLoader
+Loader = DataLoader | NormalisingLoader | ResidentLoader
 
 
 def get_dataset(cfg: Any) -> tuple[Loader, Loader, int, int]:
@@ -23,9 +24,10 @@ def get_dataset(cfg: Any) -> tuple[Loader, Loader, int, int]:
 
     Training batches are (image, target, index). If the config's method needs two views, `image` is the list of the
     weak and the strong one. CRD has (B, 1 + K) contrast indices behind them. Test batches are (image, target). With
-    DATASET.HOLDOUT the second loader has the images kept from training instead of the test set. With DATASET.PIPELINE
-    "device" batches are made on the device and stay there. Raises UserError for an unknown type, for one or a method
-    that this pipeline cannot serve, and for data that is missing or not what it should be.
+    DATASET.HOLDOUT the second loader has the images kept from training instead of the test set. Images are float32 and
+    normalised. With the pipeline "device", and of a large set, batches are on the device already. Raises UserError for
+    an unknown type, for one or a method that the pipeline cannot serve, and for data that is missing or not what it
+    should be.
     """
     data_set = _source(cfg)
     config.check_pipeline(cfg, {"DATASET.PIPELINE": "config"})
@@ -56,6 +58,21 @@ def num_classes(cfg: Any) -> int:
     return _source(cfg).num_classes
 
 
+def pipeline(cfg: Any) -> str:
+    """Return who makes a run's batches: "workers" or "device", which DATASET.PIPELINE auto leaves to what can be.
+
+    That is the device on a GPU, for a small set whose distortions it knows and a method that needs nothing else.
+    """
+    asked: str = cfg.DATASET.PIPELINE
+    if asked != "auto":
+        return asked
+    data_set = DATASETS.get(cfg.DATASET.TYPE)  # None: one of detection
+    if device.pick().type == "cpu" or data_set is None or not data_set.small or config.needs_workers(cfg):
+        return "workers"
+    made = all(known(distortion, data_set.side, data_set.side) for distortion in data_set.augmentation)
+    return "device" if made else "workers"
+
+
 def _source(cfg: Any) -> Source:
     data_set = source(cfg.DATASET.TYPE)
     if cfg.DATASET.PIPELINE == "device" and not data_set.small:
@@ -75,9 +92,12 @@ def _loader(cfg: Any, data_set: Source, samples: Dataset, images: Any, chosen: n
     size = cfg.SOLVER.BATCH_SIZE if training else data_set.test_batch(cfg)
     target_device = device.pick()
     sampler = Passes(chosen, cfg.SOLVER.SEED) if training else None
-    if cfg.DATASET.PIPELINE == "workers":
+    if pipeline(cfg) == "workers":
         loading = {"num_workers": cfg.DATASET.NUM_WORKERS, "pin_memory": target_device.type == "cuda"}
-        return DataLoader(samples, size, sampler=sampler, **loading)
+        loader = DataLoader(samples, size, sampler=sampler, **loading)
+        if data_set.in_bytes:
+            return NormalisingLoader(loader, data_set.mean, data_set.std, target_device)
+        return loader
     pixels = torch.from_numpy(images.pixels(chosen)).to(target_device)
     targets = torch.from_numpy(np.asarray(images.targets)[chosen]).to(target_device)
     distortions = data_set.augmentation if training else ()

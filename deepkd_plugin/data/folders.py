@@ -1,15 +1,22 @@
 """Data sets of image files, read one by one as they are asked for."""
 
+import contextlib
+import io
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision import io as torchvision_io
+from torchvision.transforms.functional import pil_to_tensor
 
 from ..errors import UserError, shown
+from ..terminal import warn
 
 SUFFIXES = (
     *(".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm"),
@@ -55,7 +62,7 @@ class ImageFiles(Dataset[tuple[Any, ...]]):
     def _read(self, path: str) -> Image.Image:
         try:
             with Image.open(path) as file:
-                image = _eight_bits(file).convert("RGB")
+                image = rgb(file)
         except Exception as error:  # a damaged image can raise nearly anything
             raise UserError(f"{path}: DATASET.ROOT has an image that cannot be read ({error})") from None
         if self.size and image.size != self.size:
@@ -66,14 +73,42 @@ class ImageFiles(Dataset[tuple[Any, ...]]):
         return image
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Return an image of at most 8 bits a channel; PIL's own conversion would clip what has 16."""
+class ImageTensors(ImageFiles):
+    """The same for images of any size, as tensors (3, H, W) uint8.
+
+    torchvision decodes a JPEG of one channel or three in less time than PIL, to the same pixels (both by
+    libjpeg-turbo). PIL reads everything else, and says what is wrong with a file.
+    """
+
+    def __init__(self, paths: Sequence[str], targets: Sequence[int], transform: Callable[[Any], Any] | None) -> None:
+        super().__init__(paths, targets, transform)
+        # torchvision 0.29 says that it will go
+        self.decodes = hasattr(torchvision_io, "decode_jpeg")
+        if not self.decodes:
+            warn("this torchvision has no decode_jpeg; PIL decodes the images, to the same pixels in more time")
+
+    def image(self, index: int) -> Tensor:
+        path = self.paths[index]
+        with contextlib.suppress(Exception):  # of whatever fails, PIL's reader tells
+            with open(path, "rb") as file:
+                data = bytearray(file.read())
+            with Image.open(io.BytesIO(data)) as header:  # which also refuses a size that no photograph has
+                plain = header.format == "JPEG" and header.mode in ("L", "RGB")
+            if self.decodes and plain:
+                return torchvision_io.decode_jpeg(
+                    torch.frombuffer(data, dtype=torch.uint8), torchvision_io.ImageReadMode.RGB
+                )
+        return pil_to_tensor(self._read(path))
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """Convert an image to RGB; PIL's own conversion would clip what has 16 bits a channel."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         values = np.asarray(image).astype(np.int64)
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ValueError("it has 32 bits a pixel, and nothing says which of them is white")
-    return image
+    return image.convert("RGB")
 
 
 def class_folders(
@@ -140,6 +175,14 @@ def folder_names(folder: Path) -> set[str]:
 
 def _images(folder: Path, nested: bool) -> list[str]:
     """List the images below a class's folder, by their folder and then by their name."""
+    return [path for path in visible_files(folder, nested) if is_image(path)]
+
+
+def visible_files(folder: Path, nested: bool = True) -> list[str]:
+    """List the files below a folder that are not hidden, nor in a hidden one, by their folder and then by their name.
+
+    Links are followed. Raises UserError for a folder that is there twice and, unless `nested`, for any; and OSError.
+    """
     found: list[tuple[str, list[str]]] = []
     seen = set()
 
@@ -154,9 +197,10 @@ def _images(folder: Path, nested: bool) -> list[str]:
         if (status.st_dev, status.st_ino) in seen:
             raise UserError(f"{place}: links to a folder that holds it, or that is here already")
         seen.add((status.st_dev, status.st_ino))
-        found.append((place, [name for name in files if _is_image(name)]))
+        found.append((place, [name for name in files if not name.startswith(".")]))
     return [os.path.join(place, name) for place, names in sorted(found) for name in sorted(names)]
 
 
-def _is_image(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
+def is_image(path: str) -> bool:
+    """Tell whether a file's name is that of an image."""
+    return os.path.splitext(path)[1].lower() in SUFFIXES

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from torchvision import transforms
+from torchvision.transforms import v2
 
 from ..errors import UserError
 from .folders import class_folders
@@ -35,8 +35,8 @@ register_dataset(
         stored=(500, 375),
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),
-        augmentation=(transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()),
-        resizing=(transforms.Resize(256), transforms.CenterCrop(224)),
+        augmentation=(v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()),
+        resizing=(v2.Resize(256), v2.CenterCrop(224)),
         small=False,
         zoo="imagenet",
     ),

@@ -21,6 +21,7 @@ from torchvision.transforms import functional as F
 from ..errors import UserError
 from . import draws
 from .arrays import Passes
+from .normalise import Normalise
 
 
 class Batchwise(Protocol):
@@ -242,9 +243,7 @@ class ResidentLoader:
         self.dataset, self.batch_size = dataset, batch_size
         self.images = images.permute(0, 3, 1, 2).contiguous()
         self.targets = targets
-        # the divisor too, since CUDA multiplies by the reciprocal of a Python number
-        constants = (torch.full((len(mean),), 255.0), torch.tensor(mean), torch.tensor(std))
-        self.white, self.mean, self.std = (c.to(images.device)[:, None, None] for c in constants)
+        self.normalise = Normalise(mean, std, images.device)
         self.distortions = batchwise(distortions, *images.shape[1:3])
         self.sampler = sampler
         self.only_draw = False
@@ -276,10 +275,6 @@ class ResidentLoader:
         place = y.clamp(0, height - 1) * width + x.clamp(0, width - 1)
         place = place.flatten(1)[:, None].expand(-1, images.shape[1], -1)
         return images.flatten(2).gather(2, place).view_as(images) * inside[:, None]
-
-    def normalise(self, images: Tensor) -> Tensor:
-        """Do what ToTensor and Normalize do, operation by operation: (B, C, H, W) uint8 to float32."""
-        return images.float().div_(self.white).sub_(self.mean).div_(self.std)
 
     def _training_batches(self, sampler: Passes) -> Iterator[Any]:
         epoch = sampler.next_epoch()

@@ -10,13 +10,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms
+from torchvision.transforms import v2
 
 from .. import device, extensions
 from ..errors import UserError, shown
 from .arrays import ArrayDataset
 from .draws import Draw
-from .folders import ImageFiles
-from .views import TrainingViews
+from .folders import ImageFiles, ImageTensors
+from .views import TrainingViews, takes_tensors
 
 Distortion = Callable[[Image.Image], Image.Image]
 Transform = Callable[[Image.Image], Any]
@@ -72,8 +73,9 @@ class Source(Facts):
     side: pixels of an image's side as it enters a network. stored: width and height of an average image before that,
     if they are others. mean, std: of the channels, for pixels in [0, 1]. augmentation, resizing: what a PIL image goes
     through in training and in tests. small: whether all images have `side` already and fit on a device together; what
-    DATASET.PIPELINE device can augment is in resident.py. zoo: the networks that take such images, one of ZOOS.
-    fetch: downloads the set into a folder that does not have it yet.
+    DATASET.PIPELINE device can augment is in resident.py. What large ones go through is done to their bytes, without
+    PIL, if it is all of transforms.v2 as views.py's takes_tensors has it. zoo: the networks that take such images, one
+    of ZOOS. fetch: downloads the set into a folder that does not have it yet.
     """
 
     _: KW_ONLY
@@ -122,6 +124,8 @@ class Source(Facts):
             )
         if isinstance(images, np.ndarray):
             return ArrayDataset(images, labels.astype(np.int64), transform)
+        if self.in_bytes:
+            return ImageTensors(images, labels.tolist(), transform)
         size = (self.side, self.side) if self.small else None
         return ImageFiles(images, labels.tolist(), transform, size)
 
@@ -150,20 +154,27 @@ class Source(Facts):
         """Return what makes the views of an image of noise."""
         width, height = self.stored or (self.side, self.side)
         pixels = torch.randint(256, (height, width, 3), dtype=torch.uint8)
-        make, image = self.training_views(views), Image.fromarray(pixels.numpy())
+        image = pixels.permute(2, 0, 1) if self.in_bytes else Image.fromarray(pixels.numpy())
+        make = self.training_views(views)
         return lambda: make(image, Draw(0, 1, 0))
+
+    @property
+    def in_bytes(self) -> bool:
+        """Whether samples are uint8 (3, H, W), for a NormalisingLoader: large images whose distortions take tensors."""
+        return not self.small and all(map(takes_tensors, (*self.augmentation, *self.resizing)))
 
     def training_views(self, views: int) -> TrainingViews:
         """Return what makes a tensor of an image and a Draw, or [weak view, strong view] if `views` is 2."""
         size = (self.side, self.side) if self.small else None
         return TrainingViews(self.augmentation, self._tensor(), views > 1, size)
 
-    def test_transform(self) -> Callable[[Image.Image], Tensor]:
+    def test_transform(self) -> Callable[[Any], Tensor]:
         """Return what makes a tensor of an image, with nothing at random."""
         return self._tensor(*self.resizing)
 
-    def _tensor(self, *distortions: Distortion) -> Callable[[Image.Image], Tensor]:
-        end = transforms.ToTensor(), transforms.Normalize(self.mean, self.std)
+    def _tensor(self, *distortions: Distortion) -> Callable[[Any], Tensor]:
+        floats = transforms.ToTensor(), transforms.Normalize(self.mean, self.std)
+        end = (v2.PILToTensor(),) if self.in_bytes else floats
         return transforms.Compose([*distortions, *end])
 
 

@@ -8,11 +8,12 @@ values in other orders.
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from . import draws
@@ -111,19 +112,33 @@ def cut_out(image: Image.Image, share: float, centre: tuple[float, float]) -> Im
     return covered
 
 
+def takes_tensors(distortion: Any) -> bool:
+    """Tell whether a distortion does to tensors (3, H, W) uint8 what it does to PIL images, drawing from torch alone.
+
+    Those of transforms.v2 that move pixels or take means of them. A resized pixel may differ by one level of 255.
+    """
+    kinds = (v2.RandomResizedCrop, v2.RandomHorizontalFlip, v2.Resize, v2.CenterCrop)
+    if type(distortion) not in kinds:
+        return False
+    mode = getattr(distortion, "interpolation", InterpolationMode.BILINEAR)
+    bilinear = getattr(mode, "value", mode) == InterpolationMode.BILINEAR.value  # torchvision 0.29 keeps its text
+    return bilinear and getattr(distortion, "antialias", True) is True
+
+
 class TrainingViews:
     """The tensor of an image in training, or [weak view, strong view] of it, as a `Draw` says.
 
     weak: torchvision's distortions, or any other callables from image to image. tensor: makes a tensor of an image.
     two: whether there is a strong view. size: height and width, if all images have the same. Distortions that
     resident.py knows are made of its numbers, so both pipelines give the same pixels. Others, and the strong view's,
-    draw from the global generators in a state of their own.
+    draw from the global generators in a state of their own. If all weak ones are such that `takes_tensors`, an image
+    may be a tensor.
     """
 
     def __init__(
         self,
-        weak: Sequence[Callable[[Image.Image], Image.Image]],
-        tensor: Callable[[Image.Image], Tensor],
+        weak: Sequence[Callable[[Any], Any]],
+        tensor: Callable[[Any], Tensor],
         two: bool,
         size: tuple[int, int] | None,
     ) -> None:
@@ -131,16 +146,19 @@ class TrainingViews:
         made = [known(distortion, *size) for distortion in weak] if size else [None]
         self.known = None if None in made else [one for one in made if one is not None]
         self.strong = StrongAugment()
+        self.as_pil = v2.ToPILImage()
+        torch_alone = self.known is not None or all(takes_tensors(distortion) for distortion in weak)
+        self.seeded = draws.seeded if torch_alone else draws.all_seeded
 
-    def __call__(self, image: Image.Image, draw: Draw) -> Tensor | list[Tensor]:
-        with contextlib.nullcontext() if self.known is not None else draws.all_seeded(draw, draws.WEAK):
+    def __call__(self, image: Image.Image | Tensor, draw: Draw) -> Tensor | list[Tensor]:
+        with contextlib.nullcontext() if self.known is not None else self.seeded(draw, draws.WEAK):
             weak = self.tensor(self._distort(image, draw, draws.WEAK))
         if not self.two:
             return weak
-        with (draws.seeded if self.known is not None else draws.all_seeded)(draw, draws.STRONG):
-            return [weak, self.tensor(self.strong(self._distort(image, draw, draws.STRONG)))]
+        with self.seeded(draw, draws.STRONG):
+            return [weak, self.tensor(self.strong(self.as_pil(self._distort(image, draw, draws.STRONG))))]
 
-    def _distort(self, image: Image.Image, draw: Draw, stream: int) -> Image.Image:
+    def _distort(self, image: Any, draw: Draw, stream: int) -> Any:
         if self.known is None:
             for distortion in self.weak:
                 image = distortion(image)

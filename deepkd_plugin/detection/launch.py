@@ -103,7 +103,7 @@ def check(cfg: CfgNode, origin: dict[str, str]) -> None:
     config.check_keys(cfg, origin, DETECTION_KEYS)
     for path, only in ONLY.items():
         value = config.get(cfg, path)
-        if value != only:
+        if config.compared(path, value) != only:
             raise config.wrong(origin, path, value, f"{only!r} for detection")
     reason = DETECTION_SETS[cfg.DATASET.TYPE].no_mirror
     if reason and cfg.DETECTION.FLIP:

@@ -52,7 +52,7 @@ def locked(folder: Path, deadline: float = 0.0, remove: bool = False) -> Iterato
         if str(error.filename) == str(path):
             raise UserError(f"{path}: must be a file that can be locked ({error.strerror})") from None
         raise UserError(
-            f"{folder}: must be a folder that can be written; LOG.PREFIX or --out names it ({error.strerror})"
+            f"{folder}: must be a folder that can be written; LOG.PREFIX, --out or --to names it ({error.strerror})"
         ) from None
     try:
         keep(lock)

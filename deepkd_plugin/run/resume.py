@@ -142,7 +142,8 @@ def _changes(path: Path, now: dict[str, Any], before: Mapping[str, Any]) -> Chan
         if key in config.REMOVED or (key in config.CHOICES and automatic(now.get(key))):
             continue
         was, value = before.get(key, defaults.get(key)), now.get(key)
-        if not config.computes(key) or (not isinstance(was, Tensor) and was == value):
+        same = not isinstance(was, Tensor) and config.compared(key, was) == config.compared(key, value)
+        if same or not config.computes(key):
             continue
         if key not in FUTURE:
             raise UserError(f"{path}: --resume needs the run's own config: {key} was {_shown(was)}, is {value!r}")

@@ -1,14 +1,18 @@
 """Batches made on the device against torchvision's functions, the worker pipeline, and whole runs."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.transforms import functional as F
 from yacs.config import CfgNode
 
+from deepkd_plugin import data as data_sets
 from deepkd_plugin import device
 from deepkd_plugin.accuracy import evaluate
 from deepkd_plugin.data import DATASETS, Source, draws, get_dataset, get_test_set, resident, source
@@ -227,7 +231,7 @@ def test_training_sets_are_the_workers(data_cfg, roots, kind):
     assert [count, classes] == rest[1:] == [len(theirs.dataset), len(theirs.dataset)]
     assert len(ours.dataset) == count
     assert len(ours) == len(theirs)
-    plain = resident.ResidentLoader.normalise(ours, ours.images).cpu()
+    plain = ours.normalise(ours.images).cpu()
     transform = DATASETS[kind].test_transform()
     arrays = theirs.dataset.images.pixels(theirs.dataset.chosen)
     for i in (0, 57, count - 1):
@@ -295,7 +299,7 @@ def test_refusals_on_the_command_line(train):
     for options, expected in (
         (
             ("DATASET.PIPELINE", "gpu"),
-            "command line: DATASET.PIPELINE is 'gpu'; it must be one of workers, device",
+            "command line: DATASET.PIPELINE is 'gpu'; it must be one of auto, workers, device",
         ),
         (
             ("DATASET.PIPELINE", "device", "DeepKD.BASE", "MLKD"),
@@ -330,12 +334,74 @@ def test_a_run_on_the_device_resumes_bitwise(train, monkeypatch):
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
     code, _, err = train("vanilla", flags=["--resume"])
     assert code == 2
-    assert "DATASET.PIPELINE was 'device', is 'workers'" in err
+    assert "DATASET.PIPELINE was 'device', is 'auto'" in err
 
 
 def test_the_pipeline_is_part_of_what_a_run_computes(data_cfg):
-    hashes = {record.config_hash(data_cfg("cifar100", "x", PIPELINE=p)) for p in ("workers", "device")}
-    assert len(hashes) == 2
+    """auto is what older runs have: which one it chooses is the machine's, and a plan may be another machine's."""
+    hashes = [record.config_hash(data_cfg("cifar100", "x", PIPELINE=p)) for p in ("workers", "device", "auto")]
+    assert hashes[0] == hashes[2] != hashes[1]
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """A stand-in: the machine says that it has one, and what is put there stays where it is."""
+    monkeypatch.setattr(device, "pick", lambda: torch.device("cuda"))
+    to = torch.Tensor.to
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, at, *rest, **how: self if at == cuda else to(self, at))
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "base", "chosen"),
+    [
+        *((kind, "KD", "KD", "device") for kind in SIDES),
+        *((("cifar100", "DeepKD", "DKD", "device"), ("cifar100", "NONE", "KD", "device"))),
+        *((("cifar100", "MLKD", "KD", "workers"), ("cifar100", "DeepKD", "CRLD", "workers"))),
+        *((("cifar100", "CRD", "KD", "workers"), ("imagenet", "KD", "KD", "workers"))),
+        ("coco", "KD", "KD", "workers"),
+    ],
+)
+def test_auto_chooses_the_device_on_a_gpu_for_what_can_be_made_there(data_cfg, monkeypatch, kind, method, base, chosen):
+    cfg = data_cfg(kind, "x", method, base, PIPELINE="auto")
+    monkeypatch.setattr(device, "pick", lambda: torch.device("cpu"))
+    assert data_sets.pipeline(cfg) == "workers"
+    monkeypatch.setattr(device, "pick", lambda: torch.device("cuda"))
+    assert data_sets.pipeline(cfg) == chosen
+    for asked in ("workers", "device"):
+        assert data_sets.pipeline(data_cfg(kind, "x", method, base, PIPELINE=asked)) == asked
+
+
+def test_auto_leaves_other_distortions_to_the_workers(data_cfg, monkeypatch):
+    monkeypatch.setattr(device, "pick", lambda: torch.device("cuda"))
+    own = replace(DATASETS["cifar100"], augmentation=(transforms.ColorJitter(0.5),))
+    monkeypatch.setitem(DATASETS, "cifar100", own)
+    assert data_sets.pipeline(data_cfg("cifar100", "x", PIPELINE="auto")) == "workers"
+
+
+def test_the_loaders_of_auto(data_cfg, data_root, request):
+    cfg = data_cfg("glyphs100", data_root, PIPELINE="auto")
+    assert device.pick().type != "cpu" or {type(loader) for loader in get_dataset(cfg)[:2]} == {DataLoader}
+    request.getfixturevalue("on_a_gpu")
+    assert {type(loader) for loader in get_dataset(cfg)[:2]} == {ResidentLoader}
+    cfg.DISTILLER.TYPE = "MLKD"
+    assert {type(loader) for loader in get_dataset(cfg)[:2]} == {DataLoader}
+
+
+@pytest.mark.parametrize("before", ["workers", "auto"])
+def test_a_run_goes_on_under_auto_on_a_gpu_as_it_began_with_workers(train, monkeypatch, before):
+    """And the other way round. The images are the same, so this changes nothing and is not asked about."""
+    now = {"workers": "auto", "auto": "workers"}[before]
+    short = ("SOLVER.EPOCHS", "2")
+    assert train("vanilla", "DATASET.PIPELINE", before, *short)[0] == 0
+    makes = []
+    original = data_sets.pipeline
+    monkeypatch.setattr(data_sets, "pipeline", lambda cfg: makes.append(original(cfg)) or "device")
+    assert train("vanilla", "DATASET.PIPELINE", now, "SOLVER.EPOCHS", "3", flags=["--resume"])[0] == 0
+    assert makes
+    run = record.read_run(train.folder)
+    assert run["finished"]
+    assert set(run["resumed"][0].get("changed", {})) <= {"SOLVER.EPOCHS"}
 
 
 def test_mdistillers_own_trainer_takes_the_batches(mdistiller, data_root, tmp_path):

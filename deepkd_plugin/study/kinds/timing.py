@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ... import config, device
+from ...data import pipeline
 from ...fold import CannotFoldError, fold
 from ...teacher_logits.tables import count_views, share_computed
 from ..shared import cores
@@ -77,7 +78,7 @@ class Timer:
         if _looks_up(cfg):
             share = share_computed(count_views(cfg), self.shared_epochs)
             step += share * cfg.SOLVER.BATCH_SIZE * self.passes[_parts(cfg)[1]]
-        if cfg.DATASET.PIPELINE == "workers":
+        if pipeline(cfg) == "workers":
             load = cfg.SOLVER.BATCH_SIZE * self.timed(source.augmenter(views), self.budget / 10)
             step = max(step, load / workers) if workers else step + load
         return cfg.SOLVER.EPOCHS * (source.steps(cfg) * step + student) + sum(teacher)

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from ...config.meaning import computes
+from ...config.meaning import compared, computes
 from ...config.tree import flatten
 from ...run import record
 from ...run.metrics import METRICS, read_metrics
@@ -236,7 +236,7 @@ def _maker(one: Record) -> tuple[Any, ...]:
 
 def _computed(one: Record) -> dict[str, str]:
     """Gather what a run's config computes, but for its seed, as text."""
-    computed = {k: v for k, v in one.settings.items() if computes(k) and k != "SOLVER.SEED"}
+    computed = {k: compared(k, v) for k, v in one.settings.items() if computes(k) and k != "SOLVER.SEED"}
     return {key: json.dumps(value, default=str) for key, value in computed.items()}
 
 
