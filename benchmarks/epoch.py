@@ -125,7 +125,7 @@ def our_epoch(cfg: Any, method: str, pair: str, loader: Any) -> Callable[[int], 
     return epoch
 
 
-def _theirs(transform: Callable[[Any], Any], image: Any, draw: Any) -> Any:
+def _theirs(transform: Callable[[Any], Any], image: Any, *draws: Any) -> Any:
     """Make a view by mdistiller's transform, which draws as it likes."""
     return transform(image)
 

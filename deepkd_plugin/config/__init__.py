@@ -5,9 +5,9 @@ the host's tree, checks.py refuses values that cannot be meant, meaning.py says 
 """
 
 from ..rules import Key
-from .checks import check, check_keys, check_mask, check_momenta, check_pipeline
+from .checks import check, check_kept, check_keys, check_mask, check_momenta, check_pipeline
 from .keys import HOST_KEYS, REMOVED, TRAINER, all_keys, known_streams
-from .meaning import HOW, computes, dampening, momenta, streams, views, warmups
+from .meaning import HOW, computes, dampening, momenta, streams, temperature, views, warmups
 from .tree import add_deepkd_config, add_keys, check_tree, flatten, get, load, merge, set_default, wrong
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "add_keys",
     "all_keys",
     "check",
+    "check_kept",
     "check_keys",
     "check_mask",
     "check_momenta",
@@ -35,6 +36,7 @@ __all__ = [
     "momenta",
     "set_default",
     "streams",
+    "temperature",
     "views",
     "warmups",
     "wrong",

@@ -9,9 +9,9 @@ from ..distillers import DISTILLERS
 from ..errors import UserError
 from ..rules import PLAIN, Key, plain
 from ..terminal import warn
-from ..topk import classes, count_classes
+from ..topk import classes, count_classes, mask_size
 from .keys import HOST_KEYS, TRAINER, all_keys, known_streams
-from .meaning import momenta, streams, views, warmups
+from .meaning import momenta, streams, temperature, views, warmups
 from .tree import flatten, get, wrong
 
 
@@ -34,9 +34,10 @@ def check(cfg: CfgNode, origin: dict[str, str]) -> None:
         allowed = f"False with DISTILLER.TYPE {cfg.DISTILLER.TYPE}, which has no distillation on logits"
         raise wrong(origin, "EXPERIMENT.LOGIT_STAND", True, allowed)
     path, method = "DISTILLER.TEACHER_LOGITS", cfg.DISTILLER.TYPE
-    if cfg.DISTILLER.TEACHER_LOGITS == "table" and method != "NONE" and not _on_logits(cfg):
+    kind = cfg.DISTILLER.TEACHER_LOGITS
+    if kind != "compute" and method != "NONE" and not _on_logits(cfg):
         allowed = f"'compute' with DISTILLER.TYPE {method}, which needs more of the teacher than its logits"
-        raise wrong(origin, path, "table", allowed)
+        raise wrong(origin, path, kind, allowed)
     check_momenta(cfg, origin)
     check_warmups(cfg, origin)
     for key in ours:
@@ -127,6 +128,26 @@ def check_pipeline(cfg: CfgNode, origin: dict[str, str]) -> None:
     else:
         return
     raise wrong(origin, "DATASET.PIPELINE", node.PIPELINE, f"'workers' with {asked}: {reason}")
+
+
+def check_kept(cfg: CfgNode, origin: dict[str, str], num_classes: int) -> None:
+    """Raise UserError if stored logits of some of `num_classes` classes do not say what the method asks of them."""
+    node = cfg.DISTILLER
+    if node.TEACHER_LOGITS != "stored" or node.TYPE == "NONE" or num_classes <= node.LOGITS_K:
+        return
+    several = temperature(cfg) is None
+    if cfg.EXPERIMENT.LOGIT_STAND or several:
+        method = f"DeepKD.BASE {cfg.DeepKD.BASE}" if node.TYPE == "DeepKD" else f"DISTILLER.TYPE {node.TYPE}"
+        reason = f"{method}, which reads logits at several temperatures" if several else "EXPERIMENT.LOGIT_STAND"
+        raise wrong(origin, "DISTILLER.LOGITS_K", node.LOGITS_K, f"at least the classes, {num_classes}, with {reason}")
+    epochs = cfg.SOLVER.EPOCHS
+    sizes = [mask_size(cfg.DeepKD.MASK, num_classes, epoch / max(epochs - 1, 1)) for epoch in range(epochs)]
+    largest = max((size for size in sizes if size is not None and size < num_classes - 1), default=0)
+    if node.TYPE == "DeepKD" and largest >= node.LOGITS_K:
+        warn(
+            f"DISTILLER.LOGITS_K is {node.LOGITS_K}, and DeepKD.MASK keeps up to {largest} of the other classes; those "
+            f"beyond {node.LOGITS_K - 1} are not the teacher's largest, for a stored teacher has one logit for them all"
+        )
 
 
 def check_mask(cfg: CfgNode, origin: dict[str, str], num_classes: int) -> None:

@@ -64,6 +64,12 @@ def warmups(cfg: CfgNode, method: object) -> dict[str, int]:
     return {path: get(cfg, path) for path in ("SOLVER.WARMUP_EPOCHS", own) if path}
 
 
+def temperature(cfg: CfgNode) -> float | None:
+    """Return the one temperature at which the config's method reads the teacher's logits; None if there is none."""
+    asked = getattr(DISTILLERS.get(cfg.DISTILLER.TYPE), "temperature_of", None)
+    return None if asked is None else asked(cfg)
+
+
 def views(cfg: CfgNode) -> int:
     """Return how many views of each training image the config's method needs: 1, or 2 (weak and strong)."""
     distiller = DISTILLERS.get(cfg.DISTILLER.TYPE)

@@ -115,7 +115,7 @@ class TrainingViews:
     """The tensor of an image in training, or [weak view, strong view] of it, as a `Draw` says.
 
     weak: torchvision's distortions, or any other callables from image to image. tensor: makes a tensor of an image.
-    two: whether there is a strong view. size: height and width, if all images have the same. Distortions that
+    A second `Draw` is the weak view's, if that has one of its own. two: whether there is a strong view. size: height and width, if all images have the same. Distortions that
     resident.py knows are made of its numbers, so both pipelines give the same pixels. Others, and the strong view's,
     draw from the global generators in a state of their own.
     """
@@ -132,9 +132,10 @@ class TrainingViews:
         self.known = None if None in made else [one for one in made if one is not None]
         self.strong = StrongAugment()
 
-    def __call__(self, image: Image.Image, draw: Draw) -> Tensor | list[Tensor]:
-        with contextlib.nullcontext() if self.known is not None else draws.all_seeded(draw, draws.WEAK):
-            weak = self.tensor(self._distort(image, draw, draws.WEAK))
+    def __call__(self, image: Image.Image, draw: Draw, weak_draw: Draw | None = None) -> Tensor | list[Tensor]:
+        first = weak_draw or draw
+        with contextlib.nullcontext() if self.known is not None else draws.all_seeded(first, draws.WEAK):
+            weak = self.tensor(self._distort(image, first, draws.WEAK))
         if not self.two:
             return weak
         with (draws.seeded if self.known is not None else draws.all_seeded)(draw, draws.STRONG):

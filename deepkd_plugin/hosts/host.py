@@ -48,7 +48,7 @@ class Host:
         """Return the class of DISTILLER.TYPE; the plugin's own if mdistiller's cannot do what is asked."""
         name = cfg.DISTILLER.TYPE
         # mdistiller's KD and DKD standardise nothing and take no logits, and its DKD divides by the warm-up
-        ours = cfg.EXPERIMENT.LOGIT_STAND or (cfg.DISTILLER.TEACHER_LOGITS == "table" and name != "NONE")
+        ours = cfg.EXPERIMENT.LOGIT_STAND or (cfg.DISTILLER.TEACHER_LOGITS != "compute" and name != "NONE")
         if ours or (name == "DKD" and not cfg.DKD.WARMUP):
             return DISTILLERS[name]
         return self.distillers[name]
@@ -69,5 +69,6 @@ class Host:
             raise config.wrong(origin, path, value, f"one of {', '.join(names)}{where}")
         config.check(cfg, origin)
         config.check_mask(cfg, origin, data.num_classes(cfg))
+        config.check_kept(cfg, origin, data.num_classes(cfg))
         if cfg.DISTILLER.TEACHER_LOGITS == "table":
             count_views(cfg)
