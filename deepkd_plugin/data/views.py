@@ -115,9 +115,9 @@ class TrainingViews:
     """The tensor of an image in training, or [weak view, strong view] of it, as a `Draw` says.
 
     weak: torchvision's distortions, or any other callables from image to image. tensor: makes a tensor of an image.
-    A second `Draw` is the weak view's, if that has one of its own. two: whether there is a strong view. size: height and width, if all images have the same. Distortions that
-    resident.py knows are made of its numbers, so both pipelines give the same pixels. Others, and the strong view's,
-    draw from the global generators in a state of their own.
+    two: whether there is a strong view. A second `Draw` is the weak view's, if it has one of its own. size: height and
+    width, if all images have the same. Distortions that resident.py knows are made of its numbers, so both pipelines
+    give the same pixels. Others, and the strong view's, draw from the global generators in a state of their own.
     """
 
     def __init__(
