@@ -152,7 +152,7 @@ def table_epoch(running: Trainer, folder: str, full: bool) -> Callable[[int], Ep
     return table_epoch
 
 
-def _theirs(transform: Callable[[Any], Any], image: Any, draw: Any) -> Any:
+def _theirs(transform: Callable[[Any], Any], image: Any, *draws: Any) -> Any:
     """Make a view by mdistiller's transform, which draws as it likes."""
     return transform(image)
 

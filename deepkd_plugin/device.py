@@ -26,6 +26,17 @@ def pick() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def take(number: int) -> None:
+    """Make one of the machine's CUDA devices this process's; UserError if there are not so many. Nothing on a CPU."""
+    if torch.cuda.is_available():
+        if number >= torch.cuda.device_count():
+            raise UserError(
+                f"environment: LOCAL_RANK is {number}; it must be below the CUDA devices here, "
+                f"{torch.cuda.device_count()}"
+            )
+        torch.cuda.set_device(number)
+
+
 def tune(deterministic: bool = False) -> None:
     """Let cuDNN find the fastest algorithms for batches of one size, as mdistiller's scripts do.
 

@@ -129,6 +129,23 @@ def used_up(error: BaseException) -> str | None:
     return None
 
 
+def process_share() -> tuple[int, int, int]:
+    """Return this process's number among a launcher's, how many these are, and its number on this machine.
+
+    From RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them; (0, 1, 0) without. Raises UserError for other values.
+    """
+    names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    texts = {name: os.environ.get(name, "").strip() or usual for name, usual in names.items()}
+    values = {name: int(text) if text.isascii() and text.isdecimal() else -1 for name, text in texts.items()}
+    rank, size, local = values.values()
+    if not (size >= 1 and 0 <= rank < size and local >= 0):
+        given = ", ".join(f"{name} is {shown(text)}" for name, text in texts.items())
+        raise UserError(
+            f"environment: {given}; they must be whole numbers as torchrun sets them, with RANK < WORLD_SIZE"
+        )
+    return rank, size, local
+
+
 def one_process() -> None:
     """Raise UserError in one of several processes of a launcher such as torchrun: each would train the same run."""
     size = os.environ.get("WORLD_SIZE", "1").strip()

@@ -75,7 +75,7 @@ class Trainer:
             cfg.SOLVER.AMP,
         )
         self.step.measure = self.measure
-        looked_up = cfg.DISTILLER.TEACHER_LOGITS == "table"
+        looked_up = cfg.DISTILLER.TEACHER_LOGITS != "compute"
         if isinstance(train_loader, ResidentLoader) and self.step.name == "graphs" and not looked_up:
             # a captured step makes its images itself, of numbers that the loader draws
             train_loader.only_draw = True

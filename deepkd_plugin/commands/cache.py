@@ -1,11 +1,11 @@
-"""`deepkd cache`: the tables of teacher logits that runs with DISTILLER.TEACHER_LOGITS table share."""
+"""`deepkd cache`: the tables of teacher logits that runs with DISTILLER.TEACHER_LOGITS table or stored share."""
 
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..errors import UserError
-from ..terminal import Parser
+from ..terminal import Parser, process_share
 
 DEFAULT = Path("data/teacher_logits")
 
@@ -14,8 +14,8 @@ def main(words: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
     parser = Parser(
         "deepkd cache",
-        description="List the tables of teacher logits, fill one with all views of all images, look for damage, or "
-        "delete them. PATH is a table, or a folder of tables.",
+        description="List the tables of teacher logits, fill one with all its views of all images (in several "
+        "processes under torchrun), look for damage, or delete them. PATH is a table, or a folder of tables.",
     )
     parser.add_argument("action", choices=("list", "fill", "check", "delete"))
     parser.add_argument("paths", metavar="PATH", type=Path, nargs="*", help=f"default of list and check: {DEFAULT}")
@@ -83,9 +83,13 @@ def _fill(file: str, options: Sequence[str]) -> int:
     from ..teacher_logits.tables import describe
 
     host = find_host()
-    cfg, _ = launch.read_config(host, file, [*options, "DISTILLER.TEACHER_LOGITS", "table"])
+    cfg, _ = launch.read_config(host, file, options)
+    if cfg.DISTILLER.TEACHER_LOGITS == "compute":
+        cfg, _ = launch.read_config(host, file, [*options, "DISTILLER.TEACHER_LOGITS", "table"])
     if cfg.DISTILLER.TYPE == "NONE":
         raise UserError(f"{file}: DISTILLER.TYPE is 'NONE'; it must be a method with a teacher")
+    number, processes, local = process_share()
+    device.take(local)
     device.tune(cfg.SOLVER.DETERMINISTIC)
     at, kind, weights = device.pick(), cfg.DATASET.TYPE, cfg.DISTILLER.TEACHER_WEIGHTS
     samples = data.get_dataset(cfg)[0].dataset
@@ -97,7 +101,7 @@ def _fill(file: str, options: Sequence[str]) -> int:
         faster = choice.channels_last(None, teacher, images, cfg.SOLVER.AMP).value
         cfg = choice.resolved(cfg, config.CHANNELS_LAST, faster)
     teacher = device.place(teacher, at, cfg.SOLVER.CHANNELS_LAST)
-    logits = fill(cfg, teacher, fingerprint(teacher), samples, at)
+    logits = fill(cfg, teacher, fingerprint(teacher), samples, at, (number, processes))
     if logits.table is None or not logits.table.writable:
         return 1
     print(describe(logits.table.path))

@@ -5,7 +5,7 @@ the host's tree, checks.py refuses values that cannot be meant, meaning.py says 
 """
 
 from ..rules import Key
-from .checks import check, check_keys, check_mask, check_momenta, check_pipeline
+from .checks import check, check_kept, check_keys, check_mask, check_momenta, check_pipeline
 from .keys import BEFORE, CHANNELS_LAST, CHOICES, FOLD_TEACHER, HOST_KEYS, REMOVED, TRAINER, all_keys, known_streams
 from .meaning import (
     HOW,
@@ -17,6 +17,7 @@ from .meaning import (
     needs_workers,
     plain_teacher,
     streams,
+    temperature,
     views,
     warmups,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "all_keys",
     "asks_teacher",
     "check",
+    "check_kept",
     "check_keys",
     "check_mask",
     "check_momenta",
@@ -55,6 +57,7 @@ __all__ = [
     "plain_teacher",
     "set_default",
     "streams",
+    "temperature",
     "views",
     "warmups",
     "wrong",

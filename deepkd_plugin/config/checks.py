@@ -9,9 +9,9 @@ from ..distillers import DISTILLERS
 from ..errors import UserError
 from ..rules import PLAIN, Key, plain
 from ..terminal import warn
-from ..topk import classes, count_classes
+from ..topk import classes, count_classes, mask_size
 from .keys import FOLD_TEACHER, HOST_KEYS, TRAINER, all_keys, known_streams
-from .meaning import momenta, needs_workers, on_logits, plain_teacher, streams, warmups
+from .meaning import momenta, needs_workers, on_logits, plain_teacher, streams, temperature, warmups
 from .tree import flatten, get, wrong
 
 
@@ -34,9 +34,10 @@ def check(cfg: CfgNode, origin: dict[str, str]) -> None:
         allowed = f"False with DISTILLER.TYPE {cfg.DISTILLER.TYPE}, which has no distillation on logits"
         raise wrong(origin, "EXPERIMENT.LOGIT_STAND", True, allowed)
     path, method = "DISTILLER.TEACHER_LOGITS", cfg.DISTILLER.TYPE
-    if cfg.DISTILLER.TEACHER_LOGITS == "table" and method != "NONE" and not on_logits(cfg):
+    kind = cfg.DISTILLER.TEACHER_LOGITS
+    if kind != "compute" and method != "NONE" and not on_logits(cfg):
         allowed = f"'compute' with DISTILLER.TYPE {method}, which needs more of the teacher than its logits"
-        raise wrong(origin, path, "table", allowed)
+        raise wrong(origin, path, kind, allowed)
     if cfg.DISTILLER.FOLD_TEACHER is True and method != "NONE" and (reason := plain_teacher(cfg)):
         raise wrong(origin, FOLD_TEACHER, True, f"auto or False: {reason}")
     check_momenta(cfg, origin)
@@ -117,6 +118,26 @@ def check_pipeline(cfg: CfgNode, origin: dict[str, str]) -> None:
     reason = needs_workers(cfg)
     if cfg.DATASET.PIPELINE == "device" and reason:
         raise wrong(origin, "DATASET.PIPELINE", "device", f"'workers' with {reason}")
+
+
+def check_kept(cfg: CfgNode, origin: dict[str, str], num_classes: int) -> None:
+    """Raise UserError if stored logits of some of `num_classes` classes do not say what the method asks of them."""
+    node = cfg.DISTILLER
+    kept = node.LOGITS_K or num_classes
+    if node.TEACHER_LOGITS != "stored" or node.TYPE == "NONE" or num_classes <= kept:
+        return
+    several = temperature(cfg) is None
+    if cfg.EXPERIMENT.LOGIT_STAND or several:
+        method = f"DeepKD.BASE {cfg.DeepKD.BASE}" if node.TYPE == "DeepKD" else f"DISTILLER.TYPE {node.TYPE}"
+        reason = f"{method}, which reads logits at several temperatures" if several else "EXPERIMENT.LOGIT_STAND"
+        raise wrong(origin, "DISTILLER.LOGITS_K", kept, f"0, which keeps all {num_classes} classes, with {reason}")
+    epochs = cfg.SOLVER.EPOCHS
+    sizes = [mask_size(cfg.DeepKD.MASK, num_classes, epoch / max(epochs - 1, 1)) for epoch in range(epochs)]
+    largest = max((size for size in sizes if size is not None and size < num_classes - 1), default=0)
+    if node.TYPE == "DeepKD" and largest >= kept:
+        # the classes beyond would have one logit, so which of them are the largest would be chance
+        allowed = f"0, or above {largest}: DeepKD.MASK keeps so many classes beside the target"
+        raise wrong(origin, "DISTILLER.LOGITS_K", kept, allowed)
 
 
 def check_mask(cfg: CfgNode, origin: dict[str, str], num_classes: int) -> None:

@@ -142,8 +142,9 @@ _FIXED = (
     Key(
         "DISTILLER.TEACHER_LOGITS",
         "compute",
-        "the teacher's logits of an image's weak view: computed in every step, or once and kept in a table on disk",
-        *one_of("compute", "table"),
+        "the teacher's logits of an image's weak view: computed in every step, or once and kept on disk, of all views "
+        "(table) or of a few (stored)",
+        *one_of("compute", "table", "stored"),
     ),
     Key(
         FOLD_TEACHER,
@@ -151,6 +152,9 @@ _FIXED = (
         "BatchNorm folded into the convolutions of a teacher whose logits alone are used; auto: if that is faster here",
         *AUTO,
     ),
+    Key("DISTILLER.LOGITS_VIEWS", 4, "stored: weak views of an image, which the epochs see in turn", *whole(1, 10_000)),
+    Key("DISTILLER.LOGITS_SEED", 0, "stored: whose first epochs these views are those of", *whole(0)),
+    Key("DISTILLER.LOGITS_K", 0, "stored: classes whose logits are kept, the target's among them; 0: all", *whole(0)),
     Key("DISTILLER.LOGITS_DTYPE", "float16", "what such a table rounds them to", *one_of("float16", "float32")),
     Key(
         "DISTILLER.LOGITS_DIR",

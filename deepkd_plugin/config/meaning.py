@@ -69,7 +69,7 @@ def computes(path: str) -> bool:
 
 def asks_teacher(cfg: CfgNode) -> bool:
     """Tell whether a training step passes images through a teacher."""
-    known = cfg.DISTILLER.TEACHER_LOGITS == "table" and views(cfg) == 1
+    known = cfg.DISTILLER.TEACHER_LOGITS != "compute" and views(cfg) == 1
     return cfg.DISTILLER.TYPE != "NONE" and not known
 
 
@@ -81,7 +81,7 @@ def plain_teacher(cfg: CfgNode) -> str:
     if not on_logits(cfg):
         return f"DISTILLER.TYPE {method} needs more of the teacher than its logits"
     if not asks_teacher(cfg):
-        return "DISTILLER.TEACHER_LOGITS table keeps the plain teacher's logits"
+        return f"DISTILLER.TEACHER_LOGITS {cfg.DISTILLER.TEACHER_LOGITS} keeps the plain teacher's logits"
     return "SOLVER.AMP rounds to bfloat16, folded weights too" if cfg.SOLVER.AMP else ""
 
 
@@ -97,6 +97,12 @@ def warmups(cfg: CfgNode, method: object) -> dict[str, int]:
     """
     own = getattr(method, "warmup_key", "")
     return {path: get(cfg, path) for path in ("SOLVER.WARMUP_EPOCHS", own) if path}
+
+
+def temperature(cfg: CfgNode) -> float | None:
+    """Return the one temperature at which the config's method reads the teacher's logits; None if there is none."""
+    asked = getattr(DISTILLERS.get(cfg.DISTILLER.TYPE), "temperature_of", None)
+    return None if asked is None else asked(cfg)
 
 
 def views(cfg: CfgNode) -> int:

@@ -10,6 +10,7 @@ from .. import config, device
 from ..errors import UserError
 from . import cifar100, glyphs, imagenet, tiny_imagenet  # noqa: F401 (each registers its set)
 from .arrays import Contrast, Passes, Training, choose
+from .draws import Views
 from .normalise import NormalisingLoader
 from .resident import ResidentLoader, known
 from .sources import DATASETS, Source, register_dataset, source
@@ -33,7 +34,8 @@ def get_dataset(cfg: Any) -> tuple[Loader, Loader, int, int]:
     config.check_pipeline(cfg, {"DATASET.PIPELINE": "config"})
     images = data_set.load(cfg.DATASET, "train")
     chosen, _ = _choose(images, cfg.DATASET)
-    train: Dataset = Training(images, chosen, data_set.training_views(config.views(cfg)), cfg.SOLVER.SEED)
+    make = data_set.training_views(config.views(cfg))
+    train: Dataset = Training(images, chosen, make, cfg.SOLVER.SEED, weak_views(cfg))
     if cfg.DISTILLER.TYPE in ("CRD", "CRDKD"):
         labels = np.asarray(images.targets)[chosen]
         train = Contrast(train, labels, cfg.CRD.NCE.K, cfg.CRD.MODE == "relax")
@@ -73,6 +75,14 @@ def pipeline(cfg: Any) -> str:
     return "device" if made else "workers"
 
 
+def weak_views(cfg: Any) -> Views:
+    """Return whose numbers make a run's weak views: with stored logits of a teacher, a few epochs' in turn."""
+    node = cfg.DISTILLER
+    if node.TEACHER_LOGITS == "stored" and node.TYPE != "NONE":
+        return Views(node.LOGITS_SEED, node.LOGITS_VIEWS)
+    return Views(cfg.SOLVER.SEED)
+
+
 def _source(cfg: Any) -> Source:
     data_set = source(cfg.DATASET.TYPE)
     if cfg.DATASET.PIPELINE == "device" and not data_set.small:
@@ -91,7 +101,7 @@ def _loader(cfg: Any, data_set: Source, samples: Dataset, images: Any, chosen: n
     """Make the loader of `samples`, whose images are those of `images` at the places `chosen`."""
     size = cfg.SOLVER.BATCH_SIZE if training else data_set.test_batch(cfg)
     target_device = device.pick()
-    sampler = Passes(chosen, cfg.SOLVER.SEED) if training else None
+    sampler = Passes(chosen, cfg.SOLVER.SEED, weak_views(cfg)) if training else None
     if pipeline(cfg) == "workers":
         loading = {"num_workers": cfg.DATASET.NUM_WORKERS, "pin_memory": target_device.type == "cuda"}
         loader = DataLoader(samples, size, sampler=sampler, **loading)

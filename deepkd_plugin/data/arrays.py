@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, Sampler
 
 from ..errors import UserError
 from . import draws
-from .draws import Draw
+from .draws import Draw, Views
 
 
 class ArrayDataset(Dataset[tuple[Any, ...]]):
@@ -39,12 +39,12 @@ class Passes(Sampler[tuple[int, int]]):
     """The order of training: (epoch, place) for each place of a pass, an order that depends on seed and epoch alone.
 
     Each pass is the epoch after the last; `set_epoch` says which is next. chosen: of each place, the image's place
-    among all training images of its set.
+    among all training images of its set. views: which weak views its images have; by default new ones of `seed`.
     """
 
-    def __init__(self, chosen: np.ndarray, seed: int) -> None:
+    def __init__(self, chosen: np.ndarray, seed: int, views: Views | None = None) -> None:
         self.chosen = torch.as_tensor(chosen)
-        self.seed = seed
+        self.seed, self.views = seed, views or Views(seed)
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -71,19 +71,29 @@ class Passes(Sampler[tuple[int, int]]):
 class Training(Dataset[tuple[Any, ...]]):
     """Training samples as mdistiller's: (what `make` makes of an image in an epoch, label, place).
 
-    images: a whole set. chosen: the places in it that are trained on. make: (image, draws.Draw) -> view or views. A
-    sample is asked for by (epoch, place), or by its place alone for the views of epoch 0, which no pass has.
+    images: a whole set. chosen: the places in it that are trained on. make: (image, draws.Draw, the weak view's Draw)
+    -> view or views. A sample is asked for by (epoch, place), or by its place alone for the views of epoch 0, which no
+    pass has. views: as Passes has them.
     """
 
-    def __init__(self, images: Any, chosen: np.ndarray, make: Callable[[Image.Image, Draw], Any], seed: int) -> None:
+    def __init__(
+        self,
+        images: Any,
+        chosen: np.ndarray,
+        make: Callable[[Image.Image, Draw, Draw], Any],
+        seed: int,
+        views: Views | None = None,
+    ) -> None:
         self.images, self.chosen, self.make, self.seed = images, chosen, make, seed
+        self.views = views or Views(seed)
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Any, ...]:
         place, draw = key[1] if isinstance(key, tuple) else key, self.draw(key)
-        return self.make(self.images.image(draw.index), draw), int(self.images.targets[draw.index]), place
+        weak = Draw(self.views.seed, self.views.epoch(draw.epoch), draw.index)
+        return self.make(self.images.image(draw.index), draw, weak), int(self.images.targets[draw.index]), place
 
     def draw(self, key: int | tuple[int, int]) -> Draw:
         """Return what the random numbers of a sample depend on."""

@@ -29,6 +29,18 @@ class Draw(NamedTuple):
     index: int
 
 
+class Views(NamedTuple):
+    """Whose numbers make the weak views of a run: an epoch's own of the run's seed, or a few epochs' in turn."""
+
+    seed: int
+    count: int | None = None
+    """How many views an image has, those of the first epochs of `seed`; None: a new one in every epoch."""
+
+    def epoch(self, epoch: int) -> int:
+        """Return the epoch of `seed` whose weak views an epoch has."""
+        return epoch if self.count is None else (epoch - 1) % self.count + 1
+
+
 def word(*key: int) -> int:
     """Return 64 random bits of a key, as a number from 0 on."""
     mixed = 0

@@ -280,8 +280,9 @@ class ResidentLoader:
         epoch = sampler.next_epoch()
         places = sampler.places(epoch, self.images.device)
         chosen, needed = sampler.chosen.to(self.images.device)[places], count_numbers(self.distortions)
+        drawn_from = sampler.views.seed, sampler.views.epoch(epoch)
         # of all batches at once: on a GPU a batch's own would take as long to start as some of its layers
-        of_pass = draw(self.distortions, draws.uniforms(sampler.seed, epoch, chosen, draws.WEAK, needed))
+        of_pass = draw(self.distortions, draws.uniforms(*drawn_from, chosen, draws.WEAK, needed))
         for part in self._parts():
             index = places[part]
             target, drawn = self.targets[index], [one[..., part] for one in of_pass]

@@ -129,10 +129,10 @@ class TrainingViews:
     """The tensor of an image in training, or [weak view, strong view] of it, as a `Draw` says.
 
     weak: torchvision's distortions, or any other callables from image to image. tensor: makes a tensor of an image.
-    two: whether there is a strong view. size: height and width, if all images have the same. Distortions that
-    resident.py knows are made of its numbers, so both pipelines give the same pixels. Others, and the strong view's,
-    draw from the global generators in a state of their own. If all weak ones are such that `takes_tensors`, an image
-    may be a tensor.
+    two: whether there is a strong view. A second `Draw` is the weak view's, if it has one of its own. size: height and
+    width, if all images have the same. Distortions that resident.py knows are made of its numbers, so both pipelines
+    give the same pixels. Others, and the strong view's, draw from the global generators in a state of their own. If all
+    weak ones are such that `takes_tensors`, an image may be a tensor.
     """
 
     def __init__(
@@ -150,9 +150,10 @@ class TrainingViews:
         torch_alone = self.known is not None or all(takes_tensors(distortion) for distortion in weak)
         self.seeded = draws.seeded if torch_alone else draws.all_seeded
 
-    def __call__(self, image: Image.Image | Tensor, draw: Draw) -> Tensor | list[Tensor]:
-        with contextlib.nullcontext() if self.known is not None else self.seeded(draw, draws.WEAK):
-            weak = self.tensor(self._distort(image, draw, draws.WEAK))
+    def __call__(self, image: Image.Image | Tensor, draw: Draw, weak_draw: Draw | None = None) -> Tensor | list[Tensor]:
+        first = weak_draw or draw
+        with contextlib.nullcontext() if self.known is not None else self.seeded(first, draws.WEAK):
+            weak = self.tensor(self._distort(image, first, draws.WEAK))
         if not self.two:
             return weak
         with self.seeded(draw, draws.STRONG):

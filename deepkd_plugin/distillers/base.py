@@ -82,6 +82,15 @@ class Distiller(Taught):
         """Return how many views of an image the method needs under a config."""
         return cls.views
 
+    @classmethod
+    def temperature_of(cls, cfg: Any) -> float | None:
+        """Return the one temperature at which the method reads the teacher's logits under a config.
+
+        None if there are several, or if nothing says so: a class that defines its own comparison inherits no answer.
+        A table of some classes has the others' probability at one temperature.
+        """
+        return None
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         own = {name: getattr(value, "__func__", value) for name, value in vars(cls).items()}
@@ -90,6 +99,8 @@ class Distiller(Taught):
         if "constants" not in own and {"forward", "forward_train", *reads} & own.keys():
             # what the class above says of its own step does not hold for this one
             cls.constants = Distiller.constants  # type: ignore[method-assign]
+        if "temperature_of" not in own and {"compare", "forward", "forward_train", "terms", "task"} & own.keys():
+            cls.temperature_of = Distiller.temperature_of  # type: ignore[method-assign]
 
     def constants(self, epoch: float, num_classes: int) -> Hashable:
         """Return every number of a training step that the epoch decides; steps with equal ones may share a capture.

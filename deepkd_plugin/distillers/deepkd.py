@@ -69,6 +69,11 @@ class DeepKD(Distiller):
     def views_of(cls, cfg: Any) -> int:
         return bases()[cfg.DeepKD.BASE].views
 
+    @classmethod
+    def temperature_of(cls, cfg: Any) -> float | None:
+        base = bases()[cfg.DeepKD.BASE]
+        return None if base.temperature_of(cfg) is None else float(cfg.DeepKD.TEMPERATURE)
+
     def constants(self, epoch: float, num_classes: int) -> Hashable:
         return warmup_factor(epoch, self.cfg.DeepKD.WARMUP), self.top_k(epoch, num_classes)
 

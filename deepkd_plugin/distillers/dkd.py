@@ -18,7 +18,11 @@ class DKD(Method):
 
     @classmethod
     def terms(cls, views: Sequence[View], cfg: Any, temperature: float | None = None) -> list[Term]:
-        return [Term(*views[0], temperature or float(cfg.DKD.T))]
+        return [Term(*views[0], temperature or cls.temperature_of(cfg))]
+
+    @classmethod
+    def temperature_of(cls, cfg: Any) -> float:
+        return float(cfg.DKD.T)
 
     def constants(self, epoch: float, num_classes: int) -> Hashable:
         return warmup_factor(epoch, self.cfg.DKD.WARMUP)

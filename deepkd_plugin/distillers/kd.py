@@ -14,7 +14,11 @@ class KD(Method):
 
     @classmethod
     def terms(cls, views: Sequence[View], cfg: Any, temperature: float | None = None) -> list[Term]:
-        return [Term(*views[0], temperature or float(cfg.KD.TEMPERATURE))]
+        return [Term(*views[0], temperature or cls.temperature_of(cfg))]
+
+    @classmethod
+    def temperature_of(cls, cfg: Any) -> float:
+        return float(cfg.KD.TEMPERATURE)
 
     @classmethod
     def weights(cls, cfg: Any) -> tuple[float, float]:

@@ -49,7 +49,7 @@ class Host:
         name = cfg.DISTILLER.TYPE
         # mdistiller's KD and DKD standardise nothing, take no logits and fold nothing; its DKD divides by the warm-up
         node = cfg.DISTILLER
-        ours = node.TEACHER_LOGITS == "table" or node.FOLD_TEACHER is True
+        ours = node.TEACHER_LOGITS != "compute" or node.FOLD_TEACHER is True
         ours = cfg.EXPERIMENT.LOGIT_STAND or (ours and name != "NONE")
         if ours or (name == "DKD" and not cfg.DKD.WARMUP):
             return DISTILLERS[name]
@@ -71,5 +71,6 @@ class Host:
             raise config.wrong(origin, path, value, f"one of {', '.join(names)}{where}")
         config.check(cfg, origin)
         config.check_mask(cfg, origin, data.num_classes(cfg))
+        config.check_kept(cfg, origin, data.num_classes(cfg))
         if cfg.DISTILLER.TEACHER_LOGITS == "table":
             count_views(cfg)

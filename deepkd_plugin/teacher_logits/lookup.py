@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import device
 from ..errors import UserError
 from ..terminal import warn
-from .table import DTYPES, Damaged, Key, Table, gigabytes
+from .table import Damaged, Key, Table, gigabytes
 
 FOLDER = "teacher_logits"
 """Of the tables, in DATASET.ROOT, unless DISTILLER.LOGITS_DIR names another."""
@@ -35,18 +35,27 @@ class TeacherLogits:
     a run does not depend on what the table has. If the table cannot be used, this is said once and all are computed.
     """
 
-    def __init__(self, key: Key, place: Path, teacher: nn.Module, find: Find, amp: bool) -> None:
-        """Open or make the table. Raises UserError as Table.make does."""
-        self.key, self.teacher, self.find, self.amp = key, teacher, find, amp
+    def __init__(
+        self, key: Key, place: Path, teacher: nn.Module, find: Find, amp: bool, targets: np.ndarray | None = None
+    ) -> None:
+        """Open or make the table. targets: the labels of the set's images, which a table of some classes needs.
+
+        Raises UserError as Table.make does.
+        """
+        self.key, self.teacher, self.find, self.amp, self.targets = key, teacher, find, amp, targets
+        if key.kept is not None and targets is None:
+            raise ValueError("a table of some classes needs the targets, which are always among them")
         self.table: Table | None = None
         self.checked = 0
         """The last epoch of which a batch was compared with the table."""
         self.asked = self.computed = 0
         """Images since the last call of `share_computed`."""
+        print(f"logits    {key.count:,} images x {key.views} views x {key.record} bytes: up to {gigabytes(key.size)}")
         try:
             self.table = Table.make(place, key)
         except (Damaged, OSError) as error:
-            warn(f"{error}; the teacher's logits are computed in every step (DISTILLER.TEACHER_LOGITS table)")
+            kind = "table" if key.seed is None else "stored"
+            warn(f"{error}; the teacher's logits are computed in every step (DISTILLER.TEACHER_LOGITS {kind})")
             return
         print(f"logits    {self.table.path}: {self.table.share():.0%} of {gigabytes(key.size)}")
         if not self.table.writable:
@@ -60,17 +69,15 @@ class TeacherLogits:
         """
         image = image if isinstance(image, Tensor) else image[0]
         places, views = (part.numpy() for part in self.find(epoch, index.cpu()))
+        form = self.key.form
         if self.table is None:
-            stored, there = (
-                np.zeros((len(places), self.key.classes), DTYPES[self.key.dtype]),
-                np.zeros(len(places), bool),
-            )
+            stored, there = np.zeros(len(places), form.type), np.zeros(len(places), bool)
         else:
             stored, there = self.table.read(places, views)
         missing = np.flatnonzero(~there)
         self.asked += len(places)
         self.computed += len(missing)
-        result = stored.astype(np.float32)
+        result = form.unpack(stored)
         compare = bool(there.any()) and epoch != self.checked
         if compare or len(missing):
             rows = np.arange(len(places))
@@ -79,7 +86,8 @@ class TeacherLogits:
             logits = np.zeros_like(result)
             logits[rows] = self.compute(image, rows)
             if compare:
-                self.compare(result[there], logits[there])
+                # of the classes that the table keeps
+                self.compare(*(form.of_kept(stored[there], both[there]) for both in (result, logits)))
                 self.checked = epoch
             result[missing] = self.keep(places[missing], views[missing], logits[missing])
         if self.table is not None and self.table.damaged:
@@ -98,14 +106,15 @@ class TeacherLogits:
             return self.teacher(image)[0].float().cpu().numpy()
 
     def keep(self, places: np.ndarray, views: np.ndarray, logits: np.ndarray) -> np.ndarray:
-        """Round logits to the table's dtype and put them there; returns them. Those it cannot hold stay as they are."""
-        with np.errstate(over="ignore"):
-            stored = logits.astype(DTYPES[self.key.dtype])
-        held = (np.isinf(stored) == np.isinf(logits)).all(1)
+        """Bring logits into the table's form and put them there; returns them. Those it cannot hold stay."""
+        form = self.key.form
+        stored, held = form.pack(logits, None if self.targets is None else self.targets[places])
         if not held.all():
+            endless = self.key.kept is not None and not np.isfinite(logits).all()
+            what, can = ("LOGITS_K", "all classes") if endless else (f"LOGITS_DTYPE {self.key.dtype}", "float32")
             warn(
-                f"DISTILLER.LOGITS_DTYPE {self.key.dtype}: cannot hold the logits of {self.key.network}, which reach "
-                f"{np.abs(logits).max():.0f}; they are computed in every step; float32 can"
+                f"DISTILLER.{what}: cannot hold the logits of {self.key.network}, which reach "
+                f"{np.abs(logits).max():.0f}; they are computed in every step; {can} can"
             )
         if self.table is not None and self.table.writable:
             try:
@@ -113,7 +122,7 @@ class TeacherLogits:
             except OSError as error:
                 self.table.writable = False
                 warn(f"{self.table.path}: {error.strerror}; logits that are not there are computed each time")
-        return np.where(held[:, None], stored.astype(np.float32), logits)
+        return np.where(held[:, None], form.unpack(stored), logits)
 
     def compare(self, stored: np.ndarray, computed: np.ndarray) -> None:
         """Raise UserError if logits of the table are not those of the images."""
@@ -152,6 +161,6 @@ def check_teacher(teacher: nn.Module, image: Tensor) -> None:
     if training or not bool((together - again).abs().max() <= TOLERANCE * scale):
         what = f"{training[0]} is in training mode" if training else "the same images gave others"
         raise UserError(
-            f"DISTILLER.TEACHER_LOGITS is 'table'; it must be 'compute' with this teacher: its logits must depend on "
-            f"the image alone, and {what}"
+            f"DISTILLER.TEACHER_LOGITS must be 'compute' with this teacher: a table's logits must depend on the image "
+            f"alone, and {what}"
         )

@@ -1,7 +1,8 @@
 """The file of a table: one record for each view of each image, which is believed only if its checksum fits.
 
     header, 4096 bytes   a magic line, crc32 of all the rest of the header, the key as JSON, zeros
-    records              crc32 (4 bytes, little-endian; 0: not there yet) and C logits, image by image, view by view
+    records              crc32 (4 bytes, little-endian; 0: not there yet) and a view's logits as record.py has them,
+                         image by image, view by view
 
 A record is written by one call. Its checksum covers the header's and the record's place too, so one that is half
 written, damaged, or of another place or table does not fit, and counts as one that is not there. That is why any number
@@ -27,19 +28,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import UserError, shown
+from .record import Array, Record
 
-FORMAT = 1
-"""Of the file; a reader refuses a higher one."""
+FORMAT = 2
+"""Of the file; a reader refuses a higher one. Tables of views that are counted are of format 1."""
 
 SUFFIX = ".logits"
 MAGIC = b"deepkd teacher logits\n"
 HEADER = 4096
 CHECK = 4
 """Bytes of the header, and of a record's checksum."""
-
-DTYPES = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -64,18 +62,33 @@ class Key:
     precision: str
     """What the teacher computes in, bfloat16 or float32."""
     dtype: str
-    """What its logits are kept in: a key of DTYPES."""
+    """What its logits are kept in: a key of record.DTYPES."""
+    seed: int | None = None
+    """Which seed's first epochs the views are those of; None: all views that there are."""
+    kept: int | None = None
+    """How many classes a view's logits are kept of; None: all."""
+    temperature: float | None = None
+    """At which the probability of the others in sum is kept."""
+
+    def content(self) -> dict[str, Any]:
+        """Return what the key says, as the header has it."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     @property
     def name(self) -> str:
         """The file's name in a folder of tables."""
-        digest = hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:12]
+        digest = hashlib.sha256(json.dumps(self.content()).encode()).hexdigest()[:12]
         return f"{self.dataset}-{self.network}-{digest}{SUFFIX}"
+
+    @property
+    def form(self) -> Record:
+        """What a record has behind its checksum."""
+        return Record(self.classes, self.dtype, self.kept, self.temperature or 1.0)
 
     @property
     def record(self) -> int:
         """Bytes of a record."""
-        return CHECK + self.classes * DTYPES[self.dtype].itemsize
+        return CHECK + self.form.type.itemsize
 
     @property
     def size(self) -> int:
@@ -84,7 +97,7 @@ class Key:
 
     def header(self) -> bytes:
         """Return the file's header."""
-        rest = json.dumps({"format": FORMAT} | asdict(self)).encode()
+        rest = json.dumps({"format": 1 if self.seed is None else FORMAT} | self.content()).encode()
         rest = rest.ljust(HEADER - len(MAGIC) - CHECK, b"\0")
         return MAGIC + _checksum(rest) + rest
 
@@ -163,7 +176,7 @@ class Table:
         os.close(self._file)
 
     def read(self, images: Array, views: Array) -> tuple[Array, Array]:
-        """Return logits (B, C), in the table's dtype, and which of them are there (B,) bool; the others are 0.
+        """Return contents (B, …) of the key's form, and which of them are there (B,) bool; the others are 0.
 
         images, views: int64 (B,), the places of images in the set and of views among an image's.
         """
@@ -175,11 +188,12 @@ class Table:
                 if os.preadv(self._file, [rows[row]], HEADER + place * record) == record:
                     there[row] = self._fits(place, rows[row].data)
         rows[~there] = 0
-        return rows[:, CHECK:].copy().view(DTYPES[self.key.dtype]), there
+        return np.frombuffer(rows[:, CHECK:].tobytes(), self.key.form.type), there
 
-    def write(self, images: Array, views: Array, logits: Array) -> None:
-        """Put logits (B, C), in the table's dtype, at their places. Raises OSError, for example on a full disk."""
-        for place, row in zip((images * self.key.views + views).tolist(), logits.astype(DTYPES[self.key.dtype])):
+    def write(self, images: Array, views: Array, contents: Array) -> None:
+        """Put contents (B, …) of the key's form at their places. Raises OSError, for example on a full disk."""
+        contents = contents.astype(self.key.form.type.base)
+        for place, row in zip((images * self.key.views + views).tolist(), contents):
             content = row.tobytes()
             os.pwrite(self._file, self._check(place, content) + content, HEADER + place * self.key.record)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import data
+from .. import config, data
 from ..data.arrays import Passes, Training
 from ..data.resident import Batchwise, known, view_count, view_index
 from ..errors import UserError
 from .lookup import FOLDER, TeacherLogits, check_teacher
 from .table import SUFFIX, Damaged, Key, Table, gigabytes
+
+SAMPLE = 256
+"""Files of a set of image files whose content is looked at, at most."""
 
 
 def open_logits(cfg: Any, teacher: nn.Module, fingerprint: str, loader: Any, image: Any) -> TeacherLogits:
@@ -29,37 +34,45 @@ def open_logits(cfg: Any, teacher: nn.Module, fingerprint: str, loader: Any, ima
     samples = loader.dataset
     if not isinstance(samples, Training) or not isinstance(loader.sampler, Passes):
         raise UserError(
-            "config: DISTILLER.TEACHER_LOGITS is 'table'; it must be 'compute' with a training set that get_dataset "
-            "did not make: only of its images it is known which view an epoch has"
+            f"config: DISTILLER.TEACHER_LOGITS is {cfg.DISTILLER.TEACHER_LOGITS!r}; it must be 'compute' with a "
+            f"training set that get_dataset did not make: only of its images it is known which view an epoch has"
         )
     check_teacher(teacher, image if isinstance(image, Tensor) else image[0])
-    distortions, seed = _distortions(cfg), loader.sampler.seed
+    stored = cfg.DISTILLER.TEACHER_LOGITS == "stored"
+    distortions, seed, views = [] if stored else _distortions(cfg), loader.sampler.seed, loader.sampler.views
     key = make_key(cfg, fingerprint, samples)
 
     chosen = torch.as_tensor(samples.chosen)
 
     def find(epoch: int, index: Tensor) -> tuple[Tensor, Tensor]:
+        if stored:
+            return chosen[index], torch.full_like(index, views.epoch(epoch) - 1)
         return chosen[index], view_index(distortions, seed, epoch, chosen[index])
 
-    return TeacherLogits(key, place(cfg), teacher, find, cfg.SOLVER.AMP)
+    return TeacherLogits(key, place(cfg), teacher, find, cfg.SOLVER.AMP, np.asarray(samples.images.targets))
 
 
 def make_key(cfg: Any, fingerprint: str, samples: Any) -> Key:
     """Return the key of the table that a config means. samples: the training set, as get_dataset's loader has it."""
-    source = data.source(cfg.DATASET.TYPE)
-    views = count_views(cfg)
+    source, node = data.source(cfg.DATASET.TYPE), cfg.DISTILLER
     images = samples.images  # all of the set, so that runs on parts of it share a table
+    stored = node.TEACHER_LOGITS == "stored"
+    some = stored and 0 < node.LOGITS_K < source.num_classes
     return Key(
         network=cfg.DISTILLER.TEACHER,
         teacher=fingerprint,
         dataset=cfg.DATASET.TYPE,
-        images=_fingerprint(images),
+        images=_fingerprint_with_labels(images) if stored else _fingerprint(images),
         count=len(images),
-        views=views,
-        view=f"{', '.join(map(repr, source.augmentation))}; mean {source.mean}, std {source.std}, side {source.side}",
+        views=node.LOGITS_VIEWS if stored else count_views(cfg),
+        view=f"{', '.join(map(_described, source.augmentation))}; mean {source.mean}, std {source.std}, "
+        f"side {source.side}",
         classes=source.num_classes,
         precision="bfloat16" if cfg.SOLVER.AMP else "float32",
-        dtype=cfg.DISTILLER.LOGITS_DTYPE,
+        dtype=node.LOGITS_DTYPE,
+        seed=node.LOGITS_SEED if stored else None,
+        kept=node.LOGITS_K if some else None,
+        temperature=config.temperature(cfg) if some else None,
     )
 
 
@@ -75,7 +88,7 @@ def _distortions(cfg: Any) -> list[Batchwise]:
     if not source.small or None in made or view_count(made) is None:
         raise UserError(
             f"config: DISTILLER.TEACHER_LOGITS is 'table'; it must be 'compute' with DATASET.TYPE {cfg.DATASET.TYPE}, "
-            f"whose images have more views than can be counted"
+            f"whose images have more views than can be counted, or 'stored', which has a few of them"
         )
     return made
 
@@ -86,6 +99,20 @@ def share_computed(views: int, epochs: int) -> float:
     An image's views are drawn uniformly, so epochs n leave each of the V views unseen with the chance (1 - 1/V)^n.
     """
     return views * (1 - (1 - 1 / views) ** epochs) / epochs
+
+
+def sharing(cfg: Any) -> tuple[Any, ...]:
+    """Return what the runs of one teacher and data set have alike if they share a table."""
+    node = cfg.DISTILLER
+    own = (node.LOGITS_VIEWS, node.LOGITS_SEED, node.LOGITS_K, config.temperature(cfg))
+    return node.TEACHER_LOGITS, node.LOGITS_DTYPE, cfg.SOLVER.AMP, *(own if node.TEACHER_LOGITS == "stored" else ())
+
+
+def share_of(cfg: Any, epochs: int) -> float:
+    """Return that share for a config, of whose table runs of so many epochs together make use."""
+    if cfg.DISTILLER.TEACHER_LOGITS == "stored":
+        return min(cfg.DISTILLER.LOGITS_VIEWS, cfg.SOLVER.EPOCHS) / epochs
+    return share_computed(count_views(cfg), epochs)
 
 
 def place(cfg: Any) -> Path:
@@ -111,6 +138,29 @@ def _fingerprint(images: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+def _fingerprint_with_labels(images: Any) -> str:
+    """Hash images and their labels; of files their names below a common folder, their sizes, and what a few hold.
+
+    To read all of ImageNet takes as long as an epoch. This takes as long as asking for the size of each file.
+    """
+    digest = hashlib.sha256(np.asarray(images.targets, dtype=np.int64).tobytes())
+    paths = getattr(images, "paths", None)
+    if paths is None:
+        digest.update(_fingerprint(images).encode())
+        return digest.hexdigest()[:16]
+    start = len(os.path.commonpath([min(paths), max(paths)]))
+    for path in paths:
+        digest.update(f"{path[start:]}\0{os.stat(path).st_size}\n".encode(errors="surrogateescape"))
+    for path in paths[:: -(-len(paths) // SAMPLE)]:
+        digest.update(Path(path).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _described(distortion: Any) -> str:
+    """Say what a distortion is; what Python says of a function has its place in memory in it."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(distortion))
+
+
 def describe(path: Path) -> str:
     """Say in a line what a file of a folder of tables is, how large, and how full."""
     size = path.stat()
@@ -120,8 +170,13 @@ def describe(path: Path) -> str:
         return str(error)
     key, share = table.key, table.share()
     table.close()
+    classes = f"{key.classes} classes"
+    if key.kept is not None:
+        classes = f"{key.kept} of {classes} at temperature {key.temperature:g}"
+    if key.seed is not None:
+        classes += f" (seed {key.seed})"
     return (
         f"{path}: {key.dataset}, {key.network} {key.teacher} in {key.precision}, {key.count:,} images x {key.views} "
-        f"views x {key.classes} classes in {key.dtype}; about {share:.0%} filled, {gigabytes(size.st_blocks * 512)} "
+        f"views x {classes} in {key.dtype}; about {share:.0%} filled, {gigabytes(size.st_blocks * 512)} "
         f"of {gigabytes(key.size)}"
     )

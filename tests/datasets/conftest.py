@@ -25,7 +25,7 @@ def data_cfg():
             {
                 "DATASET": dataset | node,
                 "SOLVER": {"BATCH_SIZE": 32, "SEED": 0},
-                "DISTILLER": {"TYPE": method},
+                "DISTILLER": {"TYPE": method, "TEACHER_LOGITS": "compute"},
                 "DeepKD": {"BASE": base},
             }
         )

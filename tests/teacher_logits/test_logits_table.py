@@ -13,6 +13,7 @@ import pytest
 
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.teacher_logits import table as tables
+from deepkd_plugin.teacher_logits.record import DTYPES
 from deepkd_plugin.teacher_logits.table import HEADER, Damaged, Key, Table
 
 KEY = Key("resnet20", "ab" * 8, "glyphs100", "cd" * 8, 7, 5, "crop", 3, "float32", "float16")
@@ -25,7 +26,7 @@ def places(key=KEY):
 
 def logits_of(images, views, key=KEY):
     """Logits that say which view they are of."""
-    return np.stack([1 + images, 1 + views, -1 - images * key.views - views], 1).astype(tables.DTYPES[key.dtype])
+    return np.stack([1 + images, 1 + views, -1 - images * key.views - views], 1).astype(DTYPES[key.dtype])
 
 
 def filled(folder, key=KEY):
@@ -45,7 +46,7 @@ def test_what_was_written_is_read(tmp_path, dtype):
     logits, there = Table.make(tmp_path / "new", key).read(*asked)
     assert there.tolist() == [True, False, True, True]
     assert np.array_equal(logits[there], logits_of(*asked, key)[there])
-    assert logits.dtype == tables.DTYPES[dtype]
+    assert logits.dtype == DTYPES[dtype]
     assert not logits[1].any()
 
 
@@ -112,12 +113,12 @@ def test_a_table_of_something_else_is_refused_with_what_differs(tmp_path):
 
 def test_a_newer_table_is_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as newer:
-        newer.setattr(tables, "FORMAT", 2)
-        path = filled(tmp_path).path
-    for read in (lambda: Table.open(path), lambda: Table.make(tmp_path, KEY)):
-        with pytest.raises(UserError, match="of format 2, and this version reads up to 1"):
+        newer.setattr(tables, "FORMAT", 3)
+        path = filled(tmp_path, replace(KEY, seed=0)).path
+    for read in (lambda: Table.open(path), lambda: Table.make(tmp_path, replace(KEY, seed=0))):
+        with pytest.raises(UserError, match="of format 3, and this version reads up to 2"):
             read()
-    assert json.loads(path.read_bytes()[26:HEADER].rstrip(b"\0"))["format"] == 2
+    assert json.loads(path.read_bytes()[26:HEADER].rstrip(b"\0"))["format"] == 3
 
 
 def test_a_disk_without_room_is_said_before_anything_is_written(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import contextlib
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ from torch import nn
 from ... import config, device
 from ...data import pipeline
 from ...fold import CannotFoldError, fold
-from ...teacher_logits.tables import count_views, share_computed
+from ...teacher_logits.tables import share_of, sharing
 from ..shared import cores
 
 BUDGET = 3.0
@@ -49,7 +50,10 @@ class Timer:
 
     def __init__(self, kind: Timed, cfgs: Sequence[Any], threads: int, runs: Sequence[int]) -> None:
         self.kind, self.cfgs, self.device = kind, cfgs, device.pick()
-        self.shared_epochs = sum(count * cfg.SOLVER.EPOCHS for cfg, count in zip(cfgs, runs) if _looks_up(cfg))
+        self.epochs: Counter[Any] = Counter()
+        """Of all runs that share a table, by what it is of."""
+        for cfg, count in zip(cfgs, runs):
+            self.epochs[sharing(cfg)] += count * cfg.SOLVER.EPOCHS if _looks_up(cfg) else 0
         self.threads = [1] if threads == 1 else [1, threads]
         self.budget = BUDGET / (len(cfgs) + 2)
         self.networks: dict[tuple[str, str], nn.Module] = {}
@@ -76,7 +80,7 @@ class Timer:
         student, *teacher = (source.images(cfg)[1] * self.passes[part] for part in _parts(cfg))
         step, workers = self.step(cfg), min(cfg.DATASET.NUM_WORKERS, cores())
         if _looks_up(cfg):
-            share = share_computed(count_views(cfg), self.shared_epochs)
+            share = share_of(cfg, self.epochs[sharing(cfg)])
             step += share * cfg.SOLVER.BATCH_SIZE * self.passes[_parts(cfg)[1]]
         if pipeline(cfg) == "workers":
             load = cfg.SOLVER.BATCH_SIZE * self.timed(source.augmenter(views), self.budget / 10)
@@ -164,7 +168,7 @@ class Timer:
 
 def _looks_up(cfg: Any) -> bool:
     """Tell whether a config's runs look their teacher's logits up in a table."""
-    return cfg.DISTILLER.TEACHER_LOGITS == "table" and cfg.DISTILLER.TYPE != "NONE"
+    return cfg.DISTILLER.TEACHER_LOGITS != "compute" and cfg.DISTILLER.TYPE != "NONE"
 
 
 def _parts(cfg: Any) -> list[tuple[str, str]]:
