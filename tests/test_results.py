@@ -221,6 +221,26 @@ def test_the_tables_of_the_page_on_performance():
         expected.append(f"| {pair} | {' | '.join(numbers)} |")
     assert table(page, "| pair | KD | DeepKD | ratio |") == expected
 
+    expected = []
+    for name in ("step_ours", "step_ours_res56"):
+        for pair, rows_of in steps(name).items():
+            kd, known, ours = (rows_of[step, "eager"] for step in ("KD", "KD, table", "DeepKD, 2 coefficients, table"))
+            numbers = [f"{row['ms']:.1f}" for row in (kd, known, ours)] + [f"{ours['ms'] / kd['ms']:.2f}"]
+            columns = ("floor ratio", "ratio to floor", "ratio to mdistiller's KD", "ratio to the release's")
+            numbers += [f"{ours[column]:.2f}" for column in columns]
+            expected.append(f"| {pair} | {' | '.join(numbers)} | {name} |")
+    assert table(page, "| pair | KD | KD, table |") == expected
+
+    images = {
+        (row["use"], row["files"], row["way"]): row["images/s"]
+        for row in json.loads((RESULTS / "input.json").read_text(encoding="utf-8"))["rows"]
+    }
+    columns = [(files, way) for files in ("as they are", "shrunk") for way in ("PIL, floats", "bytes")]
+    assert table(page, "| use | PIL |") == [
+        f"| {use} | {' | '.join(f'{images[(use, *column)]:,.0f}' for column in columns)} |"
+        for use in ("training", "test")
+    ]
+
     ways = {
         "step_channels_last": "channels last",
         "step_amp": "channels last, bfloat16",
