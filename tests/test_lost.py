@@ -31,7 +31,8 @@ def train(folder, resume=False, overwrite=False, **keys):
 
 def test_a_run_whose_processes_are_killed_goes_on_bitwise(tmp_path):
     """10 times, at random moments, one of its two processes; the run also saves itself inside its epochs."""
-    assert job(partial(train, tmp_path / "whole"), tmp_path)[0] == [0, 0]
+    codes, outputs = job(partial(train, tmp_path / "whole"), tmp_path)
+    assert codes == [0, 0], outputs
     draw, kills, runs = random.Random(0), 0, 0
     while kills < 10:
         runs += 1
