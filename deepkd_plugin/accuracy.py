@@ -8,23 +8,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .device import autocast, classify_in_float32, place_batch, refusals
+from .distributed import total
 from .errors import UserError
 from .run.metrics import Sums
 
 
 @torch.no_grad()
 def evaluate(distiller: nn.Module, loader: Any, device: torch.device, solver: Any) -> dict[str, float]:
-    """Test a distiller on a loader of (image, target): top-1 and top-5 in percent, mean cross-entropy."""
+    """Test a distiller on a loader of (image, target): top-1 and top-5 in percent, mean cross-entropy.
+
+    Of several processes each tests the images of its own loader, and the numbers are of all of them.
+    """
     distiller.eval()
     sums = Sums()
+    sums.add(dict.fromkeys(("top1", "top5", "loss"), torch.zeros((), device=device)), 0)
     for batch in loader:
         image, target, *_ = place_batch(batch, device, solver.CHANNELS_LAST)
         with autocast(device, solver.AMP):
             logits = distiller(image=image).float()
         loss = F.cross_entropy(logits, target, reduction="sum")
         sums.add(correct(logits, target) | {"loss": loss}, len(target))
-    means = sums.means()
-    return {"test_acc": means["top1"], "test_acc_top5": means["top5"], "test_loss": means["loss"]}
+    *totals, count = total([*sums.totals().values(), sums.count])
+    return dict(zip(("test_acc", "test_acc_top5", "test_loss"), (value / count for value in totals)))
 
 
 @refusals()

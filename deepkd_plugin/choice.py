@@ -6,6 +6,7 @@ GAIN, so that the choice is stable.
 
 import contextlib
 import copy
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import config, device
+from . import config, device, distributed
 from .config import CHANNELS_LAST, FOLD_TEACHER
 from .distillers.base import Distiller
 from .errors import UserError
@@ -58,8 +59,8 @@ def settle(cfg: Any, distiller: Any, samples: Callable[[int], Tensor], reason: s
     at, how, measured = next(distiller.parameters()).device, {}, []
     if automatic(cfg.SOLVER.CHANNELS_LAST):
         teacher = getattr(distiller, "teacher", None) if config.asks_teacher(cfg) else None
-        images = noise(samples(1), cfg.SOLVER.BATCH_SIZE)
-        choice = channels_last(distiller.student, teacher, images, cfg.SOLVER.AMP)
+        images = noise(samples(1), _share(cfg))
+        choice = _agreed(channels_last(distiller.student, teacher, images, cfg.SOLVER.AMP))
         cfg = resolved(cfg, CHANNELS_LAST, choice.value)
         how[CHANNELS_LAST] = choice.how
         measured.append(f"{CHANNELS_LAST} {choice.value} ({choice.how})")
@@ -74,7 +75,9 @@ def settle(cfg: Any, distiller: Any, samples: Callable[[int], Tensor], reason: s
         choice = Choice(False, reason)
         if not reason:
             last = cfg.SOLVER.CHANNELS_LAST
-            choice = _fold(cfg, distiller, lambda count: device.place_batch(samples(count), at, last))
+            choice = _agreed(_fold(cfg, distiller, lambda count: device.place_batch(samples(count), at, last)))
+            if not choice.value:
+                distiller.fold(None)
             measured.append(f"{FOLD_TEACHER} {choice.value} ({choice.how})")
         elif not auto and cfg.DISTILLER.TYPE != "NONE":
             raise _refused(reason)
@@ -101,6 +104,16 @@ def choose(cfg: Any, student: nn.Module, teacher: nn.Module | None, images: Tens
     return {CHANNELS_LAST: last, FOLD_TEACHER: folds}
 
 
+def _agreed(choice: Choice) -> Choice:
+    """Return the choice of the first of several processes: gradients of one memory format are summed."""
+    return choice._replace(value=bool(distributed.from_first([choice.value])[0]))
+
+
+def _share(cfg: Any) -> int:
+    """Return how many images a process passes at once."""
+    return math.ceil(config.chunk(cfg) / distributed.size())
+
+
 def _fold(cfg: Any, distiller: Distiller, samples: Callable[[int], Tensor]) -> Choice:
     """Fold a distiller's teacher, unless that changes its logits or, if it is left open, is not faster."""
     auto, teacher, images = automatic(cfg.DISTILLER.FOLD_TEACHER), distiller.teacher, samples(REAL)
@@ -114,9 +127,7 @@ def _fold(cfg: Any, distiller: Distiller, samples: Callable[[int], Tensor]) -> C
         different = differences(teacher(images)[0], folded(images)[0])
     if different:
         return Choice(False, f"its logits would be others: {different}")
-    choice = (
-        folding(teacher, folded, noise(images, cfg.SOLVER.BATCH_SIZE)) if auto else Choice(True, "as the config says")
-    )
+    choice = folding(teacher, folded, noise(images, _share(cfg))) if auto else Choice(True, "as the config says")
     if choice.value:
         distiller.fold(folded)
     return choice

@@ -37,6 +37,20 @@ def take(number: int) -> None:
         torch.cuda.set_device(number)
 
 
+def generators(device: torch.device) -> Tensor:
+    """Return the states of torch's generators of the CPU and of a device, as bytes (n,) on the CPU."""
+    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+    return torch.cat(states)
+
+
+def set_generators(device: torch.device, states: Tensor) -> None:
+    """Put back what `generators` returned."""
+    length = len(torch.get_rng_state())
+    torch.set_rng_state(states[:length].clone())
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[length:].clone(), device)
+
+
 def tune(deterministic: bool = False) -> None:
     """Let cuDNN find the fastest algorithms for batches of one size, as mdistiller's scripts do.
 
@@ -213,20 +227,26 @@ class Captures:
         return graph, result
 
 
-def autocast(device: torch.device, enabled: bool) -> contextlib.AbstractContextManager[Any]:
-    """Return bfloat16 autocast, or nothing."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+def precision(amp: bool | str) -> str:
+    """Name what networks compute in under a value of SOLVER.AMP: float32, bfloat16 or float16."""
+    return amp if isinstance(amp, str) else "bfloat16" if amp else "float32"
 
 
-def autocast_within(module: nn.Module, device: torch.device) -> None:
-    """Let every forward pass of a module run under bfloat16 autocast, whichever thread calls it.
+def autocast(device: torch.device, amp: bool | str) -> contextlib.AbstractContextManager[Any]:
+    """Return the autocast of SOLVER.AMP; False: nothing."""
+    dtype = torch.float16 if precision(amp) == "float16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=bool(amp))
+
+
+def autocast_within(module: nn.Module, device: torch.device, amp: bool | str = True) -> None:
+    """Let every forward pass of a module run under the autocast of SOLVER.AMP, whichever thread calls it.
 
     Autocast is a setting of a thread, and DataParallel calls the module in a thread for each device.
     """
     thread = threading.local()
 
     def enter(module: nn.Module, inputs: Any) -> None:
-        thread.context = autocast(device, True)
+        thread.context = autocast(device, amp)
         thread.context.__enter__()
 
     def leave(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -276,13 +296,14 @@ def shapes_only() -> contextlib.AbstractContextManager[Any]:
     return torch.device("meta")
 
 
-def seed_everything(seed: int, epoch: int = 0) -> None:
-    """Seed Python, numpy and torch for one epoch (0: before the first).
+def seed_everything(seed: int, epoch: int = 0, process: int = 0) -> None:
+    """Seed Python, numpy and torch for one epoch (0: before the first), in one of the processes of a run.
 
     Every epoch starts from its own state, so a resumed run sees the same images in the same order as an uninterrupted
     one, and no generator's state needs to be stored.
     """
-    words = np.random.SeedSequence((seed, epoch)).generate_state(3)
+    key = (seed, epoch, process) if process else (seed, epoch)
+    words = np.random.SeedSequence(key).generate_state(3)
     random.seed(int(words[0]))
     # torchvision's and other people's transforms may draw from numpy's global generator
     np.random.seed(int(words[1]))  # noqa: NPY002

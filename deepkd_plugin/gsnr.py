@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distributed import ProcessGroup, summed
 from .streams import backward_by_set
 
 SUMMARIES = ("mean", "ratio")
@@ -336,6 +337,8 @@ class GradientMonitor:
         self.moments = GradientMoments({n: p for n, p in params if p.requires_grad}, streams, coordinates)
         self.every, self.window, self.layers = every, window, layers
         self.iteration = 0
+        self._parts: list[dict[Tensor, Tensor]] = []
+        """By stream, the gradients of the parts so far of a sample that comes in several."""
 
     def tick(self) -> None:
         """Count an iteration."""
@@ -351,13 +354,39 @@ class GradientMonitor:
         """Whether the window is at its end."""
         return self.moments.samples == self.window
 
-    def sample(self, losses: Mapping[str, Tensor]) -> None:
-        """Add the gradients of `losses` (stream → scalar) to the window; their graph is kept."""
+    def sample(
+        self,
+        losses: Mapping[str, Tensor],
+        last: bool = True,
+        sum_over: ProcessGroup | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        """Add the gradients of `losses` (stream → scalar) to the window; their graph is kept.
+
+        last: False for a part of a sample, which another call completes. sum_over: the processes of a group, over which
+        a sample is summed; all of them must call it. scale: a GradScaler's, which the losses were multiplied by; a
+        sample that is not finite under another scale than 1 is none.
+        """
         moments = self.moments
         sets = tuple((stream,) for stream in moments.streams)
         live = [p for p in moments.params if p.requires_grad]
         columns = backward_by_set(losses, sets, live, retain_graph=True) if live else [[] for _ in sets]
-        by_param = [dict(zip(live, column)) for column in columns]
+        self._parts = self._parts or [{} for _ in sets]
+        for part, column in zip(self._parts, columns):
+            for p, g in zip(live, column):
+                if g is not None:
+                    part[p] = part[p] + g if p in part else g
+        if not last:
+            return
+        by_param, self._parts = self._parts, []
+        if sum_over is not None and live:
+            totals = summed(by_param, live, sum_over)
+            by_param = [{p: g for p, g in zip(live, total) if g is not None} for total in totals]
+        if scale != 1:
+            every = [g for part in by_param for g in part.values()]
+            if not all(bool(g.isfinite().all()) for g in every):
+                return
+            by_param = [{p: g / scale for p, g in part.items()} for part in by_param]
         moments.add({s: [g.get(p) for p in moments.params] for s, g in zip(moments.streams, by_param)})
 
     def finish(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from . import config, data, device
+from . import config, data, device, distributed
 from .accuracy import measure_teacher
 from .errors import UserError
 from .hosts.host import Host
@@ -27,11 +27,12 @@ EXAMPLE = "configs/glyphs100/res20_res8/kd.yaml"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`tools/train.py`: train the student of a config. Returns the exit code (2: a mistake of the user)."""
-    return guarded(lambda: _main(list(sys.argv[1:] if argv is None else argv)))
+    return distributed.ended(lambda: guarded(lambda: _main(list(sys.argv[1:] if argv is None else argv))))
 
 
 def _main(words: list[str]) -> None:
-    train(**read_words(words, "tools/train.py", "Train a student under a config.", EXAMPLE))
+    with distributed.joined():
+        train(**read_words(words, "tools/train.py", "Train a student under a config.", EXAMPLE))
 
 
 def read_words(words: Sequence[str], tool: str, description: str, example: str) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def read_words(words: Sequence[str], tool: str, description: str, example: str) 
     parser.add_argument("--cfg", dest="file", required=True, metavar="FILE", help=f"for example {example}")
     parser.add_run()
     args = parser.parse(words)
-    return vars(args) | {"command": shlex.join(["python", tool, "--cfg", args.file, *args.options])}
+    return vars(args) | {"command": shlex.join([*distributed.command(tool), "--cfg", args.file, *args.options])}
 
 
 def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, command: str) -> Path:
@@ -53,11 +54,17 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
     name = experiment_name(cfg, options)
     folder = Path(cfg.LOG.PREFIX) / name
     make = trainers(host)[cfg.SOLVER.TRAINER]
+    if distributed.size() > 1 and not issubclass(make, Trainer):
+        allowed = f"{config.TRAINER} or base in {distributed.size()} processes: it is mdistiller's"
+        raise config.wrong(origin, "SOLVER.TRAINER", cfg.SOLVER.TRAINER, allowed)
+    device.tune(cfg.SOLVER.DETERMINISTIC)  # before CUDA starts
+    distributed.take_card()
+    resume, overwrite = run_folder.restarted(folder, resume, overwrite)
     with run_folder.held(folder, resume, overwrite, record_needed=issubclass(make, Trainer)):
-        device.tune(cfg.SOLVER.DETERMINISTIC)  # before CUDA starts
         target_device = device.pick()
         device.seed_everything(cfg.SOLVER.SEED)
-        train_loader, val_loader, num_data, num_classes = data.get_dataset(cfg)
+        with distributed.in_turn():
+            train_loader, val_loader, num_data, num_classes = data.get_dataset(cfg)
         print(
             f"{name}: {cfg.DISTILLER.TYPE} on {cfg.DATASET.TYPE}, {num_data} images, {device.describe(target_device)}"
         )
@@ -72,10 +79,13 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
             return folder
         source = origin.get("DISTILLER.TEACHER_WEIGHTS", "default")
         teacher_acc = measure_teacher(distiller, val_loader, cfg, source)
-        trainer = make(name, device.parallel(distiller, cfg.SOLVER.DATA_PARALLEL), train_loader, val_loader, cfg)
+        if distributed.size() == 1:
+            distiller = device.parallel(distiller, cfg.SOLVER.DATA_PARALLEL)
+        trainer = make(name, distiller, train_loader, val_loader, cfg)
         trainer.teacher_acc = teacher_acc
         result = run(trainer, resume, overwrite, command)
-        summarise(file, cfg, folder, teacher_acc, result)
+        if not distributed.rank():
+            summarise(file, cfg, folder, teacher_acc, result)
         return folder
 
 
@@ -89,7 +99,9 @@ def run(trainer: Trainer, resume: bool, overwrite: bool, command: str) -> dict[s
     except UserError:
         raise
     except (KeyboardInterrupt, Exception) as error:
-        again = f"Resume with: {command} --resume" if trainer.epoch else f"Start again with: {command} --overwrite"
+        again = f"Start again with: {command} --overwrite"
+        if trainer.has_checkpoint:
+            again = f"Resume with: {command} --resume"
         left = f"{trainer.resume_point()} {again}"
         # torch raises it wherever Python is just then, and what is interrupted by it may raise an error of its own
         killed = next((str(one) for one in chain(error) if "DataLoader worker" in str(one)), None)
@@ -106,6 +118,8 @@ def run(trainer: Trainer, resume: bool, overwrite: bool, command: str) -> dict[s
             reason = killed.splitlines()[0].strip().rstrip(".")
             message = f"{reason}; if memory was short, here or in /dev/shm, {workers} must be lower. {left}"
             raise Stopped(message, 1) from None
+        if isinstance(error, distributed.Lost):
+            raise Stopped(f"{error}. {left}", error.code) from None
         refused = used_up(error)
         if refused is None:
             raise

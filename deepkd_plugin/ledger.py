@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import distributed
 from .streams import Sets
 
 Gradients = dict[Tensor, Tensor]
@@ -105,6 +106,16 @@ class Ledger:
             assert p.grad is not None
             _add(home, {p: p.grad - before[p] if p in before else p.grad.clone()})
         self._know(changed)
+
+    def take(self, params: Sequence[Tensor]) -> list[Gradients]:
+        """Hand over what waits, by set, and forget it; [] if nothing does."""
+        waiting = list(self.by_set) if self.apart else [{p: p.grad for p in params if p.grad is not None}]
+        if not self.sets and not waiting[0]:
+            return []
+        for p in params:
+            p.grad = None
+        self.clear()
+        return waiting
 
     def settle(self, params: Sequence[Tensor], unscaled: bool = False) -> None:
         """Bring the sets into line with p.grad, which others may have changed.
@@ -280,41 +291,13 @@ def average(
     params: all that may have a gradient, in one order on all processes. If only some processes have a gradient, the
     others count as 0; if none has, there is none. The given gradients are overwritten.
     """
-    present = torch.tensor([[p in mine for p in params] for mine in gradients], device=params[0].device)
-    present = present.to(torch.int32)
-    dist.all_reduce(present, dist.ReduceOp.MAX, group)
-    averaged = [
-        {p: mine[p] if p in mine else torch.zeros_like(p) for p, there in zip(params, row) if there}
-        for mine, row in zip(gradients, present.tolist())
-    ]
-    for bucket in _buckets([g for mine in averaged for g in mine.values()]):
-        flat = torch.cat([g.reshape(-1) for g in bucket])
-        dist.all_reduce(flat, group=group)
-        flat /= dist.get_world_size(group)
-        for g, part in zip(bucket, torch.split(flat, [g.numel() for g in bucket])):
-            g.copy_(part.view_as(g))
+    averaged: list[Gradients] = [dict(mine) for mine in gradients]
+    for mine, total in zip(averaged, distributed.summed(gradients, params, group)):
+        for p, gradient in zip(params, total):
+            if gradient is not None:
+                gradient /= dist.get_world_size(group)
+                mine[p] = mine[p].copy_(gradient) if p in mine else gradient
     return averaged
-
-
-BUCKET = 25 * 2**20
-"""Bytes that are reduced at once, more or less; DistributedDataParallel's number."""
-
-
-def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Collect gradients of one dtype, in order, until their bytes fill a bucket."""
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for g in gradients:
-        by_dtype.setdefault(g.dtype, []).append(g)
-    for alike in by_dtype.values():
-        bucket, size = [], 0
-        for g in alike:
-            bucket.append(g)
-            size += g.numel() * g.element_size()
-            if size >= BUCKET:
-                yield bucket
-                bucket, size = [], 0
-        if bucket:
-            yield bucket
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
+from .distributed import ProcessGroup, Summation
 from .ledger import Ledger
 from .streams import Sets, backward_by_set, merge_streams
 from .updates import Coefficients, Options, Update, update_foreach, update_single
@@ -145,18 +146,32 @@ class DecoupledMomentumSGD(Optimizer):
             self.param_groups.pop()
             raise
 
-    def backward(self, losses: Mapping[str, Tensor], retain_graph: bool = False) -> None:
+    def backward(
+        self, losses: Mapping[str, Tensor], retain_graph: bool = False, sum_over: ProcessGroup | None = None
+    ) -> None:
         """Add the gradients of `losses` (stream → scalar) to the streams' gradients and their sum to p.grad.
 
         One backward pass is made for each set of streams with equal coefficients. A stream may be left
         out; its gradient then counts as zero. A call that is refused leaves all gradients as they were.
+
+        sum_over: the processes of a group of torch.distributed's, over which the streams' gradients are summed, those
+        of earlier calls too, while the passes go on; all of them must call it, once before a step. Their losses are
+        then to be parts of one sum; for a mean see `average_gradients`. No other use of the group may come between.
         """
         for group in self.param_groups:
             self._check_group(group)
         params, sets = self._trained(), self._sets()
         self._pending.begin(sets, params)
-        gradients = backward_by_set(losses, sets, params, retain_graph)
-        self._pending.add(sets, params, gradients)
+        if sum_over is None:
+            self._pending.add(sets, params, backward_by_set(losses, sets, params, retain_graph))
+            return
+        earlier = self._pending.take(params) or [{} for _ in sets]
+        sums = [Summation(params, mine, sum_over) for mine in earlier]
+        backward_by_set(losses, sets, params, retain_graph, [one.following for one in sums])
+        for one in sums:
+            one.flush()
+        self._pending.add(sets, params, [one.finish() for one in sums])
+        self._pending.reduced = True
 
     @torch.no_grad()
     def collect(self, stream: str) -> None:

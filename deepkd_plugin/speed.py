@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 
-from . import device
+from . import device, distributed
 from .distillers.base import Distiller
+from .divided import DividedStep
 from .optim import DecoupledMomentumSGD
 from .step import Batch, Outcome, Step
 
@@ -30,7 +31,7 @@ class CompiledStep(Step):
             self.hooks.append(self.module.register_forward_pre_hook(lambda *_: device.begin_step()))
         self.tried = False
 
-    def gradients(self, batch: Batch, epoch: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def gradients(self, batch: Batch, epoch: float) -> tuple[Tensor, dict[str, Tensor], Batch]:
         if self.tried:
             return super().gradients(batch, epoch)
         self.tried = True
@@ -127,25 +128,43 @@ class GraphedStep(Step):
                 yield from self.optimizer.state.get(p, {}).values()
 
 
+class CompiledDividedStep(CompiledStep, DividedStep):
+    """A divided step with both networks under torch.compile."""
+
+
 STEPS: dict[str, type[Step]] = {"eager": Step, "compile": CompiledStep, "graphs": GraphedStep}
 """By SOLVER.EXECUTION."""
+
+DIVIDED: dict[str, type[DividedStep]] = {"eager": DividedStep, "compile": CompiledDividedStep}
+"""The same if the batch is divided."""
 
 BOOKKEEPING = ("params", "momentum_shares")
 """Entries of a parameter group that are no options."""
 
 
-def make_step(execution: str, distiller: nn.Module, *arguments: Any) -> Step:
-    """Make the step of SOLVER.EXECUTION; if that cannot be, an eager one, and print the reason."""
+def make_step(execution: str, distiller: nn.Module, *arguments: Any, chunk: int | None = None) -> Step:
+    """Make the step of SOLVER.EXECUTION; if that cannot be, an eager one, and print the reason.
+
+    chunk: most images in a micro-batch; None if the batch is not divided, by micro-batches or processes.
+    """
     home = next(distiller.parameters()).device
     reason = ""
     if execution == "graphs" and home.type != "cuda":
         reason = f"it needs CUDA, and this run is on {home.type}"
+    elif execution == "graphs" and chunk is not None:
+        reason = "it takes a batch whole, and this is divided among processes or micro-batches"
+    elif execution == "graphs" and device.precision(arguments[-1]) == "float16":
+        reason = "the decision to skip a step of SOLVER.AMP float16 waits for the device"
     elif execution != "eager" and isinstance(distiller, nn.DataParallel) and distiller.device_ids:
         reason = "it takes one device, and DataParallel has several"
     if reason:
         print(f"SOLVER.EXECUTION {execution}: falls back to eager ({reason})")
         execution = "eager"
-    return STEPS[execution](distiller, *arguments, home)
+    if chunk is None:
+        return STEPS[execution](distiller, *arguments, home)
+    step = DIVIDED[execution](distiller, *arguments, home)
+    step.chunk, step.sum_over = chunk, distributed.streams()
+    return step
 
 
 def _say_eager(step: Step, error: Exception) -> None:

@@ -5,9 +5,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.nn.utils import clip_grad_norm_
 
-from .device import autocast_within, classify_in_float32
+from .device import autocast_within, classify_in_float32, precision
+from .distributed import ProcessGroup
 from .gsnr import GradientMonitor
 from .optim import DecoupledMomentumSGD
 
@@ -32,8 +34,9 @@ class Step:
     epoch: for the distiller, which reads its warm-up and mask from it; counted from 1, a fraction while a warm-up by
     iteration lasts (Trainer.advance_warmup).
 
-    by_stream: the distiller's losses -> losses by stream. amp: run both networks under bfloat16 autocast, but the
-    teacher's last layer in float32.
+    by_stream: the distiller's losses -> losses by stream. amp: SOLVER.AMP; both networks run under that autocast, but
+    the teacher's last layer in float32. Under float16 the losses are scaled, and a step whose gradients overflow moves
+    nothing: there is one scale and one such decision for all streams and processes.
     """
 
     name = "eager"
@@ -41,13 +44,17 @@ class Step:
     """Takes a sample of the streams' gradients in a step in which it is due."""
     clip_norm = 0.0
     """Largest norm of the whole gradient in the update; 0: any."""
+    scaler: GradScaler | None = None
+    """Has the scale of the losses under float16."""
+    sum_over: ProcessGroup | None = None
+    """The processes that the batch is shared among."""
 
     def __init__(
         self,
         distiller: nn.Module,
         optimizer: DecoupledMomentumSGD,
         by_stream: Callable[[dict[str, Tensor]], dict[str, Tensor]],
-        amp: bool,
+        amp: bool | str,
         device: torch.device,
     ) -> None:
         self.distiller = distiller
@@ -56,9 +63,11 @@ class Step:
         self.by_stream = by_stream
         self.device = device
         if amp:
-            autocast_within(self.module, device)
+            autocast_within(self.module, device, amp)
             if hasattr(self.module, "teacher"):
                 classify_in_float32(self.module.teacher)
+        if precision(amp) == "float16":
+            self.scaler = GradScaler(device.type)
 
     def complete(self, batch: Batch) -> Batch:
         """Return the distiller's arguments; replaced if the step itself makes them of what the loader has drawn."""
@@ -70,23 +79,36 @@ class Step:
 
     def __call__(self, batch: Batch, epoch: float) -> Outcome:
         batch = self.complete(batch)
-        logits, losses = self.gradients(batch, epoch)
+        logits, losses, batch = self.gradients(batch, epoch)
         if self.clip_norm:
+            if self.scaler is not None:
+                self.scaler.unscale_(self.optimizer)
             self.optimizer.clip(lambda params: clip_grad_norm_(params, self.clip_norm))
-        self.optimizer.step()
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         # without their graphs, which would live as long as somebody keeps a number of the step
         logits, losses = logits.detach(), {stream: loss.detach() for stream, loss in losses.items()}
         return Outcome(logits, losses, self.measure(logits, losses, batch))
 
-    def gradients(self, batch: Batch, epoch: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Do all of a step but its update; returns the logits and the losses by stream."""
+    def gradients(self, batch: Batch, epoch: float) -> tuple[Tensor, dict[str, Tensor], Batch]:
+        """Do all of a step but its update; returns logits and losses by stream, and the batch that they are of."""
         self.optimizer.zero_grad()  # first, so that old gradients take no memory beside the new activations
         logits, losses = self.distiller(**batch, epoch=epoch)
         by_stream = self.by_stream(losses)
+        self.backward(by_stream)
+        return logits, by_stream, batch
+
+    def backward(self, by_stream: dict[str, Tensor], last: bool = True) -> None:
+        """Add the gradients of losses by stream, and sample them if it is time. last: False if more will follow."""
+        sum_over = self.sum_over if last else None
+        if self.scaler is not None:
+            by_stream = {stream: self.scaler.scale(loss) for stream, loss in by_stream.items()}
         if self.monitor is not None and self.samples:
-            self.monitor.sample(by_stream)
-        self.optimizer.backward(by_stream)
-        return logits, by_stream
+            self.monitor.sample(by_stream, last, sum_over, 1.0 if self.scaler is None else self.scaler.get_scale())
+        self.optimizer.backward(by_stream, sum_over=sum_over)
 
     @property
     def samples(self) -> bool:

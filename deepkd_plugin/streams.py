@@ -5,7 +5,8 @@ class TCG, non-target class NCG). Momentum is linear in the gradient, so streams
 may share one backward pass and one buffer without changing the result.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -52,14 +53,24 @@ def assign_losses(
     return by_stream
 
 
+Around = Callable[[], contextlib.AbstractContextManager[None]]
+"""A context for a backward pass."""
+
+
 def backward_by_set(
-    losses: Mapping[str, Tensor], sets: Sets, params: Sequence[Tensor], retain_graph: bool = False
+    losses: Mapping[str, Tensor],
+    sets: Sets,
+    params: Sequence[Tensor],
+    retain_graph: bool = False,
+    around: Sequence[Around] | None = None,
 ) -> list[list[Tensor | None]]:
     """Make one backward pass for each set of streams that has a loss.
 
     losses: stream → scalar. Returns, for each set, the gradients of its summed losses with respect to
     `params`, in their order; None for a parameter that does not take part. The graph is kept between the
-    passes and, with `retain_graph`, after the last. The caller may write to the gradients. Raises
+    passes and, with `retain_graph`, after the last. The caller may write to the gradients.
+
+    around: a context for each set's pass, whose hooks replace the gradients by tensors of the caller's. Raises
     TypeError for what is no mapping to tensors, ValueError for an unknown stream or a loss that is not a
     scalar, RuntimeError if no loss or no parameter needs a gradient, or none reaches one.
     """
@@ -69,23 +80,25 @@ def backward_by_set(
     for names in sets:
         parts = [losses[name] for name in names if name in losses and losses[name].requires_grad]
         totals.append(sum(parts[1:], parts[0]) if parts else None)
-    present = [total for total in totals if total is not None]
+    present = {i: total for i, total in enumerate(totals) if total is not None}
     if not present:
         raise RuntimeError(f"none of the losses {list(losses)} needs a gradient")
     if not params:
         raise RuntimeError("no parameter needs a gradient: all are frozen (requires_grad False), or there are none")
-    columns, seen = [], set[int]()
-    for i, total in enumerate(present):
-        keep = retain_graph or i < len(present) - 1
-        columns.append(_own(torch.autograd.grad(total, params, retain_graph=keep, allow_unused=True), seen))
+    columns: list[list[Tensor | None]] = [[None] * len(params) for _ in sets]
+    seen = set[int]()
+    for i, total in present.items():
+        keep = retain_graph or i < max(present)
+        with around[i]() if around else contextlib.nullcontext():
+            gradients = torch.autograd.grad(total, params, retain_graph=keep, allow_unused=True)
+        columns[i] = list(gradients) if around else _own(gradients, seen)
     if all(g is None for column in columns for g in column):
         raise RuntimeError(
             f"the losses {list(losses)} reach none of the parameters: the network uses other tensors than these. After "
             f"load_state_dict(assign=True) or the like make the optimizer anew; for weights that FSDP shards call "
             f"loss.backward() and then the optimizer's collect(stream)"
         )
-    rest = iter(columns)
-    return [[None] * len(params) if total is None else next(rest) for total in totals]
+    return columns
 
 
 def _check_losses(losses: Mapping[str, Tensor], known: Sequence[str]) -> None:

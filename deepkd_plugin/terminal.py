@@ -104,7 +104,8 @@ def guarded(work: Callable[[], int | None]) -> int:
         print(f"deepkd: error: {reason}", file=sys.stderr)
         return _end_of_pipe() if isinstance(error, BrokenPipeError) else 2
     except Stopped as stopped:
-        print(f"deepkd: {stopped}", file=sys.stderr)
+        if str(stopped):
+            print(f"deepkd: {stopped}", file=sys.stderr)
         return stopped.code
     except KeyboardInterrupt as interruption:
         print("deepkd: interrupted; the same command starts again", file=sys.stderr)
@@ -147,12 +148,12 @@ def process_share() -> tuple[int, int, int]:
 
 
 def one_process() -> None:
-    """Raise UserError in one of several processes of a launcher such as torchrun: each would train the same run."""
+    """Raise UserError in one of several processes of a launcher such as torchrun: each would do the same work."""
     size = os.environ.get("WORLD_SIZE", "1").strip()
     if size not in ("", "0", "1"):
         raise UserError(
-            f"environment: WORLD_SIZE is {size}; a run is trained by one process, so start it without torchrun (with "
-            f"several GPUs its batches are shared among them)"
+            f"environment: WORLD_SIZE is {size}; this is work for one process, so start it without torchrun (it is "
+            f"tools/train.py that trains one run in several)"
         )
 
 
@@ -201,7 +202,7 @@ def _end_of_pipe() -> int:
 
 
 class Stopped(Exception):  # noqa: N818 (no error: somebody wanted it)
-    """Training was interrupted; the message says what is left of the run."""
+    """Training was interrupted; the message says what is left of the run, or nothing if another process says it."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)

@@ -5,16 +5,20 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import default_collate
 
-from . import choice, config, device, solver
+from . import choice, config, device, distributed, solver
 from .accuracy import correct, evaluate, measure_teacher
+from .data.arrays import passes
 from .data.resident import ResidentLoader
+from .divided import DividedStep, check_divisible
 from .errors import UserError
 from .gsnr import GradientMonitor
 from .optim import DecoupledMomentumSGD
@@ -22,7 +26,7 @@ from .run import checkpoint, record
 from .run import folder as run_folder
 from .run.metrics import RunLog, Sums, check_lines, weights_and_biases
 from .run.progress import EpochBar, epoch_line, step_text
-from .run.resume import check_model, check_optimizer, read_state, settled, take_up
+from .run.resume import check_model, check_optimizer, check_within, read_state, settled, take_up
 from .run.schedule import make_scheduler, set_epoch, set_rate, warmup_point
 from .speed import make_step
 from .step import Batch, Outcome
@@ -64,6 +68,9 @@ class Trainer:
         self.device = next(self.module.parameters()).device
         device.tune(cfg.SOLVER.DETERMINISTIC)
         device.place(self.module, self.device, cfg.SOLVER.CHANNELS_LAST)
+        divided = distributed.size() > 1 or cfg.SOLVER.ACCUMULATE > 1
+        if divided:
+            check_divisible(cfg, self.module, train_loader)
         self.optimizer = self.make_optimizer(self.module.get_learnable_parameters(), cfg)
         self.scheduler = make_scheduler(self.optimizer, cfg.SOLVER)
         self.assignment = dict(pair.split(":") for pair in cfg.SOLVER.DECOUPLED.LOSS_STREAMS)
@@ -73,6 +80,7 @@ class Trainer:
             self.optimizer,
             lambda losses: self.losses_by_stream(losses),
             cfg.SOLVER.AMP,
+            chunk=config.chunk(cfg) if divided else None,
         )
         self.step.measure = self.measure
         looked_up = cfg.DISTILLER.TEACHER_LOGITS != "compute"
@@ -88,7 +96,11 @@ class Trainer:
         self.teacher_acc: float | None = None
         self.logits: TeacherLogits | None = None
         """Where training batches get the teacher's logits of their weak view, if not from the distiller."""
-        self.epoch = 0
+        self.epoch = self.steps_done = 0
+        """Epochs that ended, and steps of the next, in the last checkpoint."""
+        self.within: dict[str, Any] | None = None
+        """What a checkpoint inside an epoch, which is gone on from, says of that epoch."""
+        self.saved = time.monotonic()
         self.best_acc = -1.0
         self.best_epoch = 0
 
@@ -112,13 +124,35 @@ class Trainer:
         self.rehearse()
         changed = self.load() if resume else {}
         chosen = self.settle()
+        if self.cfg.SOLVER.SYNC_BATCHNORM and distributed.size() > 1:
+            # from here on all processes pass the student equally often
+            self.module.student = distributed.synchronised(self.module.student)
         # one that was ended between its last checkpoint and the note of its result still gets that note
         if self.epoch == epochs and record.read_run(self.folder)["finished"]:
             raise UserError(
                 f"{self.folder}: --resume finds all {self.epoch} epochs done; the results are in run.json there"
             )
         self.logits = self.open_logits()
+        facts = {"code": record.code_hash(), "config": record.config_hash(self.cfg), "teacher": self.teacher or "0"}
+        distributed.check_alike(**{name: int(value, 16) >> 1 for name, value in facts.items()})
+        distributed.spread(self.module.student)
         command = command or shlex.join(["python", *sys.argv])
+        if not distributed.rank():
+            self.prepare_folder(resume, command, changed, chosen)
+        device.use_threads(int(distributed.from_first([torch.get_num_threads()])[0]))
+        self.saved = started = time.monotonic()
+        try:
+            result = self.train_epochs()
+        finally:
+            if not distributed.rank():
+                record.add_minutes(self.folder, (time.monotonic() - started) / 60)
+        if not distributed.rank():
+            with checkpoint.uninterrupted():
+                record.note(self.folder, {"result": result, "finished": True})
+        return result
+
+    def prepare_folder(self, resume: bool, command: str, changed: dict[str, list[Any]], chosen: dict[str, str]) -> None:
+        """Write what a run's folder holds before its first step; what is not new to one that goes on."""
         made_by = {"student": type(self.module.student), "distiller": type(self.module)}
         classes = {part: f"{cls.__module__}.{cls.__qualname__}" for part, cls in made_by.items()}
         if self.cfg.LOG.WANDB:
@@ -131,21 +165,18 @@ class Trainer:
         )
         if chosen and not resume:
             record.note(self.folder, {"chosen": chosen})
-        started = time.perf_counter()
-        try:
-            result = self.train_epochs()
-        finally:
-            record.add_minutes(self.folder, (time.perf_counter() - started) / 60)
-        with checkpoint.uninterrupted():
-            record.note(self.folder, {"result": result, "finished": True})
-        return result
+        if distributed.size() > 1 and any(isinstance(m, _BatchNorm) for m in self.module.student.modules()):
+            whole, synchronised = config.chunk(self.cfg), self.cfg.SOLVER.SYNC_BATCHNORM
+            of = f"{whole} images" if synchronised else f"a process's share of {whole} images"
+            print(f"BatchNorm takes its means over {of} (SOLVER.SYNC_BATCHNORM {synchronised})")
 
     def train_epochs(self) -> dict[str, Any]:
         """Train the epochs that are left, and log and save each when it ends."""
-        log = RunLog(self.folder, self.epoch, self.cfg)
+        log = None if distributed.rank() else RunLog(self.folder, self.epoch, self.cfg)
+        last = 0.0
         try:
             for epoch in range(self.epoch + 1, self.cfg.SOLVER.EPOCHS + 1):
-                device.seed_everything(self.cfg.SOLVER.SEED, epoch)
+                device.seed_everything(self.cfg.SOLVER.SEED, epoch, distributed.rank())
                 entry = {"epoch": epoch, "lr": self.scheduler.get_last_lr()[0]}
                 entry |= self.train_epoch(epoch)
                 entry |= self.test()
@@ -153,11 +184,14 @@ class Trainer:
                 self.check_finite(tested, f"after epoch {epoch}")
                 with checkpoint.uninterrupted():
                     self.finish_epoch(epoch, entry, log)
+                last = entry[self.metric]
         finally:
-            log.close()
+            if log is not None:
+                log.close()
             if self.logits is not None:
                 self.logits.close()
-        last = log.lines[-1][self.metric]
+        if log is not None:  # there may have been no epoch left
+            last = log.lines[-1][self.metric]
         return {"best": self.best_acc, "best_epoch": self.best_epoch, "last": last, "epochs": self.epoch}
 
     def train_epoch(self, epoch: int) -> dict[str, Any]:
@@ -166,13 +200,15 @@ class Trainer:
         self.distiller.train()
         sums = Sums()
         self.windows = []
-        waited, start = 0.0, time.perf_counter()
+        first, waited, start = 1, 0.0, time.perf_counter()
+        within, self.within = self.within, None
+        if within is not None:
+            sums.load_state_dict(within["sums"], self.device)
+            self.windows = list(within["windows"])
+            first, waited, start = within["step"] + 1, within["waited"], start - within["seconds"]
         with EpochBar(f"epoch {epoch}/{epochs}", steps) as bar:
-            sampler = getattr(self.train_loader, "sampler", None)
-            if hasattr(sampler, "set_epoch"):  # a loader of somebody else may draw as it likes
-                sampler.set_epoch(epoch)
-            batches = iter(self.train_loader)
-            for step in range(1, steps + 1):
+            batches = self.batches(epoch, first, within)
+            for step in range(first, steps + 1):
                 check_interruption()
                 asked = time.perf_counter()
                 batch = next(batches)
@@ -180,12 +216,18 @@ class Trainer:
                 parts = self.prepare(batch, epoch, step)
                 if self.logits is not None:
                     parts["teacher_logits"] = self.logits(parts["image"], parts["index"], epoch)
+                count = self.count(parts, step)
                 outcome = self.take_step(parts, epoch, self.advance_warmup(epoch, step))
-                sums.add(outcome.sums, len(parts["target"]))
+                sums.add(outcome.sums, count)
                 if step % READ_EVERY == 0 or step == steps:
                     seconds = time.perf_counter() - start
-                    means = sums.means()
+                    # all processes judge the first one's numbers, so that they stop together
+                    means, minutes = sums.means(), (time.monotonic() - self.saved) / 60
+                    *values, minutes = distributed.from_first([*means.values(), minutes])
+                    means = dict(zip(means, values))
                     self.check_finite(means, f"in epoch {epoch}, by iteration {step}")
+                    if 0 < self.cfg.SOLVER.CHECKPOINT_MINUTES <= minutes and step < steps:
+                        self.save_within(step, {"sums": sums.state_dict(), "seconds": seconds, "waited": waited})
                     top_k = self.top_k(outcome.logits, epoch, parts)
                     left = seconds / step * (steps * (epochs - epoch + 1) - step)
                     bar.update(step, step_text(means, top_k, sums.count / seconds, left))
@@ -205,6 +247,29 @@ class Trainer:
             "data_seconds": waited,
             "execution": self.step.name,
         }
+
+    def batches(self, epoch: int, first: int, within: dict[str, Any] | None) -> Iterator[Any]:
+        """Return an epoch's batches from step `first` on; within: what its checkpoint says, if it is gone on with."""
+        order, loader = passes(self.train_loader), self.train_loader
+        if order is not None:
+            order.set_epoch(epoch, (first - 1) * self.cfg.SOLVER.BATCH_SIZE)
+        elif hasattr(getattr(loader, "sampler", None), "set_epoch"):  # a loader of somebody else may draw as it likes
+            loader.sampler.set_epoch(epoch)
+        batches = iter(loader)
+        for _ in range(first - 1 if order is None else 0):
+            next(batches)
+        if within is not None and len(within["generators"]) == distributed.size():
+            device.set_generators(self.device, within["generators"][distributed.rank()])
+        return batches
+
+    def count(self, parts: dict[str, Any], step: int) -> int:
+        """Count the images of a step's batch, of all processes together."""
+        if not isinstance(self.step, DividedStep):
+            return len(parts["target"])
+        order, size = passes(self.train_loader), self.cfg.SOLVER.BATCH_SIZE
+        whole = len(parts["target"]) if distributed.size() == 1 or order is None else len(order) - (step - 1) * size
+        self.step.count = min(whole, size) if distributed.size() > 1 else whole
+        return self.step.count
 
     def advance_warmup(self, epoch: int, step: int) -> float:
         """Set the learning rate of a step if warm-up changes it within the epoch; returns the epoch for the losses'.
@@ -282,6 +347,7 @@ class Trainer:
 
     def test(self) -> dict[str, float]:
         """Test the student; returns its numbers by names test_…."""
+        distributed.spread_buffers(self.module.student)
         return evaluate(self.distiller, self.val_loader, self.device, self.cfg.SOLVER)
 
     def test_teacher(self) -> float | None:
@@ -333,22 +399,43 @@ class Trainer:
                 raise UserError(
                     f"{self.folder}: loss '{name}' became {value} {when}, at learning rate "
                     f"{self.optimizer.param_groups[0]['lr']:g}; it must stay finite: lower SOLVER.LR, or look at "
-                    f"the images and the teacher. {self.resume_point()}{lower if self.epoch else ''}"
+                    f"the images and the teacher. {self.resume_point()}{lower if self.has_checkpoint else ''}"
                 )
 
     def resume_point(self) -> str:
         """Say in a sentence what is left to resume from."""
-        if not self.epoch:
+        if not self.has_checkpoint:
             return "No epoch was finished, so there is no checkpoint."
-        return f"The last checkpoint is whole: {self.folder / 'latest'} (epoch {self.epoch})."
+        steps = f" and {self.steps_done} steps" if self.steps_done else ""
+        return f"The last checkpoint is whole: {self.folder / 'latest'} (epoch {self.epoch}{steps})."
 
-    def finish_epoch(self, epoch: int, entry: dict[str, Any], log: RunLog) -> None:
-        """Log an epoch and save its checkpoints."""
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is a checkpoint to go on from."""
+        return self.epoch > 0 or self.steps_done > 0
+
+    def save_within(self, step: int, within: dict[str, Any]) -> None:
+        """Save a checkpoint after a step inside an epoch; within: what goes on with the epoch's record."""
+        generators = distributed.rows_of_all(device.generators(self.device))
+        distributed.spread_buffers(self.module.student)
+        self.saved = time.monotonic()
+        if distributed.rank():
+            return
+        within |= {"step": step, "windows": self.windows, "generators": generators}
+        with checkpoint.uninterrupted():
+            checkpoint.save(self.state(within), self.folder / "latest")
+            self.steps_done = step
+            run_folder.settle_new(self.folder)
+
+    def finish_epoch(self, epoch: int, entry: dict[str, Any], log: RunLog | None) -> None:
+        """Log an epoch and save its checkpoints; log: None in a process that writes nothing."""
         self.scheduler.step()
-        self.epoch = epoch
+        self.epoch, self.steps_done, self.saved = epoch, 0, time.monotonic()
         better = entry[self.metric] > self.best_acc
         if better:
             self.best_acc, self.best_epoch = entry[self.metric], epoch
+        if log is None:
+            return
         log.add(entry, self.windows)
         student = {"model": self.module.student.state_dict()}
         every = self.cfg.LOG.SAVE_CHECKPOINT_FREQ
@@ -366,10 +453,14 @@ class Trainer:
         """Return what has a state beside the networks, by its name in a checkpoint."""
         parts: dict[str, Any] = {"optimizer": self.optimizer}
         parts |= {} if self.monitor is None else {"monitor": self.monitor}
+        parts |= {} if self.step.scaler is None else {"scaler": self.step.scaler}
         return parts | ({} if self.allocation is None else {"allocation": self.allocation})
 
-    def state(self) -> dict[str, Any]:
-        """Return a checkpoint: everything a resumed run needs. The teacher, which never changes, is left out."""
+    def state(self, within: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return a checkpoint: everything a resumed run needs. The teacher, which never changes, is left out.
+
+        within: what is to be known of an epoch that has not ended.
+        """
         model = {k: v for k, v in self.module.state_dict().items() if not k.startswith("teacher.")}
         state = {name: part.state_dict() for name, part in self._stateful().items()} | {
             "epoch": self.epoch,
@@ -379,6 +470,8 @@ class Trainer:
             "config": config.flatten(self.cfg),
             "teacher": self.teacher,
         }
+        if within is not None:
+            state["within"] = within
         return state | {"outline": checkpoint.outline(state)}
 
     def load(self) -> dict[str, list[Any]]:
@@ -403,6 +496,10 @@ class Trainer:
                 part.iteration = self.epoch * len(self.train_loader)
         check_optimizer(path, self.optimizer, made)
         set_epoch(self.scheduler, self.cfg.SOLVER, self.epoch)
+        self.within = state.get("within")
+        if self.within is not None:
+            self.steps_done = self.within["step"]
+            check_within(path, self.within, len(self.train_loader))
         return changed
 
 

@@ -240,7 +240,7 @@ TABLE = ("DISTILLER.TEACHER_LOGITS", "table")
 @pytest.mark.parametrize(
     ("method", "options", "reason"),
     [
-        ("kd", ("SOLVER.AMP", "True"), "SOLVER.AMP rounds to bfloat16, folded weights too"),
+        ("kd", ("SOLVER.AMP", "True"), "SOLVER.AMP rounds to fewer bits, folded weights too"),
         (
             "kd",
             ("DISTILLER.TEACHER_LOGITS", "table"),

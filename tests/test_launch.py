@@ -76,7 +76,16 @@ def test_the_student_file_is_read_by_eval(train, data_root, capsys):
 @pytest.mark.parametrize("flags", [[], ["--resume"]])
 def test_one_process_of_several_is_refused(train, monkeypatch, flags):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "environment: WORLD_SIZE is 2; a run is trained by one process" in mistake(train, "vanilla", flags=flags)
+    assert "environment: WORLD_SIZE is 2 and RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is missing" in mistake(
+        train, "vanilla", flags=flags
+    )
+
+
+def test_a_run_in_float16_and_micro_batches(train):
+    options = ("SOLVER.ACCUMULATE", "4", "SOLVER.AMP", "float16", "SOLVER.CHECKPOINT_MINUTES", "30")
+    code, _, err = train("deepkd", *options)
+    assert code == 0, err
+    assert {"scaler", "optimizer"} <= checkpoint.load(train.folder / "latest", "test").keys()
 
 
 @pytest.mark.parametrize("asked", [True, False])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch.distributed import run as distributed_run
 
 from deepkd_plugin.commands import cli, evaluate
 from deepkd_plugin.detection import evaluate as detection_evaluate
@@ -127,6 +128,12 @@ def test_commands(command, train, data_root, cifar_root, capsys, monkeypatch, re
         Image.new("RGB", (500, 375)).save(Path(words[2]) / "a.jpeg")
         assert cli.main(words[1:]) == 0
         assert Image.open(Path(words[4]) / "a.jpeg").size == (341, 256)
+    elif words[0] == "torchrun":
+        # tests/test_lost.py runs such, on a machine's own cores
+        args = distributed_run.parse_args(words[1:])
+        assert args.training_script == "tools/train.py"
+        assert args.training_script_args[0] == "--cfg"
+        assert args.training_script_args[1] == "FILE" or (ROOT / args.training_script_args[1]).is_file()
     elif words[:2] == ["python", "tools/eval.py"]:
         assert evaluate.main([*words[2:], "--root", str(data_root)]) == 0
         accuracy = float(re.search(r"top-1 ([\d.]+) %", capsys.readouterr().out).group(1))

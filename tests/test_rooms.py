@@ -13,10 +13,10 @@ import deepkd_plugin
 PACKAGE = Path(deepkd_plugin.__file__).parent
 
 ROOMS = (
-    *("errors", "device", "terminal", "rules", "extensions"),
+    *("errors", "device", "terminal", "distributed", "rules", "extensions"),
     *("topk", "losses", "streams", "ledger", "updates", "optim", "gsnr", "fold"),
     *("distillers", "config", "run", "data", "teacher_logits"),
-    *("step", "speed", "choice", "solver", "accuracy", "trainer"),
+    *("step", "divided", "speed", "choice", "solver", "accuracy", "trainer"),
     *("hosts", "launch", "detection", "study", "commands"),
     *("registry", "mdistiller", "__main__", "__init__"),
 )

@@ -111,7 +111,7 @@ def test_one_of_several_processes_is_refused(monkeypatch, size, refused):
     if not refused:
         terminal.one_process()
         return
-    with pytest.raises(UserError, match="WORLD_SIZE is 4; a run is trained by one process"):
+    with pytest.raises(UserError, match="WORLD_SIZE is 4; this is work for one process"):
         terminal.one_process()
 
 

@@ -10,6 +10,7 @@ from .keys import BEFORE, CHANNELS_LAST, CHOICES, FOLD_TEACHER, HOST_KEYS, REMOV
 from .meaning import (
     HOW,
     asks_teacher,
+    chunk,
     compared,
     computes,
     dampening,
@@ -44,6 +45,7 @@ __all__ = [
     "check_momenta",
     "check_pipeline",
     "check_tree",
+    "chunk",
     "compared",
     "computes",
     "dampening",

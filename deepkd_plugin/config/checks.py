@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from yacs.config import CfgNode
 
+from .. import device, distributed
 from ..distillers import DISTILLERS
 from ..errors import UserError
 from ..rules import PLAIN, Key, plain
@@ -30,6 +31,7 @@ def check(cfg: CfgNode, origin: dict[str, str]) -> None:
     if cfg.LOG.WANDB and importlib.util.find_spec("wandb") is None:
         raise wrong(origin, "LOG.WANDB", True, "False, for wandb is not installed (pip install wandb)")
     check_pipeline(cfg, origin)
+    check_division(cfg, origin)
     if cfg.EXPERIMENT.LOGIT_STAND and not on_logits(cfg):
         allowed = f"False with DISTILLER.TYPE {cfg.DISTILLER.TYPE}, which has no distillation on logits"
         raise wrong(origin, "EXPERIMENT.LOGIT_STAND", True, allowed)
@@ -111,6 +113,24 @@ def check_warmups(cfg: CfgNode, origin: dict[str, str]) -> None:
                 f"{origin.get(path, 'default')}: {path} is 1, which changes nothing: by epoch the first has the "
                 f"whole factor; with SOLVER.WARMUP_UNIT iteration it rises within the first"
             )
+
+
+def check_division(cfg: CfgNode, origin: dict[str, str]) -> None:
+    """Raise UserError if a batch cannot be divided among processes and micro-batches as it is asked for."""
+    solver, several = cfg.SOLVER, distributed.size() > 1
+    if distributed.size() > solver.BATCH_SIZE:
+        allowed = f"at least {distributed.size()}, an image for each process; it is the batch of all together"
+        raise wrong(origin, "SOLVER.BATCH_SIZE", solver.BATCH_SIZE, allowed)
+    if solver.ACCUMULATE * distributed.size() > solver.BATCH_SIZE:
+        most = solver.BATCH_SIZE // distributed.size()
+        each = " for each process" if several else ""
+        allowed = f"at most {most}, so that a micro-batch of SOLVER.BATCH_SIZE {solver.BATCH_SIZE} has an image{each}"
+        raise wrong(origin, "SOLVER.ACCUMULATE", solver.ACCUMULATE, allowed)
+    if solver.DATA_PARALLEL and (several or solver.ACCUMULATE > 1):
+        reason = f"{distributed.size()} processes" if several else f"SOLVER.ACCUMULATE {solver.ACCUMULATE}"
+        raise wrong(origin, "SOLVER.DATA_PARALLEL", True, f"False with {reason}")
+    if solver.SYNC_BATCHNORM and several and device.pick().type == "cpu":
+        raise wrong(origin, "SOLVER.SYNC_BATCHNORM", True, "False on a CPU: PyTorch's SyncBatchNorm needs GPUs")
 
 
 def check_pipeline(cfg: CfgNode, origin: dict[str, str]) -> None:

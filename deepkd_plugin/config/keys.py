@@ -117,7 +117,14 @@ _FIXED = (
         *one_of("epoch", "iteration"),
     ),
     Key("SOLVER.MIN_LR", 0.0, "the cosine schedule's floor (release: 5e-5)", *NOT_NEGATIVE),
-    Key("SOLVER.AMP", False, "bfloat16 autocast of both networks; losses and teacher's logits in float32", *FLAG),
+    Key(
+        "SOLVER.AMP",
+        False,
+        "autocast of both networks, in bfloat16 if True; losses and teacher's logits in float32",
+        "True, False or float16",
+        lambda value: isinstance(value, bool) or value == "float16",
+    ),
+    Key("SOLVER.ACCUMULATE", 1, "micro-batches of BATCH_SIZE / ACCUMULATE images in a step", *whole(1, 65_536)),
     Key(
         "SOLVER.EXECUTION",
         "eager",
@@ -125,6 +132,8 @@ _FIXED = (
         *one_of("eager", "compile", "graphs"),
     ),
     Key("SOLVER.DATA_PARALLEL", False, "split each batch over all GPUs; BatchNorm then sees a part", *FLAG),
+    Key("SOLVER.SYNC_BATCHNORM", False, "BatchNorm over all processes; otherwise each has its share", *FLAG),
+    Key("SOLVER.CHECKPOINT_MINUTES", 0.0, "minutes between checkpoints inside an epoch; 0: none", *NOT_NEGATIVE),
     Key("SOLVER.DETERMINISTIC", False, "only algorithms that repeat their results bit for bit, on a GPU too", *FLAG),
     Key(
         CHANNELS_LAST,
@@ -177,6 +186,9 @@ _FIXED = (
 
 BEFORE = {CHANNELS_LAST: False, FOLD_TEACHER: False}
 """What runs did that are older than a key, if that is not its default."""
+
+MIXED = ("SOLVER.AMP",)
+"""Keys that take values of several types."""
 
 REMOVED = {"SOLVER.GRADIENTS": "backward passes are made in turn, which was the faster way"}
 """Keys of older configs, and what is done instead."""

@@ -1,5 +1,6 @@
 """What a checked config asks for: momenta by stream, views of an image, and which keys compute."""
 
+import math
 from typing import Any
 
 from yacs.config import CfgNode
@@ -10,7 +11,7 @@ from .tree import get
 
 HOW = (
     *("DATASET.ROOT", "DATASET.DOWNLOAD", "DATASET.TEST.BATCH_SIZE", "DISTILLER.TEACHER_WEIGHTS"),
-    *("DISTILLER.LOGITS_DIR", "GSNR.MEASURE", "GSNR.LAYERS"),
+    *("DISTILLER.LOGITS_DIR", "GSNR.MEASURE", "GSNR.LAYERS", "SOLVER.CHECKPOINT_MINUTES"),
 )
 """Keys that say where a run finds things and what it looks at, not what it computes. (A teacher's file is
 compared by its content; the number of workers decides which random numbers an image gets.)"""
@@ -82,7 +83,7 @@ def plain_teacher(cfg: CfgNode) -> str:
         return f"DISTILLER.TYPE {method} needs more of the teacher than its logits"
     if not asks_teacher(cfg):
         return f"DISTILLER.TEACHER_LOGITS {cfg.DISTILLER.TEACHER_LOGITS} keeps the plain teacher's logits"
-    return "SOLVER.AMP rounds to bfloat16, folded weights too" if cfg.SOLVER.AMP else ""
+    return "SOLVER.AMP rounds to fewer bits, folded weights too" if cfg.SOLVER.AMP else ""
 
 
 def on_logits(cfg: CfgNode) -> bool:
@@ -103,6 +104,11 @@ def temperature(cfg: CfgNode) -> float | None:
     """Return the one temperature at which the config's method reads the teacher's logits; None if there is none."""
     asked = getattr(DISTILLERS.get(cfg.DISTILLER.TYPE), "temperature_of", None)
     return None if asked is None else asked(cfg)
+
+
+def chunk(cfg: CfgNode) -> int:
+    """Return how many images a micro-batch of SOLVER.ACCUMULATE has at most, of all processes together."""
+    return math.ceil(cfg.SOLVER.BATCH_SIZE / cfg.SOLVER.ACCUMULATE)
 
 
 def views(cfg: CfgNode) -> int:

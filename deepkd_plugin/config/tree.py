@@ -17,7 +17,7 @@ from yacs.config import CfgNode
 from ..errors import UserError, shown
 from ..rules import AUTO, Key, plain
 from . import file as config_file
-from .keys import CHOICES, REMOVED, all_keys
+from .keys import CHOICES, MIXED, REMOVED, all_keys
 
 
 def add_deepkd_config(cfg: CfgNode) -> list[str]:
@@ -68,7 +68,8 @@ def check_tree(cfg: CfgNode, name: str) -> None:
         numbers = {type(value), type(key.default)} <= {int, float}
         if key.path in CHOICES and AUTO[1](value):
             continue
-        if type(value) is not type(key.default) and not numbers:
+        mixed = key.path in MIXED and key.valid(value)
+        if type(value) is not type(key.default) and not numbers and not mixed:
             raise UserError(
                 f"{name}: its config key {key.path} is {shown(value)}; the plugin's of that name is like "
                 f"{key.default!r}"
@@ -165,7 +166,8 @@ def _unknown(root: CfgNode, path: str, source: str) -> UserError:
 
 def _set(node: CfgNode, leaf: str, value: Any, path: str, source: str) -> None:
     """Set one leaf, with yacs's rules of type and whole numbers accepted for floats."""
-    old = None if path in CHOICES else node[leaf]  # of no single type; checks.py says which values there are
+    # of no single type; checks.py says which values there are
+    old = None if path in (*CHOICES, *MIXED) else node[leaf]
     if isinstance(old, CfgNode):
         raise UserError(f"{source}: {path} is {shown(value)}; it is a section and must hold keys: {', '.join(old)}")
     if isinstance(value, str) and not isinstance(old, str):

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from .. import config, device
+from .. import config, device, distributed
 from ..errors import UserError
 from . import cifar100, glyphs, imagenet, tiny_imagenet  # noqa: F401 (each registers its set)
-from .arrays import Contrast, Passes, Training, choose
+from .arrays import Contrast, Passes, Shares, Training, choose
 from .draws import Views
 from .normalise import NormalisingLoader
 from .resident import ResidentLoader, known
@@ -102,13 +102,22 @@ def _loader(cfg: Any, data_set: Source, samples: Dataset, images: Any, chosen: n
     size = cfg.SOLVER.BATCH_SIZE if training else data_set.test_batch(cfg)
     target_device = device.pick()
     sampler = Passes(chosen, cfg.SOLVER.SEED, weak_views(cfg)) if training else None
+    tested = range(distributed.rank(), len(samples), distributed.size())  # processes share the test images
     if pipeline(cfg) == "workers":
         loading = {"num_workers": cfg.DATASET.NUM_WORKERS, "pin_memory": target_device.type == "cuda"}
-        loader = DataLoader(samples, size, sampler=sampler, **loading)
+        if sampler is not None and distributed.size() > 1:
+            loader = DataLoader(samples, batch_sampler=Shares(sampler, size, config.chunk(cfg)), **loading)
+        else:
+            loader = DataLoader(samples, size, sampler=sampler or tested, **loading)
         if data_set.in_bytes:
             return NormalisingLoader(loader, data_set.mean, data_set.std, target_device)
         return loader
+    if not training:
+        chosen = chosen[tested]
     pixels = torch.from_numpy(images.pixels(chosen)).to(target_device)
     targets = torch.from_numpy(np.asarray(images.targets)[chosen]).to(target_device)
     distortions = data_set.augmentation if training else ()
-    return ResidentLoader(samples, pixels, targets, size, data_set.mean, data_set.std, distortions, sampler)
+    loader = ResidentLoader(samples, pixels, targets, size, data_set.mean, data_set.std, distortions, sampler)
+    if distributed.size() > 1:
+        loader.chunk = config.chunk(cfg)
+    return loader

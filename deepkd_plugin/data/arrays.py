@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from .. import distributed
 from ..errors import UserError
 from . import draws
 from .draws import Draw, Views
@@ -38,34 +39,61 @@ class ArrayDataset(Dataset[tuple[Any, ...]]):
 class Passes(Sampler[tuple[int, int]]):
     """The order of training: (epoch, place) for each place of a pass, an order that depends on seed and epoch alone.
 
-    Each pass is the epoch after the last; `set_epoch` says which is next. chosen: of each place, the image's place
-    among all training images of its set. views: which weak views its images have; by default new ones of `seed`.
+    Each pass is the epoch after the last; `set_epoch` says which is next, and how many of its images were passed before
+    and are left out. chosen: of each place, the image's place among all training images of its set. views: which weak
+    views its images have; by default new ones of `seed`.
     """
 
     def __init__(self, chosen: np.ndarray, seed: int, views: Views | None = None) -> None:
         self.chosen = torch.as_tensor(chosen)
         self.seed, self.views = seed, views or Views(seed)
-        self.epoch = 0
+        self.epoch = self.done = 0
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch = self.next_epoch()
-        return ((epoch, place) for place in self.places(epoch).tolist())
+        epoch, done = self.begin()
+        return ((epoch, place) for place in self.places(epoch)[done:].tolist())
 
-    def set_epoch(self, epoch: int) -> None:
-        """Make the next pass that of an epoch, counted from 1."""
-        self.epoch = epoch - 1
+    def set_epoch(self, epoch: int, done: int = 0) -> None:
+        """Make the next pass that of an epoch, counted from 1, without its first `done` images."""
+        self.epoch, self.done = epoch - 1, done
 
-    def next_epoch(self) -> int:
-        """Begin a pass; returns its epoch."""
+    def begin(self) -> tuple[int, int]:
+        """Begin a pass; returns its epoch, and how many of its images are left out."""
         self.epoch += 1
-        return self.epoch
+        done, self.done = self.done, 0
+        return self.epoch, done
 
     def places(self, epoch: int, device: torch.device | str = "cpu") -> Tensor:
         """Return the places in the order of an epoch: (N,) int64."""
         return draws.order(self.seed, epoch, self.chosen.to(device))
+
+
+class Shares(Sampler[list[tuple[int, int]]]):
+    """Of each batch of `size` in the order of `sampler`, the images of this process; chunk: those of a micro-batch."""
+
+    def __init__(self, sampler: Passes, size: int, chunk: int) -> None:
+        self.sampler, self.size, self.chunk = sampler, size, chunk
+
+    def __len__(self) -> int:
+        return -(-len(self.sampler) // self.size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = list(self.sampler)
+        for first in range(0, len(order), self.size):
+            batch = order[first : first + self.size]
+            yield [batch[place] for place in distributed.own(len(batch), self.chunk)]
+
+
+def passes(loader: Any) -> Passes | None:
+    """Return the order of a training loader of data.get_dataset's; None for a loader of somebody else."""
+    for holder in (getattr(loader, "batch_sampler", None), loader):
+        sampler = getattr(holder, "sampler", None)
+        if isinstance(sampler, Passes):
+            return sampler
+    return None
 
 
 class Training(Dataset[tuple[Any, ...]]):

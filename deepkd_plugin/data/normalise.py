@@ -32,6 +32,7 @@ class NormalisingLoader:
     def __init__(self, loader: DataLoader, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
         self.loader, self.device, self.normalise = loader, device, Normalise(mean, std, device)
         self.dataset, self.sampler, self.batch_size = loader.dataset, loader.sampler, loader.batch_size
+        self.batch_sampler = loader.batch_sampler
 
     def __len__(self) -> int:
         return len(self.loader)

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.transforms import functional as F
 
+from .. import distributed
 from ..errors import UserError
 from . import draws
 from .arrays import Passes
@@ -246,6 +247,8 @@ class ResidentLoader:
         self.normalise = Normalise(mean, std, images.device)
         self.distortions = batchwise(distortions, *images.shape[1:3])
         self.sampler = sampler
+        self.chunk = batch_size
+        """Images in a micro-batch, of which each of several processes has a part."""
         self.only_draw = False
         """Whether training batches are {"index", "target", "drawn"}, of which `make` makes the images elsewhere."""
 
@@ -254,7 +257,7 @@ class ResidentLoader:
 
     def __iter__(self) -> Iterator[Any]:
         if self.sampler is None:
-            return ((self.normalise(self.images[part]), self.targets[part]) for part in self._parts())
+            return ((self.normalise(self.images[part]), self.targets[part]) for part in self._parts(len(self.targets)))
         return self._training_batches(self.sampler)
 
     def make(self, index: Tensor, drawn: Sequence[Tensor]) -> Tensor:
@@ -277,13 +280,15 @@ class ResidentLoader:
         return images.flatten(2).gather(2, place).view_as(images) * inside[:, None]
 
     def _training_batches(self, sampler: Passes) -> Iterator[Any]:
-        epoch = sampler.next_epoch()
-        places = sampler.places(epoch, self.images.device)
+        epoch, done = sampler.begin()
+        places = sampler.places(epoch, self.images.device)[done:]
         chosen, needed = sampler.chosen.to(self.images.device)[places], count_numbers(self.distortions)
         drawn_from = sampler.views.seed, sampler.views.epoch(epoch)
         # of all batches at once: on a GPU a batch's own would take as long to start as some of its layers
         of_pass = draw(self.distortions, draws.uniforms(*drawn_from, chosen, draws.WEAK, needed))
-        for part in self._parts():
+        for part in self._parts(len(places)):
+            if distributed.size() > 1:
+                part = part.start + torch.tensor(distributed.own(part.stop - part.start, self.chunk)).to(places.device)
             index = places[part]
             target, drawn = self.targets[index], [one[..., part] for one in of_pass]
             if self.only_draw:
@@ -291,6 +296,6 @@ class ResidentLoader:
             else:
                 yield self.make(index, drawn), target, index
 
-    def _parts(self) -> Iterator[slice]:
+    def _parts(self, count: int) -> Iterator[slice]:
         """Cut an order into batches, as slices."""
-        return (slice(i, i + self.batch_size) for i in range(0, len(self.targets), self.batch_size))
+        return (slice(i, min(i + self.batch_size, count)) for i in range(0, count, self.batch_size))

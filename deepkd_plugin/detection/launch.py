@@ -105,6 +105,8 @@ def check(cfg: CfgNode, origin: dict[str, str]) -> None:
         value = config.get(cfg, path)
         if config.compared(path, value) != only:
             raise config.wrong(origin, path, value, f"{only!r} for detection")
+    if cfg.SOLVER.AMP == "float16":
+        raise config.wrong(origin, "SOLVER.AMP", cfg.SOLVER.AMP, "True or False for detection")
     reason = DETECTION_SETS[cfg.DATASET.TYPE].no_mirror
     if reason and cfg.DETECTION.FLIP:
         allowed = f"0.0 for {cfg.DATASET.TYPE}: {reason}"
@@ -119,6 +121,9 @@ ONLY = {
     "SOLVER.CHANNELS_LAST": False,
     "DISTILLER.FOLD_TEACHER": False,
     "SOLVER.DATA_PARALLEL": False,
+    "SOLVER.ACCUMULATE": 1,
+    "SOLVER.SYNC_BATCHNORM": False,
+    "SOLVER.CHECKPOINT_MINUTES": 0.0,
     "SOLVER.WARMUP_EPOCHS": 0,
     "DATASET.PIPELINE": "workers",
     "DATASET.TRAIN_PER_CLASS": 0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -15,6 +15,10 @@ from .terms import Term, View, cross_entropy, divergence, standardised
 
 Losses = dict[str, Tensor]
 """Name -> scalar: what a training step minimises the sum of."""
+
+
+def _as_it_is(logits: Tensor) -> Tensor:
+    return logits
 
 
 class Taught(nn.Module):
@@ -49,6 +53,11 @@ class Distiller(Taught):
     streams: the streams that its losses are named after; () if they are named otherwise, and
         SOLVER.DECOUPLED.LOSS_STREAMS assigns them.
     on_logits: whether it compares logits, which EXPERIMENT.LOGIT_STAND then standardises.
+    losses_of: what its losses are made of: "samples", if each is a mean over the batch of what a sample's logits and
+        label say alone; "batch", if they need the batch's logits and labels together and get them by `compare`; "", if
+        they read anything else, such as features or the index. A batch can be divided among processes and micro-batches
+        unless it is "". A class that defines terms of its own and does not say it has "batch", one that defines its own
+        step and does not say it has "".
     warmup_key: the config key of the epochs over which its losses warm up; "" if they do not. It gets them from
         warmup_factor(epoch, …). `epoch` counts from 1 and is a whole number, but while a warm-up by
         SOLVER.WARMUP_UNIT iteration lasts: then it is a fraction, which the epoch's last iteration makes whole.
@@ -60,8 +69,11 @@ class Distiller(Taught):
     streams: ClassVar[tuple[str, ...]] = ()
     on_logits: ClassVar[bool] = False
     warmup_key: ClassVar[str] = ""
-    known: Tensor | None = None
-    """The teacher's logits of the first view of the batch that is passed, (B, C), if somebody knows them already."""
+    losses_of: str = ""
+    known: Sequence[Tensor] = ()
+    """The teacher's logits of the first views of the batch that is passed, (B, C) each, if somebody knows them."""
+    whole: Callable[[Tensor], Tensor] = staticmethod(_as_it_is)
+    """Makes the logits of a whole batch of those of a part that is passed, in a step of divided.py."""
     folded: nn.Module | None = None
     """What `compare` asks instead of the teacher, see `fold`."""
 
@@ -101,6 +113,10 @@ class Distiller(Taught):
             cls.constants = Distiller.constants  # type: ignore[method-assign]
         if "temperature_of" not in own and {"compare", "forward", "forward_train", "terms", "task"} & own.keys():
             cls.temperature_of = Distiller.temperature_of  # type: ignore[method-assign]
+        if "losses_of" not in own and {"forward", "forward_train"} & own.keys():
+            cls.losses_of = ""
+        elif "losses_of" not in own and cls.losses_of and {"terms", "task", "decoupled"} & own.keys():
+            cls.losses_of = "batch"
 
     def constants(self, epoch: float, num_classes: int) -> Hashable:
         """Return every number of a training step that the epoch decides; steps with equal ones may share a capture.
@@ -110,8 +126,8 @@ class Distiller(Taught):
         """
         return epoch
 
-    def fold(self, folded: nn.Module) -> None:
-        """Let `compare` ask a network of the same logits as the teacher's, which is no part of the module's state."""
+    def fold(self, folded: nn.Module | None) -> None:
+        """Let `compare` ask a network of the teacher's logits, no part of the module's state; None: the teacher."""
         object.__setattr__(self, "folded", folded)
 
     def get_learnable_parameters(self) -> list[nn.Parameter]:
@@ -122,7 +138,8 @@ class Distiller(Taught):
         return 0
 
     def forward(self, **batch: Any) -> Any:
-        self.known = batch.pop("teacher_logits", None)
+        known = batch.pop("teacher_logits", ())
+        self.known = [known] if isinstance(known, Tensor) else known
         if self.training:
             return self.forward_train(**batch)
         return self.student(batch["image"])[0]
@@ -143,7 +160,8 @@ class Distiller(Taught):
                 f"{type(self).__name__} needs {count} view(s) of each image, the batch has {len(images)}; "
                 f"get_dataset gives as many as the config's method needs"
             )
-        return [self._view(one, None if place else self.known) for place, one in enumerate(images)]
+        known = [*self.known, *[None] * count]
+        return [self._view(one, logits) for one, logits in zip(images, known)]
 
     def _view(self, image: Tensor, teacher_logits: Tensor | None) -> View:
         if teacher_logits is None:
@@ -152,7 +170,7 @@ class Distiller(Taught):
                 teacher_logits = teacher(image)[0]
             # an ordinary tensor again, and before the student's pass: compiled networks may use the memory again
             teacher_logits = teacher_logits.clone()
-        return self.student(image)[0], teacher_logits
+        return self.whole(self.student(image)[0]), self.whole(teacher_logits)
 
 
 class Method(Distiller):
@@ -169,6 +187,7 @@ class Method(Distiller):
     """
 
     on_logits = True
+    losses_of = "batch"
     keeps_weight: ClassVar[bool] = False
     on_proposals: ClassVar[bool] = False
     published: ClassVar[str] = ""

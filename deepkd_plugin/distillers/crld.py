@@ -21,6 +21,7 @@ class CRLD(Method):
     """
 
     views = 2
+    losses_of = "samples"
     keys = (
         Key("CRLD.CE_WEIGHT", 1.0, "weight of the cross-entropy of both views", *NOT_NEGATIVE),
         Key("CRLD.WV_WEIGHT", 2.0, "weight of the terms within a view", *NOT_NEGATIVE),

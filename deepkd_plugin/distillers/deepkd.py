@@ -35,6 +35,7 @@ class DeepKD(Distiller):
     streams = STREAMS
     on_logits = True
     warmup_key = "DeepKD.WARMUP"
+    losses_of = "samples"
     keys = (
         Key("DeepKD.CE_WEIGHT", 1.0, "alpha, weight of the cross-entropy (TOG)", *NOT_NEGATIVE),
         Key("DeepKD.TCG_WEIGHT", 1.0, "beta, weight of the target-class loss (TCG)", *NOT_NEGATIVE),
@@ -59,6 +60,8 @@ class DeepKD(Distiller):
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__(student, teacher, cfg)
         self.base = bases()[cfg.DeepKD.BASE]
+        if self.losses_of == "samples":
+            self.losses_of = self.base.losses_of
 
     @classmethod
     def config_keys(cls) -> tuple[Key, ...]:

@@ -14,6 +14,7 @@ class DKD(Method):
     """CE_WEIGHT · CE + warm-up · (ALPHA · TCKD + BETA · NCKD) at DKD.T, all from the config node DKD."""
 
     on_proposals = True
+    losses_of = "samples"
     warmup_key = "DKD.WARMUP"
 
     @classmethod

@@ -11,6 +11,7 @@ class KD(Method):
     """CE_WEIGHT · CE + KD_WEIGHT · KD at KD.TEMPERATURE, all from the config node KD."""
 
     keeps_weight = on_proposals = True
+    losses_of = "samples"
 
     @classmethod
     def terms(cls, views: Sequence[View], cfg: Any, temperature: float | None = None) -> list[Term]:

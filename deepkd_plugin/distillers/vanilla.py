@@ -13,6 +13,7 @@ class Vanilla(Distiller):
     """The student alone under cross-entropy, with a distiller's protocol."""
 
     name = "NONE"
+    losses_of = "samples"
 
     def __init__(self, student: nn.Module) -> None:
         nn.Module.__init__(self)
@@ -22,5 +23,5 @@ class Vanilla(Distiller):
         return ()
 
     def forward_train(self, image: Tensor, target: Tensor, epoch: float, **batch: Any) -> tuple[Tensor, Losses]:
-        logits = self.student(image)[0]
+        logits = self.whole(self.student(image)[0])
         return logits, {"ce": F.cross_entropy(logits, target)}

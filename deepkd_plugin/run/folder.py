@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import distributed
 from ..errors import UserError
 from ..terminal import one_process
 from . import checkpoint, lock, record
@@ -45,16 +46,36 @@ def held(folder: Path, resume: bool, overwrite: bool, record_needed: bool = True
     """Be the only process in a run's folder, which fits what is to be done there (`check`).
 
     What a killed process left is put in order first. If the block ends before a new run has a checkpoint, the run that
-    was there before is back. Raises UserError before anything is changed.
+    was there before is back. Of several processes of one run the first does all this, and the others wait until the
+    folder is theirs. Raises UserError before anything is changed.
     """
-    one_process()
+    if distributed.size() == 1:
+        one_process()
+    if distributed.rank():
+        distributed.wait()
+        yield
+        return
     with lock.ours(folder):
         settle(folder)
         check(folder, resume, overwrite, record_needed)
+        distributed.wait()
         try:
             yield
         finally:
             settle(folder)
+
+
+def restarted(folder: Path, resume: bool, overwrite: bool) -> tuple[bool, bool]:
+    """Return whether a run is resumed or overwritten, if its launcher starts it again after a process has failed.
+
+    Then it goes on from `latest`, or begins again if there is none yet. A folder that no earlier attempt of this
+    launcher has written to is treated as the flags say.
+    """
+    if distributed.launcher() and record.find_run(folder).get("launcher") == distributed.launcher():
+        resume = (folder / CHECKPOINTS[0]).is_file()
+        overwrite = not resume
+    resumed, overwritten = distributed.from_first([resume, overwrite])
+    return bool(resumed), bool(overwritten)
 
 
 def check(folder: Path, resume: bool, overwrite: bool, record_needed: bool = True) -> None:

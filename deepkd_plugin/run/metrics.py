@@ -34,12 +34,22 @@ class Sums:
             self._totals[name] = self._totals.get(name, 0.0) + value.detach().double()
         self.count += count
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"totals": dict(self._totals), "count": self.count}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        self._totals = {name: total.to(device) for name, total in state["totals"].items()}
+        self.count = state["count"]
+
     def means(self) -> dict[str, float]:
         """Divide each sum by the number of samples; this waits for the device."""
+        return {name: total / self.count for name, total in self.totals().items()}
+
+    def totals(self) -> dict[str, float]:
+        """Return the sums; this waits for the device."""
         if not self._totals:
             return {}
-        totals = torch.stack(list(self._totals.values())).tolist()
-        return {name: total / self.count for name, total in zip(self._totals, totals)}
+        return dict(zip(self._totals, torch.stack(list(self._totals.values())).tolist()))
 
 
 class RunLog:

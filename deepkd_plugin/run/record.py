@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .. import config, device, extensions
+from .. import config, device, distributed, extensions
 from ..config.file import without_aliases
 from ..errors import UserError
 from . import checkpoint
@@ -23,7 +23,7 @@ FILE = "run.json"
 RECORDED = ("torch", "torchvision", "numpy", "pillow", "matplotlib", "yacs", "tensorboardX", "deepkd_plugin")
 """Distributions whose versions are written down."""
 
-BITWISE = ("device", "processor", "versions", "code")
+BITWISE = ("device", "processor", "versions", "code", "processes")
 """What must stay as it was for a run that goes on to end with the same weights."""
 
 PACKAGE = Path(__file__).parents[1]
@@ -72,17 +72,20 @@ def prepare_folder(
             "classes": classes,
             "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
+        if distributed.size() > 1:
+            machine["processes"] = distributed.size()
+        started_by = {} if distributed.launcher() is None else {"launcher": distributed.launcher()}
         if resume:
-            others = [name for name in BITWISE if machine[name] != before.get(name)]
+            others = [name for name in BITWISE if machine.get(name) != before.get(name)]
             if others:
                 print(f"{folder}: goes on with another {', '.join(others)}: no longer bitwise the uninterrupted run")
             session = machine | ({"changed": dict(changed), "after": epoch} if changed else {})
-            note(folder, {"resumed": [*before.get("resumed", []), session], "finished": False})
+            note(folder, {"resumed": [*before.get("resumed", []), session], "finished": False} | started_by)
             return
         run = {"command": command, "config_hash": config_hash(cfg), "seed": cfg.SOLVER.SEED}
         run |= {"teacher": teacher, "teacher_acc": teacher_acc, "minutes": 0.0, "finished": False}
         # first, because it says whose the other files are
-        write_run(folder, run | machine)
+        write_run(folder, run | machine | started_by)
         checkpoint.write_text(folder / "config.yaml", without_aliases(cfg.dump()))
     except OSError as error:
         raise UserError(f"{folder}: LOG.PREFIX must name a folder that can be written ({error})") from None

@@ -23,7 +23,7 @@ Changes = dict[str, list[Any]]
 """Key -> its value before and now."""
 
 _SHAPE: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "epoch": ("a whole number from 1 on", lambda value: type(value) is int and value > 0),
+    "epoch": ("a whole number from 1 on", lambda value: type(value) is int and value >= 0),
     "best_epoch": ("a whole number", lambda value: type(value) is int and value >= 0),
     "best_acc": ("a finite number", lambda value: isinstance(value, (int, float)) and math.isfinite(value)),
     "config": ("a mapping of config keys", lambda value: isinstance(value, Mapping)),
@@ -53,6 +53,8 @@ def read_state(folder: Path, cfg: Any, teacher: str | None) -> tuple[Path, dict[
     for name, (allowed, valid) in _SHAPE.items():
         if name not in state or not valid(state[name]):
             raise _odd(path, f"its entry {name!r} {'is not' if name in state else 'is missing; it must be'} {allowed}")
+    if not state["epoch"] and "within" not in state:
+        raise _odd(path, "its entry 'epoch' is not a whole number from 1 on")
     if not state["best_epoch"] <= state["epoch"]:
         raise _odd(path, f"its best epoch is {state['best_epoch']}, and it ends with epoch {state['epoch']}")
     changes = _changes(path, config.flatten(cfg), state["config"])
@@ -86,6 +88,14 @@ def take_up(path: Path, load: Callable[[Any], Any], part: str, state: Any) -> No
     except Exception as error:  # what a file holds may be anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise _odd(path, f"its entry {part!r} cannot be taken up ({reason})") from None
+
+
+def check_within(path: Path, within: Any, steps: int) -> None:
+    """Raise UserError if what a checkpoint says of an epoch that had not ended is not whole; steps: in an epoch."""
+    kinds = {"step": int, "seconds": float, "waited": float, "windows": list, "generators": Tensor, "sums": Mapping}
+    whole = isinstance(within, Mapping) and all(isinstance(within.get(name), kind) for name, kind in kinds.items())
+    if not whole or not 0 < within["step"] < steps or not isinstance(within["sums"].get("count"), int):
+        raise _odd(path, "its entry 'within' is not of an epoch of this run")
 
 
 def check_model(path: Path, weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:

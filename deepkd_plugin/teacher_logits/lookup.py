@@ -36,7 +36,7 @@ class TeacherLogits:
     """
 
     def __init__(
-        self, key: Key, place: Path, teacher: nn.Module, find: Find, amp: bool, targets: np.ndarray | None = None
+        self, key: Key, place: Path, teacher: nn.Module, find: Find, amp: bool | str, targets: np.ndarray | None = None
     ) -> None:
         """Open or make the table. targets: the labels of the set's images, which a table of some classes needs.
 

@@ -60,7 +60,7 @@ class Key:
     """How they are made of it."""
     classes: int
     precision: str
-    """What the teacher computes in, bfloat16 or float32."""
+    """What the teacher computes in: float32, bfloat16 or float16."""
     dtype: str
     """What its logits are kept in: a key of record.DTYPES."""
     seed: int | None = None

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import config, data
-from ..data.arrays import Passes, Training
+from .. import config, data, device
+from ..data.arrays import Training, passes
 from ..data.resident import Batchwise, known, view_count, view_index
 from ..errors import UserError
 from .lookup import FOLDER, TeacherLogits, check_teacher
@@ -31,15 +31,15 @@ def open_logits(cfg: Any, teacher: nn.Module, fingerprint: str, loader: Any, ima
     as its batches have them. Raises UserError for a teacher whose logits depend on more than the image, for views that
     cannot be counted, for a loader that may draw views as it likes, and as Table.make does.
     """
-    samples = loader.dataset
-    if not isinstance(samples, Training) or not isinstance(loader.sampler, Passes):
+    samples, order = loader.dataset, passes(loader)
+    if not isinstance(samples, Training) or order is None:
         raise UserError(
             f"config: DISTILLER.TEACHER_LOGITS is {cfg.DISTILLER.TEACHER_LOGITS!r}; it must be 'compute' with a "
             f"training set that get_dataset did not make: only of its images it is known which view an epoch has"
         )
     check_teacher(teacher, image if isinstance(image, Tensor) else image[0])
     stored = cfg.DISTILLER.TEACHER_LOGITS == "stored"
-    distortions, seed, views = [] if stored else _distortions(cfg), loader.sampler.seed, loader.sampler.views
+    distortions, seed, views = [] if stored else _distortions(cfg), order.seed, order.views
     key = make_key(cfg, fingerprint, samples)
 
     chosen = torch.as_tensor(samples.chosen)
@@ -68,7 +68,7 @@ def make_key(cfg: Any, fingerprint: str, samples: Any) -> Key:
         view=f"{', '.join(map(_described, source.augmentation))}; mean {source.mean}, std {source.std}, "
         f"side {source.side}",
         classes=source.num_classes,
-        precision="bfloat16" if cfg.SOLVER.AMP else "float32",
+        precision=device.precision(cfg.SOLVER.AMP),
         dtype=node.LOGITS_DTYPE,
         seed=node.LOGITS_SEED if stored else None,
         kept=node.LOGITS_K if some else None,

@@ -127,7 +127,7 @@ def test_values_come_from_the_file_and_then_from_the_options(cfg, tmp_path):
         ("SOLVER: {LR: '{[]: 1}'}", "some.yaml: SOLVER.LR is '{[]: 1}' (str); it must be float, like 0.05"),
         ("SOLVER: {LR: fast}", "some.yaml: SOLVER.LR is 'fast' (str); it must be float, like 0.05"),
         ("SOLVER: {EPOCHS: 2.5}", "some.yaml: SOLVER.EPOCHS is 2.5 (float); it must be int, like 240"),
-        ("SOLVER: {AMP: 1}", "some.yaml: SOLVER.AMP is 1 (int); it must be bool, like False"),
+        ("SOLVER: {AMP: 1}", "some.yaml: SOLVER.AMP is 1; it must be True, False or float16"),
         ("SOLVER: {EPOCHS: true}", "some.yaml: SOLVER.EPOCHS is True (bool); it must be int, like 240"),
         ("SOLVER: {LR: 0}", "some.yaml: SOLVER.LR is 0.0; it must be a number above 0"),
         ("SOLVER: {LR: .nan}", "some.yaml: SOLVER.LR is nan; it must be a number above 0"),

@@ -10,8 +10,9 @@ from PIL import Image
 from torchvision import transforms
 from yacs.config import CfgNode
 
+from deepkd_plugin import distributed
 from deepkd_plugin.data import DATASETS, draws, get_dataset
-from deepkd_plugin.data.arrays import Passes
+from deepkd_plugin.data.arrays import Passes, passes
 from deepkd_plugin.data.draws import Draw
 from deepkd_plugin.data.resident import ResidentLoader, batchwise, count_numbers, draw, view_count, view_index
 from deepkd_plugin.data.views import TrainingViews
@@ -243,3 +244,32 @@ def test_contrasts_are_an_images_own(data_cfg, data_root):
         return {int(place): row.tolist() for _, _, places, rows in loader for place, row in zip(places, rows)}
 
     assert made(64, 0) == made(7, 2)
+
+
+@pytest.mark.parametrize("pipeline", ["workers", "device"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_processes_share_the_batches_of_one(data_cfg, data_root, monkeypatch, pipeline, accumulate):
+    """So they do with an epoch that goes on inside, and with the test images, of which each is tested once."""
+    cfg = data_cfg("glyphs100", data_root, PIPELINE=pipeline, TRAIN_PER_CLASS=4, HOLDOUT=0.05, NUM_WORKERS=0)
+    cfg.SOLVER.BATCH_SIZE, cfg.SOLVER.ACCUMULATE = 64, accumulate
+    whole, tested, *_ = get_dataset(cfg)
+    passes(whole).set_epoch(2)
+    images = {int(i): image for batch in whole for image, i in zip(batch[0], batch[2])}
+    order = [batch[2].tolist() for batch in list(whole)[3:]]  # of epoch 3
+    chunk, seen, labels = -(-64 // accumulate), [], []
+    for rank in range(3):
+        monkeypatch.setattr(distributed, "_here", distributed._ALONE._replace(rank=rank, size=3))
+        part, test, *_ = get_dataset(cfg)
+        assert len(part) == len(whole)
+        passes(part).set_epoch(3, 3 * 64)
+        assert [batch[2].tolist() for batch in part] == [
+            [batch[place] for place in distributed.own(len(batch), chunk)] for batch in order
+        ]
+        passes(part).set_epoch(2)
+        for batch in part:
+            seen += batch[2].tolist()
+            assert all(torch.equal(image, images[int(i)]) for image, i in zip(batch[0], batch[2]))
+        labels += [label for batch in test for label in batch[1].tolist()]
+        assert len(test.dataset) == len(tested.dataset)
+    assert sorted(seen) == sorted(images)
+    assert sorted(labels) == sorted(label for batch in tested for label in batch[1].tolist())

@@ -5,8 +5,10 @@ import json
 import pytest
 import small
 
+from deepkd_plugin import distributed
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.run import folder as run_folder
+from deepkd_plugin.run import record
 
 
 @pytest.fixture
@@ -144,3 +146,18 @@ def test_a_copy_that_was_cut_short_is_no_run(run):
         json.dumps({"copying": True, "config_hash": record["config_hash"], "finished": False})
     )
     assert run_folder.left(run)[1] is False
+
+
+@pytest.mark.parametrize("flags", [(False, False), (True, False), (False, True)])
+def test_a_later_attempt_of_the_same_launcher_goes_on(run, monkeypatch, flags):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert run_folder.restarted(run, *flags) == flags  # of another launcher, or none
+    record.note(run, {"launcher": distributed.launcher()})
+    assert run_folder.restarted(run, *flags) == (True, False)
+    (run / "latest").unlink()
+    assert run_folder.restarted(run, *flags) == (False, True)
+    monkeypatch.setattr("os.getppid", lambda: 1)
+    assert run_folder.restarted(run, *flags) == flags
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    assert distributed.launcher() is None
+    assert run_folder.restarted(run, *flags) == flags

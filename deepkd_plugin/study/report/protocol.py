@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from ...device import precision
 from .cells import Cell
 from .collect import Record
 from .formats import ranges
@@ -161,10 +162,20 @@ def _teacher(record: Record) -> str | None:
     return f"{noun}{record.teacher_acc:.2f} % on the test images ({weights})"
 
 
+def _batch(settings: dict[str, Any]) -> str:
+    parts = settings.get("SOLVER.ACCUMULATE", 1)
+    return f"{settings['SOLVER.BATCH_SIZE']} images" + (f" in {parts} micro-batches" if parts > 1 else "")
+
+
+def _precision(settings: dict[str, Any]) -> str:
+    amp = settings["SOLVER.AMP"]
+    return f"{precision(amp)} autocast" if amp else "float32"
+
+
 _PROTOCOL: tuple[tuple[str, Callable[[Record], str | None]], ...] = (
     ("Learning rate", _rate),
-    ("Batch", _setting(lambda settings: f"{settings['SOLVER.BATCH_SIZE']} images")),
-    ("Precision", _setting(lambda settings: "bfloat16 autocast" if settings["SOLVER.AMP"] else "float32")),
+    ("Batch", _setting(_batch)),
+    ("Precision", _setting(_precision)),
     ("Iterations", _setting(lambda settings: f"{settings['SOLVER.MAX_ITER']:,}")),
     ("Training images", _setting(_training)),
     ("Test images", _setting(_testing)),
