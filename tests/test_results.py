@@ -256,3 +256,16 @@ def test_the_tables_of_the_page_on_performance():
             numbers = [f"{kd['ms']:.1f}", f"{ours['ms']:.1f}", f"{ours['ms'] / kd['ms']:.2f}"]
             expected.append(f"| {pair} | {way} | {' | '.join(numbers)} | {ours['floor ratio']:.2f} | {name} |")
     assert table(page, "| pair | way |") == expected
+
+
+def test_the_simulated_steps_of_the_page_on_scale():
+    page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8").splitlines()
+    made = json.loads((RESULTS / "scale.json").read_text(encoding="utf-8"))["rows"]
+    rows = {(row["pair"], row["cards"], row["buffers"], row["GB/s"]): row for row in made}
+    expected = []
+    for pair, cards, buffers in dict.fromkeys(key[:3] for key in rows if key[2] > 1):
+        links = [rows[pair, cards, buffers, speed] for speed in (25.0, 100.0, 400.0)]
+        waits = " | ".join(f"{row['waiting']:.1%} ({row['waiting if apart']:.0%})" for row in links)
+        sent, computing = f"{links[0]['MB sent a step']:.0f}", f"{links[0]['computing ms']:.1f}"
+        expected.append(f"| {pair} | {cards} | {buffers} | {sent} | {computing} | {waits} |")
+    assert table(page, "| pair | cards | buffers |") == expected
