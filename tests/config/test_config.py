@@ -38,7 +38,7 @@ def message(cfg, tmp_path, text, *options):
 def test_every_key_has_its_default_and_is_valid(cfg):
     config.check(cfg, {})
     for key in config.all_keys():
-        assert config.get(cfg, key.path) == (None if key.default == "auto" else key.default)
+        assert config.get(cfg, key.path) == (None if key.path in config.CHOICES else key.default)
         assert key.valid(key.default), key.path
         assert key.meaning
 
