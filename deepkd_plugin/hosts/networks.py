@@ -234,5 +234,7 @@ def weights_file(host: Host, dataset: str, name: str, weights: str) -> str:
     if weights.startswith("builtin:"):
         shipped = files("deepkd_plugin.hosts.builtin").joinpath("weights")
         return str(shipped.joinpath(weights.removeprefix("builtin:") + ".pt"))
+    if weights:
+        return weights
     entry = host.models(dataset).get(name)
-    return weights or (entry[1] or "" if isinstance(entry, tuple) else "")
+    return entry[1] or "" if isinstance(entry, tuple) else ""

@@ -125,8 +125,7 @@ class Classification(Kind):
         """Find the file of a config's teacher; "" if a library or its own constructor has it, None if nobody has."""
         name, weights = cfg.DISTILLER.TEACHER, cfg.DISTILLER.TEACHER_WEIGHTS
         file = weights_file(find_host(), cfg.DATASET.TYPE, name, weights)
-        fetched = self.source(cfg).zoo == "imagenet" or ":" in name
-        return file or ("" if fetched else None)
+        return file or ("" if ":" in name or self.source(cfg).zoo == "imagenet" else None)
 
     def check(self, cfg: Any) -> None:
         if samples_gradients(cfg):
