@@ -2,7 +2,8 @@
 
 The environment variable DEEPKD_EXTENSIONS names modules to import, separated by commas. A module registers what it
 brings when it is imported (distillers.register_distiller, data.register_dataset, hosts.networks.register_network).
-Every process of a table inherits the variable, so each of its runs knows the same methods.
+A config that names a network package.module:constructor asks for that module too. Every process of a table inherits
+the variable, so each of its runs knows the same methods.
 """
 
 import functools
@@ -12,7 +13,7 @@ import inspect
 import os
 import sys
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
 
 from .errors import UserError
@@ -25,26 +26,38 @@ _contents: dict[str, str] = {}
 
 
 def load() -> None:
-    """Import the modules that DEEPKD_EXTENSIONS names; UserError for one that cannot be imported.
+    """Import the modules that DEEPKD_EXTENSIONS names; UserError for one that cannot be imported."""
+    for name in _named():
+        bring(name, f"environment: {VARIABLE} names {name!r}")
 
-    What they import from their own folder, or from below it, is part of a run's code hash too.
+
+def _named() -> list[str]:
+    return [name for part in os.environ.get(VARIABLE, "").split(",") if (name := part.strip())]
+
+
+def bring(name: str, asked: str) -> ModuleType:
+    """Import a user's module; UserError, which begins with `asked`, if it cannot be imported.
+
+    What it imports from its own folder, or from below it, is part of a run's code hash too. The processes that this one
+    starts import it as well, so that they have the same hash.
     """
-    for name in filter(None, map(str.strip, os.environ.get(VARIABLE, "").split(","))):
-        before = set(sys.modules)
-        try:
-            folder = Path(importlib.import_module(name).__file__ or "").resolve().parent
-        except UserError:
-            raise
-        except Exception as error:  # a user's module may fail in any way
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            missing = "; is its folder in PYTHONPATH?" if isinstance(error, ModuleNotFoundError) else ""
-            raise UserError(
-                f"environment: {VARIABLE} names {name!r}, which cannot be imported ({reason}{missing})"
-            ) from None
-        for other in {name, *sys.modules} - (before - {name}):
-            file = Path(getattr(sys.modules[other], "__file__", None) or "/").resolve()
-            if folder in file.parents and "site-packages" not in file.relative_to(folder).parts:
-                _contents[other] = hashlib.sha256(file.read_bytes()).hexdigest()
+    before = set(sys.modules)
+    try:
+        module = importlib.import_module(name)
+        folder = Path(module.__file__ or "").resolve().parent
+    except UserError:
+        raise
+    except Exception as error:  # a user's module may fail in any way
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        missing = "; is its folder in PYTHONPATH?" if isinstance(error, ModuleNotFoundError) else ""
+        raise UserError(f"{asked}, which cannot be imported ({reason}{missing})") from None
+    for other in {name, *sys.modules} - (before - {name}):
+        file = Path(getattr(sys.modules[other], "__file__", None) or "/").resolve()
+        if folder in file.parents and "site-packages" not in file.relative_to(folder).parts:
+            _contents[other] = hashlib.sha256(file.read_bytes()).hexdigest()
+    if name not in _named():
+        os.environ[VARIABLE] = ",".join([*_named(), name])
+    return module
 
 
 def remember(registered: Any) -> None:

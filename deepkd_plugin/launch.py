@@ -14,7 +14,7 @@ from .accuracy import measure_teacher
 from .errors import UserError
 from .hosts.host import Host
 from .hosts.mdistiller import check_trainer
-from .hosts.networks import network, trained_network
+from .hosts.networks import check_features, student_network, teacher_network
 from .hosts.registry import find_host, register
 from .run import folder as run_folder
 from .run import record
@@ -135,13 +135,12 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def make_distiller(host: Host, cfg: Any, num_data: int, num_classes: int) -> nn.Module:
     """Make the student, first, so that a seed gives one student whatever the teacher is; then the teacher."""
-    student = network(host, cfg.DATASET.TYPE, cfg.DISTILLER.STUDENT, num_classes)
+    student = student_network(host, cfg, num_classes)
     make = host.distiller(cfg)
     if cfg.DISTILLER.TYPE == "NONE":
         return make(student)
-    key = "DISTILLER.TEACHER_WEIGHTS"
-    weights = cfg.DISTILLER.TEACHER_WEIGHTS
-    teacher = trained_network(host, cfg.DATASET.TYPE, cfg.DISTILLER.TEACHER, num_classes, weights, key)
+    teacher = teacher_network(host, cfg, num_classes)
+    check_features(cfg.DISTILLER.TYPE, (student, teacher))
     rest = (num_data,) if cfg.DISTILLER.TYPE == "CRD" else ()
     return make(student, teacher, cfg, *rest)
 

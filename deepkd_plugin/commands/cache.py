@@ -75,7 +75,7 @@ def _check(paths: Iterable[Path]) -> int:
 
 def _fill(file: str, options: Sequence[str]) -> int:
     from .. import choice, config, data, device, launch
-    from ..hosts.networks import trained_network
+    from ..hosts.networks import teacher_network
     from ..hosts.registry import find_host
     from ..rules import automatic
     from ..run.checkpoint import fingerprint
@@ -91,13 +91,11 @@ def _fill(file: str, options: Sequence[str]) -> int:
     number, processes, local = process_share()
     device.take(local)
     device.tune(cfg.SOLVER.DETERMINISTIC)
-    at, kind, weights = device.pick(), cfg.DATASET.TYPE, cfg.DISTILLER.TEACHER_WEIGHTS
+    at = device.pick()
     samples = data.get_dataset(cfg)[0].dataset
-    key = "DISTILLER.TEACHER_WEIGHTS"
-    teacher = trained_network(host, kind, cfg.DISTILLER.TEACHER, data.num_classes(cfg), weights, key).eval()
-    teacher = teacher.to(at)
+    teacher = teacher_network(host, cfg, data.num_classes(cfg)).eval().to(at)
     if automatic(cfg.SOLVER.CHANNELS_LAST):
-        images = data.source(kind).noise(cfg.SOLVER.BATCH_SIZE)[0].to(at)
+        images = data.source(cfg.DATASET.TYPE).noise(cfg.SOLVER.BATCH_SIZE)[0].to(at)
         faster = choice.channels_last(None, teacher, images, cfg.SOLVER.AMP).value
         cfg = choice.resolved(cfg, config.CHANNELS_LAST, faster)
     teacher = device.place(teacher, at, cfg.SOLVER.CHANNELS_LAST)

@@ -22,7 +22,7 @@ from ..terminal import Parser
 VERSIONS = ("deepkd_plugin", "torch", "torchvision", "numpy", "yacs", "tensorboardX")
 OPTIONAL = {
     "detectron2": "detection",
-    "timm": "its models",
+    "timm": "networks timm:NAME",
     "scipy": "mdistiller imports it",
     "wandb": "LOG.WANDB True",
 }

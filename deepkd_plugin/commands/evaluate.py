@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from .. import config, data, device
 from ..accuracy import Alone, evaluate
-from ..errors import UserError, shown
+from ..errors import UserError
+from ..hosts.libraries import FORMS
 from ..hosts.networks import trained_network
 from ..hosts.registry import find_host, register
 from ..terminal import Parser, guarded
@@ -19,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser("tools/eval.py", description="Test a student file or a teacher.")
-    parser.add_argument("-m", "--model", required=True, help="network, for example resnet8")
+    parser.add_argument("-m", "--model", required=True, help=f"network, for example resnet8, or {FORMS}")
     parser.add_argument(
         "-c", "--ckpt", default="pretrain", help="student file; builtin:NAME; pretrain for the zoo's weights"
     )
@@ -37,9 +38,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     cfg.DATASET.TYPE, cfg.DATASET.ROOT, cfg.DATASET.DOWNLOAD = args.dataset, args.root, args.download
     cfg.DATASET.TEST.BATCH_SIZE = args.batch_size
     config.check(cfg, {"DATASET.TEST.BATCH_SIZE": "command line"})
-    models = host.models(args.dataset)
-    if args.model not in models:
-        raise UserError(f"command line: -m is {shown(args.model)}; it must be one of {', '.join(models)}")
+    host.check_network(args.dataset, args.model, "command line: -m")
     loader, num_classes = data.get_test_set(cfg)
     weights = "" if args.ckpt == "pretrain" else args.ckpt
     torch_device = device.pick()

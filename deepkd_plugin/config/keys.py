@@ -39,6 +39,21 @@ MEANING = {"tog": "the task stream", "tcg": "the target-class stream", "ncg": "t
 """What some streams are called in words."""
 
 _BATCH = whole(1, 65_536)
+_MEAN: Rule = (
+    "a list of three numbers from 0 to 1, or []",
+    lambda value: len(value) in (0, 3) and all(0 <= part <= 1 for part in value),
+)
+_STD: Rule = (
+    "a list of three numbers above 0, up to 1, or []",
+    lambda value: len(value) in (0, 3) and all(0 < part <= 1 for part in value),
+)
+_CLASSES: Rule = (
+    "a list of whole numbers from 0 on, or the path of a file",
+    lambda value: (
+        value is None
+        or (FILE_OR_NONE[1](value) if isinstance(value, str) else all(type(i) is int and i >= 0 for i in value))
+    ),
+)
 _DELTA: Rule = ("a number in (-1, 1)", lambda value: -1 < value < 1)
 
 
@@ -148,6 +163,27 @@ _FIXED = (
     Key("GSNR.COORDINATES", 500_000, "coordinates followed, drawn once; 0: all", *whole(0, 10**9)),
     Key("GSNR.LAYERS", False, "also by layer", *FLAG),
     Key("DISTILLER.TEACHER_WEIGHTS", "", "teacher file; empty: the zoo's; builtin:NAME: one we ship", *FILE_OR_NONE),
+    Key(
+        "DISTILLER.STUDENT_WEIGHTS",
+        "",
+        "what the student starts from: a file, or pretrained: its library's; a head of other classes stays new",
+        *FILE_OR_NONE,
+    ),
+    Key(
+        "DISTILLER.TEACHER_INPUT.SIZE",
+        0,
+        "pixels of a side that the teacher's images have; 0: its library's weights' own, for a file the data set's",
+        *whole(0, 10_000),
+    ),
+    Key("DISTILLER.TEACHER_INPUT.MEAN", [], "of the three channels, for pixels in [0, 1]; []: as SIZE 0", *_MEAN),
+    Key("DISTILLER.TEACHER_INPUT.STD", [], "of the three channels, for pixels in [0, 1]; []: as SIZE 0", *_STD),
+    Key(
+        "DISTILLER.TEACHER_CLASSES",
+        None,
+        "the teacher's classes for those of the data set, in its order: a list of numbers, or a file with the names of "
+        "the teacher's classes, one a line; nothing: the same",
+        *_CLASSES,
+    ),
     Key(
         "DISTILLER.TEACHER_LOGITS",
         "compute",

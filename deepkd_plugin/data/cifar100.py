@@ -7,7 +7,7 @@ from torchvision import datasets, transforms
 
 from ..errors import UserError
 from ..run import array_pickle
-from .folders import ImageFiles, class_folders
+from .folders import ImageFiles, class_folders, names_of
 from .sources import Source, register_dataset
 
 NUM_CLASSES = 100
@@ -42,6 +42,21 @@ def _find(root: Path, split: str) -> Path | None:
 
 def _find_any(root: Path) -> Path | None:
     return _find(root, "train") or _find(root, "test")
+
+
+def class_names(root: str | Path) -> list[str] | None:
+    """Return the names of the fine classes: torchvision's file `meta` has them, or the class folders do."""
+    place = _find_any(Path(root))
+    if place is None or place.is_dir():
+        return place and names_of(place)
+    meta = place.with_name("meta")
+    try:
+        with open(meta, "rb") as file:
+            return [str(name) for name in array_pickle.read(file)["fine_label_names"]]
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        raise UserError(f"{meta}: must hold the names of CIFAR-100's classes ({type(error).__name__})") from None
 
 
 def fetch_cifar100(root: str | Path) -> None:
@@ -97,5 +112,6 @@ register_dataset(
         std=(0.2675, 0.2565, 0.2761),
         augmentation=(transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()),
         fetch=fetch_cifar100,
+        class_names=class_names,
     ),
 )

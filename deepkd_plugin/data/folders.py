@@ -155,6 +155,11 @@ def in_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=(lambda name: (int(name), name)) if numbers else None)
 
 
+def names_of(folder: Path) -> list[str] | None:
+    """List the classes whose folders are in a folder, in the order of their labels; None if it is not there."""
+    return in_order(folder_names(folder)) if folder.is_dir() else None
+
+
 def check_classes(here: Path, classes: Iterable[str], there: Path, others: Iterable[str]) -> None:
     """Raise UserError unless two splits have the same classes: one more would shift the labels behind it."""
     classes, others = set(classes), set(others)

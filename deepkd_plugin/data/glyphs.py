@@ -257,5 +257,6 @@ register_dataset(
         # a mirrored glyph is another glyph (b and d), so there is no flip
         augmentation=(transforms.RandomCrop(SIZE, padding=4),),
         drawn=True,
+        class_names=lambda root: CHARACTERS,
     ),
 )

@@ -5,7 +5,7 @@ from pathlib import Path
 from torchvision.transforms import v2
 
 from ..errors import UserError
-from .folders import class_folders
+from .folders import class_folders, names_of
 from .sources import Source, register_dataset
 
 NUM_CLASSES = 1000
@@ -39,5 +39,6 @@ register_dataset(
         resizing=(v2.Resize(256), v2.CenterCrop(224)),
         small=False,
         zoo="imagenet",
+        class_names=lambda root: names_of(Path(root) / "imagenet" / "train"),
     ),
 )

@@ -75,7 +75,8 @@ class Source(Facts):
     through in training and in tests. small: whether all images have `side` already and fit on a device together; what
     DATASET.PIPELINE device can augment is in resident.py. What large ones go through is done to their bytes, without
     PIL, if it is all of transforms.v2 as views.py's takes_tensors has it. zoo: the networks that take such images, one
-    of ZOOS. fetch: downloads the set into a folder that does not have it yet.
+    of ZOOS. fetch: downloads the set into a folder that does not have it yet. class_names: DATASET.ROOT -> the names of
+    its classes in the order of their labels; None if they are not known there.
     """
 
     _: KW_ONLY
@@ -88,6 +89,7 @@ class Source(Facts):
     small: bool = True
     zoo: str = "cifar"
     fetch: Callable[[str], None] | None = None
+    class_names: Callable[[str], Sequence[str] | None] | None = None
 
     def load(self, node: Any, split: str, transform: Transform | None = None) -> ArrayDataset | ImageFiles:
         """Read a part of the set, "train" or "test", as samples (transform(image), label).

@@ -9,7 +9,7 @@ from pathlib import Path
 from torchvision import transforms
 
 from ..errors import UserError, shown
-from .folders import check_classes, class_folders, folder_names, in_order
+from .folders import check_classes, class_folders, folder_names, in_order, names_of
 from .sources import Source, register_dataset
 
 NUM_CLASSES = 200
@@ -80,5 +80,6 @@ register_dataset(
         std=(0.2302, 0.2265, 0.2262),
         augmentation=(transforms.RandomRotation(20), transforms.RandomHorizontalFlip()),
         zoo="tiny_imagenet",
+        class_names=lambda root: names_of(Path(root) / "tiny-imagenet-200" / "train"),
     ),
 )

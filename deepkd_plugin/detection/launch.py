@@ -129,6 +129,11 @@ ONLY = {
     "DATASET.TRAIN_PER_CLASS": 0,
     "EXPERIMENT.LOGIT_STAND": False,
     "DISTILLER.TEACHER_LOGITS": "compute",
+    "DISTILLER.STUDENT_WEIGHTS": "",
+    "DISTILLER.TEACHER_INPUT.SIZE": 0,
+    "DISTILLER.TEACHER_INPUT.MEAN": [],
+    "DISTILLER.TEACHER_INPUT.STD": [],
+    "DISTILLER.TEACHER_CLASSES": None,
 }
 """Keys that are for classification only, and their value here. (Warm-up is DETECTION.WARMUP_ITERATIONS.)"""
 

@@ -8,7 +8,9 @@ from yacs.config import CfgNode
 
 from .. import config, data
 from ..distillers import DISTILLERS
+from ..errors import UserError, shown
 from ..teacher_logits.tables import count_views
+from .libraries import FORMS, find
 
 MDISTILLERS_OWN = {
     "DISTILLER.TYPE": ["AT", "OFD", "RKD", "FITNET", "KDSVD", "CRD", "NST", "PKT", "SP", "VID", "REVIEWKD"],
@@ -44,6 +46,15 @@ class Host:
         }
         return zoos[data.source(dataset).zoo]
 
+    def check_network(self, dataset: str, name: str, where: str) -> None:
+        """Raise UserError, which begins with `where`, if a name is no network for a data set."""
+        models = self.models(dataset)
+        if name not in models and find(name, where) is None:
+            raise UserError(
+                f"{where} is {shown(name)}; it must be one of {', '.join(models)} for the data set {dataset}, or "
+                f"{FORMS}"
+            )
+
     def distiller(self, cfg: CfgNode) -> Any:
         """Return the class of DISTILLER.TYPE; the plugin's own if mdistiller's cannot do what is asked."""
         name = cfg.DISTILLER.TYPE
@@ -57,19 +68,17 @@ class Host:
 
     def check(self, cfg: CfgNode, origin: dict[str, str]) -> None:
         """Raise UserError if the config is out of range or names what this host does not have."""
-        models = self.models(cfg.DATASET.TYPE)
-        known = [("DISTILLER.TYPE", self.distillers), ("SOLVER.TRAINER", self.trainers), ("DISTILLER.STUDENT", models)]
-        if cfg.DISTILLER.TYPE != "NONE":
-            known.append(("DISTILLER.TEACHER", models))
-        for path, names in known:
-            value = config.get(cfg, path)
+        for path, names in (("DISTILLER.TYPE", self.distillers), ("SOLVER.TRAINER", self.trainers)):
+            value, where = config.get(cfg, path), ""
             if value in names:
                 continue
-            where = f" for the data set {cfg.DATASET.TYPE}" if names is models else ""
-            if value in MDISTILLERS_OWN.get(path, ()) and self.root is None:
+            if value in MDISTILLERS_OWN[path] and self.root is None:
                 where = f"; {value} is mdistiller's, which is not here: install it or set MDISTILLER_ROOT"
             raise config.wrong(origin, path, value, f"one of {', '.join(names)}{where}")
         config.check(cfg, origin)
+        for path in ("DISTILLER.STUDENT", "DISTILLER.TEACHER")[: 1 if cfg.DISTILLER.TYPE == "NONE" else 2]:
+            name = config.get(cfg, path)
+            self.check_network(cfg.DATASET.TYPE, name, f"{origin.get(path, 'default')}: {path}")
         config.check_mask(cfg, origin, data.num_classes(cfg))
         config.check_kept(cfg, origin, data.num_classes(cfg))
         if cfg.DISTILLER.TEACHER_LOGITS == "table":

@@ -42,6 +42,9 @@ _OURS_ALONE = (
 )
 """Keys that only our trainers read; those outside SOLVER are given with their section."""
 
+_LAUNCHED = ("DISTILLER.STUDENT_WEIGHTS", "DISTILLER.TEACHER_INPUT", "DISTILLER.TEACHER_CLASSES")
+"""Keys that only our launcher reads."""
+
 Replaced = tuple[dict[str, Any], str, Any]
 """A registry, a name in it, and its entry before."""
 
@@ -157,6 +160,7 @@ def settle(host: Host, cfg: Any, replaced: list[Replaced]) -> None:
 
     origin = dict.fromkeys(config.flatten(cfg), "config")  # mdistiller merged it, so nobody knows the file
     host.check(cfg, origin)
+    check_launcher(host, cfg, origin)
     check_trainer(cfg, origin, host.trainers[cfg.SOLVER.TRAINER])
     put(host.distillers, cfg.DISTILLER.TYPE, host.distiller(cfg))
     if cfg.DISTILLER.TYPE != "NONE":
@@ -164,6 +168,19 @@ def settle(host: Host, cfg: Any, replaced: list[Replaced]) -> None:
         put(models, name, _teacher(host, cfg, models[name]))
     device.tune(cfg.SOLVER.DETERMINISTIC)  # before CUDA starts, which our trainer is too late for
     device.seed_everything(cfg.SOLVER.SEED)
+
+
+def check_launcher(host: Host, cfg: Any, origin: dict[str, str]) -> None:
+    """Raise UserError if a config asks mdistiller's own launcher for networks that only ours can make."""
+    used = ("DISTILLER.STUDENT", "DISTILLER.TEACHER")[: 1 if cfg.DISTILLER.TYPE == "NONE" else 2]
+    reason = "under mdistiller's own launcher, which makes networks itself; ours makes others (train there instead)"
+    for path in used:
+        name = config.get(cfg, path)
+        if name not in host.models(cfg.DATASET.TYPE):
+            raise config.wrong(origin, path, name, f"a network of mdistiller's zoo {reason}")
+    for key in config.all_keys():
+        if key.path.startswith(_LAUNCHED) and config.get(cfg, key.path) != key.default:
+            raise config.wrong(origin, key.path, config.get(cfg, key.path), f"{key.default!r} {reason}")
 
 
 def check_trainer(cfg: Any, origin: Mapping[str, str], trainer: type) -> None:

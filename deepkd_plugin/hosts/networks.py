@@ -1,8 +1,9 @@
-"""Networks of a host's zoo, fresh or with weights."""
+"""The networks of a run, of a host's zoo or of elsewhere, fresh or with weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib.resources import files
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,11 @@ from torch import Tensor, nn
 from .. import data, extensions
 from ..errors import UserError
 from ..run import checkpoint
-from .host import Host
+from .adapter import Adapter, Input, adapt, choose, feed, reason_of, try_out
+from .classes import KEY as CLASSES
+from .classes import choose_classes
+from .host import MDISTILLERS_OWN, Host
+from .libraries import find
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {}
 """Users' own networks: name -> make(num_classes=C)."""
@@ -58,8 +63,9 @@ def _tried(name: str, side: int, num_classes: int) -> nn.Module:
         with torch.no_grad():
             outcome = network.eval()(torch.zeros(1, 3, side, side))
     except Exception as error:  # a user's network may fail in any way
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"the network {name!r} cannot take an image of {side} x {side} pixels ({reason})") from None
+        raise UserError(
+            f"the network {name!r} cannot take an image of {side} x {side} pixels ({reason_of(error)})"
+        ) from None
     logits = outcome[0] if isinstance(outcome, tuple) and len(outcome) == 2 else None
     if not isinstance(logits, Tensor) or logits.shape != (1, num_classes):
         found = f"logits of the shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(outcome).__name__
@@ -71,40 +77,164 @@ def _tried(name: str, side: int, num_classes: int) -> nn.Module:
 
 
 def network(host: Host, dataset: str, name: str, num_classes: int) -> nn.Module:
-    """Make a fresh network of the host's zoo."""
+    """Make a fresh network, of the host's zoo or of elsewhere, for a data set's images.
+
+    Raises UserError if it cannot be made, cannot take these images, or has other classes.
+    """
+    side = data.source(dataset).side
+    made = _fresh(host, dataset, name, num_classes, side)
+    if isinstance(made, Adapter):
+        found = try_out(made, name, side, training=True)
+        if found != num_classes:
+            raise UserError(f"the network {name} gives {found} logits for an image; this run has {num_classes} classes")
+    return made
+
+
+def _fresh(host: Host, dataset: str, name: str, num_classes: int, side: int) -> nn.Module:
+    """Make a fresh network for images of side x side pixels; one from outside the zoos is adapted and not tried yet."""
     if name in NETWORKS:
-        return _tried(name, data.source(dataset).side, num_classes)
+        return _tried(name, side, num_classes)
+    outside = find(name)
+    if outside is not None:
+        return adapt(outside.make(num_classes, side), name)
     entry = host.models(dataset)[name]
     return entry[0](num_classes=num_classes) if isinstance(entry, tuple) else entry(pretrained=False)
 
 
-def trained_network(host: Host, dataset: str, name: str, num_classes: int, weights: str, key: str) -> nn.Module:
+def student_network(host: Host, cfg: Any, num_classes: int) -> nn.Module:
+    """Make the student that a config means, with random weights or those of DISTILLER.STUDENT_WEIGHTS.
+
+    If these are of another number of classes, the tensors that depend on it stay random, which is said.
+    """
+    dataset, name = cfg.DATASET.TYPE, cfg.DISTILLER.STUDENT
+    made = network(host, dataset, name, num_classes)
+    path, key = cfg.DISTILLER.STUDENT_WEIGHTS, "DISTILLER.STUDENT_WEIGHTS"
+    if not path:
+        return made
+    if path == "pretrained":
+        outside = find(name)
+        own = outside and outside.input()
+        if outside is None or own is None:
+            raise UserError(f"{key} is 'pretrained'; it must be a file with {name}, of which no library has weights")
+        with torch.random.fork_rng(devices=[]):
+            weights = outside.pretrained(num_classes, data.source(dataset).side, key).state_dict()
+    else:
+        path = weights_file(host, dataset, name, path)
+        weights = checkpoint.read_weights(path, key)
+    fresh = made.state_dict()
+    if classes := checkpoint.count_classes(weights, fresh):
+        new = [part for part in fresh if part in weights and fresh[part].shape != weights[part].shape]
+        print(f"student   {name}: {key} has {classes[0]} classes, so {', '.join(new)} begin at random")
+        weights = weights | {part: fresh[part] for part in new}
+    checkpoint.fit_weights(made, weights, path, key, name)
+    return made
+
+
+def teacher_network(host: Host, cfg: Any, num_classes: int) -> nn.Module:
+    """Make the teacher that a config means: with weights, its input by TEACHER_INPUT, classes by TEACHER_CLASSES."""
+    node, dataset, key = cfg.DISTILLER, cfg.DATASET.TYPE, "DISTILLER.TEACHER_WEIGHTS"
+    named = (node.TEACHER, num_classes, node.TEACHER_WEIGHTS, key)
+    choice = partial(choose_classes, node.TEACHER_CLASSES, data.source(dataset), cfg.DATASET.ROOT)
+    return trained_network(host, dataset, *named, node.TEACHER_INPUT, choice if node.TEACHER_CLASSES else None)
+
+
+def trained_network(
+    host: Host,
+    dataset: str,
+    name: str,
+    num_classes: int,
+    weights: str,
+    key: str,
+    given: Mapping[str, Any] | None = None,
+    choice: Callable[[int], list[int]] | None = None,
+) -> nn.Module:
     """Make a network with weights: of a file, of one that the package ships (builtin:NAME), or the zoo's own ("").
 
-    `key` is the config key or option that gave `weights`, for errors.
+    It takes batches of the data set's images. What it was trained on is known of a library's weights, and taken to be
+    the data set's otherwise. `key` is the config key or option that gave `weights`, for errors. given: DISTILLER's node
+    TEACHER_INPUT, which overrides both. choice: number of its classes -> those that are the data set's.
     """
-    path = weights_file(host, dataset, name, weights)
-    entry = host.models(dataset)[name]
-    if not path and not isinstance(entry, tuple):
-        try:
-            return entry(pretrained=True).requires_grad_(False)
-        except OSError as error:
-            raise UserError(
-                f"{key} names no file and torchvision's weights of {name} cannot be fetched ({error}); name a file"
-            ) from None
-    if not path:
-        raise UserError(f"{key} names no file and the zoo has no weights of {name}; it must name a checkpoint")
-    made = network(host, dataset, name, num_classes)
-    checkpoint.load_weights(made, path, key, name)
+    source, path = data.source(dataset), weights_file(host, dataset, name, weights)
+    batch = Input(source.side, source.mean, source.std)
+    outside = None if name in NETWORKS else find(name)
+    own = _input(given, (outside and not path and outside.input()) or batch)
+    if path:
+        made = _from_file(host, dataset, name, num_classes, path, key, own.side, choice is not None)
+    elif outside is not None:
+        made = outside.pretrained(num_classes, own.side, key)
+    else:
+        made = _of_the_zoo(host, dataset, name, key)
+    if outside is not None or choice is not None or own != batch:
+        made = adapt(made, name)
+        found = try_out(made, name, own.side, training=False)
+        if choice is not None:
+            choose(made, choice(found))
+        elif found != num_classes:
+            raise _other_classes(path or name, key, name, found, num_classes)
+        feed(made, batch, own)
     return made.requires_grad_(False)
 
 
+def _input(given: Mapping[str, Any] | None, own: Input) -> Input:
+    """Return what a network takes: what is given, for the rest its own."""
+    if given is None:
+        return own
+    return Input(given["SIZE"] or own.side, tuple(given["MEAN"]) or own.mean, tuple(given["STD"]) or own.std)
+
+
+def _from_file(
+    host: Host, dataset: str, name: str, num_classes: int, path: str, key: str, side: int, any_classes: bool
+) -> nn.Module:
+    """Make a network with the weights of a file. any_classes: with as many classes as these have."""
+    weights = checkpoint.read_weights(path, key)
+    make = partial(_fresh, host, dataset, name, side=side)
+    made = make(num_classes=num_classes)
+    if classes := checkpoint.count_classes(weights, made.state_dict()):
+        if any_classes:
+            made = make(num_classes=classes[0])
+        elif classes[0] > num_classes and key == "DISTILLER.TEACHER_WEIGHTS":
+            raise _other_classes(path, key, name, *classes)
+    checkpoint.fit_weights(made, weights, path, key, name)
+    return made
+
+
+def _of_the_zoo(host: Host, dataset: str, name: str, key: str) -> nn.Module:
+    """Make a network of a zoo with the weights that the zoo fetches."""
+    entry = host.models(dataset)[name]
+    if isinstance(entry, tuple):
+        raise UserError(f"{key} names no file and the zoo has no weights of {name}; it must name a checkpoint")
+    try:
+        return entry(pretrained=True)
+    except OSError as error:
+        raise UserError(
+            f"{key} names no file and torchvision's weights of {name} cannot be fetched ({error}); name a file"
+        ) from None
+
+
+def _other_classes(source: str, key: str, name: str, theirs: int, ours: int) -> UserError:
+    more = f"; {CLASSES} says which of them they are, or train it for these first" if "TEACHER" in key else ""
+    return UserError(f"{source}: {key} holds a {name} of {theirs} classes; this run has {ours}{more}")
+
+
+def check_features(method: str, networks: Iterable[nn.Module]) -> None:
+    """Raise UserError if a method of mdistiller's compares features that an adapted network does not give."""
+    if method not in MDISTILLERS_OWN["DISTILLER.TYPE"]:
+        return
+    needed = "pooled_feat" if method in ("RKD", "PKT", "CRD") else "feats"
+    for one in networks:
+        if isinstance(one, Adapter) and needed not in one.deepkd_features:
+            raise UserError(
+                f"config: DISTILLER.TYPE is {method!r}, which compares the features {needed!r}, and a "
+                f"{type(one).__name__} does not give them; it must be a method on logits, or networks of the zoo"
+            )
+
+
 def weights_file(host: Host, dataset: str, name: str, weights: str) -> str:
-    """Return the file that `weights` means, as in trained_network; "" if torchvision provides them or nobody does."""
+    """Return the file that `weights` means, as in trained_network; "" if a library provides them or nobody does."""
     if weights.startswith("builtin:"):
         shipped = files("deepkd_plugin.hosts.builtin").joinpath("weights")
         return str(shipped.joinpath(weights.removeprefix("builtin:") + ".pt"))
     if weights:
         return weights
-    entry = host.models(dataset)[name]
+    entry = host.models(dataset).get(name)
     return entry[1] or "" if isinstance(entry, tuple) else ""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..terminal import warn
 from . import array_pickle
 
 SAFE = ".safetensors"
@@ -234,19 +235,39 @@ def _numpy_numbers() -> list[tuple[Any, str]]:
 
 
 def load_weights(module: nn.Module, path: str | Path, key: str, network: str) -> None:
-    """Load a network's weights from a file.
+    """Load a network's weights from a file, as `read_weights` and `fit_weights` do it."""
+    fit_weights(module, read_weights(path, key), path, key, network)
 
-    The file holds a state dictionary as `network_weights` finds it. It may lack the counters num_batches_tracked, which
-    nothing here reads. Raises UserError, with the first differences, for a file of another network or another number of
-    classes, and for numbers that no network can have; the module is then unchanged.
+
+def read_weights(path: str | Path, key: str) -> dict[str, Tensor]:
+    """Read a network's state dictionary from a file, which holds it as `network_weights` finds it.
+
+    Of weights beside their moving average the weights are taken, and this is said. Raises UserError as `load` does, and
+    for a trainer's state or several networks.
     """
     content = load(path, key)
+    if isinstance(content, Mapping):
+        names = [name for name in (*WRAPPERS, *AVERAGES) if network_weights(content.get(name)) is not None]
+        if len(set(names) & set(WRAPPERS)) > 1:
+            raise UserError(f"{path}: {key} holds several networks, {', '.join(names)}; it must hold one of them")
+        if len(names) > 1:
+            warn(f"{path}: holds {' and '.join(names)}; {key} takes {names[0]} (a file of the other alone gives that)")
     weights = network_weights(content)
     if weights is None:
         raise UserError(f"{path}: {key} must hold a network's state dictionary, holds {_kind(content)}")
     if any(name.startswith("student.") for name in weights):
         beside = Path(path).name.removeprefix("epoch_")
         raise UserError(f"{path}: {key} holds a trainer's state; use student_{beside}, which is beside it")
+    return weights
+
+
+def fit_weights(module: nn.Module, weights: dict[str, Tensor], path: str | Path, key: str, network: str) -> None:
+    """Load weights that a file held into a network.
+
+    They may lack the counters num_batches_tracked, which nothing here reads. Raises UserError, with the first
+    differences, for those of another network or another number of classes, and for numbers that no network can have;
+    the module is then unchanged.
+    """
     wanted = module.state_dict()
     weights = {name: wanted[name] for name in wanted if name.endswith("num_batches_tracked")} | weights
     for name, value in weights.items():
@@ -261,19 +282,27 @@ def load_weights(module: nn.Module, path: str | Path, key: str, network: str) ->
             f"{path}: {key} holds another network than {network}: {len(missing)} of its {len(wanted)} "
             f"tensors are missing and {len(extra)} are unknown to it ({example})"
         )
+    if other and (classes := count_classes(weights, wanted)):
+        raise UserError(f"{path}: {key} holds a {network} of {classes[0]} classes; this run has {classes[1]}")
     if other:
         first = other[0]
-        # a tensor without dimensions has no classes
-        ends = {(wanted[name].shape[:1], weights[name].shape[:1]) for name in other if weights[name].ndim}
-        only_classes = all(wanted[name].shape[1:] == weights[name].shape[1:] for name in other)
-        if only_classes and len(ends) == 1 and other == list(wanted)[-len(other) :]:
-            ((ours,), (theirs,)) = ends.pop()
-            raise UserError(f"{path}: {key} holds a {network} of {theirs} classes; this run has {ours}")
         raise UserError(
             f"{path}: {key} holds another network than {network}: {first} is "
             f"{tuple(weights[first].shape)}, not {tuple(wanted[first].shape)}"
         )
     module.load_state_dict(weights)
+
+
+def count_classes(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """Return the classes of a file's network and of ours if these alone differ; None if nothing does, or more does."""
+    other = [name for name in wanted if name in weights and wanted[name].shape != weights[name].shape]
+    # a tensor without dimensions has no classes
+    ends = {(weights[name].shape[:1], wanted[name].shape[:1]) for name in other if weights[name].ndim}
+    only_classes = all(wanted[name].shape[1:] == weights[name].shape[1:] for name in other)
+    if not (other and only_classes and len(ends) == 1):
+        return None
+    ((theirs,), (ours,)) = ends.pop()
+    return theirs, ours
 
 
 def unfit(value: Tensor, wanted: Tensor) -> str | None:
@@ -293,6 +322,9 @@ def unfit(value: Tensor, wanted: Tensor) -> str | None:
 
 WRAPPERS = ("model", "state_dict", "model_state_dict", "net")
 """What training scripts put a network's state dictionary under."""
+
+AVERAGES = ("model_ema", "state_dict_ema", "ema")
+"""What they put a moving average of it under, beside it."""
 
 
 def network_weights(content: Any) -> dict[str, Tensor] | None:
@@ -337,8 +369,12 @@ def outline(state: Any) -> str:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Hash a network's weights: the same for the same numbers, whatever file they came from."""
-    return hash_weights(module.state_dict())
+    """Hash a network's weights: the same for the same numbers, whatever file they came from.
+
+    A network that is fed otherwise than it would be itself (hosts/adapter.py) has another hash.
+    """
+    changes = module.deepkd_changes() if hasattr(module, "deepkd_changes") else {}
+    return hash_weights(module.state_dict() | changes)
 
 
 def hash_weights(weights: Mapping[str, Tensor]) -> str:

@@ -53,6 +53,18 @@ def test_two_tensors_of_one_name_are_no_network(tmp_path):
     refused(tmp_path, around, "holds a mapping with model")
 
 
+def test_a_file_of_several_networks_says_which_is_taken(tmp_path, capsys):
+    one, other, target = network(), network(), network()
+    for name in checkpoint.AVERAGES:
+        torch.save({"state_dict": one.state_dict(), name: other.state_dict()}, tmp_path / "w.pt")
+        checkpoint.warn.cache_clear()
+        checkpoint.load_weights(target, tmp_path / "w.pt", "KEY", "net")
+        assert checkpoint.fingerprint(target) == checkpoint.fingerprint(one)
+        assert f"w.pt: holds state_dict and {name}; KEY takes state_dict" in capsys.readouterr().err
+    several = {"net": one.state_dict(), "model": other.state_dict()}
+    refused(tmp_path, several, "holds several networks, model, net; it must hold one of them")
+
+
 @pytest.mark.parametrize(
     ("value", "reason"),
     [

@@ -14,7 +14,7 @@ from ... import choice, config, data, device, launch
 from ...config.shipped import shipped
 from ...distillers.base import Distiller
 from ...errors import UserError
-from ...hosts.networks import network, trained_network, weights_file
+from ...hosts.networks import network, teacher_network, weights_file
 from ...hosts.registry import find_host
 from ...rules import automatic
 from ...run import checkpoint
@@ -122,22 +122,23 @@ class Classification(Kind):
             source.load(node, split)
 
     def teacher_file(self, cfg: Any) -> str | None:
-        """Find the file of a config's teacher; "" if torchvision has it, None if nobody has."""
+        """Find the file of a config's teacher; "" if a library or its own constructor has it, None if nobody has."""
         name, weights = cfg.DISTILLER.TEACHER, cfg.DISTILLER.TEACHER_WEIGHTS
         file = weights_file(find_host(), cfg.DATASET.TYPE, name, weights)
-        return file or ("" if self.source(cfg).zoo == "imagenet" else None)
+        return file or ("" if ":" in name or self.source(cfg).zoo == "imagenet" else None)
 
     def check(self, cfg: Any) -> None:
         if samples_gradients(cfg):
             check_window(cfg, self.source(cfg).steps(cfg))
 
     def teachers(self, cfgs: Mapping[Cell, Any]) -> dict[Cell, str | None]:
-        known: dict[tuple[str, str, str], str] = {}
+        known: dict[tuple[str, ...], str] = {}
         fingerprints = super().teachers(cfgs)
         for cell, cfg in cfgs.items():
             file = "" if cfg.DISTILLER.TYPE == "NONE" else self.teacher_file(cfg)
             if file and Path(file).is_file():
-                key = (cfg.DATASET.TYPE, cfg.DISTILLER.TEACHER, file)
+                fed = (str(dict(cfg.DISTILLER.TEACHER_INPUT)), str(cfg.DISTILLER.TEACHER_CLASSES))
+                key = (cfg.DATASET.TYPE, cfg.DISTILLER.TEACHER, file, *fed)
                 if key not in known:
                     known[key] = checkpoint.fingerprint(self.load_teacher(cfg))
                 fingerprints[cell] = known[key]
@@ -145,8 +146,7 @@ class Classification(Kind):
 
     def load_teacher(self, cfg: Any) -> Any:
         """Load a config's teacher."""
-        kind, name, weights = cfg.DATASET.TYPE, cfg.DISTILLER.TEACHER, cfg.DISTILLER.TEACHER_WEIGHTS
-        return trained_network(find_host(), kind, name, data.num_classes(cfg), weights, TEACHER_KEY)
+        return teacher_network(find_host(), cfg, data.num_classes(cfg))
 
     def seconds(self, cfgs: Sequence[Any], threads: int, runs: Sequence[int]) -> list[float]:
         return Timer(self, cfgs, threads, runs).seconds()
