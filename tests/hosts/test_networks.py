@@ -71,6 +71,22 @@ class Maps(Bare):
         return self.body(image)
 
 
+class Halved(Bare):
+    # has the parts of a network of timm, and other logits than they give
+
+    def forward_features(self, image):
+        return self.body(image)
+
+    def forward_head(self, features, pre_logits):
+        return self.pool(features).flatten(1)
+
+    def get_classifier(self):
+        return self.head
+
+    def forward(self, image):
+        return self.head(self.pool(self.body(image)).flatten(1)) / 2
+
+
 class Text(Bare):
     def forward(self, image):
         return "logits"
@@ -250,6 +266,13 @@ def test_a_timm_network_gives_its_pooled_features_if_it_can(name, pools):
     assert set(features) == ({"pooled_feat"} if pools else set())
     if pools:
         assert torch.equal(plain.get_classifier()(features["pooled_feat"]), logits)
+
+
+def test_pooled_features_are_not_taken_if_they_give_other_logits(own):
+    made = network(BUILTIN, "glyphs100", "mine:Halved", 7).eval()
+    logits, features = made(image())
+    assert features == {}
+    assert torch.equal(logits, made.get_classifier()(made.forward_head(made.forward_features(image()), True)) / 2)
 
 
 @TIMM
