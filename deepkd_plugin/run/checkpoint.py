@@ -10,6 +10,7 @@ import signal
 import threading
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -290,7 +291,10 @@ def fit_weights(module: nn.Module, weights: dict[str, Tensor], path: str | Path,
             f"{path}: {key} holds another network than {network}: {first} is "
             f"{tuple(weights[first].shape)}, not {tuple(wanted[first].shape)}"
         )
-    module.load_state_dict(weights)
+    # names and shapes are of this version of the network, which some ask for
+    loaded = OrderedDict(weights)
+    loaded._metadata = getattr(wanted, "_metadata", {})  # type: ignore[attr-defined]
+    module.load_state_dict(loaded)
 
 
 def count_classes(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> tuple[int, int] | None:

@@ -13,7 +13,7 @@ import yaml
 from torch import nn
 from torchvision import models
 
-from deepkd_plugin import data, extensions
+from deepkd_plugin import data, extensions, launch
 from deepkd_plugin.commands import evaluate
 from deepkd_plugin.data.glyphs import CHARACTERS
 from deepkd_plugin.errors import UserError
@@ -24,6 +24,7 @@ from deepkd_plugin.hosts.libraries import find
 from deepkd_plugin.hosts.networks import check_features, network, student_network, teacher_network, trained_network
 from deepkd_plugin.hosts.registry import BUILTIN, register
 from deepkd_plugin.run import checkpoint
+from deepkd_plugin.trainer import DecoupledMomentumTrainer
 
 TIMM = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason='pip install -e ".[networks]" brings timm')
 GLYPHS = "builtin:glyphs100_resnet20"
@@ -68,6 +69,22 @@ class Aux(Bare):
 class Maps(Bare):
     def forward(self, image):
         return self.body(image)
+
+
+class Halved(Bare):
+    # has the parts of a network of timm, and other logits than they give
+
+    def forward_features(self, image):
+        return self.body(image)
+
+    def forward_head(self, features, pre_logits):
+        return self.pool(features).flatten(1)
+
+    def get_classifier(self):
+        return self.head
+
+    def forward(self, image):
+        return self.head(self.pool(self.body(image)).flatten(1)) / 2
 
 
 class Text(Bare):
@@ -249,6 +266,13 @@ def test_a_timm_network_gives_its_pooled_features_if_it_can(name, pools):
     assert set(features) == ({"pooled_feat"} if pools else set())
     if pools:
         assert torch.equal(plain.get_classifier()(features["pooled_feat"]), logits)
+
+
+def test_pooled_features_are_not_taken_if_they_give_other_logits(own):
+    made = network(BUILTIN, "glyphs100", "mine:Halved", 7).eval()
+    logits, features = made(image())
+    assert features == {}
+    assert torch.equal(logits, made.get_classifier()(made.forward_head(made.forward_features(image()), True)) / 2)
 
 
 @TIMM
@@ -602,3 +626,42 @@ def test_choose_keeps_the_order():
     mirror = adapt(nn.Flatten(), "flatten")
     choose(mirror, [5, 0])
     assert mirror(torch.arange(6.0).reshape(1, 6))[0].tolist() == [[5.0, 0.0]]
+
+
+# ---------------------------------------------------------------- many kinds of networks, in both roles
+
+TORCHVISION = (
+    *("resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "regnet_y_400mf", "efficientnet_b0", "convnext_tiny"),
+    *("squeezenet1_1", "densenet121", "googlenet", "swin_t", "mnasnet0_5"),
+)
+OF_TIMM = (
+    *("resnet10t", "vit_tiny_patch16_224", "mixer_s32_224", "efficientnet_lite0", "convnext_atto", "regnety_002"),
+    *("mobilenetv3_small_050", "levit_128s", "deit_tiny_distilled_patch16_224", "xcit_nano_12_p16_224", "dla46x_c"),
+    *("poolformer_s12", "edgenext_xx_small", "ghostnet_050", "swin_tiny_patch4_window7_224"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [f"torchvision:{one}" for one in TORCHVISION] + [pytest.param(f"timm:{one}", marks=TIMM) for one in OF_TIMM]
+)
+@pytest.mark.parametrize("method", ["KD", "DeepKD"])
+def test_every_kind_of_network_takes_a_step_in_both_roles(name, method, cfg, tmp_path):
+    torch.manual_seed(0)
+    cfg.DISTILLER.TYPE, cfg.SOLVER.TRAINER = method, "DecoupledMomentumSGD"
+    cfg.SOLVER.WARMUP_EPOCHS = 0
+    torch.save(network(BUILTIN, "glyphs100", name, 100).state_dict(), tmp_path / "w.pt")
+    file = str(tmp_path / "w.pt")
+    for student, teacher, weights in ((name, "resnet20", GLYPHS), ("resnet8", name, file)):
+        cfg.DISTILLER.STUDENT, cfg.DISTILLER.TEACHER, cfg.DISTILLER.TEACHER_WEIGHTS = student, teacher, weights
+        distiller = launch.make_distiller(BUILTIN, cfg, 4, 100)
+        trainer = DecoupledMomentumTrainer("", distiller, range(1), range(1), cfg)
+        before = [part.clone() for part in distiller.student.parameters()]
+        taught = checkpoint.fingerprint(distiller.teacher)
+        batch = data.source("glyphs100").noise(4)
+        outcome = trainer.step(trainer.prepare(batch, 1, 1), 1)
+        assert all(loss.isfinite() for loss in outcome.losses.values())
+        assert outcome.logits.shape == (4, 100)
+        moved = [not torch.equal(a, b) for a, b in zip(before, distiller.student.parameters())]
+        assert sum(moved) > len(moved) / 2
+        assert checkpoint.fingerprint(distiller.teacher) == taught
