@@ -57,7 +57,8 @@ def main() -> None:
 
 def planned(config: Path, rate: float, args: argparse.Namespace) -> tuple[Run, Any]:
     """Plan the run of a config with a rate, and its resolved config."""
-    options = [*args.options, "SOLVER.LR", f"{rate:g}"]
+    # every run takes the same teacher, and its config is known before it starts
+    options = ["DISTILLER.FOLD_TEACHER", "False", *args.options, "SOLVER.LR", f"{rate:g}"]
     cfg = KIND.read(config, options)
     above, config_hash = args.output.absolute(), KIND.hash(cfg, args.seed)
     name = f"seed{args.seed}-{config_hash[:8]}"
