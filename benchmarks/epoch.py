@@ -10,7 +10,8 @@ their epochs in turn, the first of which is not counted. The rows of a pair:
 - KD and DeepKD (two distinct coefficients) by our trainers, with DATASET.PIPELINE "workers" for each number of
   --workers, and "device";
 - both on the device with the teacher's logits from a table (DISTILLER.TEACHER_LOGITS): a first epoch, for which each
-  time a new table is made, and one whose views are all in the table ("teacher computed" is the share that was not);
+  time a new table is made, and one whose views are all in the table ("teacher computed" is the share that was not).
+  "stored" has a few views of each image. In float32 also both with the teacher's BatchNorms folded;
 - if MDISTILLER_ROOT names a checkout of mdistiller, KD by its distiller, networks, trainer, transform and
   loader on the same images, for each number of workers. --channels-last, --amp and --execution are ours
   alone.
@@ -205,11 +206,20 @@ def rows_of(args: argparse.Namespace, folder: str) -> tuple[list[Row], int]:
                 cfg = configs[pipeline, workers]
                 made = our_epoch(our_trainer(cfg.clone(), method, pair, loader))
                 rows.append(Row(ours | {"teacher": "computed"}, made))
-            for full in (False, True):  # of the device's loader, the last
+            # of the device's loader, the last
+            for kind, full in (("table", False), ("table", True), ("stored", True)):
                 with_table = cfg.clone()
-                with_table.DISTILLER.update({"TEACHER": pair.split(":")[0], "TEACHER_LOGITS": "table"})
-                made = table_epoch(our_trainer(with_table, method, pair, loader), folder, full)
-                rows.append(Row(ours | {"teacher": "table, full" if full else "table, empty"}, made))
+                with_table.DISTILLER.update({"TEACHER": pair.split(":")[0], "TEACHER_LOGITS": kind})
+                own = loader if kind == "table" else data.get_dataset(with_table)[0]  # whose views are few
+                made = table_epoch(our_trainer(with_table, method, pair, own), folder, full)
+                rows.append(Row(ours | {"teacher": f"{kind}, {'full' if full else 'empty'}"}, made))
+            if not args.amp:
+                folded = cfg.clone()
+                folded.DISTILLER.FOLD_TEACHER = True
+                running = our_trainer(folded, method, pair, loader)
+                with contextlib.redirect_stdout(io.StringIO()):
+                    running.settle()
+                rows.append(Row(ours | {"teacher": "folded"}, our_epoch(running)))
     return rows, len(loaders["device", 0].dataset)
 
 

@@ -12,7 +12,7 @@ optimizer. Images are noise, on the device already. The rows of a pair:
 - with --execution the same, and KD as one stream, in the other ways of SOLVER.EXECUTION: networks compiled, steps
   replayed as CUDA graphs. The column names the way that was taken, eager if another could not be;
 - KD and DeepKD with a table of the teacher's logits (DISTILLER.TEACHER_LOGITS table, float16) that is full, reading
-  included, for CIFAR pairs;
+  included, for CIFAR pairs; and the same with 60 of the 100 classes' logits, as `stored` may have them;
 - KD and DeepKD with a teacher whose BatchNorms are folded (DISTILLER.FOLD_TEACHER), in float32;
 - if MDISTILLER_ROOT names a checkout of mdistiller, its KD and its DOT; if DEEPKD_RELEASE_ROOT names one of
   the authors' release, its DeepKD with its three backward passes. Distiller, trainer and optimizer are theirs, the
@@ -67,6 +67,9 @@ from deepkd_plugin.terminal import Parser, guarded
 PAIRS = ("resnet56:resnet20", "resnet32x4:resnet8x4", "wrn_40_2:wrn_16_2", "ResNet34:ResNet18")
 LR, WEIGHT_DECAY = 1e-3, 5e-4
 MDISTILLERS, RELEASES = "mdistiller's KD", "the release's DeepKD"
+
+STORED = 60
+"""Classes of 100 that a stored teacher has here: enough for DeepKD's mask of 50 beside the target."""
 
 SIZES = {
     "quick": {"batch": 16, "imagenet_batch": 2, "imagenet_size": 64, "rounds": 3, "repeat": 1},
@@ -207,8 +210,11 @@ def folded_step(of: Setting, method: str) -> Callable[[], None]:
     return step
 
 
-def table_step(of: Setting, method: str, folder: Path) -> Callable[[], None]:
-    """Make a step of ours that reads the teacher's logits from a full table of 50 batches, in all their views."""
+def table_step(of: Setting, method: str, folder: Path, kept: int | None = None) -> Callable[[], None]:
+    """Make a step of ours that reads the teacher's logits from a full table of 50 batches, in all their views.
+
+    kept: how many classes' logits it has of each view, as DISTILLER.TEACHER_LOGITS stored may; None: all.
+    """
     batches, views = 50, 162
     step = our_step(of, method)
     batch, epoch = step.args
@@ -224,6 +230,9 @@ def table_step(of: Setting, method: str, folder: Path) -> Callable[[], None]:
         classes=teacher(batch["image"][:1])[0].shape[1],
         precision="bfloat16" if of.amp else "float32",
         dtype="float16",
+        seed=None if kept is None else 0,
+        kept=kept,
+        temperature=None if kept is None else 4.0,
     )
     drawn = torch.Generator().manual_seed(0)
 
@@ -231,11 +240,12 @@ def table_step(of: Setting, method: str, folder: Path) -> Callable[[], None]:
         return index, torch.randint(views, (len(index),), generator=drawn)
 
     with contextlib.redirect_stdout(io.StringIO()):  # the table's place is nobody's concern
-        logits = TeacherLogits(key, folder, teacher, find, of.amp)
+        logits = TeacherLogits(key, folder, teacher, find, of.amp, np.tile(batch["target"].cpu().numpy(), batches))
     assert logits.table is not None
     full = logits.table.share() == 1  # by another step of the pair
-    known = np.tile(logits.compute(batch["image"], np.arange(of.batch)), (batches, 1)).astype(np.float16)
-    places = np.arange(key.count)
+    of_batch = logits.compute(batch["image"], np.arange(of.batch))
+    content, _ = key.form.pack(of_batch, batch["target"].cpu().numpy())
+    known, places = np.concatenate([content] * batches), np.arange(key.count)
     for view in range(0 if full else views):
         logits.table.write(places, np.full(key.count, view), known)
     index = torch.arange(of.batch)
@@ -286,7 +296,9 @@ def rows_of(of: Setting, executions: list[str], roots: Mapping[str, Path | None]
     for name in ("KD, one stream", "DeepKD, 2 coefficients"):
         sets, short = METHODS[name].sets, name.replace(", one stream", "")
         if not of.imagenet:
-            rows.append(Row(f"{short}, table", _passes(sets), sets, make(table_step, of, name, folder), of, None))
+            for kind, kept in (("table", None), ("stored", STORED)):
+                made = make(table_step, of, name, folder, kept)
+                rows.append(Row(f"{short}, {kind}", _passes(sets), sets, made, of, None))
         if not of.amp:
             rows.append(Row(f"{short}, folded", _passes(sets), sets, make(folded_step, of, name), of, "F_t folded"))
     if root := roots[others.MDISTILLER]:

@@ -27,7 +27,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from . import device
 from .errors import UserError
-from .terminal import Stopped
+from .terminal import Stopped, process_share, world_size
 
 PATIENCE = datetime.timedelta(minutes=30)
 """How long a process waits for another, which may draw a data set or test a network alone."""
@@ -38,8 +38,8 @@ GRACE = 5.0
 BUCKET = 25 * 2**20
 """Bytes of gradients that are reduced at once, more or less; DistributedDataParallel's number."""
 
-NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""What a launcher sets in the environment beside WORLD_SIZE."""
+MEETING = ("MASTER_ADDR", "MASTER_PORT")
+"""What a launcher sets in the environment for processes to find each other, beside their numbers."""
 
 
 ProcessGroup = Any
@@ -84,12 +84,6 @@ def streams() -> Any:
     return _here.streams
 
 
-def asked() -> int:
-    """Return how many processes a launcher has started, as the environment says; 1 without one."""
-    text = os.environ.get("WORLD_SIZE", "").strip()
-    return int(text) if text.isdecimal() and int(text) > 1 else 1
-
-
 def command(tool: str) -> list[str]:
     """Return the words that start a tool as this process was started."""
     if size() == 1:
@@ -121,7 +115,7 @@ def joined() -> Iterator[None]:
     and of a mistake that the first finds too it alone tells. Raises UserError for an environment that is no launcher's.
     """
     global _here, _has_joined
-    if asked() == 1:
+    if world_size() == 1:
         yield
         return
     with _ending_in_time():
@@ -175,13 +169,10 @@ def ended(work: Callable[[], int]) -> int:
 
 
 def _join() -> _Processes:
-    missing = [name for name in NEEDED if not os.environ.get(name, "").strip()]
-    if missing or not dist.is_available():
-        raise UserError(
-            f"environment: WORLD_SIZE is {asked()} and {', '.join(missing) or 'torch.distributed'} is missing; start "
-            f"several processes by torchrun, which sets them all, and one without WORLD_SIZE"
-        )
-    local, home, store = int(os.environ["LOCAL_RANK"]), device.pick(), None
+    _, asked, local = process_share(*MEETING)
+    if not dist.is_available():
+        raise UserError(f"environment: WORLD_SIZE is {asked}; it must be 1 with a PyTorch without torch.distributed")
+    home, store = device.pick(), None
     if home.type == "cuda":
         home = torch.device("cuda", local)
     if not dist.is_initialized():
@@ -191,7 +182,7 @@ def _join() -> _Processes:
             backend = "nccl" if home.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=PATIENCE)
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"environment: the {asked()} processes of WORLD_SIZE cannot be joined ({error})") from None
+            raise UserError(f"environment: the {asked} processes of WORLD_SIZE cannot be joined ({error})") from None
     return _Processes(dist.get_rank(), dist.get_world_size(), local, home, dist.new_group(), store)
 
 

@@ -130,27 +130,44 @@ def used_up(error: BaseException) -> str | None:
     return None
 
 
-def process_share() -> tuple[int, int, int]:
+def world_size() -> int:
+    """Return how many processes a launcher such as torchrun has started, by WORLD_SIZE; 1 without one."""
+    return _whole_numbers(WORLD_SIZE="1")[0] or 1
+
+
+def process_share(*needed: str) -> tuple[int, int, int]:
     """Return this process's number among a launcher's, how many these are, and its number on this machine.
 
-    From RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them; (0, 1, 0) without. Raises UserError for other values.
+    From RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them; (0, 1, 0) without. needed: variables that must be set
+    too if there are several. Raises UserError for other values, and for several processes without a number.
     """
-    names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    texts = {name: os.environ.get(name, "").strip() or usual for name, usual in names.items()}
-    values = {name: int(text) if text.isascii() and text.isdecimal() else -1 for name, text in texts.items()}
-    rank, size, local = values.values()
-    if not (size >= 1 and 0 <= rank < size and local >= 0):
-        given = ", ".join(f"{name} is {shown(text)}" for name, text in texts.items())
+    size = world_size()
+    missing = [name for name in ("RANK", "LOCAL_RANK", *needed) if not os.environ.get(name, "").strip()]
+    if size > 1 and missing:
         raise UserError(
-            f"environment: {given}; they must be whole numbers as torchrun sets them, with RANK < WORLD_SIZE"
+            f"environment: WORLD_SIZE is {size} and {', '.join(missing)} is missing; start several processes by "
+            f"torchrun, which sets them all, and one without WORLD_SIZE"
         )
+    rank, local = _whole_numbers(RANK="0", LOCAL_RANK="0")
+    if rank >= size:
+        raise UserError(f"environment: RANK is {rank}; it must be below WORLD_SIZE, {size}, as torchrun sets them")
     return rank, size, local
+
+
+def _whole_numbers(**usual: str) -> list[int]:
+    """Read numbers from the environment; usual: their values if they are not set. UserError for what is no number."""
+    numbers = []
+    for name, value in usual.items():
+        text = os.environ.get(name, "").strip() or value
+        if not (text.isascii() and text.isdecimal()):
+            raise UserError(f"environment: {name} is {shown(text)}; it must be a whole number, as torchrun sets them")
+        numbers.append(int(text))
+    return numbers
 
 
 def one_process() -> None:
     """Raise UserError in one of several processes of a launcher such as torchrun: each would do the same work."""
-    size = os.environ.get("WORLD_SIZE", "1").strip()
-    if size not in ("", "0", "1"):
+    if (size := world_size()) > 1:
         raise UserError(
             f"environment: WORLD_SIZE is {size}; this is work for one process, so start it without torchrun (it is "
             f"tools/train.py that trains one run in several)"

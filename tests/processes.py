@@ -29,7 +29,7 @@ def _process(rank: int, work: Callable, folder: str, args: tuple, one_run: bool)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     if one_run:
-        os.environ.update(dict.fromkeys(distributed.NEEDED, str(rank)), WORLD_SIZE="2")
+        os.environ.update(dict.fromkeys(("RANK", "LOCAL_RANK", *distributed.MEETING), str(rank)), WORLD_SIZE="2")
     with distributed.joined():
         torch.save(work(rank, *args), f"{folder}/{rank}.pt")
     dist.destroy_process_group()

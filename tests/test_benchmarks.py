@@ -71,8 +71,9 @@ def test_the_optimizers_speed(run, tmp_path):
 SMALL = ("--rounds", 1, "--batch", 2, "--imagenet-batch", 2, "--imagenet-size", 32)
 
 
-TABLE_ROWS = [("KD, table", "1 pass"), ("DeepKD, 2 coefficients, table", "2 passes")]
-FOLDED_ROWS = [("KD, folded", "1 pass"), ("DeepKD, 2 coefficients, folded", "2 passes")]
+METHODS = [("KD", "1 pass"), ("DeepKD, 2 coefficients", "2 passes")]
+TABLE_ROWS = [(f"{method}, {kind}", passes) for method, passes in METHODS for kind in ("table", "stored")]
+FASTER_ROWS = [(f"{method}, {kind}", passes) for method, passes in METHODS for kind in ("table", "stored", "folded")]
 
 
 def test_the_steps_of_a_cifar_and_an_imagenet_pair(run, tmp_path):
@@ -83,20 +84,20 @@ def test_the_steps_of_a_cifar_and_an_imagenet_pair(run, tmp_path):
     assert record["settings"] == {"memory format": "contiguous", "precision": "float32"}
     assert {"processor", "cores", "device", "python", "torch", "commit"} <= record["machine"].keys()
     rows = record["rows"]
-    assert [row["pair"] for row in rows] == ["resnet8 → resnet8"] * 8 + ["ResNet18 → ResNet18"] * 6
-    assert [(row["step"], row["gradients"]) for row in rows[:8]] == [
+    assert [row["pair"] for row in rows] == ["resnet8 → resnet8"] * 10 + ["ResNet18 → ResNet18"] * 6
+    assert [(row["step"], row["gradients"]) for row in rows[:10]] == [
         ("KD", "1 pass"),
         ("two streams", "2 passes"),
         ("DeepKD, 2 coefficients", "2 passes"),
         ("DeepKD, 3 coefficients", "3 passes"),
-        *(row for both in zip(TABLE_ROWS, FOLDED_ROWS) for row in both),
+        *FASTER_ROWS,
     ]
-    for part, of_pair in zip(record["parts"], (rows[:8], rows[8:])):
+    for part, of_pair in zip(record["parts"], (rows[:10], rows[10:])):
         kd = part["F_t ms"] + part["F_s ms"] + part["B ms"]
         for row in of_pair:
             asked = "F_t folded ms" if "folded" in row["step"] else "F_t ms"
             floor = part["F_s ms"] + int(row["gradients"][0]) * part["B ms"]
-            floor += 0 if "table" in row["step"] else part[asked]
+            floor += 0 if row["step"].endswith(("table", "stored")) else part[asked]
             assert row["ratio to KD"] == row["ms"] / of_pair[0]["ms"]
             assert row["ratio to floor"] == pytest.approx(row["ms"] / floor)
             assert row["floor ratio"] == pytest.approx(floor / kd)
@@ -467,14 +468,16 @@ def teacher_of(row):
     return () if row["teacher"] == "computed" else (row["teacher"],)
 
 
-def test_epochs_of_both_pipelines(run, data_root, tmp_path):
-    options = ("--channels-last", "--amp")
+@pytest.mark.parametrize(("amp", "precision"), [(True, "bfloat16 autocast"), (False, "float32")])
+def test_epochs_of_both_pipelines(run, data_root, tmp_path, amp, precision):
+    options = ("--channels-last", "--amp") if amp else ("--channels-last",)
     record, rows = epochs_of(run, data_root, tmp_path / "table.md", *options)
-    assert record["settings"] == {"memory format": "channels last", "precision": "bfloat16 autocast"}
+    assert record["settings"] == {"memory format": "channels last", "precision": precision}
     ours = "deepkd_plugin"
-    ways = (("workers",), ("device",), ("device", "table, empty"), ("device", "table, full"))
+    teachers = ("table, empty", "table, full", "stored, full") + (() if amp else ("folded",))
+    ways = (("workers",), ("device",), *(("device", teacher) for teacher in teachers))
     assert [*rows] == [(ours, method, *way) for method in ("KD", "DeepKD") for way in ways]
-    assert [row["teacher computed"] for row in rows.values()] == [1, 1, 1, 0] * 2
+    assert [row["teacher computed"] for row in rows.values()] == ([1, 1, 1, 0, 0] + [1] * (not amp)) * 2
     assert rows[ours, "KD", "workers"]["to reference"] == 1
     for row in rows.values():
         reference = rows[ours, "KD", "workers"]["images/s"]

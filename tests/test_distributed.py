@@ -110,10 +110,22 @@ def test_processes_share_each_micro_batch_in_order(monkeypatch, count, chunk, si
 
 @pytest.mark.parametrize("missing", ["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
 def test_an_environment_that_is_no_launchers_is_refused(monkeypatch, missing):
-    for name in ("WORLD_SIZE", *distributed.NEEDED):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", *distributed.MEETING):
         monkeypatch.setenv(name, "2")
     monkeypatch.delenv(missing)
     with pytest.raises(UserError, match=f"WORLD_SIZE is 2 and {missing} is missing"), distributed.joined():
+        pass
+
+
+@pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", "two"), ("RANK", "-1"), ("RANK", "2"), ("LOCAL_RANK", "x")])
+def test_a_number_of_a_launcher_that_is_none_is_refused(monkeypatch, name, value):
+    """WORLD_SIZE too, which would else be one process, and so one of several that train the same."""
+    for one in ("WORLD_SIZE", *distributed.MEETING):
+        monkeypatch.setenv(one, "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=rf"environment: {name} is '?{value}'?; it must be"), distributed.joined():
         pass
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from small import same
 from torch.utils.data import DataLoader
 
 from deepkd_plugin import config
@@ -22,26 +23,7 @@ from deepkd_plugin.teacher_logits import open_logits
 from deepkd_plugin.teacher_logits.tables import share_computed
 
 TABLE = ("DISTILLER.TEACHER_LOGITS", "table", "DISTILLER.LOGITS_DTYPE", "float32")
-WHOLE = ("SOLVER.BATCH_SIZE", "40")  # the last batch too
 GSNR = ("GSNR.MEASURE", "True", "GSNR.EVERY", "2", "GSNR.WINDOW", "2")
-
-
-@pytest.fixture
-def learn(train, tmp_path):
-    """Train and return the student's weights and the shares of logits that were computed, by epoch."""
-
-    def run(method, *options, flags=("--overwrite",)):
-        code, _, err = train(method, *WHOLE, "DISTILLER.LOGITS_DIR", str(tmp_path / "logits"), *options, flags=flags)
-        assert code == 0, err
-        lines = [json.loads(line) for line in (train.folder / "metrics.jsonl").read_text().splitlines()]
-        weights = torch.load(train.folder / "student_latest", weights_only=True)["model"]
-        return weights, [line.get("teacher_computed") for line in lines]
-
-    return run
-
-
-def equal(one, other):
-    return all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize(
@@ -63,8 +45,8 @@ def test_in_float32_a_run_is_bitwise_the_one_without_a_table(learn, method, opti
     assert 0.9 < shares[1] < 1
     again, shares = learn(method, *options, *TABLE)
     assert shares == [0, 0]
-    assert equal(first, plain)
-    assert equal(again, plain)
+    assert same(first, plain)
+    assert same(again, plain)
 
 
 def test_methods_seeds_and_parts_of_a_set_share_one_table(learn, tmp_path):
@@ -82,9 +64,9 @@ def test_a_run_in_float16_does_not_depend_on_the_table(learn, tmp_path):
     assert shares == [0, 0]
     closed, shares = learn("deepkd", *TABLE[:2], "DISTILLER.LOGITS_DIR", "/dev/null/closed")
     assert shares == [1, 1]
-    assert equal(first, full)
-    assert equal(first, closed)
-    assert not equal(first, learn("deepkd")[0])
+    assert same(first, full)
+    assert same(first, closed)
+    assert not same(first, learn("deepkd")[0])
 
 
 def test_an_interrupted_run_goes_on_bitwise(learn, train):
@@ -93,7 +75,7 @@ def test_an_interrupted_run_goes_on_bitwise(learn, train):
     (train.folder / "epoch_1").rename(train.folder / "latest")
     resumed, shares = learn("deepkd", *TABLE, "LOG.SAVE_CHECKPOINT_FREQ", "1", flags=("--resume",))
     assert shares[1] == 0
-    assert equal(whole, resumed)
+    assert same(whole, resumed)
 
 
 def test_another_teacher_has_another_table_and_cannot_have_this_one(train, tmp_path):
@@ -162,7 +144,7 @@ def test_a_loader_of_another_kind_is_refused(data_root, tmp_path):
 
 
 def test_without_a_teacher_there_is_nothing_to_look_up(learn):
-    assert equal(learn("vanilla", *TABLE)[0], learn("vanilla")[0])
+    assert same(learn("vanilla", *TABLE)[0], learn("vanilla")[0])
 
 
 def test_the_share_that_is_computed():
@@ -219,7 +201,7 @@ def test_a_filled_table_has_what_a_run_would_compute(cache, small, learn, tmp_pa
     assert "about 100% filled" in out
     table, shares = learn("kd", *part, *TABLE)
     assert shares == [0, 0]
-    assert equal(plain, table)
+    assert same(plain, table)
     (path,) = (tmp_path / "logits").iterdir()
     before = path.read_bytes()
     assert cache("fill", *small)[0] == 0

@@ -1,11 +1,10 @@
 """A few views of an image and some classes' logits: what is exact, what the rest is bounded by, and runs with them."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small import same
 from torchvision import transforms
 from torchvision.transforms import v2
 
@@ -76,33 +75,16 @@ def test_what_some_classes_cannot_hold_is_said():
     assert Record(70_000, "float16", 2).type.itemsize == 4 + 2 * (2 + 4)
 
 
-@pytest.fixture
-def learn(train, tmp_path):
-    def run(method, *options, flags=("--overwrite",)):
-        whole = ("SOLVER.BATCH_SIZE", "40", "DISTILLER.LOGITS_DIR", str(tmp_path / "logits"))
-        code, _, err = train(method, *whole, *options, flags=flags)
-        assert code == 0, err
-        lines = [json.loads(line) for line in (train.folder / "metrics.jsonl").read_text().splitlines()]
-        weights = torch.load(train.folder / "student_latest", weights_only=True)["model"]
-        return weights, [line.get("teacher_computed") for line in lines]
-
-    return run
-
-
-def equal(one, other):
-    return all(torch.equal(one[name], other[name]) for name in one)
-
-
 @pytest.mark.parametrize("method", ["kd", "crld"])
 def test_with_a_view_for_each_epoch_a_run_is_the_one_without(learn, method):
     """All classes in float32, and the views are the epochs' own of the same seed."""
     plain, _ = learn(method)
     stored, shares = learn(method, *ALL)
     assert shares == [1, 1]
-    assert equal(plain, stored)
+    assert same(plain, stored)
     again, shares = learn(method, *ALL)
     assert shares == [0, 0]
-    assert equal(plain, again)
+    assert same(plain, again)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -113,14 +95,14 @@ def test_a_run_does_not_depend_on_what_is_there(learn, train, dtype):
     assert shares == [1, 0]
     full, shares = learn("deepkd_dkd", *some, "DATASET.PIPELINE", "device")
     assert shares == [0, 0]
-    assert equal(first, full)
+    assert same(first, full)
     closed, shares = learn("deepkd_dkd", *some, "DISTILLER.LOGITS_DIR", "/dev/null/closed")
     assert shares == [1, 1]
-    assert equal(first, closed)
+    assert same(first, closed)
     learn("deepkd_dkd", *some, "LOG.SAVE_CHECKPOINT_FREQ", "1")
     (train.folder / "epoch_1").rename(train.folder / "latest")
     resumed, _ = learn("deepkd_dkd", *some, "LOG.SAVE_CHECKPOINT_FREQ", "1", flags=("--resume",))
-    assert equal(first, resumed)
+    assert same(first, resumed)
     assert learn("deepkd_dkd", *some, "SOLVER.SEED", "1")[1] == [0, 0]
 
 
@@ -199,8 +181,11 @@ def folders(request, monkeypatch, tmp_path):
 
 def test_processes_fill_their_shares_of_a_set_of_files(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["cache", "fill", *folders]) == 2  # without a number it would fill the first's share
+    assert "WORLD_SIZE is 2 and RANK, LOCAL_RANK is missing" in capsys.readouterr().err
     for rank, count in (("1", 52), ("0", 160)):
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
         assert cli.main(["cache", "fill", *folders]) == 0, capsys.readouterr().err
         (path,) = (tmp_path / "logits").iterdir()
         assert list(Table.open(path).counts())[-1] == (160, count, 0)
