@@ -265,7 +265,8 @@ def test_synchronised_batchnorm_is_that_of_the_whole_batch(several):
 def test_a_run_goes_on_in_another_number_of_processes(several, capsys):
     folder, _ = several
     train(make(folder / "first"), resume=True)
-    assert "goes on with another processes" in capsys.readouterr().out
+    # other tests of this process may have registered code of their own, which is named before the processes
+    assert re.search(r"goes on with another (code, )?processes:", capsys.readouterr().out)
     for name in ("first", "second"):
         check_same(folder / name / "run", folder / "one/plain/run")
     run = json.loads((folder / "first/run/run.json").read_text())
