@@ -274,16 +274,18 @@ class Trainer:
     def advance_warmup(self, epoch: int, step: int) -> float:
         """Set the learning rate of a step if warm-up changes it within the epoch; returns the epoch for the losses'.
 
-        That is the same number in all steps of an epoch, but while a warm-up by SOLVER.WARMUP_UNIT iteration lasts.
+        That is the same number in all steps of an epoch, but while a warm-up by SOLVER.WARMUP_UNIT iteration lasts, and
+        for a method that goes by iterations itself.
         """
         node = self.cfg.SOLVER
         # a class that says nothing of its warm-up, as mdistiller's, may have one of any length
         known = hasattr(self.module, "warmup_key")
         longest = max(config.warmups(self.cfg, self.module).values()) if known else math.inf
-        point = warmup_point(node.WARMUP_UNIT, longest, epoch, step, len(self.train_loader))
+        steps = len(self.train_loader)
+        point = warmup_point(node.WARMUP_UNIT, longest, epoch, step, steps)
         if node.WARMUP_UNIT == "iteration" and node.WARMUP_EPOCHS:
             set_rate(self.scheduler, node, point)
-        return point
+        return epoch - 1 + step / steps if getattr(self.module, "by_iteration", False) else point
 
     def take_step(self, parts: dict[str, Any], epoch: int, point: float) -> Outcome:
         """Take one training step, at advance_warmup's point; end a window of gradient samples if it is full."""

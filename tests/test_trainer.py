@@ -127,6 +127,7 @@ def test_by_iteration_rate_and_losses_warm_up_within_an_epoch(cfg):
 
 @pytest.mark.parametrize("method", [DKD, DeepKD])
 def test_the_losses_factor_follows_the_iterations(cfg, method):
+    cfg.SOLVER.WARMUP_UNIT = "iteration"
     cfg.DKD.WARMUP = cfg.DeepKD.WARMUP = 2
     module = make(cfg, method).module.train()
     image, target = torch.randn(8, 3, 2, 2), torch.arange(8) % 5
@@ -136,6 +137,17 @@ def test_the_losses_factor_follows_the_iterations(cfg, method):
             torch.testing.assert_close(losses[name], epoch / 2 * whole[name])
     if method is DeepKD:
         assert [module.top_k(epoch, 5) for epoch in (0.25, 1, 1.25, 2, 4)] == [1, 1, 2, 2, 4]
+
+
+def test_a_mask_by_iteration_grows_in_every_step_and_leaves_the_rate_to_the_epochs(cfg):
+    cfg.DeepKD.MASK.UNIT = "iteration"
+    cfg.DeepKD.MASK.INITIAL = 1
+    cfg.SOLVER.WARMUP_EPOCHS = 2
+    trainer = make(cfg)
+    seen = watched(trainer)
+    trainer.train()
+    assert [epoch for _, epoch in seen] == [step / 4 for step in range(1, 17)]
+    assert [rate for rate, _ in seen] == pytest.approx([0.0275] * 4 + [0.05] * 4 + [0.005] * 8)
 
 
 def test_a_method_that_declares_no_warm_up_gets_whole_epochs(cfg):

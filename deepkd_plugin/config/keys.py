@@ -6,6 +6,7 @@ Distillers declare the keys of their own nodes (distillers/); the others are her
 from typing import Any
 
 from ..distillers import DISTILLERS
+from ..distillers.variants import BY_VARIANT, VARIANTS
 from ..rules import (
     ABOVE_ONE,
     AUTO,
@@ -83,9 +84,9 @@ def all_keys() -> tuple[Key, ...]:
         ),
         Key(
             "SOLVER.DECOUPLED.WEIGHT_DECAY_STREAM",
-            "tcg",
-            "the stream that decays the weights",
-            *one_of(*(stream for stream in streams if stream not in EXTRA_STREAMS)),
+            BY_VARIANT,
+            "the stream that decays the weights; variant: as VARIANT has it",
+            *one_of(BY_VARIANT, *(stream for stream in streams if stream not in EXTRA_STREAMS)),
         ),
         Key(
             "SOLVER.DECOUPLED.LOSS_STREAMS",
@@ -100,13 +101,18 @@ def all_keys() -> tuple[Key, ...]:
 
 _FIXED = (
     Key("EXPERIMENT.LOGIT_STAND", False, "standardised logits in every distillation term (Sun et al., 2024)", *FLAG),
-    Key("SOLVER.DECOUPLED.VARIANT", "paper", "assignment of momenta, see momenta()", *one_of("paper", "release")),
+    Key(
+        "SOLVER.DECOUPLED.VARIANT",
+        "paper",
+        "whose reading of the method: its momenta, dampening, decay stream and mask (docs/method.md)",
+        *one_of(*VARIANTS),
+    ),
     Key(
         "SOLVER.DECOUPLED.DAMPENING",
-        "none",
+        BY_VARIANT,
         "factor of a stream's gradient; none: 1; ema: 1 - momentum; matched: plain SGD's step length "
-        "(see DecoupledMomentumSGD)",
-        *one_of("none", "ema", "matched"),
+        "(see DecoupledMomentumSGD); variant: as VARIANT has it",
+        *one_of(BY_VARIANT, "none", "ema", "matched"),
     ),
     Key(
         "SOLVER.DECOUPLED.ALLOCATION",

@@ -1,11 +1,13 @@
 """What a checked config asks for: momenta by stream, views of an image, and which keys compute."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from yacs.config import CfgNode
 
 from ..distillers import DISTILLERS
+from ..distillers.variants import resolved, variant
 from ..streams import STREAMS
 from .tree import get
 
@@ -27,6 +29,11 @@ def compared(path: str, value: Any) -> Any:
     return AUTO[path] if path in AUTO and isinstance(value, str) and value == "auto" else value
 
 
+def comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a flat config computes, as runs are compared by it: what VARIANT decides is written out."""
+    return {path: compared(path, value) for path, value in resolved(settings).items() if computes(path)}
+
+
 def streams(cfg: CfgNode) -> tuple[str, ...]:
     """Return the streams of a run: those that its distiller declares, else DeepKD's, then those of LOSS_STREAMS."""
     declared = getattr(DISTILLERS.get(cfg.DISTILLER.TYPE), "streams", ()) or STREAMS
@@ -37,24 +44,19 @@ def streams(cfg: CfgNode) -> tuple[str, ...]:
 def momenta(cfg: CfgNode) -> tuple[dict[str, float], str]:
     """Return each stream's momentum, and the stream that decays the weights.
 
-    `paper`: MOMENTUM + DELTA of each stream (DeepKD, section 3). `release`: what the authors' code does
-    when every parameter gets all three gradients: the task stream's buffer decays with the target-class
-    stream's coefficient, and weight decay enters through the target-class stream alone.
-
-    With ALLOCATION gsnr these are the momenta before the first measurement: all streams have MOMENTUM.
+    The momentum of a stream is MOMENTUM + DELTA (DeepKD, section 3), its own or that of the stream that VARIANT gives
+    it. With ALLOCATION gsnr these are the momenta before the first measurement: all streams have MOMENTUM.
     """
-    node = cfg.SOLVER.DECOUPLED
+    node, said = cfg.SOLVER.DECOUPLED, variant(cfg)
     if node.ALLOCATION == "gsnr":
-        return dict.fromkeys(streams(cfg), cfg.SOLVER.MOMENTUM), node.WEIGHT_DECAY_STREAM
-    momentum = {s: cfg.SOLVER.MOMENTUM + node.DELTA[s.upper()] for s in streams(cfg)}
-    if node.VARIANT == "release":
-        return momentum | {"tog": momentum["tcg"]}, "tcg"
-    return momentum, node.WEIGHT_DECAY_STREAM
+        return dict.fromkeys(streams(cfg), cfg.SOLVER.MOMENTUM), said.decay_stream
+    own = {stream: cfg.SOLVER.MOMENTUM + node.DELTA[stream.upper()] for stream in streams(cfg)}
+    return {stream: own[said.momentum_of.get(stream, stream)] for stream in own}, said.decay_stream
 
 
 def dampening(cfg: CfgNode) -> dict[str, str | float | None]:
     """Return DecoupledMomentumSGD's arguments for DAMPENING; `matched` keeps the step length of MOMENTUM."""
-    how = cfg.SOLVER.DECOUPLED.DAMPENING
+    how = variant(cfg).dampening
     return {
         "dampening": 0.0 if how == "none" else how,
         "matched_to": cfg.SOLVER.MOMENTUM if how == "matched" else None,

@@ -16,6 +16,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 
 from ..distillers.base import Taught, warmup_factor
+from ..distillers.variants import variant
 from ..losses import wide
 from ..topk import mask_size
 from .losses import losses_by_stream, proposal_kd, proposal_terms
@@ -131,7 +132,7 @@ class DeepKD(Distilled):
             base=node.BASE,
             temperature=node.TEMPERATURE,
             top_k=self.top_k(progress, step.logits.shape[1]),
-            mask=node.MASK.READING,
+            mask=variant(self.cfg).reading,
         )
         warmup = warmup_factor(epoch, node.WARMUP)
         return losses_by_stream(

@@ -61,6 +61,7 @@ class Distiller(Taught):
     warmup_key: the config key of the epochs over which its losses warm up; "" if they do not. It gets them from
         warmup_factor(epoch, …). `epoch` counts from 1 and is a whole number, but while a warm-up by
         SOLVER.WARMUP_UNIT iteration lasts: then it is a fraction, which the epoch's last iteration makes whole.
+    by_iteration: whether `epoch` is such a fraction throughout, whatever WARMUP_UNIT says.
     """
 
     name: ClassVar[str]
@@ -69,6 +70,7 @@ class Distiller(Taught):
     streams: ClassVar[tuple[str, ...]] = ()
     on_logits: ClassVar[bool] = False
     warmup_key: ClassVar[str] = ""
+    by_iteration: bool = False
     losses_of: str = ""
     known: Sequence[Tensor] = ()
     """The teacher's logits of the first views of the batch that is passed, (B, C) each, if somebody knows them."""

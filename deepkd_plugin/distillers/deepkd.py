@@ -12,6 +12,7 @@ from ..streams import STREAMS
 from ..topk import mask_size
 from .base import Distiller, Losses, bases, warmup_factor
 from .terms import Term, cross_entropy, standardised, total
+from .variants import BY_VARIANT, variant
 
 _CLASSES: Rule = (
     "a fraction of the classes in (0, 1), or a whole number of classes from 1 on",
@@ -54,12 +55,24 @@ class DeepKD(Distiller):
         Key("DeepKD.MASK.INITIAL", 0.05, "classes kept at the start of the dynamic mask (paper)", *_CLASSES),
         Key("DeepKD.MASK.OPTIMAL", 0.5, "classes kept in its middle phase (ours; not published)", *_CLASSES),
         Key("DeepKD.MASK.PHASES", (1 / 3, 2 / 3), "ends of its first two phases, of training", *_PHASES),
-        Key("DeepKD.MASK.READING", "renormalise", "how the mask enters NCKD, see losses.py", *one_of(*MASKS)),
+        Key(
+            "DeepKD.MASK.UNIT",
+            "epoch",
+            "what the dynamic mask grows with: epochs, or iterations as the article's t (detectors always do the latter)",
+            *one_of("epoch", "iteration"),
+        ),
+        Key(
+            "DeepKD.MASK.READING",
+            BY_VARIANT,
+            "how the mask enters NCKD, see losses.py; variant: as SOLVER.DECOUPLED.VARIANT has it",
+            *one_of(BY_VARIANT, *MASKS),
+        ),
     )
 
     def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
         super().__init__(student, teacher, cfg)
         self.base = bases()[cfg.DeepKD.BASE]
+        self.by_iteration = cfg.DeepKD.MASK.UNIT == "iteration" and cfg.DeepKD.MASK.TYPE == "dynamic"
         if self.losses_of == "samples":
             self.losses_of = self.base.losses_of
 
@@ -78,7 +91,7 @@ class DeepKD(Distiller):
         return None if base.temperature_of(cfg) is None else float(cfg.DeepKD.TEMPERATURE)
 
     def constants(self, epoch: float, num_classes: int) -> Hashable:
-        return warmup_factor(epoch, self.cfg.DeepKD.WARMUP), self.top_k(epoch, num_classes)
+        return self.warmup(epoch), self.top_k(epoch, num_classes)
 
     def forward_train(
         self, image: Tensor | Sequence[Tensor], target: Tensor, epoch: float, **batch: Any
@@ -87,13 +100,13 @@ class DeepKD(Distiller):
         task = self.base.task(views, self.cfg)
         tog = total([node.CE_WEIGHT * cross_entropy(views, target), *task.values()])
         tcg, ncg = self.decoupled(self.base.terms(views, self.cfg, float(node.TEMPERATURE)), target, epoch)
-        warmup = warmup_factor(epoch, node.WARMUP)
+        warmup = self.warmup(epoch)
         return views[0][0], {"tog": tog, "tcg": warmup * node.TCG_WEIGHT * tcg, "ncg": warmup * node.NCG_WEIGHT * ncg}
 
     def decoupled(self, terms: Sequence[Term], target: Tensor, epoch: float) -> tuple[Tensor, Tensor]:
         """Return the target-class and the non-target-class parts of the terms, two scalars."""
         top_k = self.top_k(epoch, terms[0].student.shape[1])
-        reading = self.cfg.DeepKD.MASK.READING
+        reading = variant(self.cfg).reading
         target_class, non_target = [], []
         for term in standardised(terms, self.standardise):
             tckd, nckd, p = decoupled_kd(term.student, term.teacher, target, term.temperature, top_k, reading)
@@ -104,6 +117,15 @@ class DeepKD(Distiller):
         return total(target_class), total(non_target)
 
     def top_k(self, epoch: float, num_classes: int) -> int | None:
-        """Return how many non-target classes count in this epoch (from 1; a part of it is it); None without a mask."""
-        progress = min((math.ceil(epoch) - 1) / max(self.cfg.SOLVER.EPOCHS - 1, 1), 1.0)
-        return mask_size(self.cfg.DeepKD.MASK, num_classes, progress)
+        """Return how many non-target classes count in this epoch (from 1; a part of it is it); None without a mask.
+
+        With DeepKD.MASK.UNIT iteration the part counts: progress is the share of all iterations up to this one.
+        """
+        epochs = self.cfg.SOLVER.EPOCHS
+        progress = epoch / epochs if self.by_iteration else (math.ceil(epoch) - 1) / max(epochs - 1, 1)
+        return mask_size(self.cfg.DeepKD.MASK, num_classes, min(progress, 1.0))
+
+    def warmup(self, epoch: float) -> float:
+        """Return the factor of TCG and NCG in this epoch, which a fraction is a part of unless warm-ups go by it."""
+        by_parts = self.cfg.SOLVER.WARMUP_UNIT == "iteration"
+        return warmup_factor(epoch if by_parts else math.ceil(epoch), self.cfg.DeepKD.WARMUP)

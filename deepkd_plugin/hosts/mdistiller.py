@@ -38,7 +38,7 @@ _PLACES = {
 _OURS_ALONE = (
     *("LR_SCHEDULE", "WARMUP_EPOCHS", "WARMUP_UNIT", "MIN_LR", "AMP", "CHANNELS_LAST", "DETERMINISTIC", "EXECUTION"),
     *("ACCUMULATE", "SYNC_BATCHNORM", "CHECKPOINT_MINUTES", "GSNR.MEASURE", "DISTILLER.TEACHER_LOGITS"),
-    "DISTILLER.FOLD_TEACHER",
+    *("DISTILLER.FOLD_TEACHER", "DeepKD.MASK.UNIT"),
 )
 """Keys that only our trainers read; those outside SOLVER are given with their section."""
 

@@ -104,8 +104,7 @@ def _is_of(run: Mapping[str, Any], cfg: Any, teacher: str | None) -> bool:
 
 def config_hash(cfg: Any) -> str:
     """Hash every key that says what a run computes."""
-    computed = {key: config.compared(key, value) for key, value in config.flatten(cfg).items() if config.computes(key)}
-    return hashlib.sha256(json.dumps(computed, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(config.comparable(config.flatten(cfg)), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def code_hash(package: Path | None = None) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import config
+from ..distillers.variants import resolved
 from ..errors import UserError
 from ..rules import automatic
 from . import checkpoint
@@ -144,6 +145,7 @@ def _changes(path: Path, now: dict[str, Any], before: Mapping[str, Any]) -> Chan
     """Return the keys of FUTURE that have changed; UserError for another one that computes."""
     # of keys that are newer than the checkpoint
     defaults = {key.path: key.default for key in config.all_keys()} | config.BEFORE
+    now, known = resolved(now), resolved(defaults | dict(before))
     sections = {key.split(".")[0] for key in now}
     changes: Changes = {}
     for key in sorted(now.keys() | set(map(str, before))):
@@ -151,7 +153,7 @@ def _changes(path: Path, now: dict[str, Any], before: Mapping[str, Any]) -> Chan
             continue  # an extension's that this method has no use of, or it would be there
         if key in config.REMOVED or (key in config.CHOICES and automatic(now.get(key))):
             continue
-        was, value = before.get(key, defaults.get(key)), now.get(key)
+        was, value = known.get(key), now.get(key)
         same = not isinstance(was, Tensor) and config.compared(key, was) == config.compared(key, value)
         if same or not config.computes(key):
             continue

@@ -5,9 +5,11 @@ import yaml
 from yacs.config import CfgNode
 
 from deepkd_plugin import config
+from deepkd_plugin.distillers.variants import variant
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.hosts import builtin
 from deepkd_plugin.hosts import mdistiller as mdistiller_host
+from deepkd_plugin.run.record import config_hash
 from deepkd_plugin.trainer import Trainer
 
 DATA = Path(__file__).parents[1] / "data"
@@ -111,7 +113,7 @@ def test_values_come_from_the_file_and_then_from_the_options(cfg, tmp_path):
         (
             "DeepKD: {MASK: 3}",
             "some.yaml: DeepKD.MASK is 3; it is a section and must hold keys: TYPE, K, INITIAL, OPTIMAL, PHASES, "
-            "READING",
+            "UNIT, READING",
         ),
         ("SOLVER.LR: 0.1", "some.yaml: unknown config key SOLVER.LR; did you mean SOLVER.LR?"),
         ("DeepKDD: {}", "some.yaml: unknown config key DeepKDD; did you mean DeepKD.BASE?"),
@@ -143,7 +145,7 @@ def test_values_come_from_the_file_and_then_from_the_options(cfg, tmp_path):
         ),
         (
             "SOLVER: {DECOUPLED: {WEIGHT_DECAY_STREAM: kd}}",
-            "some.yaml: SOLVER.DECOUPLED.WEIGHT_DECAY_STREAM is 'kd'; it must be one of tog, tcg, ncg",
+            "some.yaml: SOLVER.DECOUPLED.WEIGHT_DECAY_STREAM is 'kd'; it must be one of variant, tog, tcg, ncg",
         ),
         (
             "SOLVER: {DECOUPLED: {LOSS_STREAMS: ['loss_kd:kd']}}",
@@ -324,7 +326,46 @@ def test_variants_of_the_momenta(cfg):
     cfg.SOLVER.DECOUPLED.VARIANT = "release"
     momentum, stream = config.momenta(cfg)
     assert momentum == pytest.approx({"tog": 0.825, "tcg": 0.825, "ncg": 0.95})
-    assert stream == "tcg"
+    assert stream == "tog"
+
+
+ASSIGNED = {"SOLVER.DECOUPLED.DAMPENING": 0, "SOLVER.DECOUPLED.WEIGHT_DECAY_STREAM": 1, "DeepKD.MASK.READING": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "assigned"),
+    [
+        ("article", ("ema", "tcg", "multiply")),
+        ("paper", ("none", "tcg", "renormalise")),
+        ("release", ("none", "tcg", "renormalise")),
+    ],
+)
+def test_a_variant_assigns_what_no_key_says(cfg, name, assigned):
+    cfg.SOLVER.DECOUPLED.VARIANT = name
+    assert variant(cfg)[:3] == assigned
+    written = cfg.clone()
+    for key, place in ASSIGNED.items():
+        config.tree.set_default(written, key, assigned[place])
+    assert config_hash(cfg) == config_hash(written)
+    assert config.dampening(cfg) == config.dampening(written)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("SOLVER.DECOUPLED.DAMPENING", "matched"),
+        ("SOLVER.DECOUPLED.WEIGHT_DECAY_STREAM", "ncg"),
+        ("DeepKD.MASK.READING", "renormalise"),
+    ],
+)
+def test_a_key_overrides_its_variant_and_no_other(cfg, key, value):
+    cfg.SOLVER.DECOUPLED.VARIANT = "article"
+    before = variant(cfg)[:3]
+    unlike = config_hash(cfg)
+    config.tree.set_default(cfg, key, value)
+    after = variant(cfg)[:3]
+    assert [a != b for a, b in zip(before, after)] == [place == ASSIGNED[key] for place in range(3)]
+    assert config_hash(cfg) != unlike
 
 
 ALLOCATED = (

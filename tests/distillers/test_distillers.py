@@ -10,6 +10,7 @@ from deepkd_plugin.distillers import DKD, KD, DeepKD, Distiller
 from deepkd_plugin.distillers.vanilla import Vanilla
 from deepkd_plugin.losses import decoupled_kd
 from deepkd_plugin.optim import DecoupledMomentumSGD
+from deepkd_plugin.topk import TopKSchedule
 
 
 @pytest.fixture
@@ -80,6 +81,42 @@ def test_the_mask_grows_over_training(cfg, setting):
     losses, _ = losses_and_gradients(distiller, batch, 2)
     terms = decoupled_kd(student.logits, teacher.logits, batch["target"], 4.0, 20)
     close(losses["ncg"], ((1 - terms.teacher_target_prob) * terms.nckd).mean().detach(), 1e-12)
+
+
+def test_the_mask_may_grow_with_the_iterations(cfg, setting):
+    cfg.SOLVER.EPOCHS = 10
+    by_epoch = DeepKD(*setting[:2], cfg)
+    cfg = cfg.clone()
+    cfg.DeepKD.MASK.UNIT = "iteration"
+    distiller = DeepKD(*setting[:2], cfg)
+    points = [step / 40 for step in range(1, 401)]  # of 40 steps an epoch
+    sizes = [distiller.top_k(point, 100) for point in points]
+    schedule = TopKSchedule(100)
+    assert sizes == [schedule(step / 400) for step in range(1, 401)]
+    assert (sizes[0], sizes[-1]) == (5, 99)
+    assert len(set(sizes)) > 60  # by epoch there are 8
+    assert [by_epoch.top_k(point, 100) for point in points] == [by_epoch.top_k(-(-s // 40), 100) for s in range(1, 401)]
+    cfg.DeepKD.MASK.TYPE = "static"
+    assert not DeepKD(*setting[:2], cfg).by_iteration
+
+
+def test_a_warm_up_by_epoch_stays_so_under_a_mask_by_iteration(cfg, setting):
+    cfg.DeepKD.update({"WARMUP": 4})
+    cfg.DeepKD.MASK.UNIT = "iteration"
+    distiller = DeepKD(*setting[:2], cfg)
+    assert [distiller.warmup(epoch) for epoch in (0.1, 1, 1.5, 2, 9.3)] == [0.25, 0.25, 0.5, 0.5, 1]
+    cfg.SOLVER.WARMUP_UNIT = "iteration"
+    assert [distiller.warmup(epoch) for epoch in (0.1, 1.5, 9.3)] == [0.025, 0.375, 1]
+
+
+def test_the_mask_is_read_as_the_variant_has_it(cfg, setting):
+    student, teacher, batch = setting
+    cfg.DeepKD.MASK.update({"TYPE": "static", "K": 7})
+    for variant, reading in (("article", "multiply"), ("paper", "renormalise"), ("release", "renormalise")):
+        cfg.SOLVER.DECOUPLED.VARIANT = variant
+        losses, _ = losses_and_gradients(DeepKD(student, teacher, cfg), batch, 1)
+        terms = decoupled_kd(student.logits, teacher.logits, batch["target"], 4.0, 7, reading)
+        close(losses["ncg"], ((1 - terms.teacher_target_prob) * terms.nckd).mean().detach(), 1e-12)
 
 
 @pytest.mark.parametrize(("k", "count"), [(0.2, 20), (7.0, 7), (1.0, 1)])

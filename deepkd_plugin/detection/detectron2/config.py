@@ -11,6 +11,7 @@ from typing import Any
 from ... import config
 from ...config import file as config_file
 from ...config import keys
+from ...distillers.variants import variant
 from ...errors import UserError, shown
 from ...rules import FRACTION, NOT_NEGATIVE, POSITIVE, TEMPERATURE, WHOLE, Key, one_of
 from ...streams import EXTRA_STREAMS, STREAMS
@@ -176,6 +177,11 @@ def momenta(cfg: CfgNode) -> tuple[dict[str, float], str]:
     if len(names) == 1:
         return {names[0]: cfg.SOLVER.MOMENTUM}, names[0]
     return config.momenta(_as_classification(cfg))
+
+
+def reading(cfg: CfgNode) -> str:
+    """Return how the mask enters the non-target loss: as the config says, or as its VARIANT has it."""
+    return variant(_as_classification(cfg)).reading
 
 
 def _as_classification(cfg: CfgNode) -> CfgNode:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...topk import mask_size
 from ..losses import losses_by_stream, proposal_kd, proposal_terms
 from . import require
-from .config import TYPES, check_architecture
+from .config import TYPES, check_architecture, reading
 
 model = require()
 
@@ -33,17 +33,17 @@ class RCNNDeepKD(model.RCNNKD):
     """
 
     @configurable
-    def __init__(self, *, max_iter: int, **rest: Any) -> None:
-        """max_iter: iterations of the whole training, by which the mask measures progress."""
+    def __init__(self, *, max_iter: int, reading: str, **rest: Any) -> None:
+        """max_iter: iterations of the whole training, by which the mask measures progress. reading: of the mask."""
         super().__init__(**rest)
-        self.max_iter = max_iter
+        self.max_iter, self.reading = max_iter, reading
         if self.kd_args.TYPE == "ReviewDeepKD":
             self.kd_trans = build_kd_trans(self.kd_args)
 
     @classmethod
     def from_config(cls, cfg: Any) -> dict[str, Any]:
         check_architecture(cfg)
-        return super().from_config(cfg) | {"max_iter": cfg.SOLVER.MAX_ITER}
+        return super().from_config(cfg) | {"max_iter": cfg.SOLVER.MAX_ITER, "reading": reading(cfg)}
 
     def train(self, mode: bool = True) -> RCNNDeepKD:
         super().train(mode)
@@ -96,7 +96,7 @@ class RCNNDeepKD(model.RCNNKD):
             base=node.BASE,
             temperature=node.T,
             top_k=self.top_k(logits.shape[1], get_event_storage().iter),
-            mask=node.MASK.READING,
+            mask=self.reading,
         )
         weighted = {name: node.TASK_WEIGHT * loss for name, loss in task.items()}
         by_stream = losses_by_stream(

@@ -15,8 +15,9 @@ from typing import Any
 
 import yaml
 
-from ...config.meaning import compared, computes
+from ...config.meaning import comparable
 from ...config.tree import flatten
+from ...distillers.variants import resolved
 from ...run import record
 from ...run.metrics import METRICS, read_metrics
 from ..measures import MEASURES, Measures
@@ -168,7 +169,7 @@ def read_record(run: Run) -> Record | LeftOut:
     curve = by_epoch(measures.key)
     made = Record(
         run=run,
-        settings=ours(run.kind, flatten(settings)),
+        settings=resolved(ours(run.kind, flatten(settings))),
         **{name: kind(result[name]) for name, kind in RESULT.items()},
         **{name: kind(about[name]) for name, kind in MADE.items()},
         further={
@@ -236,8 +237,8 @@ def _maker(one: Record) -> tuple[Any, ...]:
 
 def _computed(one: Record) -> dict[str, str]:
     """Gather what a run's config computes, but for its seed, as text."""
-    computed = {k: compared(k, v) for k, v in one.settings.items() if computes(k) and k != "SOLVER.SEED"}
-    return {key: json.dumps(value, default=str) for key, value in computed.items()}
+    computed = comparable(one.settings)
+    return {key: json.dumps(value, default=str) for key, value in computed.items() if key != "SOLVER.SEED"}
 
 
 def _last_words(folder: Path) -> str:
