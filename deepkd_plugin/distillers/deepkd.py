@@ -58,7 +58,7 @@ class DeepKD(Distiller):
         Key(
             "DeepKD.MASK.UNIT",
             "epoch",
-            "what the dynamic mask grows with: epochs, or iterations as the article's t; detectors always do the latter",
+            "what the dynamic mask grows by: epochs, or iterations as the article's t; detectors' always by the latter",
             *one_of("epoch", "iteration"),
         ),
         Key(
