@@ -7,10 +7,11 @@ The parts are ordinary PyTorch pieces (arXiv 2505.15133)::
 
 from .gsnr import GradientMonitor, GSNRAllocation
 from .losses import DecoupledKD, decoupled_kd, per_sample
-from .optim import DecoupledMomentumSGD, backward, from_sgd, to_sgd
+from .optim import DecoupledAdamW, DecoupledMomentumSGD, backward, from_sgd, to_sgd
 from .topk import TopKSchedule
 
 __all__ = [
+    "DecoupledAdamW",
     "DecoupledKD",
     "DecoupledMomentumSGD",
     "GSNRAllocation",

@@ -11,7 +11,7 @@ from torch._functorch import config as functorch_config
 from . import device, distributed
 from .distillers.base import Distiller
 from .divided import DividedStep
-from .optim import DecoupledMomentumSGD
+from .optim import StreamOptimizer
 from .step import Batch, Outcome, Step
 
 
@@ -174,7 +174,7 @@ def _say_eager(step: Step, error: Exception) -> None:
     step.name = "eager"
 
 
-def _keep_buffers(optimizer: DecoupledMomentumSGD) -> None:
+def _keep_buffers(optimizer: StreamOptimizer) -> None:
     """Let gradients never become buffers: the next step writes its own where they are."""
     for group in optimizer.param_groups:
         group["capturable"] = True

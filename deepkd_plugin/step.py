@@ -11,7 +11,7 @@ from torch.nn.utils import clip_grad_norm_
 from .device import autocast_within, classify_in_float32, precision
 from .distributed import ProcessGroup
 from .gsnr import GradientMonitor
-from .optim import DecoupledMomentumSGD
+from .optim import StreamOptimizer
 
 Batch = Mapping[str, Any]
 """A distiller's arguments: image (a tensor, or a list of views), target, …"""
@@ -52,7 +52,7 @@ class Step:
     def __init__(
         self,
         distiller: nn.Module,
-        optimizer: DecoupledMomentumSGD,
+        optimizer: StreamOptimizer,
         by_stream: Callable[[dict[str, Tensor]], dict[str, Tensor]],
         amp: bool | str,
         device: torch.device,

@@ -5,7 +5,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ from torch.utils.data import default_collate
 
 from . import choice, config, device, distributed, solver
 from .accuracy import correct, evaluate, measure_teacher
+from .data import make_mixing
 from .data.arrays import passes
 from .data.resident import ResidentLoader
+from .distillers.terms import classes
 from .divided import DividedStep, check_divisible
 from .errors import UserError
 from .gsnr import GradientMonitor
-from .optim import DecoupledMomentumSGD
+from .optim import StreamOptimizer
 from .run import checkpoint, record
 from .run import folder as run_folder
 from .run.metrics import RunLog, Sums, check_lines, weights_and_biases
@@ -53,7 +55,7 @@ class Trainer:
     """The number of test() that the best epoch is chosen by; more is better, and of equals the first stays."""
     shown = "test"
     """What it is called on the terminal."""
-    make_optimizer: Callable[[Any, Any], DecoupledMomentumSGD] = staticmethod(solver.one_momentum)
+    make_optimizer: Callable[[Any, Any], StreamOptimizer] = staticmethod(solver.one_momentum)
     """(parameters, config) -> optimizer."""
 
     def __init__(
@@ -83,8 +85,15 @@ class Trainer:
             chunk=config.chunk(cfg) if divided else None,
         )
         self.step.measure = self.measure
+        self.mixing = make_mixing(cfg)
+        """What becomes of a batch's images and labels before a step; None if nothing."""
         looked_up = cfg.DISTILLER.TEACHER_LOGITS != "compute"
-        if isinstance(train_loader, ResidentLoader) and self.step.name == "graphs" and not looked_up:
+        if (
+            isinstance(train_loader, ResidentLoader)
+            and self.step.name == "graphs"
+            and not looked_up
+            and not self.mixing
+        ):
             # a captured step makes its images itself, of numbers that the loader draws
             train_loader.only_draw = True
             self.step.complete = self.complete
@@ -325,7 +334,20 @@ class Trainer:
         """Put a loader's batch on the device, as the distiller's arguments; `target` has the batch's length."""
         if isinstance(batch, Mapping):  # what a ResidentLoader has drawn, for `complete`
             return dict(batch)
-        return dict(zip(BATCH, device.place_batch(batch, self.device, self.cfg.SOLVER.CHANNELS_LAST)))
+        parts = dict(zip(BATCH, device.place_batch(batch, self.device, self.cfg.SOLVER.CHANNELS_LAST)))
+        if self.mixing is not None:
+            places = self.places(len(parts["target"]), step)
+            parts["image"], parts["target"] = self.mixing(parts["image"], parts["target"], epoch, step, places)
+        return parts
+
+    def places(self, count: int, step: int) -> Sequence[int]:
+        """Return the places of this process's `count` images in a step's batch, of all processes together."""
+        order, size = passes(self.train_loader), self.cfg.SOLVER.BATCH_SIZE
+        if distributed.size() > 1 and order is not None:
+            own = distributed.own(min(len(order) - (step - 1) * size, size), config.chunk(self.cfg))
+            if len(own) == count:
+                return own
+        return range(count)
 
     def complete(self, parts: Batch) -> Batch:
         """Make the distiller's arguments of what a ResidentLoader has drawn for a batch."""
@@ -340,7 +362,7 @@ class Trainer:
 
     def hits(self, logits: Tensor, parts: Batch) -> dict[str, Tensor]:
         """Return what a batch says of the student beside the losses: sums over its samples, named train_…."""
-        right = correct(logits, parts["target"])
+        right = correct(logits, classes(parts["target"]))
         return {"train_acc": right["top1"], "train_acc_top5": right["top5"]}
 
     def top_k(self, logits: Tensor, epoch: int, parts: dict[str, Any]) -> int | None:
@@ -514,3 +536,10 @@ class DecoupledMomentumTrainer(Trainer):
     """
 
     make_optimizer = staticmethod(solver.decoupled_momentum)
+
+
+class DecoupledAdamWTrainer(DecoupledMomentumTrainer):
+    """The trainer of registry key DecoupledAdamW: the same with AdamW, for students that are trained with it."""
+
+    def make_optimizer(self, params: Any, cfg: Any) -> StreamOptimizer:  # type: ignore[override]
+        return solver.decoupled_adamw(self.module.student, params, cfg)

@@ -1,7 +1,8 @@
 """How a step moves buffers and parameters: by the formula, and the same in multi-tensor operations."""
 
+import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -134,3 +135,112 @@ def update_foreach(
 
 def _or_zeros(gradient: Tensor | None, p: Tensor) -> Tensor:
     return torch.zeros_like(p) if gradient is None else gradient
+
+
+class AdamOptions(NamedTuple):
+    """What a step of AdamW needs of one parameter group beside the momenta."""
+
+    lr: float | Tensor
+    beta2: float
+    eps: float
+    weight_decay: float
+    maximize: bool = False
+    captured: bool = False
+    """Whether the number of steps is read on the device alone, so that it is no constant of a captured step."""
+
+
+class AdamState(NamedTuple):
+    """What AdamW remembers of the parameters of one group, each list in their order. Changed in place."""
+
+    steps: Sequence[Tensor]
+    """Steps that a parameter has taken, of shape (), float32."""
+    squares: Sequence[Tensor]
+    """Running means of the squared sum of the streams' gradients."""
+    means: Sequence[list[Tensor]]
+    """Running means of the gradients, [parameter][set]."""
+
+
+AdamUpdate = Callable[
+    [Sequence[Tensor], Sequence[Tensor], Gradients, AdamState, Sequence[float], AdamOptions], list[list[Tensor]]
+]
+"""(parameters, sums of the gradients, gradients [set][parameter], state, momenta [set], options) -> means. Moves the
+parameters in place."""
+
+
+def adam_single(
+    params: Sequence[Tensor],
+    sums: Sequence[Tensor],
+    gradients: Gradients,
+    state: AdamState,
+    momenta: Sequence[float],
+    options: AdamOptions,
+) -> list[list[Tensor]]:
+    """Update one parameter after the other: the specification that the multi-tensor version is tested against.
+
+    A missing gradient is 0. With one set these are torch.optim.AdamW's operations, bit for bit unless `captured`.
+    """
+    lr, beta2, eps, weight_decay, maximize, captured = options
+    for i, p in enumerate(params):
+        total = -sums[i] if maximize else sums[i]
+        state.steps[i].add_(1)
+        steps = state.steps[i] if captured else state.steps[i].item()
+        p.mul_(1 - lr * weight_decay)
+        square = state.squares[i].mul_(beta2).addcmul_(total, total, value=1 - beta2)
+        root = (square.sqrt() / _moved_on(beta2, steps) ** 0.5).add_(eps)
+        for s, m in enumerate(momenta):
+            g = _or_zeros(gradients[s][i], p)
+            mean = state.means[i][s].lerp_(-g if maximize else g, 1 - m)
+            rate = lr / _moved_on(m, steps)
+            if isinstance(rate, Tensor):
+                p.sub_(mean / root * rate)
+            else:
+                p.addcdiv_(mean, root, value=-rate)
+    return list(state.means)
+
+
+def adam_foreach(
+    params: Sequence[Tensor],
+    sums: Sequence[Tensor],
+    gradients: Gradients,
+    state: AdamState,
+    momenta: Sequence[float],
+    options: AdamOptions,
+) -> list[list[Tensor]]:
+    """Do the same update in multi-tensor operations, for the parameters of each kind, device and dtype at once."""
+    lr, beta2, eps, weight_decay, maximize, captured = options
+    alike: dict[tuple[type, torch.device, torch.dtype], list[int]] = {}
+    for i, p in enumerate(params):
+        alike.setdefault((type(p), p.device, p.dtype), []).append(i)
+    for members in alike.values():
+        ps, totals, counts, squares = (
+            [tensors[i] for i in members] for tensors in (params, sums, state.steps, state.squares)
+        )
+        if maximize:
+            totals = list(torch._foreach_neg(totals))
+        torch._foreach_add_(counts, 1)
+        steps = counts if captured else [count.item() for count in counts]
+        torch._foreach_mul_(ps, 1 - lr * weight_decay)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, totals, totals, 1 - beta2)
+        roots = torch._foreach_sqrt(squares)
+        torch._foreach_div_(roots, [_moved_on(beta2, count) ** 0.5 for count in steps])
+        torch._foreach_add_(roots, eps)
+        for s, m in enumerate(momenta):
+            means = [state.means[i][s] for i in members]
+            gs = [_or_zeros(gradients[s][i], params[i]) for i in members]
+            torch._foreach_lerp_(means, list(torch._foreach_neg(gs)) if maximize else gs, 1 - m)
+            rates = [lr / _moved_on(m, count) for count in steps]
+            if isinstance(rates[0], Tensor):
+                moves = torch._foreach_div(means, roots)
+                torch._foreach_mul_(moves, rates)
+                torch._foreach_sub_(ps, moves)
+            else:
+                torch._foreach_addcdiv_(ps, means, roots, [-rate for rate in rates])
+    return list(state.means)
+
+
+def _moved_on(beta: float, steps: float | Tensor) -> Any:
+    """Return 1 − βⁿ, how much of a running mean that began at 0 is the numbers' own after n steps."""
+    if isinstance(steps, Tensor):  # float32, where the difference would lose all digits of a β next to 1
+        return -torch.expm1(steps * (math.log(beta) if beta else -math.inf))
+    return 1 - beta**steps

@@ -11,18 +11,23 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
-from deepkd_plugin import config
+from deepkd_plugin import config, data
+from deepkd_plugin.data.draws import Draw
 from deepkd_plugin.hosts import builtin, registry
-from deepkd_plugin.hosts.networks import network
+from deepkd_plugin.hosts.networks import network, student_network
 from deepkd_plugin.launch import read_config, trainers
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
-DATASETS = {"cifar100": (17, 32, 100), "imagenet": (3, 64, 1000), "tiny_imagenet": (2, 64, 200)}
+DATASETS = {"cifar100": (17, 32, 100), "imagenet": (4, 64, 1000), "tiny_imagenet": (2, 64, 200)}
 """Data set -> pairs, side of the images here, classes."""
+
+DEIT = CONFIGS / "imagenet" / "regnety160_deit_tiny"
+"""The pair whose student is a transformer, which takes images of 224 x 224 alone."""
 
 TWINS = {"kd": "deepkd", "dkd": "deepkd_dkd", "mlkd": "deepkd_mlkd", "crld": "deepkd_crld"}
 METHODS = sorted([*TWINS, *TWINS.values()])
@@ -88,6 +93,7 @@ class Small(nn.Module):
 def batches(cfg):
     """Loaders of one batch of two images each, as get_dataset gives them."""
     _, side, classes = DATASETS[cfg.DATASET.TYPE]
+    side = 224 if cfg.DISTILLER.STUDENT.startswith("timm:deit") else side
 
     def view():
         return torch.randn(3, side, side)
@@ -110,7 +116,7 @@ def test_the_files_that_there_are():
         assert len(folders) == pairs, dataset
         for folder in folders:
             assert sorted(file.stem for file in folder.iterdir()) == METHODS, folder
-    assert len(FILES) == 17 * 8 + 3 * 8 + 2 * 8
+    assert len(FILES) == 17 * 8 + 4 * 8 + 2 * 8
 
 
 def trains_a_step(file, student, teacher):
@@ -164,7 +170,7 @@ def test_the_networks_of_a_pair_are_there(folder):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:MobileNetV2 on ImageNet:UserWarning")
-@pytest.mark.parametrize("folder", PAIRS, ids=label)
+@pytest.mark.parametrize("folder", [folder for folder in PAIRS if folder != DEIT], ids=label)
 def test_a_pair_trains_a_step(folder):
     torch.manual_seed(0)
     trains_a_step(folder / "deepkd.yaml", *networks(read(folder / "deepkd.yaml")))
@@ -182,7 +188,7 @@ def test_what_every_file_of_a_pair_says(folder):
         plain.merge_from_file(str(file))
         assert config.flatten(plain) == config.flatten(cfg)
         assert cfg.DATASET.TYPE == cfg.EXPERIMENT.PROJECT == folder.parent.name
-        assert cfg.SOLVER.TRAINER == "DecoupledMomentumSGD"
+        assert ("DecoupledAdamW" if folder == DEIT else "DecoupledMomentumSGD") == cfg.SOLVER.TRAINER
         tag, teacher, student = cfg.EXPERIMENT.TAG.split(",")
         assert (tag, f"{teacher}_{student}") == (method, folder.name)
         assert config.views(cfg) == (2 if method.endswith(("mlkd", "crld")) else 1)
@@ -208,6 +214,60 @@ def test_a_baseline_has_the_protocol_of_its_twin(folder, method):
         del cfg.SOLVER["DECOUPLED"]
     assert config.flatten(ours.SOLVER) == config.flatten(theirs.SOLVER)
     assert config.flatten(ours.DATASET) == config.flatten(theirs.DATASET)
+    assert config.flatten(ours.AUGMENT) == config.flatten(theirs.AUGMENT)
+
+
+def test_the_pair_of_deit_has_deits_recipe():
+    """facebookresearch/deit, commit 7e160fe: the defaults of main.py, and README_deit.md's 4 x 256 images."""
+    for file in DEIT.iterdir():
+        cfg = read(file)
+        assert (
+            *("timm:regnety_160.deit_in1k", "timm:deit_tiny_patch16_224"),
+            0.1,
+        ) == (cfg.DISTILLER.TEACHER, cfg.DISTILLER.STUDENT, cfg.DISTILLER.STUDENT_DROP_PATH)
+        wanted = {"BATCH_SIZE": 1024, "EPOCHS": 300, "LR": 5e-4 * 1024 / 512, "WEIGHT_DECAY": 0.05, "MOMENTUM": 0.9}
+        wanted |= {"LR_SCHEDULE": "cosine", "WARMUP_EPOCHS": 5, "WARMUP_START": 1e-6 / 1e-3, "MIN_LR": 1e-5}
+        wanted |= {"LABEL_SMOOTHING": 0.1, "ADAMW": {"BETA2": 0.999, "EPS": 1e-8, "DECAY": "weights"}}
+        assert {key: cfg.SOLVER[key] for key in wanted} == wanted
+        two = config.views(cfg) == 2
+        assert {
+            **{"MIXUP": 0.8, "CUTMIX": 1.0, "MIX_PROBABILITY": 1.0, "CUTMIX_SHARE": 0.5},
+            **{"RANDAUGMENT": "" if two else "rand-m9-mstd0.5-inc1", "ERASING": 0.0 if two else 0.25},
+        } == cfg.AUGMENT
+        method = load(file).keys() & {"KD", "DKD", "MLKD", "CRLD", "DeepKD"}
+        sibling = load(DEIT.with_name("r50_mv1") / file.name)
+        assert {node: load(file)[node] for node in method} == {node: sibling[node] for node in method}
+        assert cfg.SOLVER.DECOUPLED.DELTA == read(DEIT.with_name("r50_mv1") / file.name).SOLVER.DECOUPLED.DELTA
+
+
+@pytest.mark.slow
+def test_the_pair_of_deit_takes_a_step_at_full_size():
+    """With the loader's own augmentation, all of its networks' weights, and AdamW's state of three streams."""
+    torch.manual_seed(0)
+    file = DEIT / "deepkd.yaml"
+    cfg = read(file)
+    student = student_network(registry.BUILTIN, cfg, 1000)
+    teacher = network(registry.BUILTIN, "imagenet", cfg.DISTILLER.TEACHER, 1000)
+    counted = [sum(p.numel() for p in made.parameters()) for made in (student, teacher)]
+    assert counted == [5_717_416, 83_590_140]
+    drops = [module.drop_prob for module in student.modules() if type(module).__name__ == "DropPath"]
+    assert max(drops) == pytest.approx(0.1)
+    make = data.training_source(cfg).training_views(1)
+    photo = Image.fromarray(torch.randint(256, (375, 500, 3), dtype=torch.uint8).numpy())
+    images = [(make(photo, Draw(0, 1, i)), int(torch.randint(1000, ())), i) for i in range(4)]
+    distiller = registry.BUILTIN.distillers["DeepKD"](student, teacher.requires_grad_(False), cfg)
+    before = [p.detach().clone() for p in student.parameters()]
+    trainer = trainers(registry.BUILTIN)[cfg.SOLVER.TRAINER]("run", distiller, DataLoader(images, 4), [], cfg)
+    entry = trainer.train_epoch(1)
+    assert entry["momentum"] == {"tog": 0.975, "tcg": 0.825, "ncg": 0.975}
+    assert all(math.isfinite(loss) for loss in entry["loss"].values())
+    assert not any(torch.equal(p, old) for p, old in zip(student.parameters(), before))
+    decayed, spared = trainer.optimizer.param_groups
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.05, 0.0)
+    names = {p: name for name, p in student.named_parameters()}
+    assert {names[p] for p in spared["params"] if p.ndim > 1} == {"pos_embed", "cls_token"}
+    state = trainer.optimizer.state[student.head.weight]
+    assert set(state) == {"step", "exp_avg_sq", "momentum_buffer_tog+ncg", "momentum_buffer_tcg"}
 
 
 @pytest.mark.parametrize("method", METHODS)

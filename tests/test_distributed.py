@@ -11,7 +11,7 @@ from torch import nn
 
 from deepkd_plugin import device, distributed
 from deepkd_plugin.errors import UserError
-from deepkd_plugin.optim import DecoupledMomentumSGD
+from deepkd_plugin.optim import DecoupledAdamW, DecoupledMomentumSGD
 
 MOMENTA = {
     "apart": {"tog": 0.9, "tcg": 0.5, "ncg": 0.7},
@@ -46,9 +46,21 @@ def losses(net, x, scale):
     return by_stream
 
 
-def train(momenta, mine=slice(None), scale=8, processes=1, sum_over=None):
+def make_sgd(params, momenta):
+    return DecoupledMomentumSGD(params, 0.05, momenta, 0.01, "tcg")
+
+
+def make_adamw(params, momenta):
+    return DecoupledAdamW(params, 0.05, momenta, eps=1e-3)
+
+
+RUNS = [(make, momenta) for make in (make_sgd, make_adamw) for momenta in MOMENTA]
+
+
+def train(run, mine=slice(None), scale=8, processes=1, sum_over=None):
     net = network()
-    opt = DecoupledMomentumSGD(net.parameters(), 0.05, MOMENTA[momenta], 0.01, "tcg")
+    make, momenta = run
+    opt = make(net.parameters(), MOMENTA[momenta])
     for step in range(5):
         opt.zero_grad()
         by_stream = losses(net, batch(step)[mine], scale)
@@ -66,14 +78,14 @@ def share(rank):
     distributed.BUCKET = 40  # so that there are several
     mine = slice(4 * rank, 4 * rank + 4)
     return {
-        how: [train(momenta, mine, *scaled) for momenta in MOMENTA]
+        how: [train(run, mine, *scaled) for run in RUNS]
         for how, scaled in {"averaged": (4, 2), "summed": (8, 2, dist.group.WORLD)}.items()
     }
 
 
 def test_two_processes_train_as_one(tmp_path):
     """They average their gradients between backward and step, or sum them while the passes go on."""
-    expected = [train(momenta) for momenta in MOMENTA]
+    expected = [train(run) for run in RUNS]
     for of_process in in_two_processes(share, tmp_path):
         for how, results in of_process.items():
             for (state, missing), (whole, without) in zip(results, expected):

@@ -412,7 +412,7 @@ def test_backward_finds_the_optimizer_inside():
     for p, q in zip(net.parameters(), twin.parameters()):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-12)
     backward(other, losses_of(twin))
-    with pytest.raises(TypeError, match="takes a DecoupledMomentumSGD or its wrapper, got Outer"):
+    with pytest.raises(TypeError, match="a DecoupledAdamW or a wrapper of one, got Outer"):
         backward(Outer(torch.optim.SGD(net.parameters(), 0.1)), losses_of(net))
     with pytest.raises(TypeError, match="losses must map streams"):
         backward(Outer(opt, steps=4), losses_of(net)["tog"])

@@ -472,7 +472,7 @@ def test_the_multi_tensor_update_is_the_default(info, monkeypatch):
     opt = info.optim_cls(params, lr=0.01, momentum=0.9)
     assert opt.defaults["foreach"] is True
     called = []
-    monkeypatch.setattr("deepkd_plugin.optim.update_single", lambda *a: called.append(a))
+    monkeypatch.setattr("deepkd_plugin.optim.sgd.update_single", lambda *a: called.append(a))
     opt.step(closure(opt, loss))
     assert called == []
 

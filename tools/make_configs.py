@@ -59,6 +59,7 @@ PAIRS = tuple(
         ("imagenet", "r34", "r18", "ResNet34", "ResNet18"),
         ("imagenet", "r50", "mv1", "ResNet50", "MobileNetV1"),
         ("imagenet", "r50", "mv2", "ResNet50", "MobileNetV2"),
+        ("imagenet", "regnety160", "deit_tiny", "timm:regnety_160.deit_in1k", "timm:deit_tiny_patch16_224"),
         ("tiny_imagenet", "r18", "mv2", "ResNet18", "MobileNetV2"),
         ("tiny_imagenet", "r18", "shuv2", "ResNet18", "ShuffleV2"),
     )
@@ -121,6 +122,23 @@ TINY_PROTOCOL = {
     "deltas": (0.075, -0.075, 0.05),
 }
 """mdistiller's configs/tiny_imagenet/dot/*.yaml; the deltas are the most frequent ones of the release."""
+
+DEIT = ("imagenet", "regnety160_deit_tiny")
+"""The pair whose student is trained as DeiT's own code trains it."""
+
+PAPERS_NAME = {"timm:regnety_160.deit_in1k": "RegNetY-16GF", "timm:deit_tiny_patch16_224": "DeiT-Tiny"}
+"""Networks by timm's names."""
+
+DEIT_SIBLING = "r50_mv1"
+"""The pair of ImageNet whose loss weights and deltas it takes: the one that has another kind of student, too."""
+
+DEIT_PROTOCOL = {"batch": 1024, "epochs": 300, "lr": 1e-3, "steps": (), "weight_decay": 0.05}
+DEIT_SOLVER = {"WARMUP_EPOCHS": 5, "WARMUP_START": 0.001, "MIN_LR": 1e-5, "LABEL_SMOOTHING": 0.1}
+DEIT_MIXING = {"MIXUP": 0.8, "CUTMIX": 1.0}
+DEIT_IMAGES = {"RANDAUGMENT": "rand-m9-mstd0.5-inc1", "ERASING": 0.25}
+DEIT_DROP_PATH = 0.1
+"""Of facebookresearch/deit, commit 7e160fe: main.py's defaults, with the batch of README_deit.md's command for
+DeiT-Tiny, and the learning rate 0.0005 x batch / 512 that main.py makes of it."""
 
 ALIAS = {"MobileNetV1": "MobileNetV2"}
 """ImageNet students under the name that the release has for them."""
@@ -285,6 +303,8 @@ MLKD_EPOCHS = {
 def published(pair: Pair, base: str) -> Published | None:
     """Return the protocol that a baseline was published with for this pair; None if we know of none."""
     slow = pair.student in SLOW_STUDENTS
+    if (pair.dataset, pair.folder) == DEIT:
+        return None
     if pair.dataset == "imagenet" and base != "CRLD":
         lr = 0.1 if (base, pair.folder) == ("MLKD", "r34_r18") else 0.2
         return Published("MLKD's release" if base == "MLKD" else "mdistiller", 512, 100, lr, (30, 60, 90))
@@ -351,6 +371,8 @@ class Configs:
         if pair.dataset == "tiny_imagenet":
             sibling = find_pair("cifar100", TINY_SIBLINGS[pair.folder])
             return replace(self.recipe(sibling, base), **TINY_PROTOCOL)
+        if (pair.dataset, pair.folder) == DEIT:
+            return replace(self.recipe(find_pair("imagenet", DEIT_SIBLING), base), **DEIT_PROTOCOL)
         folder = SIBLINGS.get((pair.dataset, base, pair.folder), pair.folder)
         _, _, _, teacher, student = find_pair(pair.dataset, folder)
         return self.recipes[pair.dataset, base, teacher, ALIAS.get(student, student)]
@@ -362,7 +384,8 @@ class Configs:
     def file(self, pair: Pair, method: str) -> str:
         base = base_of(method)
         recipe = self.recipe(pair, base)
-        tree = {
+        deit = (pair.dataset, pair.folder) == DEIT
+        tree: dict[str, Any] = {
             "EXPERIMENT": {
                 "PROJECT": pair.dataset,
                 "TAG": f"{method},{pair.short_teacher},{pair.short_student}",
@@ -373,8 +396,11 @@ class Configs:
                 "TEACHER": pair.teacher,
                 "STUDENT": pair.student,
             },
-            "SOLVER": solver(recipe, is_deepkd(method)),
+            "SOLVER": solver(recipe, is_deepkd(method), deit),
         }
+        if deit:
+            tree["DISTILLER"]["STUDENT_DROP_PATH"] = DEIT_DROP_PATH
+            tree["AUGMENT"] = DEIT_MIXING | ({} if base in TWO_VIEWS else DEIT_IMAGES)
         if pair.dataset == "imagenet":
             tree["LOG"] = {"SAVE_CHECKPOINT_FREQ": 10}
         tree |= deepkd_nodes(recipe, base) if is_deepkd(method) else baseline_nodes(recipe, pair, base)
@@ -384,7 +410,8 @@ class Configs:
         """Write the comment lines at the top of a file."""
         base, ours = base_of(method), is_deepkd(method)
         what = f"{base} + DeepKD with the dynamic top-K mask" if ours else TITLES[base]
-        lines = [f"{what}, {pair.teacher} to {pair.student}. Made by tools/make_configs.py."]
+        teacher, student = (PAPERS_NAME.get(name, name) for name in (pair.teacher, pair.student))
+        lines = [f"{what}, {teacher} to {student}. Made by tools/make_configs.py."]
         if (pair.dataset, pair.folder) == ("imagenet", "r50_mv2"):
             lines.append(
                 "Papers on mdistiller call its MobileNetV1 MobileNetV2 on ImageNet: an alias, equal to r50_mv1."
@@ -398,6 +425,12 @@ class Configs:
                 lines.append(f"Ours: the deltas, the release's most frequent ones, and the {weights}.")
             elif base != "KD":
                 lines.append(f"Ours: the {weights}.")
+        if (pair.dataset, pair.folder) == DEIT:
+            lines.append("No recipe is published. Protocol and augmentation: DeiT's own (docs/configs.md).")
+            if base in TWO_VIEWS:
+                lines.append("The strong view stands for DeiT's RandAugment and erasing.")
+            deltas = "deltas and " if ours else ""
+            lines.append(f"Ours: AdamW by stream, and the {deltas}loss weights, those of {DEIT_SIBLING}.")
         sibling = SIBLINGS.get((pair.dataset, base, pair.folder))
         if sibling:
             lines.append(f"The release has no recipe for {base} on this pair; these are the numbers of {sibling}.")
@@ -452,6 +485,8 @@ class Configs:
         }
 
 
+TWO_VIEWS = ("MLKD", "CRLD")
+
 TITLES = {
     "KD": "Knowledge distillation",
     "DKD": "Decoupled knowledge distillation",
@@ -473,13 +508,16 @@ class Commented(NamedTuple):
     comment: str
 
 
-def solver(recipe: Recipe, deepkd: bool) -> dict[str, Any]:
-    """Make the node SOLVER: the same for a baseline and its DeepKD but for DECOUPLED."""
+def solver(recipe: Recipe, deepkd: bool, deit: bool) -> dict[str, Any]:
+    """Make the node SOLVER: the same for a baseline and its DeepKD but for DECOUPLED.
+
+    deit: whether it is DeiT's, with AdamW.
+    """
     schedule: dict[str, Any] = {"LR_SCHEDULE": "step", "LR_DECAY_STAGES": list(recipe.steps)}
     if not recipe.steps:
-        schedule = {"LR_SCHEDULE": "cosine", "WARMUP_EPOCHS": 20, "MIN_LR": 5e-5}
+        schedule = {"LR_SCHEDULE": "cosine"} | (DEIT_SOLVER if deit else {"WARMUP_EPOCHS": 20, "MIN_LR": 5e-5})
     node: dict[str, Any] = {
-        "TRAINER": "DecoupledMomentumSGD",
+        "TRAINER": "DecoupledAdamW" if deit else "DecoupledMomentumSGD",
         "BATCH_SIZE": recipe.batch,
         "EPOCHS": recipe.epochs,
         "LR": recipe.lr,

@@ -6,7 +6,19 @@ the host's tree, checks.py refuses values that cannot be meant, meaning.py says 
 
 from ..rules import Key
 from .checks import check, check_kept, check_keys, check_mask, check_momenta, check_pipeline
-from .keys import BEFORE, CHANNELS_LAST, CHOICES, FOLD_TEACHER, HOST_KEYS, REMOVED, TRAINER, all_keys, known_streams
+from .keys import (
+    ADAMW,
+    BEFORE,
+    CHANNELS_LAST,
+    CHOICES,
+    FOLD_TEACHER,
+    HOST_KEYS,
+    REMOVED,
+    TRAINER,
+    TRAINERS,
+    all_keys,
+    known_streams,
+)
 from .meaning import (
     HOW,
     asks_teacher,
@@ -15,9 +27,11 @@ from .meaning import (
     compared,
     computes,
     dampening,
+    mixes,
     momenta,
     needs_workers,
     plain_teacher,
+    softens,
     streams,
     temperature,
     views,
@@ -26,6 +40,7 @@ from .meaning import (
 from .tree import add_deepkd_config, add_keys, check_tree, flatten, get, load, merge, set_default, wrong
 
 __all__ = [
+    "ADAMW",
     "BEFORE",
     "CHANNELS_LAST",
     "CHOICES",
@@ -34,6 +49,7 @@ __all__ = [
     "HOW",
     "REMOVED",
     "TRAINER",
+    "TRAINERS",
     "Key",
     "add_deepkd_config",
     "add_keys",
@@ -56,10 +72,12 @@ __all__ = [
     "known_streams",
     "load",
     "merge",
+    "mixes",
     "momenta",
     "needs_workers",
     "plain_teacher",
     "set_default",
+    "softens",
     "streams",
     "temperature",
     "views",

@@ -11,8 +11,20 @@ from ..errors import UserError
 from ..rules import PLAIN, Key, plain
 from ..terminal import warn
 from ..topk import classes, count_classes, mask_size
-from .keys import FOLD_TEACHER, HOST_KEYS, TRAINER, all_keys, known_streams
-from .meaning import momenta, needs_workers, on_logits, plain_teacher, streams, temperature, warmups
+from .keys import ADAMW, FOLD_TEACHER, HOST_KEYS, TRAINER, TRAINERS, all_keys, known_streams
+from .meaning import (
+    chunk,
+    mixes,
+    momenta,
+    needs_workers,
+    on_logits,
+    plain_teacher,
+    softens,
+    streams,
+    temperature,
+    views,
+    warmups,
+)
 from .tree import flatten, get, wrong
 
 
@@ -32,6 +44,7 @@ def check(cfg: CfgNode, origin: dict[str, str]) -> None:
         raise wrong(origin, "LOG.WANDB", True, "False, for wandb is not installed (pip install wandb)")
     check_pipeline(cfg, origin)
     check_division(cfg, origin)
+    check_augmentation(cfg, origin)
     if cfg.EXPERIMENT.LOGIT_STAND and not on_logits(cfg):
         allowed = f"False with DISTILLER.TYPE {cfg.DISTILLER.TYPE}, which has no distillation on logits"
         raise wrong(origin, "EXPERIMENT.LOGIT_STAND", True, allowed)
@@ -45,11 +58,18 @@ def check(cfg: CfgNode, origin: dict[str, str]) -> None:
     check_momenta(cfg, origin)
     check_warmups(cfg, origin)
     for key in ours:
-        unread = key.path.startswith("SOLVER.DECOUPLED.") and cfg.SOLVER.TRAINER != TRAINER
-        if unread and get(cfg, key.path) != key.default:
-            trainer = f"SOLVER.TRAINER {cfg.SOLVER.TRAINER}, which does not read it; {TRAINER} does"
+        if key.path.startswith("SOLVER.DECOUPLED."):
+            own = (TRAINER,) if key.path in OF_SGD else TRAINERS
+        else:
+            own = (ADAMW,) if key.path.startswith("SOLVER.ADAMW.") else (cfg.SOLVER.TRAINER,)
+        if cfg.SOLVER.TRAINER not in own and get(cfg, key.path) != key.default:
+            trainer = f"SOLVER.TRAINER {cfg.SOLVER.TRAINER}, which does not read it; {own[0]} does"
             allowed = f"{key.default!r} with {trainer}"
             raise wrong(origin, key.path, get(cfg, key.path), allowed)
+
+
+OF_SGD = ("SOLVER.DECOUPLED.DAMPENING", "SOLVER.DECOUPLED.WEIGHT_DECAY_STREAM", "SOLVER.DECOUPLED.VARIANT")
+"""Keys that mean nothing to AdamW: its first moments are means already, and its decay belongs to no stream."""
 
 
 def check_keys(cfg: CfgNode, origin: dict[str, str], keys: Sequence[Key]) -> None:
@@ -131,6 +151,34 @@ def check_division(cfg: CfgNode, origin: dict[str, str]) -> None:
         raise wrong(origin, "SOLVER.DATA_PARALLEL", True, f"False with {reason}")
     if solver.SYNC_BATCHNORM and several and device.pick().type == "cpu":
         raise wrong(origin, "SOLVER.SYNC_BATCHNORM", True, "False on a CPU: PyTorch's SyncBatchNorm needs GPUs")
+
+
+def check_augmentation(cfg: CfgNode, origin: dict[str, str]) -> None:
+    """Raise UserError for mixed images, soft labels or single images' augmentation that a run cannot have."""
+    node, solver, distiller = cfg.AUGMENT, cfg.SOLVER, cfg.DISTILLER
+    method = f"DISTILLER.TYPE {distiller.TYPE}"
+    asked = [path for path in ("MIXUP", "CUTMIX", "RANDAUGMENT", "ERASING") if node[path]]
+    used = [f"AUGMENT.{name}" for name in asked] + ["SOLVER.LABEL_SMOOTHING"] * (solver.LABEL_SMOOTHING > 0)
+    if softens(cfg) and not getattr(DISTILLERS.get(distiller.TYPE), "soft_labels", False):
+        path = next(path for path in used if path not in ("AUGMENT.RANDAUGMENT", "AUGMENT.ERASING"))
+        raise wrong(
+            origin, path, get(cfg, path), f"0.0 with {method}, which does not declare that it takes soft_labels"
+        )
+    if asked and distiller.TEACHER_LOGITS != "compute" and distiller.TYPE != "NONE":
+        allowed = f"'compute' with {used[0]}: such images have no logits of a teacher in a table"
+        raise wrong(origin, "DISTILLER.TEACHER_LOGITS", distiller.TEACHER_LOGITS, allowed)
+    for name, none in (("RANDAUGMENT", "''"), ("ERASING", "0.0")):
+        if node[name] and views(cfg) > 1:
+            allowed = f"{none} with {method}: a method of two views has a strong one of its own"
+            raise wrong(origin, f"AUGMENT.{name}", node[name], allowed)
+    if node.RANDAUGMENT and importlib.util.find_spec("timm") is None:
+        allowed = 'no text, for timm is not installed: pip install -e ".[networks]" (or: pip install timm) brings it'
+        raise wrong(origin, "AUGMENT.RANDAUGMENT", node.RANDAUGMENT, allowed)
+    parts = distributed.shares(solver.BATCH_SIZE, chunk(cfg))
+    if mixes(cfg) and distributed.size() > 1 and any(count % 2 for part in parts for count in part):
+        least = 2 * distributed.size() * solver.ACCUMULATE
+        allowed = f"a multiple of {least} with {used[0]}, so that processes and micro-batches have whole pairs"
+        raise wrong(origin, "SOLVER.BATCH_SIZE", solver.BATCH_SIZE, allowed)
 
 
 def check_pipeline(cfg: CfgNode, origin: dict[str, str]) -> None:

@@ -3,6 +3,7 @@
 Distillers declare the keys of their own nodes (distillers/); the others are here.
 """
 
+import re
 from typing import Any
 
 from ..distillers import DISTILLERS
@@ -18,6 +19,7 @@ from ..rules import (
     NAME_OR_NONE,
     NOT_NEGATIVE,
     POSITIVE,
+    PROBABILITY,
     SHARE,
     TEMPERATURE,
     WHOLE,
@@ -28,8 +30,8 @@ from ..rules import (
 )
 from ..streams import EXTRA_STREAMS, STREAMS
 
-TRAINER = "DecoupledMomentumSGD"
-"""Registry key of the trainer that reads SOLVER.DECOUPLED."""
+TRAINER, ADAMW = TRAINERS = ("DecoupledMomentumSGD", "DecoupledAdamW")
+"""Registry keys of the trainers that read SOLVER.DECOUPLED; the second reads SOLVER.ADAMW too."""
 
 CHANNELS_LAST, FOLD_TEACHER = CHOICES = ("SOLVER.CHANNELS_LAST", "DISTILLER.FOLD_TEACHER")
 """Keys that leave it to a measurement (choice.py) whether they are True or False, unless a config says so."""
@@ -53,6 +55,12 @@ _CLASSES: Rule = (
     lambda value: (
         value is None
         or (FILE_OR_NONE[1](value) if isinstance(value, str) else all(type(i) is int and i >= 0 for i in value))
+    ),
+)
+_RANDAUGMENT: Rule = (
+    "timm's notation, such as rand-m9-mstd0.5-inc1, or no text",
+    lambda value: (
+        value == "" or bool(re.fullmatch(r"rand(-((m|n|mmax)\d+|(p|mstd)\d+(\.\d+)?|inc[01]|t[a-z0-9]+))*", value))
     ),
 )
 _DELTA: Rule = ("a number in (-1, 1)", lambda value: -1 < value < 1)
@@ -137,7 +145,23 @@ _FIXED = (
         "steps of an epoch in every iteration",
         *one_of("epoch", "iteration"),
     ),
+    Key("SOLVER.WARMUP_START", 0.1, "share of the rate that its warm-up rises from (release: 0.1)", *FRACTION),
     Key("SOLVER.MIN_LR", 0.0, "the cosine schedule's floor (release: 5e-5)", *NOT_NEGATIVE),
+    Key("SOLVER.ADAMW.BETA2", 0.999, "decay of AdamW's second moment; MOMENTUM is its beta1", *FRACTION),
+    Key("SOLVER.ADAMW.EPS", 1e-8, "added to the second moment's root", *NOT_NEGATIVE),
+    Key(
+        "SOLVER.ADAMW.DECAY",
+        "weights",
+        "what WEIGHT_DECAY decays: weights: not biases, norms and what the network names, as timm does it; all",
+        *one_of("weights", "all"),
+    ),
+    Key("SOLVER.LABEL_SMOOTHING", 0.0, "share of a label that all classes get in equal parts", *FRACTION),
+    Key("AUGMENT.MIXUP", 0.0, "alpha of mixup, whose share is drawn from Beta(alpha, alpha); 0: off", *NOT_NEGATIVE),
+    Key("AUGMENT.CUTMIX", 0.0, "alpha of cutmix, likewise; 0: off", *NOT_NEGATIVE),
+    Key("AUGMENT.MIX_PROBABILITY", 1.0, "share of batches that are mixed", *PROBABILITY),
+    Key("AUGMENT.CUTMIX_SHARE", 0.5, "share of mixed batches that get cutmix, if mixup is on too", *PROBABILITY),
+    Key("AUGMENT.RANDAUGMENT", "", "timm's RandAugment of the image after crop and flip; empty: none", *_RANDAUGMENT),
+    Key("AUGMENT.ERASING", 0.0, "probability that a rectangle of an image becomes noise", *PROBABILITY),
     Key(
         "SOLVER.AMP",
         False,
@@ -175,6 +199,7 @@ _FIXED = (
         "what the student starts from: a file, or pretrained: its library's; a head of other classes stays new",
         *FILE_OR_NONE,
     ),
+    Key("DISTILLER.STUDENT_DROP_PATH", 0.0, "stochastic depth of a student of timm: its drop_path_rate", *FRACTION),
     Key(
         "DISTILLER.TEACHER_INPUT.SIZE",
         0,
@@ -247,7 +272,7 @@ HOST_KEYS = (
     Key("SOLVER.BATCH_SIZE", 64, "images in a step", *_BATCH),
     Key("SOLVER.MOMENTUM", 0.9, "momentum", *FRACTION),
     Key("SOLVER.WEIGHT_DECAY", 1e-4, "weight decay", *NOT_NEGATIVE),
-    Key("SOLVER.TYPE", "SGD", "optimizer", *one_of("SGD")),
+    Key("SOLVER.TYPE", "SGD", "optimizer", f"SGD (SOLVER.TRAINER {ADAMW} brings AdamW)", lambda value: value == "SGD"),
     Key("DATASET.NUM_WORKERS", 2, "loader processes", *whole(0, 256)),
     Key("DATASET.TEST.BATCH_SIZE", 64, "images in a test batch", *_BATCH),
     Key("KD.TEMPERATURE", 4, "temperature", *TEMPERATURE),

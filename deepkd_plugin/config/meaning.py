@@ -70,6 +70,16 @@ def computes(path: str) -> bool:
     return path.split(".")[0] not in ("LOG", "EXPERIMENT") and path not in HOW
 
 
+def mixes(cfg: CfgNode) -> bool:
+    """Tell whether a config mixes the images of a batch."""
+    return bool((cfg.AUGMENT.MIXUP or cfg.AUGMENT.CUTMIX) and cfg.AUGMENT.MIX_PROBABILITY)
+
+
+def softens(cfg: CfgNode) -> bool:
+    """Tell whether training labels are shares of all classes: of mixed images, or smoothed."""
+    return mixes(cfg) or cfg.SOLVER.LABEL_SMOOTHING > 0
+
+
 def asks_teacher(cfg: CfgNode) -> bool:
     """Tell whether a training step passes images through a teacher."""
     known = cfg.DISTILLER.TEACHER_LOGITS != "compute" and views(cfg) == 1
@@ -125,6 +135,9 @@ def needs_workers(cfg: CfgNode) -> str | None:
     if views(cfg) > 1:
         asked = f"DeepKD.BASE {cfg.DeepKD.BASE}" if method == "DeepKD" else f"DISTILLER.TYPE {method}"
         return f"{asked}: the strong view is drawn by PIL's operations"
+    for path in ("AUGMENT.RANDAUGMENT", "AUGMENT.ERASING"):
+        if get(cfg, path):
+            return f"{path}: it is drawn image by image"
     if method in ("CRD", "CRDKD"):
         return f"DISTILLER.TYPE {method}: its contrast indices are drawn image by image"
     return None

@@ -10,12 +10,24 @@ from .. import config, device, distributed
 from ..errors import UserError
 from . import cifar100, glyphs, imagenet, tiny_imagenet  # noqa: F401 (each registers its set)
 from .arrays import Contrast, Passes, Shares, Training, choose
+from .augment import make_mixing, training_source
 from .draws import Views
 from .normalise import NormalisingLoader
 from .resident import ResidentLoader, known
 from .sources import DATASETS, Source, register_dataset, source
 
-__all__ = ["DATASETS", "Source", "get_dataset", "get_test_set", "num_classes", "pipeline", "register_dataset", "source"]
+__all__ = [
+    "DATASETS",
+    "Source",
+    "get_dataset",
+    "get_test_set",
+    "make_mixing",
+    "num_classes",
+    "pipeline",
+    "register_dataset",
+    "source",
+    "training_source",
+]
 
 Loader = DataLoader | NormalisingLoader | ResidentLoader
 
@@ -57,7 +69,7 @@ def get_test_set(cfg: Any) -> tuple[Loader, int]:
 
 def num_classes(cfg: Any) -> int:
     """Return the number of classes of DATASET.TYPE, without reading it."""
-    return _source(cfg).num_classes
+    return source(cfg.DATASET.TYPE).num_classes
 
 
 def pipeline(cfg: Any) -> str:
@@ -84,7 +96,7 @@ def weak_views(cfg: Any) -> Views:
 
 
 def _source(cfg: Any) -> Source:
-    data_set = source(cfg.DATASET.TYPE)
+    data_set = training_source(cfg)
     if cfg.DATASET.PIPELINE == "device" and not data_set.small:
         raise UserError(
             f"config: DATASET.PIPELINE is 'device'; it must be 'workers' with DATASET.TYPE {cfg.DATASET.TYPE}: its "

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-WEAK, STRONG, ORDER, CONTRAST = range(4)
-"""What numbers are drawn for: an image's weak view, its strong one, its place in an epoch, its contrast (CRD)."""
+WEAK, STRONG, ORDER, CONTRAST, ERASE, MIX = range(6)
+"""What numbers are drawn for: an image's weak view, its strong one, its place in an epoch, its contrast (CRD), what is
+erased of it, and how the batch of a step is mixed, which the step stands for."""
 
 _ALL = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15

@@ -70,13 +70,14 @@ class Source(Facts):
     """A data set of labelled images, and how an image becomes a tensor.
 
     read: (DATASET.ROOT, "train" or "test") -> images (N, H, W, 3) uint8, or the paths of N files; labels (N,) from 0.
-    side: pixels of an image's side as it enters a network. stored: width and height of an average image before that,
-    if they are others. mean, std: of the channels, for pixels in [0, 1]. augmentation, resizing: what a PIL image goes
+    side: pixels of an image's side as it enters a network. stored: width and height of an average image before that, if
+    they are others. mean, std: of the channels, for pixels in [0, 1]. augmentation, resizing: what a PIL image goes
     through in training and in tests. small: whether all images have `side` already and fit on a device together; what
     DATASET.PIPELINE device can augment is in resident.py. What large ones go through is done to their bytes, without
-    PIL, if it is all of transforms.v2 as views.py's takes_tensors has it. zoo: the networks that take such images, one
-    of ZOOS. fetch: downloads the set into a folder that does not have it yet. class_names: DATASET.ROOT -> the names of
-    its classes in the order of their labels; None if they are not known there.
+    PIL, if it is all of transforms.v2 as views.py's takes_tensors has it. erasing: probability that a rectangle of a
+    training image becomes noise. zoo: the networks that take such images, one of ZOOS. fetch: downloads the set into a
+    folder that does not have it yet. class_names: DATASET.ROOT -> the names of its classes in the order of their
+    labels; None if they are not known there.
     """
 
     _: KW_ONLY
@@ -87,6 +88,7 @@ class Source(Facts):
     resizing: tuple[Distortion, ...] = ()
     stored: tuple[int, int] | None = None
     small: bool = True
+    erasing: float = 0.0
     zoo: str = "cifar"
     fetch: Callable[[str], None] | None = None
     class_names: Callable[[str], Sequence[str] | None] | None = None
@@ -162,13 +164,16 @@ class Source(Facts):
 
     @property
     def in_bytes(self) -> bool:
-        """Whether samples are uint8 (3, H, W), for a NormalisingLoader: large images whose distortions take tensors."""
-        return not self.small and all(map(takes_tensors, (*self.augmentation, *self.resizing)))
+        """Whether samples are uint8 (3, H, W), for a NormalisingLoader: large images whose distortions take tensors.
+
+        Erasing does not: its noise is that of normalised pixels.
+        """
+        return not (self.small or self.erasing) and all(map(takes_tensors, (*self.augmentation, *self.resizing)))
 
     def training_views(self, views: int) -> TrainingViews:
         """Return what makes a tensor of an image and a Draw, or [weak view, strong view] if `views` is 2."""
         size = (self.side, self.side) if self.small else None
-        return TrainingViews(self.augmentation, self._tensor(), views > 1, size)
+        return TrainingViews(self.augmentation, self._tensor(), views > 1, size, self.erasing)
 
     def test_transform(self) -> Callable[[Any], Tensor]:
         """Return what makes a tensor of an image, with nothing at random."""

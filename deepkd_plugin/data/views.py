@@ -132,7 +132,8 @@ class TrainingViews:
     two: whether there is a strong view. A second `Draw` is the weak view's, if it has one of its own. size: height and
     width, if all images have the same. Distortions that resident.py knows are made of its numbers, so both pipelines
     give the same pixels. Others, and the strong view's, draw from the global generators in a state of their own. If all
-    weak ones are such that `takes_tensors`, an image may be a tensor.
+    weak ones are such that `takes_tensors`, an image may be a tensor. erasing: probability of torchvision's random
+    erasing of a lone view, with noise of mean 0 and deviation 1, as timm's "pixel" has it.
     """
 
     def __init__(
@@ -141,12 +142,14 @@ class TrainingViews:
         tensor: Callable[[Any], Tensor],
         two: bool,
         size: tuple[int, int] | None,
+        erasing: float = 0.0,
     ) -> None:
         self.weak, self.tensor, self.two = weak, tensor, two
         made = [known(distortion, *size) for distortion in weak] if size else [None]
         self.known = None if None in made else [one for one in made if one is not None]
         self.strong = StrongAugment()
         self.as_pil = v2.ToPILImage()
+        self.erase = v2.RandomErasing(erasing, value="random") if erasing else None
         torch_alone = self.known is not None or all(takes_tensors(distortion) for distortion in weak)
         self.seeded = draws.seeded if torch_alone else draws.all_seeded
 
@@ -155,6 +158,9 @@ class TrainingViews:
         with contextlib.nullcontext() if self.known is not None else self.seeded(first, draws.WEAK):
             weak = self.tensor(self._distort(image, first, draws.WEAK))
         if not self.two:
+            if self.erase is not None:
+                with draws.seeded(first, draws.ERASE):
+                    return self.erase(weak)
             return weak
         with self.seeded(draw, draws.STRONG):
             return [weak, self.tensor(self.strong(self.as_pil(self._distort(image, draw, draws.STRONG))))]

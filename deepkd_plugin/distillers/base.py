@@ -58,6 +58,9 @@ class Distiller(Taught):
         they read anything else, such as features or the index. A batch can be divided among processes and micro-batches
         unless it is "". A class that defines terms of its own and does not say it has "batch", one that defines its own
         step and does not say it has "".
+    soft_labels: whether `target` may be the shares of all classes, (B, C), which mixed images and smoothed labels have.
+        The target class of a method that needs one is then the largest (terms.classes). A class that defines its own
+        step and does not say it does not take them.
     warmup_key: the config key of the epochs over which its losses warm up; "" if they do not. It gets them from
         warmup_factor(epoch, …). `epoch` counts from 1 and is a whole number, but while a warm-up by
         SOLVER.WARMUP_UNIT iteration lasts: then it is a fraction, which the epoch's last iteration makes whole.
@@ -69,6 +72,7 @@ class Distiller(Taught):
     views: ClassVar[int] = 1
     streams: ClassVar[tuple[str, ...]] = ()
     on_logits: ClassVar[bool] = False
+    soft_labels: ClassVar[bool] = False
     warmup_key: ClassVar[str] = ""
     by_iteration: bool = False
     losses_of: str = ""
@@ -115,6 +119,8 @@ class Distiller(Taught):
             cls.constants = Distiller.constants  # type: ignore[method-assign]
         if "temperature_of" not in own and {"compare", "forward", "forward_train", "terms", "task"} & own.keys():
             cls.temperature_of = Distiller.temperature_of  # type: ignore[method-assign]
+        if "soft_labels" not in own and {"forward", "forward_train"} & own.keys():
+            cls.soft_labels = False
         if "losses_of" not in own and {"forward", "forward_train"} & own.keys():
             cls.losses_of = ""
         elif "losses_of" not in own and cls.losses_of and {"terms", "task", "decoupled"} & own.keys():
@@ -188,7 +194,7 @@ class Method(Distiller):
     published: what published tables call it; its name if it gives none.
     """
 
-    on_logits = True
+    on_logits = soft_labels = True
     losses_of = "batch"
     keeps_weight: ClassVar[bool] = False
     on_proposals: ClassVar[bool] = False

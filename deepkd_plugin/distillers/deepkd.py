@@ -11,7 +11,7 @@ from ..rules import NOT_NEGATIVE, TEMPERATURE, Key, Rule, one_of, whole
 from ..streams import STREAMS
 from ..topk import mask_size
 from .base import Distiller, Losses, bases, warmup_factor
-from .terms import Term, cross_entropy, standardised, total
+from .terms import Term, classes, cross_entropy, standardised, total
 from .variants import BY_VARIANT, variant
 
 _CLASSES: Rule = (
@@ -34,7 +34,7 @@ class DeepKD(Distiller):
     """
 
     streams = STREAMS
-    on_logits = True
+    on_logits = soft_labels = True
     warmup_key = "DeepKD.WARMUP"
     losses_of = "samples"
     keys = (
@@ -99,7 +99,7 @@ class DeepKD(Distiller):
         node, views = self.cfg.DeepKD, self.compare(image)
         task = self.base.task(views, self.cfg)
         tog = total([node.CE_WEIGHT * cross_entropy(views, target), *task.values()])
-        tcg, ncg = self.decoupled(self.base.terms(views, self.cfg, float(node.TEMPERATURE)), target, epoch)
+        tcg, ncg = self.decoupled(self.base.terms(views, self.cfg, float(node.TEMPERATURE)), classes(target), epoch)
         warmup = self.warmup(epoch)
         return views[0][0], {"tog": tog, "tcg": warmup * node.TCG_WEIGHT * tcg, "ncg": warmup * node.NCG_WEIGHT * ncg}
 

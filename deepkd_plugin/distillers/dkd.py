@@ -7,13 +7,13 @@ from torch import Tensor
 
 from ..losses import decoupled_kd
 from .base import Losses, Method, warmup_factor
-from .terms import Term, View, cross_entropy, standardised
+from .terms import Term, View, classes, cross_entropy, standardised
 
 
 class DKD(Method):
     """CE_WEIGHT · CE + warm-up · (ALPHA · TCKD + BETA · NCKD) at DKD.T, all from the config node DKD."""
 
-    on_proposals = True
+    on_proposals = soft_labels = True
     losses_of = "samples"
     warmup_key = "DKD.WARMUP"
 
@@ -31,7 +31,7 @@ class DKD(Method):
     def forward_train(self, image: Tensor, target: Tensor, epoch: float, **batch: Any) -> tuple[Tensor, Losses]:
         node, views = self.cfg.DKD, self.compare(image)
         (term,) = standardised(self.terms(views, self.cfg), self.standardise)
-        tckd, nckd, _ = decoupled_kd(term.student, term.teacher, target, term.temperature)
+        tckd, nckd, _ = decoupled_kd(term.student, term.teacher, classes(target), term.temperature)
         dkd = node.ALPHA * tckd.mean() + node.BETA * nckd.mean()
         return views[0][0], {
             "loss_ce": node.CE_WEIGHT * cross_entropy(views, target),

@@ -40,8 +40,16 @@ def divergence(terms: Iterable[Term]) -> Tensor:
 
 
 def cross_entropy(views: Sequence[View], target: Tensor) -> Tensor:
-    """Sum the student's cross-entropy over the views: a scalar."""
+    """Sum the student's cross-entropy over the views, for labels or soft labels: a scalar."""
     return total(F.cross_entropy(student, target) for student, _ in views)
+
+
+def classes(target: Tensor) -> Tensor:
+    """Return the target classes (B,) of labels: themselves, or the largest share of each soft one (B, C).
+
+    Of equal shares the first counts, as in losses.per_sample.
+    """
+    return target.argmax(1) if target.is_floating_point() else target
 
 
 def total(scalars: Iterable[Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ class Vanilla(Distiller):
 
     name = "NONE"
     losses_of = "samples"
+    soft_labels = True
 
     def __init__(self, student: nn.Module) -> None:
         nn.Module.__init__(self)

@@ -105,6 +105,10 @@ class Timm(Outside):
     def make(self, num_classes: int, side: int) -> nn.Module:
         return self._make(side, num_classes=num_classes)
 
+    def make_dropping(self, num_classes: int, side: int, drop_path: float) -> nn.Module:
+        """Make a fresh network with stochastic depth; drop_path: the share of passes that its last block leaves out."""
+        return self._make(side, num_classes=num_classes, drop_path_rate=drop_path)
+
     def _make(self, side: int, **options: Any) -> nn.Module:
         if self.cfg is not None and self.cfg.fixed_input_size and self.cfg.input_size[-1] != side:
             options["img_size"] = side

@@ -15,7 +15,7 @@ from .adapter import Adapter, Input, adapt, choose, feed, reason_of, try_out
 from .classes import KEY as CLASSES
 from .classes import choose_classes
 from .host import MDISTILLERS_OWN, Host
-from .libraries import find
+from .libraries import Timm, find
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {}
 """Users' own networks: name -> make(num_classes=C)."""
@@ -76,13 +76,14 @@ def _tried(name: str, side: int, num_classes: int) -> nn.Module:
     return network.train()
 
 
-def network(host: Host, dataset: str, name: str, num_classes: int) -> nn.Module:
+def network(host: Host, dataset: str, name: str, num_classes: int, drop_path: float = 0.0) -> nn.Module:
     """Make a fresh network, of the host's zoo or of elsewhere, for a data set's images.
 
-    Raises UserError if it cannot be made, cannot take these images, or has other classes.
+    drop_path: DISTILLER.STUDENT_DROP_PATH, which only networks of timm have. Raises UserError if it cannot be made,
+    cannot take these images, or has other classes.
     """
     side = data.source(dataset).side
-    made = _fresh(host, dataset, name, num_classes, side)
+    made = _fresh(host, dataset, name, num_classes, side, drop_path)
     if isinstance(made, Adapter):
         found = try_out(made, name, side, training=True)
         if found != num_classes:
@@ -90,11 +91,17 @@ def network(host: Host, dataset: str, name: str, num_classes: int) -> nn.Module:
     return made
 
 
-def _fresh(host: Host, dataset: str, name: str, num_classes: int, side: int) -> nn.Module:
+def _fresh(host: Host, dataset: str, name: str, num_classes: int, side: int, drop_path: float = 0.0) -> nn.Module:
     """Make a fresh network for images of side x side pixels; one from outside the zoos is adapted and not tried yet."""
+    outside = None if name in NETWORKS else find(name)
+    if drop_path:
+        if not isinstance(outside, Timm):
+            raise UserError(
+                f"DISTILLER.STUDENT_DROP_PATH is {drop_path:g}; it must be 0.0 with {name}, which is not of timm"
+            )
+        return adapt(outside.make_dropping(num_classes, side, drop_path), name)
     if name in NETWORKS:
         return _tried(name, side, num_classes)
-    outside = find(name)
     if outside is not None:
         return adapt(outside.make(num_classes, side), name)
     entry = host.models(dataset)[name]
@@ -107,7 +114,7 @@ def student_network(host: Host, cfg: Any, num_classes: int) -> nn.Module:
     If these are of another number of classes, the tensors that depend on it stay random, which is said.
     """
     dataset, name = cfg.DATASET.TYPE, cfg.DISTILLER.STUDENT
-    made = network(host, dataset, name, num_classes)
+    made = network(host, dataset, name, num_classes, cfg.DISTILLER.STUDENT_DROP_PATH)
     path, key = cfg.DISTILLER.STUDENT_WEIGHTS, "DISTILLER.STUDENT_WEIGHTS"
     if not path:
         return made

@@ -7,15 +7,15 @@ from warnings import warn
 
 from .. import extensions
 from ..config import add_deepkd_config, check_tree
-from ..config.keys import TRAINER
+from ..config.keys import ADAMW, TRAINER
 from ..distillers import DISTILLERS
 from ..errors import UserError
-from ..trainer import DecoupledMomentumTrainer
+from ..trainer import DecoupledAdamWTrainer, DecoupledMomentumTrainer
 from . import builtin, mdistiller
 from .host import Host
 from .networks import add_networks
 
-TRAINERS = {TRAINER: DecoupledMomentumTrainer}
+TRAINERS = {TRAINER: DecoupledMomentumTrainer, ADAMW: DecoupledAdamWTrainer}
 
 BUILTIN = Host(
     "builtin",
@@ -44,7 +44,7 @@ def added_distillers() -> dict[str, Any]:
 
 
 def register(host: Host | None = None) -> list[str]:
-    """Put the plugin's distillers, trainer and config keys into a host's registries, in place.
+    """Put the plugin's distillers, trainers and config keys into a host's registries, in place.
 
     host: by default the one that find_host finds. Idempotent; what is there stays. Returns what was added.
     Raises UserError, before anything is changed, if another class or config key has one of our names.

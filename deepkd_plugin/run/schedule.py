@@ -6,20 +6,17 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-WARMUP_START = 0.1
-"""Share of the learning rate that warm-up starts from, before its first epoch (the authors' release)."""
-
 
 def lr_factor(solver: Any, epoch: float) -> float:
     """Return the share of SOLVER.LR in an epoch, counted from 1, or at a point within one (see warmup_point).
 
     step: LR_DECAY_RATE to the power of the LR_DECAY_STAGES below the epoch (mdistiller). cosine: from the
     end of warm-up to MIN_LR in the last epoch (the release's ImageNet and CRLD recipes). During warm-up,
-    with either: linear from 0.1 at epoch 0 to 1 at epoch WARMUP_EPOCHS. Only warm-up changes within an epoch.
+    with either: linear from WARMUP_START at epoch 0 to 1 at epoch WARMUP_EPOCHS. Only warm-up changes within an epoch.
     """
     warmup = solver.WARMUP_EPOCHS
     if epoch < warmup:
-        return WARMUP_START + (1 - WARMUP_START) * epoch / warmup
+        return solver.WARMUP_START + (1 - solver.WARMUP_START) * epoch / warmup
     epoch = math.ceil(epoch)
     if solver.LR_SCHEDULE == "cosine":
         progress = (epoch - warmup) / (solver.EPOCHS - warmup)

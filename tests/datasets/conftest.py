@@ -27,6 +27,7 @@ def data_cfg():
                 "SOLVER": {"BATCH_SIZE": 32, "SEED": 0},
                 "DISTILLER": {"TYPE": method, "TEACHER_LOGITS": "compute"},
                 "DeepKD": {"BASE": base},
+                "AUGMENT": {"MIXUP": 0.0, "CUTMIX": 0.0, "RANDAUGMENT": "", "ERASING": 0.0},
             }
         )
 

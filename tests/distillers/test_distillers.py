@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from tables import Table
 from torch import nn
 
-from deepkd_plugin.distillers import DKD, KD, DeepKD, Distiller
+from deepkd_plugin.distillers import DKD, KD, DeepKD, Distiller, Method
 from deepkd_plugin.distillers.vanilla import Vanilla
 from deepkd_plugin.losses import decoupled_kd
 from deepkd_plugin.optim import DecoupledMomentumSGD
@@ -204,3 +204,48 @@ def test_the_teacher_is_in_evaluation_mode_from_construction_on(cfg, method):
     assert not any(part.training for part in distiller.teacher.modules())
     assert not any(part.training for part in copy.deepcopy(distiller).teacher.modules())
     assert not any(part.training for part in distiller.train().teacher.modules())
+
+
+@pytest.mark.parametrize("method", [Vanilla, KD, DKD, DeepKD])
+def test_soft_labels_of_one_class_are_labels(cfg, setting, method):
+    student, teacher, batch = setting
+    made = method(student) if method is Vanilla else method(student, teacher, cfg)
+    assert made.soft_labels
+    hard, gradients = losses_and_gradients(made, batch, 1)
+    num_classes = student.logits.shape[1]
+    soft = batch | {"target": F.one_hot(batch["target"], num_classes).to(student.logits.dtype)}
+    losses, theirs = losses_and_gradients(made, soft, 1)
+    for name, loss in hard.items():
+        close(losses[name], loss.detach(), 1e-12)
+        close(theirs[name], gradients[name], 1e-12)
+
+
+@pytest.mark.parametrize(("method", "task"), [(DKD, "loss_ce"), (DeepKD, "tog")])
+def test_the_target_class_of_a_soft_label_is_its_larger_one(cfg, setting, method, task):
+    student, teacher, batch = setting
+    made = method(student, teacher, cfg)
+    num_classes = student.logits.shape[1]
+    other = (batch["target"] + 1) % num_classes
+    labels = [F.one_hot(target, num_classes).to(student.logits.dtype) for target in (batch["target"], other)]
+    of_each = [losses_and_gradients(made, batch | {"target": target}, 1)[0] for target in (batch["target"], other)]
+    losses, _ = losses_and_gradients(made, batch | {"target": 0.7 * labels[0] + 0.3 * labels[1]}, 1)
+    close(losses[task], (0.7 * of_each[0][task] + 0.3 * of_each[1][task]).detach(), 1e-12)
+    for name in losses.keys() - {task}:
+        close(losses[name], of_each[0][name].detach(), 1e-12)
+
+
+def test_a_step_of_ones_own_says_that_it_takes_soft_labels():
+    class Terms(Method):
+        pass
+
+    class Step(Method):
+        def forward_train(self, **batch):
+            raise NotImplementedError
+
+    class Declared(Step):
+        soft_labels = True
+
+    assert (Terms.soft_labels, Step.soft_labels, Declared.soft_labels, Distiller.soft_labels) == (
+        *(True, False, True),
+        False,
+    )

@@ -12,6 +12,7 @@ STEP = {
     "EPOCHS": 240,
     "LR_SCHEDULE": "step",
     "WARMUP_EPOCHS": 0,
+    "WARMUP_START": 0.1,
     "MIN_LR": 0.0,
     "LR_DECAY_STAGES": [150, 180, 210],
     "LR_DECAY_RATE": 0.1,
@@ -49,6 +50,12 @@ def test_cosine_with_warm_up_is_the_releases_rule():
     assert used[0] == pytest.approx(0.029)
     assert used[19] == pytest.approx(0.2)
     assert used[-1] == pytest.approx(5e-5)
+
+
+def test_warm_up_rises_from_its_start():
+    used = rates(COSINE | {"WARMUP_START": 0.001, "WARMUP_EPOCHS": 5})
+    assert used[:5] == pytest.approx([0.2 * (0.001 + 0.999 * epoch / 5) for epoch in range(1, 6)], rel=1e-12)
+    assert lr_factor(CfgNode(COSINE | {"WARMUP_START": 0.0}), 0) == 0.0
 
 
 def test_cosine_without_warm_up_starts_below_the_top_and_ends_at_the_floor():

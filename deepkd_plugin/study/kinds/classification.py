@@ -110,7 +110,7 @@ class Classification(Kind):
         return lines
 
     def source(self, cfg: Any) -> Any:
-        return data.source(cfg.DATASET.TYPE)
+        return data.training_source(cfg)
 
     def look_at_data(self, cfg: Any, prepare: bool) -> None:
         """Raise UserError if a data set is not there, by the part that is read fastest."""

@@ -15,6 +15,9 @@ FILE = Path(__file__).with_name("published.csv")
 SAME_NETWORK = {("imagenet", "MobileNetV2"): "MobileNetV1"}
 """Our names of networks that the published tables call otherwise: see hosts/registry.py for this one."""
 
+LIBRARYS_NAME = {"timm:regnety_160.deit_in1k": "RegNetY-16GF", "timm:deit_tiny_patch16_224": "DeiT-Tiny"}
+"""A library's names of networks, and those of the published tables."""
+
 
 @dataclass(frozen=True)
 class Published:
@@ -82,6 +85,7 @@ def find(
     if it has none, which is then taken to be as shipped. options: what every run of the table was given beside its
     config file.
     """
+    teacher, student = (LIBRARYS_NAME.get(name, name) for name in (teacher, student))
     settings = {"DeepKD.MASK.TYPE": "dynamic"} | dict(settings or {})
     masked = settings["DeepKD.MASK.TYPE"] == "dynamic"
     network = SAME_NETWORK.get((dataset, student), student)

@@ -1,22 +1,22 @@
-"""Stochastic gradient descent with one momentum buffer for each gradient stream (DeepKD, section 3)."""
+"""What optimizers of gradients by named stream share: backward passes, what waits for a step, their state."""
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from numbers import Real
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from .distributed import ProcessGroup, Summation
-from .ledger import Ledger
-from .streams import Sets, backward_by_set, merge_streams
-from .updates import Coefficients, Options, Update, update_foreach, update_single
+from ..distributed import ProcessGroup, Summation
+from ..ledger import Ledger
+from ..streams import Sets, backward_by_set, merge_streams
+from .state import buffer_name, buffer_streams, name_buffers, plain
 
-DAMPENINGS = ("ema", "matched")
-"""What dampening may be beside a number."""
+Plan = tuple[Callable[..., list[list[Tensor]]], tuple[Any, ...]]
+"""The update of a parameter group and its arguments, parameters first; it returns their buffers, [parameter][set]."""
 
 
 class Momenta(dict[str, float]):
@@ -29,27 +29,8 @@ class Momenta(dict[str, float]):
         return torch.empty(()).__dlpack_device__()
 
 
-class DecoupledMomentumSGD(Optimizer):
-    """SGD in which every named stream of the gradient has a momentum of its own.
-
-    For stream i with gradient g_i, momentum m_i and dampening d_i (the paper's update is d_i = 0)::
-
-        v_i ← m_i · v_i + (1 − d_i) · g_i          then  θ ← θ − lr · Σ_i v_i
-
-    with v_i = g_i in a parameter's first step, as in torch.optim.SGD. With one stream it is that
-    optimizer; with two it is DOT (Zhao et al., 2023); with `tog`, `tcg` and `ncg` it is DeepKD's.
-
-    lr: a number, or a tensor of shape (). momentum: stream name → m_i in [0, 1); one number is one stream,
-    "task". weight_decay: λ · θ is added to the gradient of the one stream `weight_decay_stream`, which may
-    be left out if there is only one. dampening: a number in [0, 1], which without momentum (m_i = 0) is
-    ignored, as in torch.optim.SGD; or one of two averages whose buffers start at 0:
-
-    - "ema": d_i = m_i, so v_i is a running mean of g_i;
-    - "matched": (1 − d_i) = (1 − m_i) / (1 − μ) with μ = `matched_to`, so every stream's steps are as long
-      as those of plain SGD with momentum μ, and only the smoothing differs.
-
-    nesterov: θ ← θ − lr · Σ_i (g_i + m_i · v_i); needs dampening 0. maximize: go uphill. foreach: use the
-    multi-tensor update (default) or the single-tensor one that reads like the formula.
+class StreamOptimizer(Optimizer):
+    """An optimizer with one momentum buffer for each named stream of the gradient.
 
     Use::
 
@@ -72,6 +53,8 @@ class DecoupledMomentumSGD(Optimizer):
     `average_gradients` between backward and step. For FSDP2, whose weights only a real backward reaches, call
     `loss.backward()` and `collect(stream)` for one stream after the other.
 
+    Options that every such optimizer has, in its groups too:
+
     merge: let streams with equal coefficients, in every parameter group, share a buffer and a backward pass (the same
     result up to rounding). Coefficients may be changed between steps through `param_groups[i]["momentum"]`. A number
     there, which OneCycleLR and CyclicLR write, becomes the largest momentum, and the other streams' keep their ratio
@@ -80,53 +63,53 @@ class DecoupledMomentumSGD(Optimizer):
     the past belonged to is no longer known, and that difference fades with their momenta. If a
     schedule will separate them and the history must be exact from the first step, pass merge=False.
 
-    capturable: move the buffers in place, so that a step captured as a CUDA graph after the first can be
-    replayed; otherwise gradients become the buffers, which is faster. It may be changed between steps through
-    `param_groups[i]["capturable"]`, and loading a state leaves it as it is.
+    foreach: use the multi-tensor update (default) or the single-tensor one that reads like the formula. maximize: go
+    uphill. capturable: move all state in place and on the device, so that a step captured as a CUDA graph after the
+    first can be replayed. It may be changed between steps through `param_groups[i]["capturable"]`, and loading a state
+    leaves it as it is.
 
     A parameter's state has a tensor for each buffer: "momentum_buffer_" and its streams, joined by "+".
 
-    Raises ValueError for a learning rate or decay below 0, a coefficient outside its range, group streams
-    that differ from the first group's, or an unknown stream; TypeError for losses that are no tensors by stream;
-    RuntimeError for a step without gradients by stream or with sparse gradients.
+    Raises ValueError for a coefficient outside its range, group streams that differ from the first group's, or an
+    unknown stream; TypeError for losses that are no tensors by stream; RuntimeError for a step without gradients by
+    stream or with sparse gradients.
+
+    A subclass gives `_coefficients`, `_check_options` and `_plan_group`.
     """
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler's name for: step reads grad_scale and found_inf
+    _beside: ClassVar[tuple[str, ...]] = ()
+    """What a parameter's state has beside its buffers."""
+    _foreign = ""
+    """How the refusal of a state without streams ends."""
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float | Tensor,
-        momentum: Mapping[str, float] | float,
-        weight_decay: float = 0.0,
-        weight_decay_stream: str | None = None,
-        dampening: float | str = 0.0,
-        *,
-        matched_to: float | None = None,
-        nesterov: bool = False,
-        maximize: bool = False,
-        merge: bool = True,
-        foreach: bool = True,
-        capturable: bool = False,
-    ) -> None:
+    def __init__(self, params: Iterable[Any], momentum: Mapping[str, float] | float, options: dict[str, Any]) -> None:
         if not isinstance(momentum, Mapping):
             momentum = {"task": momentum}
         _check_names(momentum)
-        defaults = {
-            "lr": lr,
-            "momentum": dict(momentum),
-            "weight_decay": weight_decay,
-            "weight_decay_stream": weight_decay_stream,
-            "dampening": dampening,
-            "matched_to": matched_to,
-            "nesterov": nesterov,
-            "maximize": maximize,
-            "merge": merge,
-            "foreach": foreach,
-            "capturable": capturable,
-        }
         self._pending = Ledger()
-        super().__init__(params, defaults)
+        super().__init__(params, {"lr": options.pop("lr"), "momentum": dict(momentum), **options})
+
+    def _coefficients(self, group: Mapping[str, Any]) -> Mapping[str, Hashable]:
+        """Return stream → what a set of streams must have in common; of `_check_options` they are checked."""
+        raise NotImplementedError
+
+    def _check_options(self, group: Mapping[str, Any]) -> None:
+        """Raise ValueError for the first of a subclass's own options in a parameter group that is out of range."""
+        raise NotImplementedError
+
+    def _plan_group(
+        self, group: dict[str, Any], sets: Sets, gradients: list[dict[Tensor, Tensor]], compiling: bool
+    ) -> Plan:
+        """Return the update of a parameter group, of gradients [set][parameter]."""
+        raise NotImplementedError
+
+    def _complete(self, group: dict[str, Any]) -> None:
+        """Fill in what a new parameter group leaves to the others of its options; by default nothing."""
+
+    def _fresh(self, p: Tensor) -> dict[str, Tensor]:
+        """Return what a parameter's state has beside its buffers, before its first step."""
+        return {}
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -139,8 +122,7 @@ class DecoupledMomentumSGD(Optimizer):
         try:
             if isinstance(group["momentum"], Mapping):
                 group["momentum"] = Momenta(group["momentum"])  # groups must not share one mapping
-            if group["weight_decay_stream"] is None and len(self.streams) == 1:
-                group["weight_decay_stream"] = self.streams[0]
+            self._complete(group)
             self._check_group(group)
         except (TypeError, ValueError):
             self.param_groups.pop()
@@ -240,14 +222,14 @@ class DecoupledMomentumSGD(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
         for group in state["param_groups"]:  # of plain classes, for safe loaders: numpy's numbers are none
-            group.update({key: _plain(value) for key, value in group.items()})
+            group.update({key: plain(value) for key, value in group.items()})
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what state_dict gave; buffers take the device and dtype of the parameters here.
 
-        Pending gradients are no part of a state. A pre-hook runs before the check of streams: with
-        `opt.register_load_state_dict_pre_hook(from_sgd)` the state may be torch.optim.SGD's.
+        Pending gradients are no part of a state. A pre-hook runs before the check of streams, so one such as from_sgd
+        may make a state of another optimizer's.
         """
         capturable = [group["capturable"] for group in self.param_groups]
         super().load_state_dict(state_dict)
@@ -261,15 +243,13 @@ class DecoupledMomentumSGD(Optimizer):
                 names = tuple(momentum) if isinstance(momentum, Mapping) else None
                 cycles = isinstance(momentum, Real) and "momentum_shares" in group
                 if names != self.streams and not cycles:
-                    hint = "; from_sgd as a pre-hook takes torch.optim.SGD's" if names is None else ""
+                    hint = self._foreign if names is None else ""
                     raise ValueError(f"the state has the streams {names}, this optimizer {self.streams}{hint}")
-            _name_buffers(state, self.streams)
+            name_buffers(state, self.streams, self._beside)
         else:
             self._pending = Ledger()
         super().__setstate__(state)
         for group in self.param_groups:
-            for name in ("matched_to", "nesterov", "maximize", "capturable"):  # groups of 0.1 have none
-                group.setdefault(name, None if name == "matched_to" else False)
             if isinstance(group["momentum"], Mapping):
                 group["momentum"] = Momenta(group["momentum"])
 
@@ -283,7 +263,7 @@ class DecoupledMomentumSGD(Optimizer):
         """Partition the streams, for all parameter groups alike."""
         if not all(group["merge"] for group in self.param_groups):
             return tuple((name,) for name in self.streams)
-        return merge_streams([_coefficients(group) for group in self.param_groups])
+        return merge_streams([self._coefficients(group) for group in self.param_groups])
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Spread a number in group["momentum"] over the streams; raise ValueError for the first bad value."""
@@ -297,12 +277,13 @@ class DecoupledMomentumSGD(Optimizer):
             raise ValueError(
                 f"every parameter group needs the streams {self.streams} in this order, got {tuple(momentum)}"
             )
-        _check_values(group)
+        _check_common(group)
+        self._check_options(group)
         if any(momentum.values()):  # at 0 the ratios cannot be read off
             group["momentum_shares"] = _shares(momentum)
 
     @_disable_dynamo  # only the updates are worth compiling
-    def _plan(self, compiling: bool) -> list[tuple[Update, tuple[Any, ...]]]:
+    def _plan(self, compiling: bool) -> list[Plan]:
         """Return the updates of a step with their arguments; what can be refused is refused before a weight moves."""
         for group in self.param_groups:
             self._check_group(group)
@@ -316,37 +297,20 @@ class DecoupledMomentumSGD(Optimizer):
         self._pending.warn_if_alone(type(self).__name__)
         gradients = self._pending.merged(sets, params)
         if any(g.is_sparse for by_parameter in gradients for g in by_parameter.values()):
-            raise RuntimeError("DecoupledMomentumSGD does not take sparse gradients")
+            raise RuntimeError(f"{type(self).__name__} does not take sparse gradients")
         self._pending.clear()
         if not self.state and self._is_rehearsal():
             for p in params:
                 if p.grad is not None:
-                    self.state[p].update((_buffer_name(names), torch.zeros_like(p)) for names in sets)
+                    self.state[p].update(self._fresh(p))
+                    self.state[p].update((buffer_name(names), torch.zeros_like(p)) for names in sets)
             return []
         return [self._plan_group(group, sets, gradients, compiling) for group in self.param_groups]
-
-    def _plan_group(
-        self, group: dict[str, Any], sets: Sets, gradients: list[dict[Tensor, Tensor]], compiling: bool
-    ) -> tuple[Update, tuple[Any, ...]]:
-        params = [p for p in group["params"] if p.grad is not None]
-        coefficients = _coefficients(group)
-        lr, in_place = group["lr"], len(sets) == 1 or group["capturable"]
-        if isinstance(lr, Tensor) and not (group["capturable"] or compiling):
-            lr = lr.item()
-        arguments = (
-            params,
-            [[by_parameter.get(p) for p in params] for by_parameter in gradients],
-            [self._buffers(p, sets) for p in params],
-            [coefficients[names[0]] for names in sets],
-            [group["weight_decay"] if group["weight_decay_stream"] in names else 0.0 for names in sets],
-            Options(lr, group["nesterov"], group["maximize"], in_place),
-        )
-        return update_foreach if group["foreach"] else update_single, arguments
 
     @_disable_dynamo
     def _keep(self, params: list[list[Tensor]], buffers: list[list[list[Tensor]]]) -> None:
         """Put the buffers, [group][parameter][set], into the state."""
-        names = [_buffer_name(streams) for streams in self._sets()]
+        names = [buffer_name(streams) for streams in self._sets()]
         for of_group in zip(params, buffers):
             for p, new in zip(*of_group):
                 self.state[p].update(zip(names, new))
@@ -357,18 +321,18 @@ class DecoupledMomentumSGD(Optimizer):
         Buffers of another partition are taken out of its state. Before the first step there are none.
         """
         state = self.state[p]
-        if not state:
-            return []
-        names = [_buffer_name(members) for members in sets]
-        if list(state) == names:
-            return list(state.values())
+        old = {key: buffer for key, buffer in state.items() if key not in self._beside}
+        names = [buffer_name(members) for members in sets]
+        if not old or list(old) == names:
+            return list(old.values())
         shares = {
             stream: buffer / len(streams)
-            for key, buffer in state.items()
-            for streams in [_buffer_streams(key)]
+            for key, buffer in old.items()
+            for streams in [buffer_streams(key)]
             for stream in streams
         }
-        state.clear()
+        for key in old:
+            del state[key]
         # in the old buffers' order, which is the order that they are added up in
         parts = [[share for stream, share in shares.items() if stream in members] for members in sets]
         return [sum(rest, first) for first, *rest in parts]
@@ -381,13 +345,13 @@ class DecoupledMomentumSGD(Optimizer):
 
 
 def backward(optimizer: Any, losses: Mapping[str, Tensor], retain_graph: bool = False) -> None:
-    """Call the `backward` of the DecoupledMomentumSGD inside a wrapper, such as Accelerate's.
+    """Call the `backward` of the optimizer of streams inside a wrapper, such as Accelerate's.
 
     losses: stream → scalar. As Accelerate's own backward does, the losses are divided by its gradient accumulation
     steps and multiplied by its GradScaler's scale. Raises TypeError if no such optimizer is inside.
     """
     inner, scaled = optimizer, losses
-    while not isinstance(inner, DecoupledMomentumSGD):
+    while not isinstance(inner, StreamOptimizer):
         steps = getattr(getattr(inner, "gradient_state", None), "num_steps", 1)
         scaler = getattr(inner, "scaler", None)
         if isinstance(losses, Mapping) and all(isinstance(loss, Tensor) for loss in losses.values()):
@@ -395,112 +359,17 @@ def backward(optimizer: Any, losses: Mapping[str, Tensor], retain_graph: bool = 
             scaled = {name: scaler.scale(loss) for name, loss in scaled.items()} if scaler is not None else scaled
         inner = getattr(inner, "optimizer", None)
         if inner is None:
-            raise TypeError(f"backward takes a DecoupledMomentumSGD or its wrapper, got {type(optimizer).__name__}")
+            raise TypeError(
+                f"backward takes a DecoupledMomentumSGD, a DecoupledAdamW or a wrapper of one, got "
+                f"{type(optimizer).__name__}"
+            )
     inner.backward(scaled, retain_graph)
-
-
-def from_sgd(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Convert torch.optim.SGD's state to DecoupledMomentumSGD's; for `register_load_state_dict_pre_hook`.
-
-    Its one buffer becomes all streams', which take equal shares of it if their momenta differ. Momenta and dampening
-    are those of `optimizer`; learning rate, decay, nesterov and maximize are the state's. Another state is returned as
-    it is.
-    """
-    if not _is_sgd(state_dict):
-        return state_dict
-    name = _buffer_name(tuple(optimizer.defaults["momentum"]))
-    buffers = {i: state.get("momentum_buffer") for i, state in state_dict["state"].items()}
-    state = {i: {name: buffer} for i, buffer in buffers.items() if buffer is not None}
-    return {"state": state, "param_groups": _groups_for(optimizer, state_dict)}
-
-
-def to_sgd(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Convert DecoupledMomentumSGD's state to torch.optim.SGD's; for `register_load_state_dict_pre_hook`.
-
-    SGD's buffer is the sum of the streams'. Momentum and dampening are those of `optimizer`, an SGD; learning rate,
-    decay, nesterov and maximize are the state's. Another state is returned as it is.
-    """
-    if not _is_ours(state_dict):
-        return state_dict
-    state = {}
-    for i, buffers in state_dict["state"].items():
-        first, *rest = buffers.get("buffers") or buffers.values()  # a list in 0.1
-        state[i] = {"momentum_buffer": sum(rest, first)}
-    return {"state": state, "param_groups": _groups_for(optimizer, state_dict)}
-
-
-def _is_sgd(state_dict: Mapping[str, Any]) -> bool:
-    """Tell whether a state is torch.optim.SGD's; other optimizers there have a momentum too, such as RMSprop."""
-    options = {"momentum", "dampening", "nesterov"}
-    return not _is_ours(state_dict) and all(options <= group.keys() for group in state_dict["param_groups"])
-
-
-def _is_ours(state_dict: Mapping[str, Any]) -> bool:
-    return all("weight_decay_stream" in group for group in state_dict["param_groups"])
-
-
-def _groups_for(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return a state's groups as `optimizer` has them, with what both kinds of SGD mean alike taken from the state."""
-    shared = ("params", "lr", "initial_lr", "weight_decay", "nesterov", "maximize")
-    mine, theirs = optimizer.param_groups, state_dict["param_groups"]
-    if len(mine) != len(theirs):
-        raise ValueError(f"the state has {len(theirs)} parameter groups, this optimizer {len(mine)}")
-    return [own | {k: group[k] for k in shared if k in group} for own, group in zip(mine, theirs)]
-
-
-def _buffer_name(streams: Iterable[str]) -> str:
-    return "momentum_buffer_" + "+".join(streams)
-
-
-def _buffer_streams(name: str) -> list[str]:
-    return name.removeprefix("momentum_buffer_").split("+")
-
-
-def _name_buffers(state: dict[str, Any], streams: tuple[str, ...]) -> None:
-    """Give the buffers of a state that is loaded their names, if it is of 0.1, and check them.
-
-    0.1 had a list "buffers" for each parameter, and in the group the streams of each. Raises ValueError for a state
-    that has not one buffer of the parameter's shape for every stream.
-    """
-    for group in state["param_groups"]:
-        names = [_buffer_name(members) for members in group.pop("buffers", ())]
-        for p in group["params"]:
-            own = state["state"].get(p)
-            if not own:
-                continue
-            if isinstance(own.get("buffers"), list):
-                own = state["state"][p] = dict(zip(names, own["buffers"]))
-            found = sorted(stream for name in own for stream in _buffer_streams(name))
-            fits = all(isinstance(buffer, Tensor) and buffer.shape == p.shape for buffer in own.values())
-            if found != sorted(streams) or not fits:
-                raise ValueError(
-                    f"the state of a parameter of shape {tuple(p.shape)} has {list(own)}; it must have a tensor of "
-                    f"that shape for each of the streams {streams}"
-                )
-
-
-def _coefficients(group: Mapping[str, Any]) -> dict[str, Coefficients]:
-    """Return stream → coefficients. Without momentum a number as dampening has nothing to damp, as in torch.optim."""
-    dampening = group["dampening"]
-    if dampening == "ema":
-        return {name: Coefficients(m, 1 - m, True) for name, m in group["momentum"].items()}
-    if dampening == "matched":
-        length = 1 - group["matched_to"]
-        return {name: Coefficients(m, (1 - m) / length, True) for name, m in group["momentum"].items()}
-    return {name: Coefficients(m, 1 - float(dampening) if m else 1.0, False) for name, m in group["momentum"].items()}
 
 
 def _shares(momentum: Mapping[str, float]) -> dict[str, float]:
     """Return each stream's momentum as a share of the largest; all 1 if that is 0."""
     largest = max(momentum.values())
     return {name: m / largest if largest else 1.0 for name, m in momentum.items()}
-
-
-def _plain(value: Any) -> Any:
-    """Return a group's value as dictionaries and numbers of Python."""
-    if isinstance(value, Mapping):
-        return {key: _plain(part) for key, part in value.items()}
-    return value.item() if hasattr(value, "item") and not isinstance(value, Tensor) else value
 
 
 def _check_names(momentum: Mapping[str, float]) -> None:
@@ -511,33 +380,23 @@ def _check_names(momentum: Mapping[str, float]) -> None:
             raise ValueError(f"a stream's name must be a word without '+', got {name!r}")
 
 
-def _check_values(group: Mapping[str, Any]) -> None:
-    """Raise ValueError for the first value of a parameter group that is out of range."""
+def in_range(value: Any, low: float, high: float = sys.float_info.max) -> bool:
+    """Tell whether a value is a number from `low` to `high`."""
+    return isinstance(value, Real) and low <= float(value) <= high
+
+
+def _check_common(group: Mapping[str, Any]) -> None:
+    """Raise ValueError for the first value that every parameter group has and that is out of range."""
     lr = group["lr"]
     if isinstance(lr, Tensor):
         if lr.ndim:
             raise ValueError(f"lr must be a number or a tensor of shape (), got a tensor of shape {tuple(lr.shape)}")
         if lr.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would wait for the device
             lr = lr.item()
-    if not isinstance(lr, Tensor) and not _in_range(lr, 0.0):
+    if not isinstance(lr, Tensor) and not in_range(lr, 0.0):
         raise ValueError(f"lr must be at least 0 and finite, got {lr!r}")
-    if not _in_range(group["weight_decay"], 0.0):
+    if not in_range(group["weight_decay"], 0.0):
         raise ValueError(f"weight_decay must be at least 0 and finite, got {group['weight_decay']!r}")
     for name, m in group["momentum"].items():
-        if not _in_range(m, 0.0) or not m < 1.0:
+        if not in_range(m, 0.0) or not m < 1.0:
             raise ValueError(f"momentum of stream {name!r} must be in [0, 1), got {m!r}")
-    dampening, matched_to = group["dampening"], group["matched_to"]
-    if dampening not in DAMPENINGS and not _in_range(dampening, 0.0, 1.0):
-        raise ValueError(f'dampening must be a number in [0, 1], "ema" or "matched", got {dampening!r}')
-    if dampening == "matched" and (not _in_range(matched_to, 0.0) or not matched_to < 1.0):
-        raise ValueError(f'dampening "matched" needs a momentum in [0, 1) as matched_to, got {matched_to!r}')
-    if group["nesterov"] and (dampening != 0 or not any(group["momentum"].values())):
-        raise ValueError("nesterov needs a momentum and dampening 0")
-    if group["weight_decay"] and group["weight_decay_stream"] not in group["momentum"]:
-        raise ValueError(
-            f"weight_decay_stream must name one of {tuple(group['momentum'])}, got {group['weight_decay_stream']!r}"
-        )
-
-
-def _in_range(value: Any, low: float, high: float = sys.float_info.max) -> bool:
-    return isinstance(value, Real) and low <= float(value) <= high
