@@ -14,6 +14,7 @@ COMMANDS = {
     "gsnr": "measure and draw the gradient signal-to-noise ratio of the streams",
     "reproduce": "train what a table compares, and compare it",
     "report": "compare what reproduce has trained so far",
+    "tune": "choose learning rate, warm-up, deltas and mask on held-out images",
     "shrink": "resize a folder of images once, before it is trained on",
     "merge-detector-weights": "make the start file of mdistiller's detection",
 }

@@ -193,6 +193,13 @@ def settle_new(folder: Path) -> None:
         settle(folder)
 
 
+def drop_states(folder: Path) -> None:
+    """Remove the checkpoints and the student's weights of a run that nobody goes on with; its records stay."""
+    for path in own_files(folder):
+        if re.fullmatch(_STATES, path.name):
+            path.unlink()
+
+
 def _is_begun(folder: Path) -> bool:
     """Tell whether the run in a folder is worth more than the one whose place it took."""
     if not (folder / record.FILE).exists():

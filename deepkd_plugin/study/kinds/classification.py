@@ -117,8 +117,10 @@ class Classification(Kind):
         source, node = self.source(cfg), cfg.DATASET
         if not prepare and (source.drawn or node.DOWNLOAD):
             return
+        # with HOLDOUT a run reads no test image, and nor does who looks after it
+        tested = "train" if node.HOLDOUT else "test"
         # one that is drawn would otherwise be drawn by a process of each run
-        for split in ("train", "test") if source.drawn else ("test",):
+        for split in dict.fromkeys(("train", tested) if source.drawn else (tested,)):
             source.load(node, split)
 
     def teacher_file(self, cfg: Any) -> str | None:

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 
 from ..measures import CLASSIFICATION, MEASURES
 from ..shared import count, duration
+from ..table import Pair
 from .cells import Cell, comparisons, number_name
 from .collect import NOT_STARTED, UNFINISHED, Results
 from .formats import CONFIDENCE, ranges
-from .published import without_pair
+from .published import context, without_pair
 from .statistics import LEVEL, MIN_RUNS
 
 
@@ -46,6 +47,12 @@ def published_without_pair(table: Results) -> list[str]:
     """List what is published for no pair in particular: a sentence that says so, then the values; empty without any."""
     values = without_pair(table.dataset, table.metric)
     return ["Published for a pair that is not named, so beside no cell of ours:", *values] if values else []
+
+
+def others(table: Results, pair: Pair) -> list[str]:
+    """List other people's published numbers for a pair: a sentence that says so, then the values; empty without any."""
+    values = context(table.dataset, table.metric, pair.teacher, pair.student)
+    return ["Other methods' published top-1 for this pair, under protocols of their own:", *values] if values else []
 
 
 def left_out(table: Results) -> list[tuple[str, str, str, str]]:
@@ -86,9 +93,9 @@ def notes(cells: Sequence[Cell]) -> list[str]:
     if any(cell.published is not None for cell in cells):
         said.append(
             "Published numbers stand with their source and how sure they are; 'inferred' ones were worked out from "
-            "a stated gain and nobody printed them. How many runs they come from, how far those spread and whether "
-            f"they are of the last or the best {step} is not known here. So a difference from them has only the "
-            f"{CONFIDENCE} t interval of our mean, and no test."
+            "a stated gain and nobody printed them, and 'hearsay' is compared with nothing. How many runs they come "
+            f"from, how far those spread and whether they are of the last or the best {step} is not known here. So a "
+            f"difference from them has only the {CONFIDENCE} t interval of our mean, and no test."
         )
     if measures.further:
         others = " and ".join(measures.further)

@@ -11,7 +11,7 @@ from .collect import Results
 from .columns import columns, title, verdict
 from .figures import LINES, curves, dot_plot
 from .formats import CONFIDENCE, interval, paired, signed
-from .notes import left_out, notes, published_without_pair, what_was_run
+from .notes import left_out, notes, others, published_without_pair, what_was_run
 from .protocol import cautions, protocol
 from .statistics import EQUAL, HIGHER, LOWER
 
@@ -88,7 +88,7 @@ _HTML.globals |= {
     function.__name__: function
     for function in (
         *(agreement, by_base, cautions, columns, compared, curves, dot_plot, headline, interval),
-        *(left_out, notes, number_name, paired, panels, protocol, published_without_pair, signed, title),
+        *(left_out, notes, number_name, others, paired, panels, protocol, published_without_pair, signed, title),
         *(verdict, what_was_run),
     )
 }

@@ -23,8 +23,9 @@ LIBRARYS_NAME = {"timm:regnety_160.deit_in1k": "RegNetY-16GF", "timm:deit_tiny_p
 class Published:
     """One published number: its text and value (None if the text is a range), source and certainty.
 
-    note: how the published variant differs from ours. comparable: whether a difference from ours means anything; False
-    if ours was trained or tested on other images.
+    note: how the published variant differs from ours, and how it was trained if that is known to be unusual.
+    comparable: whether a difference from ours means anything; False if ours was trained or tested on other images, and
+    if nobody who can be named stands for the number.
     """
 
     method: str
@@ -61,6 +62,12 @@ def _of_pair(dataset: str, metric: str, teacher: str, student: str) -> list[dict
 UNLIKE = "not comparable: "
 """How the note begins that says why a difference from ours would mean nothing."""
 
+HEARSAY = "hearsay"
+"""How the certainty of a row begins whose source nobody can look up."""
+
+CONTEXT = "context"
+"""The table of rows that are no method of ours: other people's, beside which a pair's numbers can be read."""
+
 HARMLESS = (
     *("DATASET.ROOT", "DATASET.DOWNLOAD", "DATASET.NUM_WORKERS", "DATASET.PIPELINE"),
     *("DATASET.TEST.BATCH_SIZE", "SOLVER.EXECUTION", "SOLVER.GRADIENTS", "SOLVER.CHANNELS_LAST"),
@@ -89,7 +96,7 @@ def find(
     settings = {"DeepKD.MASK.TYPE": "dynamic"} | dict(settings or {})
     masked = settings["DeepKD.MASK.TYPE"] == "dynamic"
     network = SAME_NETWORK.get((dataset, student), student)
-    there = {row["method"]: row for row in _of_pair(dataset, metric, teacher, network)}
+    there = {row["method"]: row for row in _of_pair(dataset, metric, teacher, network) if row.get("table") != CONTEXT}
     base = next((name for name in bases() if method in (row_name(name), row_name(name, deepkd=True))), None)
     if base is None:
         return None
@@ -120,6 +127,10 @@ def find(
         elif key not in (*HARMLESS, "DATASET.TRAIN_PER_CLASS", "DATASET.HOLDOUT"):
             notes.append(f"ours with {key} {value}")
     row = there[name]
+    if row["certainty"].startswith(HEARSAY):
+        notes.append(f"{UNLIKE}nobody who can be named stands for it")
+    if protocol := row.get("protocol"):
+        notes.append(f"published: {protocol}")
     try:
         number: float | None = float(row["value"])
     except ValueError:  # "+47% to +59%"
@@ -134,3 +145,12 @@ def without_pair(dataset: str, metric: str) -> list[str]:
         f"{row['method']}: {row['metric']} {row['value']} ({row['source']}; {row['certainty']})"
         for row in _of_pair(dataset, metric, "", "")
     ]
+
+
+def context(dataset: str, metric: str, teacher: str, student: str) -> list[str]:
+    """Say what other methods are published with for a pair, best first, a sentence each."""
+    network = SAME_NETWORK.get((dataset, student), student)
+    others = [row for row in _of_pair(dataset, metric, teacher, network) if row["table"] == CONTEXT]
+    others.sort(key=lambda row: -float(row["value"]))
+    about = ["; ".join(filter(None, (row["source"], row["certainty"], row["protocol"]))) for row in others]
+    return [f"{row['method']}: {row['value']} ({text})" for row, text in zip(others, about)]

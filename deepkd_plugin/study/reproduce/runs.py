@@ -152,7 +152,7 @@ def execute(
             with locked(run.folder, deadline):
                 pass
     display = display or Display(sys.stdout)
-    crew = _Crew(todo, min(jobs, len(todo)), overwrite, code, display, attempts, worker)
+    crew = Crew(todo, min(jobs, len(todo)), overwrite, code, display, attempts, worker)
     try:
         display.begin(todo, len(runs) - len(todo))
         crew.work()
@@ -162,11 +162,12 @@ def execute(
 
 
 @dataclass
-class _Crew:
+class Crew:
     """Threads that take one run after another, each with its share of the machine, and train it in a process.
 
     A process is waited for by the thread that started it: if that is gone the kernel ends it (worker.end_with).
-    lock: held while a process is started, and while the display is told.
+    lock: held while a process is started, and while the display is told. What runs there are, and what becomes of
+    one, is in take, wait, ended, finished and failed.
     """
 
     runs: Sequence[Run]
@@ -199,12 +200,19 @@ class _Crew:
 
     def train_runs(self, slot: int) -> None:
         """Train runs until none waits."""
-        while not self.stopping:
-            try:
-                run, attempt = self.waiting.popleft()
-            except IndexError:
-                return
-            self.train_run(run, attempt, slot)
+        while not self.stopping and (taken := self.take()):
+            self.train_run(*taken, slot)
+
+    def take(self) -> tuple[Run, int] | None:
+        """Take the next run, with the number of this try; None if none waits."""
+        try:
+            return self.waiting.popleft()
+        except IndexError:
+            return None
+
+    def wait(self, process: subprocess.Popen[bytes], run: Run) -> int:
+        """Wait for the end of a run's process; returns its exit code."""
+        return process.wait()
 
     def train_run(self, run: Run, attempt: int, slot: int) -> None:
         """Train a run. If that fails it waits again, behind the others, as long as it has attempts left."""
@@ -218,11 +226,13 @@ class _Crew:
         if started is None:
             return
         process, log_start = started
-        code = process.wait()
+        code = self.wait(process, run)
         self.processes.discard(process)
-        if self.stopping:
-            return
-        lines = _last_lines(run.folder / "log.txt", log_start)
+        if not self.stopping:
+            self.ended(run, code, attempt, _last_lines(run.folder / "log.txt", log_start))
+
+    def ended(self, run: Run, code: int, attempt: int, lines: tuple[str, ...]) -> None:
+        """Tell what became of a run whose process has ended, with the last lines of its log."""
         if code == 0:
             try:
                 if state(run, False, self.code) == "finished":
@@ -289,19 +299,25 @@ class _Crew:
         return {"OMP_NUM_THREADS": str(threads(self.size, cores())), **os.environ, **ours}
 
     def stop(self) -> None:
-        """End all processes: SIGTERM, and SIGKILL to their whole groups after a grace or a second Ctrl-C."""
+        """End all processes."""
         self.stopping = True
-        deadline = time.monotonic() + GRACE
         try:
             with self.lock:  # none is being started
-                left = list(self.processes)
-            for process in left:
+                pass
+        finally:
+            self.end(list(self.processes))
+
+    def end(self, processes: Sequence[subprocess.Popen[bytes]]) -> None:
+        """End processes: SIGTERM, and SIGKILL to their whole groups after a grace or a second Ctrl-C."""
+        deadline = time.monotonic() + GRACE
+        try:
+            for process in processes:
                 process.terminate()
-            for process in left:
+            for process in processes:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(max(0.0, deadline - time.monotonic()))
         finally:
-            for process in list(self.processes):
+            for process in processes:
                 if process.poll() is None:
                     with contextlib.suppress(ProcessLookupError):
                         os.killpg(process.pid, signal.SIGKILL)

@@ -58,6 +58,7 @@ def test_a_pair_that_lacks_the_base_has_a_cell_without_gain(cells_of):
     assert cells_of({(PAIR, "deepkd"): HIGH})[PAIR, "deepkd"].numbers["last"].gain is None
 
 
+@pytest.mark.usefixtures("vouched")
 def test_the_published_gain_is_that_of_both_published_numbers(cells_of):
     cells = cells_of({(PAIR, "kd"): LOW, (PAIR, "deepkd"): HIGH})
 
@@ -172,6 +173,7 @@ def test_headline_without_a_verdict(cells_of, values, said):
     assert headline([cells_of({(PAIR, "kd"): LOW, (PAIR, "deepkd"): values})[PAIR, "deepkd"]]) == said
 
 
+@pytest.mark.usefixtures("vouched")
 def test_agreement_counts_published_values_inside_our_intervals(cells_of):
     cells = cells_of({(PAIR, "kd"): LOW, (PAIR, "deepkd"): [75.0, 75.1, 75.2]})
 

@@ -160,7 +160,10 @@ def test_published_values_of_no_pair_are_apart(theirs, folder):
     for text in texts(theirs):
         assert "Published for a pair that is not named, so beside no cell of ours:" in text
         said = html.unescape(text.replace("\\", ""))
-        assert "DKD+DeepKD+DTM: AP 34.20 (a reader's note on the paper (+1.86); pair not stated)" in said
+        assert (
+            "DKD+DeepKD+DTM: AP 34.20 (a reader's note on the paper that cannot be found again (+1.86); hearsay; pair"
+            in said
+        )
     assert all(cell.published is None for cell in assemble(collect(theirs)))
     assert {row["published_value"] for row in rows(theirs / "report.csv")} == {""}
     assert not any("Published for a pair" in text for text in texts(folder))

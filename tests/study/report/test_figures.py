@@ -134,6 +134,7 @@ def test_lines_of_a_panel_differ_in_colour_and_in_style():
     assert len({colour for colour, _ in LINES}) == len({str(dashes) for _, dashes in LINES}) == len(LINES)
 
 
+@pytest.mark.usefixtures("vouched")
 @pytest.mark.parametrize(
     ("ours", "colour", "dot"),
     [

@@ -123,6 +123,7 @@ def test_every_drawing_has_a_text_alternative(page_of):
         assert drawing["aria-labelledby"].split() == [name for name in texts if name in drawing["aria-labelledby"]]
 
 
+@pytest.mark.usefixtures("vouched")
 def test_every_gain_is_there_as_text_beside_its_drawing(page_of):
     page = page_of()
     (table,) = [e for e in page.all("table") if "The same in numbers" in e["text"]]
@@ -131,7 +132,7 @@ def test_every_gain_is_there_as_text_beside_its_drawing(page_of):
     gain = "+3.10 [+2.49, +3.71]paired [+2.85, +3.35]"
     assert f"KD + DeepKD + DTM over KD resnet32x4 → resnet8x4 {gain} ▲ higher" in text
     assert (
-        "◇ published +3.36 = KD+DeepKD 76.69 (a reader's note on the paper (+3.36); value and pair inferred) − "
+        "◇ published +3.36 = KD+DeepKD 76.69 (a note; value and pair inferred) − "
         "KD 73.33 (logit-standardization-KD README; stated); published without DTM, ours with it" in text
     )
     reason = "no verdict a verdict needs 3 runs, KD + DeepKD + DTM has 1"
@@ -197,6 +198,7 @@ def test_a_pair_has_its_protocol_both_tables_and_its_curves(page_of):
         assert text in pair["text"]
 
 
+@pytest.mark.usefixtures("vouched")
 def test_the_page_says_how_far_the_published_values_are(page_of):
     text = page_of({(PAIR, "kd"): LOW, (PAIR, "deepkd"): HIGH}).all("main")[0]["text"]
 

@@ -13,9 +13,9 @@ CIFAR = ("cifar100", TOP1, "resnet32x4", "resnet8x4")
         ("kd", "KD", 73.33, "stated"),
         ("dkd", "DKD", 76.32, "stated"),
         ("mlkd", "MLKD", 77.08, "stated"),
-        ("deepkd", "KD+DeepKD", 76.69, "value and pair inferred"),
-        ("deepkd_mlkd", "MLKD+DeepKD", 79.15, "pair inferred from the stated gain (+2.07)"),
-        ("deepkd_crld", "CRLD+DeepKD", 79.25, "pair inferred; implies CRLD 77.60"),
+        ("deepkd", "KD+DeepKD", 76.69, "hearsay; value and pair inferred"),
+        ("deepkd_mlkd", "MLKD+DeepKD+DTM", 79.15, "hearsay (the pair; the value is stated)"),
+        ("deepkd_crld", "CRLD+DeepKD", 79.25, "hearsay; pair inferred; implies CRLD 77.60"),
     ],
 )
 def test_our_methods_have_their_published_number_with_source_and_certainty(method, name, value, certainty):
@@ -41,6 +41,7 @@ def test_rows_of_no_pair_belong_to_no_cell():
     assert published.find("coco", "AP", "", "", "deepkd") is None
 
 
+@pytest.mark.usefixtures("vouched")
 @pytest.mark.parametrize(
     ("settings", "note"),
     [
@@ -54,12 +55,47 @@ def test_a_note_says_where_the_published_variant_differs(settings, note):
     assert published.find(*CIFAR, "deepkd", settings).note == note
 
 
+@pytest.mark.parametrize("method", ["deepkd", "deepkd_mlkd", "deepkd_crld"])
+def test_hearsay_is_quoted_and_compared_with_nothing(method):
+    held = published.find(*CIFAR, method)
+
+    assert held.value is not None
+    assert not held.comparable
+    assert held.comparable_value is None
+    assert "not comparable: nobody who can be named stands for it" in held.note
+
+
+def test_what_only_a_lost_note_says_is_hearsay():
+    of_a_note = [row for row in published.rows() if "note" in row["source"]]
+
+    assert len(of_a_note) == 8
+    assert all(row["certainty"].startswith("hearsay") for row in of_a_note)
+
+
+def test_other_people_s_methods_are_context_and_no_cell_s_value():
+    there = published.context("imagenet", TOP1, "ResNet34", "ResNet18")
+
+    assert [text.split(":")[0] for text in there] == [
+        "AuxKD",
+        "WKD-L+F",
+        "KD (rerun by torchdistill)",
+        "LSKD (rerun by torchdistill)",
+    ]
+    assert "72.76" in there[1]
+    assert published.find("imagenet", TOP1, "ResNet34", "ResNet18", "kd").value == 71.03
+    assert any(
+        text.startswith("LSKD over MLKD: 78.28 (") and "best epoch" in text for text in published.context(*CIFAR)
+    )
+    assert published.context("glyphs100", TOP1, "resnet20", "resnet8") == []
+
+
 def test_the_published_variant_with_the_mask_is_taken_where_there_is_one():
     held = published.find("imagenet", TOP1, "ResNet34", "ResNet18", "deepkd_crld")
     without = published.find("imagenet", TOP1, "ResNet34", "ResNet18", "deepkd_crld", {"DeepKD.MASK.TYPE": "none"})
 
-    assert (held.method, held.value, held.note) == ("CRLD+DeepKD+DTM", 74.23, "")
-    assert without.note == "published with DTM, ours without it"
+    how = "published: over CRLD under another schedule and other weights than CRLD's own"
+    assert (held.method, held.value, held.note) == ("CRLD+DeepKD+DTM", 74.23, how)
+    assert without.note == f"published with DTM, ours without it; {how}"
 
 
 @pytest.mark.parametrize(("mask", "name"), [("dynamic", "KD+DeepKD+DTM"), ("none", "KD+DeepKD")])
@@ -84,7 +120,7 @@ def test_imagenets_mobilenet_goes_by_two_names():
 
 def test_mlkd_by_its_formula_is_noted():
     assert "MLKD.VARIANT" in published.find(*CIFAR, "mlkd", {"MLKD.VARIANT": "formula"}).note
-    assert published.find(*CIFAR, "mlkd", {"MLKD.VARIANT": "release"}).note == ""
+    assert published.find(*CIFAR, "mlkd", {"MLKD.VARIANT": "release"}).note.startswith("published: 480 epochs")
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ def test_the_same_runs_give_the_same_files(tmp_path):
     assert [path.read_bytes() for path in report(folder)] == first
 
 
+@pytest.mark.usefixtures("vouched")
 def test_report_csv_has_a_row_for_each_cell(tmp_path):
     folder = make_table(tmp_path / "table", {(PAIR, "kd"): [*LOW, None], (PAIR, "deepkd"): HIGH})
     report(folder)
