@@ -16,7 +16,9 @@ from ..rules import (
     NAME,
     NAME_OR_NONE,
     NOT_NEGATIVE,
+    PART_OR_NONE,
     POSITIVE,
+    PROBABILITY,
     SHARE,
     TEMPERATURE,
     WHOLE,
@@ -53,6 +55,14 @@ _CLASSES: Rule = (
         value is None
         or (FILE_OR_NONE[1](value) if isinstance(value, str) else all(type(i) is int and i >= 0 for i in value))
     ),
+)
+_SIDE: Rule = (
+    "a whole number from 8 to 4,096, or 0",
+    lambda value: type(value) is int and (value == 0 or 8 <= value <= 4096),
+)
+_AREA: Rule = (
+    "a list of two numbers, 0 < low <= high <= 1, or []",
+    lambda value: len(value) in (0, 2) and (not value or 0 < value[0] <= value[1] <= 1),
 )
 _DELTA: Rule = ("a number in (-1, 1)", lambda value: -1 < value < 1)
 
@@ -218,6 +228,28 @@ _FIXED = (
     ),
     Key("DATASET.TRAIN_PER_CLASS", 0, "training images of each class, the first ones; 0: all", *NOT_NEGATIVE),
     Key("DATASET.HOLDOUT", 0.0, "share of each class kept from training and tested on instead", *FRACTION),
+    Key(
+        "DATASET.TEST.SPLIT",
+        "",
+        "your own images: the part that is tested on, by its name; empty: val, valid, validation or test",
+        *PART_OR_NONE,
+    ),
+    Key("INPUT.SIZE", 0, "your own images: pixels of a side as they enter the student; 0: 224", *_SIDE),
+    Key("INPUT.MEAN", [], "of the three channels, for pixels in [0, 1]; []: the teacher's own, or ImageNet's", *_MEAN),
+    Key("INPUT.STD", [], "of the three channels, for pixels in [0, 1]; []: the teacher's own, or ImageNet's", *_STD),
+    Key(
+        "INPUT.CROP_AREA",
+        [0.08, 1.0],
+        "training: least and largest share of an image that a random crop has; []: all of it, squeezed to a square",
+        *_AREA,
+    ),
+    Key("INPUT.FLIP", 0.5, "training: probability that an image is mirrored", *PROBABILITY),
+    Key(
+        "INPUT.TEST_CROP",
+        0.875,
+        "tests: share of an image's shorter side that the square in its middle has; 0: all of it, squeezed to a square",
+        *PROBABILITY,
+    ),
 )
 
 BEFORE = {CHANNELS_LAST: False, FOLD_TEACHER: False}

@@ -8,14 +8,27 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from .. import config, device, distributed
 from ..errors import UserError
-from . import cifar100, glyphs, imagenet, tiny_imagenet  # noqa: F401 (each registers its set)
+from . import cifar100, glyphs, imagenet, tiny_imagenet  # noqa: F401 (each registers its sets)
 from .arrays import Contrast, Passes, Shares, Training, choose
 from .draws import Views
 from .normalise import NormalisingLoader
+from .own import OWN, OwnImages
 from .resident import ResidentLoader, known
-from .sources import DATASETS, Source, register_dataset, source
+from .sources import DATASETS, ZOOS, Source, register_dataset, source
 
-__all__ = ["DATASETS", "Source", "get_dataset", "get_test_set", "num_classes", "pipeline", "register_dataset", "source"]
+__all__ = [
+    "DATASETS",
+    "OWN",
+    "ZOOS",
+    "OwnImages",
+    "Source",
+    "get_dataset",
+    "get_test_set",
+    "num_classes",
+    "pipeline",
+    "register_dataset",
+    "source",
+]
 
 Loader = DataLoader | NormalisingLoader | ResidentLoader
 
@@ -68,7 +81,7 @@ def pipeline(cfg: Any) -> str:
     asked: str = cfg.DATASET.PIPELINE
     if asked != "auto":
         return asked
-    data_set = DATASETS.get(cfg.DATASET.TYPE)  # None: one of detection
+    data_set = DATASETS.get(cfg.DATASET.TYPE)  # None: one of detection, or a user's own images, which are large
     if device.pick().type == "cpu" or data_set is None or not data_set.small or config.needs_workers(cfg):
         return "workers"
     made = all(known(distortion, data_set.side, data_set.side) for distortion in data_set.augmentation)
@@ -84,7 +97,7 @@ def weak_views(cfg: Any) -> Views:
 
 
 def _source(cfg: Any) -> Source:
-    data_set = source(cfg.DATASET.TYPE)
+    data_set = source(cfg)
     if cfg.DATASET.PIPELINE == "device" and not data_set.small:
         raise UserError(
             f"config: DATASET.PIPELINE is 'device'; it must be 'workers' with DATASET.TYPE {cfg.DATASET.TYPE}: its "

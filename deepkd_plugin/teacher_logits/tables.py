@@ -54,7 +54,7 @@ def open_logits(cfg: Any, teacher: nn.Module, fingerprint: str, loader: Any, ima
 
 def make_key(cfg: Any, fingerprint: str, samples: Any) -> Key:
     """Return the key of the table that a config means. samples: the training set, as get_dataset's loader has it."""
-    source, node = data.source(cfg.DATASET.TYPE), cfg.DISTILLER
+    source, node = data.source(cfg), cfg.DISTILLER
     images = samples.images  # all of the set, so that runs on parts of it share a table
     stored = node.TEACHER_LOGITS == "stored"
     some = stored and 0 < node.LOGITS_K < source.num_classes
@@ -83,7 +83,7 @@ def count_views(cfg: Any) -> int:
 
 def _distortions(cfg: Any) -> list[Batchwise]:
     """Return what makes the weak views of a config's images, if these can be counted."""
-    source = data.source(cfg.DATASET.TYPE)
+    source = data.source(cfg)
     made = [known(distortion, source.side, source.side) for distortion in source.augmentation]
     if not source.small or None in made or view_count(made) is None:
         raise UserError(
