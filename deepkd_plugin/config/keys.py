@@ -173,6 +173,7 @@ _FIXED = (
     Key("GSNR.COORDINATES", 500_000, "coordinates followed, drawn once; 0: all", *whole(0, 10**9)),
     Key("GSNR.LAYERS", False, "also by layer", *FLAG),
     Key("DISTILLER.TEACHER_WEIGHTS", "", "teacher file; empty: the zoo's; builtin:NAME: one we ship", *FILE_OR_NONE),
+    Key("DISTILLER.ANY_TEACHER", False, "go on with a teacher that is at chance on the test images", *FLAG),
     Key(
         "DISTILLER.STUDENT_WEIGHTS",
         "",
@@ -233,6 +234,13 @@ _FIXED = (
         "",
         "your own images: the part that is tested on, by its name; empty: val, valid, validation or test",
         *PART_OR_NONE,
+    ),
+    Key(
+        "DATASET.COLUMNS",
+        [],
+        "huggingface: the columns of images and of labels; []: the only one of images and the only one of classes",
+        "a list of two names, or []",
+        lambda value: len(value) in (0, 2) and all(isinstance(name, str) for name in value),
     ),
     Key("INPUT.SIZE", 0, "your own images: pixels of a side as they enter the student; 0: 224", *_SIDE),
     Key("INPUT.MEAN", [], "of the three channels, for pixels in [0, 1]; []: the teacher's own, or ImageNet's", *_MEAN),

@@ -75,16 +75,23 @@ class ImageFiles(Dataset[tuple[Any, ...]]):
             images[place] = self._read(self.paths[index])
         return images
 
-    def _read(self, path: str, data: bytearray | None = None) -> Image.Image:
-        """Read an image, from its file or, if they are given, the bytes of it."""
+    def opened(self, path: Any) -> Any:
+        """Return what PIL's `open` takes for one of `paths`."""
+        return path
+
+    def named(self, path: Any) -> str:
+        """Say which image one of `paths` is, for errors."""
+        return f"{path}"
+
+    def _read(self, path: Any) -> Image.Image:
         try:
-            with Image.open(path if data is None else io.BytesIO(data)) as file:
+            with Image.open(self.opened(path)) as file:
                 image = self.convert(file)
         except Exception as error:  # a damaged image can raise nearly anything
-            raise UserError(f"{path}: DATASET.ROOT has an image that cannot be read ({error})") from None
+            raise UserError(f"{self.named(path)}: DATASET.ROOT has an image that cannot be read ({error})") from None
         if self.size and image.size != self.size:
             raise UserError(
-                f"{path}: this image is {image.width} x {image.height}; those of its data set must be "
+                f"{self.named(path)}: this image is {image.width} x {image.height}; those of its data set must be "
                 f"{self.size[0]} x {self.size[1]}"
             )
         return image
@@ -105,9 +112,9 @@ class ImageTensors(ImageFiles):
             warn("this torchvision has no decode_jpeg; PIL decodes the images, to the same pixels in more time")
 
     def image(self, index: int) -> Tensor:
-        path, data = self.paths[index], None
+        path = self.paths[index]
         with contextlib.suppress(Exception):  # of whatever fails, PIL's reader tells
-            data = self.data(index)
+            data = self.data(path)
             with Image.open(io.BytesIO(data)) as header:  # which also refuses a size that no photograph has
                 plain = header.format == "JPEG" and header.mode in ("L", "RGB")
                 plain = plain and (self.convert is rgb or orientation(header) == 1)
@@ -115,11 +122,11 @@ class ImageTensors(ImageFiles):
                 return torchvision_io.decode_jpeg(
                     torch.frombuffer(data, dtype=torch.uint8), torchvision_io.ImageReadMode.RGB
                 )
-        return pil_to_tensor(self._read(path, data))
+        return pil_to_tensor(self._read(path))
 
-    def data(self, index: int) -> bytearray:
-        """Return the bytes of an image's file."""
-        with open(self.paths[index], "rb") as file:
+    def data(self, path: Any) -> bytearray:
+        """Return the bytes of the image of one of `paths`."""
+        with open(path, "rb") as file:
             return bytearray(file.read())
 
 

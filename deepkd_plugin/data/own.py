@@ -4,14 +4,16 @@ They come in any size and form. What they become is said by the config (INPUT), 
 source is made for each config.
 """
 
+import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import nn
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from ..errors import UserError, shown
@@ -20,7 +22,7 @@ from .arrays import choose
 from .folders import as_seen, class_folders, folder_names, in_order, is_image
 from .sources import MADE, Source, Transform
 
-LOGITS = "teacher_logits"
+LOGITS_FOLDER = "teacher_logits"
 """Folder in DATASET.ROOT that tables of a teacher's logits are in by default."""
 
 PARTS = ("val", "valid", "validation", "test")
@@ -52,7 +54,11 @@ class OwnImages(Source):
         return len(chosen), len(out) or len(self.read(node.ROOT, "test")[1])
 
     def samples(self, images: Any, labels: np.ndarray, transform: Transform | None) -> Any:
-        samples = super().samples(images, labels, transform)
+        if isinstance(images, Dataset):
+            samples: Any = copy.copy(images)
+            samples.transform = transform
+        else:
+            samples = super().samples(images, labels, transform)
         samples.convert = as_seen
         return samples
 
@@ -117,10 +123,12 @@ def folder(cfg: Any) -> OwnImages:
 
     def read(root: str, split: str) -> tuple[list[str], list[int]]:
         here, beside = (train, test) if split == "train" else (test, train)
+        if here is None and split == "train":
+            raise UserError(f"{root}: DATASET.ROOT has no train; there must be train/<class>/*")
         if here is None:
-            raise _no_part(root, split, node.TEST.SPLIT)
+            raise holdout_needed(f"{root}: DATASET.ROOT has train/, and none of {', '.join(PARTS)}")
         _warn(here, split, node)
-        return class_folders(here, None, "folder", beside, ignored=LOGITS)
+        return class_folders(here, None, "folder", beside, ignored=LOGITS_FOLDER)
 
     return own_images(cfg, read, names, len(names), f"{first}: DATASET.ROOT")
 
@@ -155,21 +163,26 @@ def layout(node: Any) -> tuple[Path | None, Path | None]:
         name = sorted(present)[0]
         raise UserError(f"{root / name}: DATASET.ROOT has no class folders there; there must be {name}/<class>/*")
     if not node.HOLDOUT:
-        raise UserError(
-            f"{root}: DATASET.ROOT has class folders and no train/ and val/; DATASET.HOLDOUT must then be the share "
-            f"of each class to test on, for example 0.2, or it must have train/<class>/* and val/<class>/*"
-        )
+        raise holdout_needed(f"{root}: DATASET.ROOT has class folders alone, no train/<class>/* and val/<class>/*")
     return root, None
 
 
 def _class_names(folder: Path, top: bool) -> set[str]:
-    return folder_names(folder) - ({LOGITS} if top else set())
+    return folder_names(folder) - ({LOGITS_FOLDER} if top else set())
 
 
-def _no_part(root: str, split: str, asked: str) -> UserError:
-    wanted = ["train"] if split == "train" else [asked] if asked else PARTS
-    more = "" if split == "train" else "; or DATASET.HOLDOUT must be the share of each class to test on"
-    return UserError(f"{root}: DATASET.ROOT has no {', '.join(wanted)}; there must be {wanted[0]}/<class>/*{more}")
+def holdout_needed(found: str) -> UserError:
+    """Make the error for a data set without a part to test on. found: what there is instead."""
+    return UserError(f"{found}; DATASET.HOLDOUT must be the share of each class to test on, for example 0.2")
+
+
+def check_names(names: Sequence[str] | None, others: Sequence[str] | None, where: str) -> None:
+    """Raise UserError if a part of a set has other names for its classes, or another order, than training has."""
+    if names is None or others is None or names == others:
+        return
+    place = next((i for i, pair in enumerate(zip(names, others)) if pair[0] != pair[1]), min(len(names), len(others)))
+    theirs, ours = (shown(one[place]) if place < len(one) else "none" for one in (names, others))
+    raise UserError(f"{where}: class {place} is {theirs}, and {ours} in training; the classes must be the same")
 
 
 def _warn(folder: Path, split: str, node: Any) -> None:

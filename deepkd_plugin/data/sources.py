@@ -1,6 +1,7 @@
 """What a data set says of itself, and the data sets by name."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Generic, TypeVar
@@ -211,6 +212,9 @@ DATASETS: Sources[Source] = Sources()
 MADE: dict[str, Callable[[Any], Source]] = {}
 """DATASET.TYPE -> what makes its source for a config, if that says what the images are."""
 
+FUNCTION = "package.module:function"
+"""What a DATASET.TYPE looks like that names a user's function."""
+
 
 def register_dataset(name: str, source: Source) -> None:
     """Make a data set known as DATASET.TYPE; UserError if the name is taken or there are no networks for it.
@@ -242,9 +246,11 @@ def source(of: Any) -> Source:
         return of
     name = of if isinstance(of, str) else of.DATASET.TYPE
     make = None if isinstance(of, str) or name in DATASETS else maker(name)
+    if make is None and name not in DATASETS:
+        raise UserError(f"DATASET.TYPE is {shown(name)}; it must be one of {', '.join((*DATASETS, *MADE))}")
     return DATASETS[name] if make is None else make(of)
 
 
 def maker(name: str) -> Callable[[Any], Source] | None:
     """Return what makes the source of a DATASET.TYPE for a config; None for one that is registered, or for none."""
-    return MADE.get(name)
+    return MADE.get(FUNCTION if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", name) else name)

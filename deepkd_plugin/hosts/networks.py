@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..run import checkpoint
 from .adapter import Adapter, Input, adapt, choose, feed, reason_of, try_out
 from .classes import KEY as CLASSES
-from .classes import choose_classes
+from .classes import choose_classes, read_names
 from .host import MDISTILLERS_OWN, Host
 from .libraries import find
 
@@ -136,6 +136,23 @@ def student_network(host: Host, cfg: Any, num_classes: int) -> nn.Module:
     return made
 
 
+def check_files(host: Host, cfg: Any) -> None:
+    """Raise UserError if a file that a config names for its networks is not there; none is read as a whole."""
+    node = cfg.DISTILLER
+    used = ("STUDENT", "TEACHER")[: 1 if node.TYPE == "NONE" else 2]
+    for one in used:
+        name, weights, key = node[one], node[f"{one}_WEIGHTS"], f"DISTILLER.{one}_WEIGHTS"
+        if one == "STUDENT" and weights in ("", "pretrained"):
+            continue
+        path = weights_file(host, cfg, name, weights)
+        if path:
+            checkpoint.there(path, key)
+        elif find(name) is None and isinstance(host.models(cfg)[name], tuple):
+            raise _no_weights(name, key)
+    if "TEACHER" in used and isinstance(node.TEACHER_CLASSES, str) and node.TEACHER_CLASSES:
+        read_names(node.TEACHER_CLASSES)
+
+
 def teacher_network(host: Host, cfg: Any, num_classes: int) -> nn.Module:
     """Make the teacher that a config means: with weights, its input by TEACHER_INPUT, classes by TEACHER_CLASSES."""
     node, key = cfg.DISTILLER, "DISTILLER.TEACHER_WEIGHTS"
@@ -221,13 +238,17 @@ def _of_the_zoo(host: Host, dataset: Any, name: str, key: str) -> nn.Module:
     """Make a network of a zoo with the weights that the zoo fetches."""
     entry = host.models(dataset)[name]
     if isinstance(entry, tuple):
-        raise UserError(f"{key} names no file and the zoo has no weights of {name}; it must name a checkpoint")
+        raise _no_weights(name, key)
     try:
         return entry(pretrained=True)
     except OSError as error:
         raise UserError(
             f"{key} names no file and torchvision's weights of {name} cannot be fetched ({error}); name a file"
         ) from None
+
+
+def _no_weights(name: str, key: str) -> UserError:
+    return UserError(f"{key} names no file and the zoo has no weights of {name}; it must name a checkpoint")
 
 
 def _other_classes(source: str, key: str, name: str, theirs: int, ours: int) -> UserError:

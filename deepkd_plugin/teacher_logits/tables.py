@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from .. import config, data, device
 from ..data.arrays import Training, passes
+from ..data.own import LOGITS_FOLDER
 from ..data.resident import Batchwise, known, view_count, view_index
 from ..errors import UserError
-from .lookup import FOLDER, TeacherLogits, check_teacher
+from .lookup import TeacherLogits, check_teacher
 from .table import SUFFIX, Damaged, Key, Table, gigabytes
 
 SAMPLE = 256
@@ -117,7 +118,7 @@ def share_of(cfg: Any, epochs: int) -> float:
 
 def place(cfg: Any) -> Path:
     """Return the folder of a config's tables, or the file of its table."""
-    return Path(cfg.DISTILLER.LOGITS_DIR or Path(cfg.DATASET.ROOT) / FOLDER)
+    return Path(cfg.DISTILLER.LOGITS_DIR or Path(cfg.DATASET.ROOT) / LOGITS_FOLDER)
 
 
 def files(path: Path) -> Iterator[Path]:
@@ -144,6 +145,10 @@ def _fingerprint_with_labels(images: Any) -> str:
     To read all of ImageNet takes as long as an epoch. This takes as long as asking for the size of each file.
     """
     digest = hashlib.sha256(np.asarray(images.targets, dtype=np.int64).tobytes())
+    if hasattr(images, "fingerprinted"):
+        for part in images.fingerprinted():
+            digest.update(part)
+        return digest.hexdigest()[:16]
     paths = getattr(images, "paths", None)
     if paths is None:
         digest.update(_fingerprint(images).encode())

@@ -62,9 +62,9 @@ def by_pil(monkeypatch):
     """The paths that PIL's own decoding was asked for."""
     asked, read = [], ImageFiles._read
 
-    def noted(self, path, data=None):
+    def noted(self, path):
         asked.append(path)
-        return read(self, path, data)
+        return read(self, path)
 
     monkeypatch.setattr(ImageFiles, "_read", noted)
     return asked
