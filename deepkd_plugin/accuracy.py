@@ -11,6 +11,10 @@ from .device import autocast, classify_in_float32, place_batch, refusals
 from .distributed import total
 from .errors import UserError
 from .run.metrics import Sums
+from .terminal import warn
+
+FEW = 1000
+"""Test images below which a teacher that may only have been lucky is not refused."""
 
 
 @torch.no_grad()
@@ -36,8 +40,9 @@ def evaluate(distiller: nn.Module, loader: Any, device: torch.device, solver: An
 def measure_teacher(distiller: nn.Module, loader: Any, cfg: Any, source: str = "config") -> float | None:
     """Print and return the top-1 in percent of a distiller's teacher on the test images; None without one.
 
-    Raises UserError, naming `source`, if that is no better than chance: less than 1 % of the way from
-    chance to perfect above it, or less than three standard errors.
+    Raises UserError, naming `source`, if that is no better than chance, unless DISTILLER.ANY_TEACHER: less than 1 % of
+    the way from chance to perfect above it, or less than three standard errors. Fewer than `FEW` images cannot tell the
+    second, so it is a warning with them.
     """
     teacher = getattr(distiller, "teacher", None)
     if teacher is None:
@@ -50,11 +55,22 @@ def measure_teacher(distiller: nn.Module, loader: Any, cfg: Any, source: str = "
     name = cfg.DISTILLER.TEACHER
     chance = 1.0 / alone.num_classes
     error = math.sqrt(chance * (1.0 - chance) / len(loader.dataset))
-    if accuracy < 100.0 * (chance + max(0.01 * (1.0 - chance), 3.0 * error)):
-        raise UserError(
+    above, count = accuracy / 100.0 - chance, len(loader.dataset)
+    if above < max(0.01 * (1.0 - chance), 3.0 * error):
+        text = (
             f"{source}: the teacher {name} from DISTILLER.TEACHER_WEIGHTS is at chance on {cfg.DATASET.TYPE} "
-            f"({accuracy:.2f} % top-1); it must be trained on this data set"
+            f"({accuracy:.2f} % top-1"
         )
+        if above >= 0.01 * (1.0 - chance) and count < FEW:
+            warn(
+                f"{text} on {count} images, which may be luck; {100 * chance:.2f} % is chance): more images would tell"
+            )
+        elif cfg.DISTILLER.ANY_TEACHER:
+            warn(f"{text}); it is taken as it is, by DISTILLER.ANY_TEACHER")
+        else:
+            raise UserError(
+                f"{text}); it must be trained on this data set, or DISTILLER.ANY_TEACHER be True to go on with it"
+            )
     print(f"teacher   {name} {accuracy:.2f} % top-1 on the test images")
     return accuracy
 

@@ -14,7 +14,7 @@ from .accuracy import measure_teacher
 from .errors import UserError
 from .hosts.host import Host
 from .hosts.mdistiller import check_trainer
-from .hosts.networks import check_features, student_network, teacher_network
+from .hosts.networks import check_features, check_files, student_network, teacher_network
 from .hosts.registry import find_host, register
 from .run import folder as run_folder
 from .run import record
@@ -61,6 +61,7 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
     distributed.take_card()
     resume, overwrite = run_folder.restarted(folder, resume, overwrite)
     with run_folder.held(folder, resume, overwrite, record_needed=issubclass(make, Trainer)):
+        check_files(host, cfg)  # before images are read, which may take minutes
         target_device = device.pick()
         device.seed_everything(cfg.SOLVER.SEED)
         with distributed.in_turn():

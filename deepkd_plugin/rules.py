@@ -71,6 +71,10 @@ FILE_OR_NONE: Rule = (
     "the path of a file, in parts of at most 255 bytes; or no text",
     _fits,
 )
+PART_OR_NONE: Rule = (
+    "the name of a folder, without slashes; or no text",
+    lambda value: value == "" or (NAME[1](value) and "/" not in value and not value.startswith(".")),
+)
 FLAG: Rule = ("True or False", lambda value: isinstance(value, bool))
 AUTO: Rule = ("auto, True or False", lambda value: isinstance(value, bool) or automatic(value))
 POSITIVE: Rule = ("a number above 0", lambda value: value > 0)

@@ -95,7 +95,7 @@ def _fill(file: str, options: Sequence[str]) -> int:
     samples = data.get_dataset(cfg)[0].dataset
     teacher = teacher_network(host, cfg, data.num_classes(cfg)).eval().to(at)
     if automatic(cfg.SOLVER.CHANNELS_LAST):
-        images = data.source(cfg.DATASET.TYPE).noise(cfg.SOLVER.BATCH_SIZE)[0].to(at)
+        images = data.source(cfg).noise(cfg.SOLVER.BATCH_SIZE)[0].to(at)
         faster = choice.channels_last(None, teacher, images, cfg.SOLVER.AMP).value
         cfg = choice.resolved(cfg, config.CHANNELS_LAST, faster)
     teacher = device.place(teacher, at, cfg.SOLVER.CHANNELS_LAST)

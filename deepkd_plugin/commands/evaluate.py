@@ -38,11 +38,11 @@ def _evaluate(args: argparse.Namespace) -> None:
     cfg.DATASET.TYPE, cfg.DATASET.ROOT, cfg.DATASET.DOWNLOAD = args.dataset, args.root, args.download
     cfg.DATASET.TEST.BATCH_SIZE = args.batch_size
     config.check(cfg, {"DATASET.TEST.BATCH_SIZE": "command line"})
-    host.check_network(args.dataset, args.model, "command line: -m")
+    host.check_network(cfg, args.model, "command line: -m")
     loader, num_classes = data.get_test_set(cfg)
     weights = "" if args.ckpt == "pretrain" else args.ckpt
     torch_device = device.pick()
-    network = trained_network(host, args.dataset, args.model, num_classes, weights, "-c")
+    network = trained_network(host, cfg, args.model, num_classes, weights, "-c")
     result = evaluate(Alone(device.place(network, torch_device, False)), loader, torch_device, cfg.SOLVER)
     if not math.isfinite(result["test_loss"]):
         raise UserError(f"{args.ckpt}: its network gives no finite numbers on {args.dataset}; it must be trained there")

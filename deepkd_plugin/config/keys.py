@@ -18,6 +18,7 @@ from ..rules import (
     NAME,
     NAME_OR_NONE,
     NOT_NEGATIVE,
+    PART_OR_NONE,
     POSITIVE,
     PROBABILITY,
     SHARE,
@@ -62,6 +63,14 @@ _RANDAUGMENT: Rule = (
     lambda value: (
         value == "" or bool(re.fullmatch(r"rand(-((m|n|mmax)\d+|(p|mstd)\d+(\.\d+)?|inc[01]|t[a-z0-9]+))*", value))
     ),
+)
+_SIDE: Rule = (
+    "a whole number from 8 to 4,096, or 0",
+    lambda value: type(value) is int and (value == 0 or 8 <= value <= 4096),
+)
+_AREA: Rule = (
+    "a list of two numbers, 0 < low <= high <= 1, or []",
+    lambda value: len(value) in (0, 2) and (not value or 0 < value[0] <= value[1] <= 1),
 )
 _DELTA: Rule = ("a number in (-1, 1)", lambda value: -1 < value < 1)
 
@@ -193,6 +202,7 @@ _FIXED = (
     Key("GSNR.COORDINATES", 500_000, "coordinates followed, drawn once; 0: all", *whole(0, 10**9)),
     Key("GSNR.LAYERS", False, "also by layer", *FLAG),
     Key("DISTILLER.TEACHER_WEIGHTS", "", "teacher file; empty: the zoo's; builtin:NAME: one we ship", *FILE_OR_NONE),
+    Key("DISTILLER.ANY_TEACHER", False, "go on with a teacher that is at chance on the test images", *FLAG),
     Key(
         "DISTILLER.STUDENT_WEIGHTS",
         "",
@@ -249,6 +259,35 @@ _FIXED = (
     ),
     Key("DATASET.TRAIN_PER_CLASS", 0, "training images of each class, the first ones; 0: all", *NOT_NEGATIVE),
     Key("DATASET.HOLDOUT", 0.0, "share of each class kept from training and tested on instead", *FRACTION),
+    Key(
+        "DATASET.TEST.SPLIT",
+        "",
+        "your own images: the part that is tested on, by its name; empty: val, valid, validation or test",
+        *PART_OR_NONE,
+    ),
+    Key(
+        "DATASET.COLUMNS",
+        [],
+        "huggingface: the columns of images and of labels; []: the only one of images and the only one of classes",
+        "a list of two names, or []",
+        lambda value: len(value) in (0, 2) and all(isinstance(name, str) for name in value),
+    ),
+    Key("INPUT.SIZE", 0, "your own images: pixels of a side as they enter the student; 0: 224", *_SIDE),
+    Key("INPUT.MEAN", [], "of the three channels, for pixels in [0, 1]; []: the teacher's own, or ImageNet's", *_MEAN),
+    Key("INPUT.STD", [], "of the three channels, for pixels in [0, 1]; []: the teacher's own, or ImageNet's", *_STD),
+    Key(
+        "INPUT.CROP_AREA",
+        [0.08, 1.0],
+        "training: least and largest share of an image that a random crop has; []: all of it, squeezed to a square",
+        *_AREA,
+    ),
+    Key("INPUT.FLIP", 0.5, "training: probability that an image is mirrored", *PROBABILITY),
+    Key(
+        "INPUT.TEST_CROP",
+        0.875,
+        "tests: share of an image's shorter side that the square in its middle has; 0: all of it, squeezed to a square",
+        *PROBABILITY,
+    ),
 )
 
 BEFORE = {CHANNELS_LAST: False, FOLD_TEACHER: False}

@@ -13,6 +13,7 @@ from .tree import get
 
 HOW = (
     *("DATASET.ROOT", "DATASET.DOWNLOAD", "DATASET.TEST.BATCH_SIZE", "DISTILLER.TEACHER_WEIGHTS"),
+    "DISTILLER.ANY_TEACHER",
     *("DISTILLER.LOGITS_DIR", "GSNR.MEASURE", "GSNR.LAYERS", "SOLVER.CHECKPOINT_MINUTES"),
 )
 """Keys that say where a run finds things and what it looks at, not what it computes. (A teacher's file is

@@ -7,17 +7,22 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from .. import config, device, distributed
-from ..errors import UserError
-from . import cifar100, glyphs, imagenet, tiny_imagenet  # noqa: F401 (each registers its set)
+from ..errors import UserError, shown
+from ..terminal import warn
+from . import arrow, cifar100, glyphs, imagenet, pairs, tiny_imagenet  # noqa: F401 (each registers its set)
 from .arrays import Contrast, Passes, Shares, Training, choose
 from .augment import make_mixing, training_source
 from .draws import Views
 from .normalise import NormalisingLoader
+from .own import OWN, OwnImages
 from .resident import ResidentLoader, known
-from .sources import DATASETS, Source, register_dataset, source
+from .sources import DATASETS, ZOOS, Source, register_dataset, source
 
 __all__ = [
     "DATASETS",
+    "OWN",
+    "ZOOS",
+    "OwnImages",
     "Source",
     "get_dataset",
     "get_test_set",
@@ -45,7 +50,7 @@ def get_dataset(cfg: Any) -> tuple[Loader, Loader, int, int]:
     data_set = _source(cfg)
     config.check_pipeline(cfg, {"DATASET.PIPELINE": "config"})
     images = data_set.load(cfg.DATASET, "train")
-    chosen, _ = _choose(images, cfg.DATASET)
+    chosen, _ = _choose(data_set, images, cfg.DATASET)
     make = data_set.training_views(config.views(cfg))
     train: Dataset = Training(images, chosen, make, cfg.SOLVER.SEED, weak_views(cfg))
     if cfg.DISTILLER.TYPE in ("CRD", "CRDKD"):
@@ -62,14 +67,14 @@ def get_test_set(cfg: Any) -> tuple[Loader, int]:
     images = data_set.load(node, "train" if node.HOLDOUT else "test", data_set.test_transform())
     test, chosen = images, np.arange(len(images))
     if node.HOLDOUT:
-        _, chosen = _choose(images, node)
+        _, chosen = _choose(data_set, images, node)
         test = Subset(images, chosen)
     return _loader(cfg, data_set, test, images, chosen, training=False), data_set.num_classes
 
 
 def num_classes(cfg: Any) -> int:
     """Return the number of classes of DATASET.TYPE, without reading it."""
-    return source(cfg.DATASET.TYPE).num_classes
+    return source(cfg).num_classes
 
 
 def pipeline(cfg: Any) -> str:
@@ -80,7 +85,7 @@ def pipeline(cfg: Any) -> str:
     asked: str = cfg.DATASET.PIPELINE
     if asked != "auto":
         return asked
-    data_set = DATASETS.get(cfg.DATASET.TYPE)  # None: one of detection
+    data_set = DATASETS.get(cfg.DATASET.TYPE)  # None: one of detection, or a user's own images, which are large
     if device.pick().type == "cpu" or data_set is None or not data_set.small or config.needs_workers(cfg):
         return "workers"
     made = all(known(distortion, data_set.side, data_set.side) for distortion in data_set.augmentation)
@@ -105,8 +110,21 @@ def _source(cfg: Any) -> Source:
     return data_set
 
 
-def _choose(images: Any, node: Any) -> tuple[np.ndarray, np.ndarray]:
-    return choose(np.asarray(images.targets), node.TRAIN_PER_CLASS, node.HOLDOUT)
+def _choose(data_set: Source, images: Any, node: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Choose as `choose` does; UserError for a class that has no image to train on, a line for one without tests."""
+    labels = np.asarray(images.targets)
+    parts = choose(labels, node.TRAIN_PER_CLASS, node.HOLDOUT)
+    names = data_set.class_names(node.ROOT) if data_set.class_names else None
+    for part, purpose in zip(parts, ("train", "test")):
+        missing = np.setdiff1d(labels, labels[part])
+        if not missing.size or (purpose == "test" and not node.HOLDOUT):
+            continue
+        first = shown(names[missing[0]]) if names else str(missing[0])
+        text = f"DATASET.HOLDOUT {node.HOLDOUT} leaves no image of the class {first} to {purpose} on"
+        if purpose == "train":
+            raise UserError(f"{text}; it must leave one, or the class must have more images")
+        warn(f"{text}, and {missing.size - 1} other classes have none either")
+    return parts
 
 
 def _loader(cfg: Any, data_set: Source, samples: Dataset, images: Any, chosen: np.ndarray, training: bool) -> Loader:

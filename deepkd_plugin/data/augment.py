@@ -24,7 +24,7 @@ from .sources import Distortion, Source, source
 
 def training_source(cfg: Any) -> Source:
     """Return the data set of DATASET.TYPE with the augmentation of single images that the node AUGMENT adds."""
-    data_set, node = source(cfg.DATASET.TYPE), cfg.AUGMENT
+    data_set, node = source(cfg), cfg.AUGMENT
     if node.RANDAUGMENT:
         added = rand_augment(node.RANDAUGMENT, data_set)
         data_set = dataclasses.replace(data_set, augmentation=(*data_set.augmentation, added))
@@ -112,4 +112,4 @@ def make_mixing(cfg: Any) -> Mixing | None:
     """Make what a config does to batches and their labels; None if it leaves both alone."""
     if not softens(cfg):
         return None
-    return Mixing(cfg.AUGMENT, cfg.SOLVER.LABEL_SMOOTHING, source(cfg.DATASET.TYPE).num_classes, cfg.SOLVER.SEED)
+    return Mixing(cfg.AUGMENT, cfg.SOLVER.LABEL_SMOOTHING, source(cfg).num_classes, cfg.SOLVER.SEED)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import io as torchvision_io
@@ -25,12 +25,27 @@ SUFFIXES = (
 """Of an image's file, in capitals or not."""
 
 
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What brings an image upright, by the orientation that its camera noted."""
+
+
 class ImageFiles(Dataset[tuple[Any, ...]]):
     """Images in files, with labels `targets` (N,): (transform(RGB image), label).
 
     size: (width, height) that every image must have; None for any. Raises UserError for an image of another
     size and for one that cannot be read.
     """
+
+    convert: Callable[[Image.Image], Image.Image]
+    """What makes RGB of an image that is open."""
 
     def __init__(
         self,
@@ -40,6 +55,7 @@ class ImageFiles(Dataset[tuple[Any, ...]]):
         size: tuple[int, int] | None = None,
     ) -> None:
         self.paths, self.targets, self.transform, self.size = paths, targets, transform, size
+        self.convert = rgb
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -59,15 +75,23 @@ class ImageFiles(Dataset[tuple[Any, ...]]):
             images[place] = self._read(self.paths[index])
         return images
 
-    def _read(self, path: str) -> Image.Image:
+    def opened(self, path: Any) -> Any:
+        """Return what PIL's `open` takes for one of `paths`."""
+        return path
+
+    def named(self, path: Any) -> str:
+        """Say which image one of `paths` is, for errors."""
+        return f"{path}"
+
+    def _read(self, path: Any) -> Image.Image:
         try:
-            with Image.open(path) as file:
-                image = rgb(file)
+            with Image.open(self.opened(path)) as file:
+                image = self.convert(file)
         except Exception as error:  # a damaged image can raise nearly anything
-            raise UserError(f"{path}: DATASET.ROOT has an image that cannot be read ({error})") from None
+            raise UserError(f"{self.named(path)}: DATASET.ROOT has an image that cannot be read ({error})") from None
         if self.size and image.size != self.size:
             raise UserError(
-                f"{path}: this image is {image.width} x {image.height}; those of its data set must be "
+                f"{self.named(path)}: this image is {image.width} x {image.height}; those of its data set must be "
                 f"{self.size[0]} x {self.size[1]}"
             )
         return image
@@ -90,15 +114,20 @@ class ImageTensors(ImageFiles):
     def image(self, index: int) -> Tensor:
         path = self.paths[index]
         with contextlib.suppress(Exception):  # of whatever fails, PIL's reader tells
-            with open(path, "rb") as file:
-                data = bytearray(file.read())
+            data = self.data(path)
             with Image.open(io.BytesIO(data)) as header:  # which also refuses a size that no photograph has
                 plain = header.format == "JPEG" and header.mode in ("L", "RGB")
+                plain = plain and (self.convert is rgb or orientation(header) == 1)
             if self.decodes and plain:
                 return torchvision_io.decode_jpeg(
                     torch.frombuffer(data, dtype=torch.uint8), torchvision_io.ImageReadMode.RGB
                 )
         return pil_to_tensor(self._read(path))
+
+    def data(self, path: Any) -> bytearray:
+        """Return the bytes of the image of one of `paths`."""
+        with open(path, "rb") as file:
+            return bytearray(file.read())
 
 
 def rgb(image: Image.Image) -> Image.Image:
@@ -111,20 +140,41 @@ def rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def as_seen(image: Image.Image) -> Image.Image:
+    """Convert an image to RGB as people see it: upright, and on white where it is transparent."""
+    turn = _TURNS.get(orientation(image))
+    alpha = image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
+    if alpha and not image.mode.startswith("I"):
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    else:
+        image = rgb(image)
+    return image if turn is None else image.transpose(turn)
+
+
+def orientation(image: Image.Image) -> int:
+    """Return how an image's camera was held, as EXIF counts it; 1, upright, if that cannot be read."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # what cameras and programs write there is not always EXIF
+        return 1
+
+
 def class_folders(
-    folder: Path, num_classes: int, kind: str, beside: Path | None = None, nested: bool = True
+    folder: Path, num_classes: int | None, kind: str, beside: Path | None = None, nested: bool = True, ignored: str = ""
 ) -> tuple[list[str], list[int]]:
     """List paths and labels of the images below <class>/ in `folder`, classes in the order of `in_order`.
 
-    kind: DATASET.TYPE, for errors. beside: the folder of the other split, which must have the same classes if it is
-    there. nested: whether images may be in folders below the class's own. What is hidden or no image is left out.
+    num_classes: how many there must be; None for any number. kind: DATASET.TYPE, for errors. beside: the folder of the
+    other split, which must have the same classes if it is there. nested: whether images may be in folders below the
+    class's own. ignored: a folder that is no class. What is hidden or no image is left out.
     Raises UserError, with the path, if a class is empty, there are not `num_classes`, or a folder is where none
     belongs.
     """
     try:
-        classes = in_order(folder_names(folder))
+        classes = in_order(folder_names(folder) - {ignored})
         others = folder_names(beside) if beside is not None and beside.is_dir() else None
-        if len(classes) != num_classes:
+        if num_classes is not None and len(classes) != num_classes:
             stray = [name for name in classes if (others and name not in others) or not _images(folder / name, True)]
             raise UserError(
                 f"{folder}: DATASET.ROOT must hold {num_classes} class folders for {kind}, holds {len(classes)}"

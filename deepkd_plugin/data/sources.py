@@ -1,6 +1,7 @@
 """What a data set says of itself, and the data sets by name."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Generic, TypeVar
@@ -126,6 +127,10 @@ class Source(Facts):
                 f"{name}: label {labels[bad[0]]} of image {bad[0]} is outside the classes; labels must be in "
                 f"0 … {self.num_classes - 1}"
             )
+        return self.samples(images, labels, transform)
+
+    def samples(self, images: Any, labels: np.ndarray, transform: Transform | None) -> ArrayDataset | ImageFiles:
+        """Make samples of what `read` gave, once it is checked."""
         if isinstance(images, np.ndarray):
             return ArrayDataset(images, labels.astype(np.int64), transform)
         if self.in_bytes:
@@ -209,6 +214,12 @@ class Sources(dict[str, S], Generic[S]):
 DATASETS: Sources[Source] = Sources()
 """Those of labelled images, in the order in which they were registered."""
 
+MADE: dict[str, Callable[[Any], Source]] = {}
+"""DATASET.TYPE -> what makes its source for a config, if that says what the images are."""
+
+FUNCTION = "package.module:function"
+"""What a DATASET.TYPE looks like that names a user's function."""
+
 
 def register_dataset(name: str, source: Source) -> None:
     """Make a data set known as DATASET.TYPE; UserError if the name is taken or there are no networks for it.
@@ -231,6 +242,20 @@ def register_dataset(name: str, source: Source) -> None:
     DATASETS.register(name, source)
 
 
-def source(name: str) -> Source:
-    """Return the data set of a DATASET.TYPE; UserError if there is none."""
-    return DATASETS[name]
+def source(of: Any) -> Source:
+    """Return the data set of a config, or that of a registered name; UserError if there is none.
+
+    A `Source` is returned as it is.
+    """
+    if isinstance(of, Source):
+        return of
+    name = of if isinstance(of, str) else of.DATASET.TYPE
+    make = None if isinstance(of, str) or name in DATASETS else maker(name)
+    if make is None and name not in DATASETS:
+        raise UserError(f"DATASET.TYPE is {shown(name)}; it must be one of {', '.join((*DATASETS, *MADE))}")
+    return DATASETS[name] if make is None else make(of)
+
+
+def maker(name: str) -> Callable[[Any], Source] | None:
+    """Return what makes the source of a DATASET.TYPE for a config; None for one that is registered, or for none."""
+    return MADE.get(FUNCTION if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", name) else name)

@@ -37,8 +37,8 @@ class Host:
     root: Path | None = None
     """The host's checkout; None for the built-in one."""
 
-    def models(self, dataset: str) -> dict[str, Any]:
-        """Return the dictionary of networks for a data set; UserError for an unknown one."""
+    def models(self, dataset: Any) -> dict[str, Any]:
+        """Return the dictionary of networks for a data set, as data.source takes it; UserError for an unknown one."""
         zoos = {
             "cifar": self.cifar_models,
             "tiny_imagenet": self.tiny_imagenet_models,
@@ -46,12 +46,17 @@ class Host:
         }
         return zoos[data.source(dataset).zoo]
 
-    def check_network(self, dataset: str, name: str, where: str) -> None:
-        """Raise UserError, which begins with `where`, if a name is no network for a data set."""
-        models = self.models(dataset)
+    def check_network(self, dataset: Any, name: str, where: str) -> None:
+        """Raise UserError, which begins with `where`, if a name is no network for a data set.
+
+        dataset: as data.source takes it.
+        """
+        source, models = data.source(dataset), self.models(dataset)
         if name not in models and find(name, where) is None:
+            kind = dataset if isinstance(dataset, str) else dataset.DATASET.TYPE
+            size = f" and INPUT.SIZE {source.side}" if isinstance(source, data.OwnImages) else ""
             raise UserError(
-                f"{where} is {shown(name)}; it must be one of {', '.join(models)} for the data set {dataset}, or "
+                f"{where} is {shown(name)}; it must be one of {', '.join(models)} for the data set {kind}{size}, or "
                 f"{FORMS}"
             )
 
@@ -79,8 +84,30 @@ class Host:
         config.check(cfg, origin)
         for path in ("DISTILLER.STUDENT", "DISTILLER.TEACHER")[: 1 if cfg.DISTILLER.TYPE == "NONE" else 2]:
             name = config.get(cfg, path)
-            self.check_network(cfg.DATASET.TYPE, name, f"{origin.get(path, 'default')}: {path}")
+            self.check_network(cfg, name, f"{origin.get(path, 'default')}: {path}")
+        settle_input(cfg, origin)
         config.check_mask(cfg, origin, data.num_classes(cfg))
         config.check_kept(cfg, origin, data.num_classes(cfg))
         if cfg.DISTILLER.TEACHER_LOGITS == "table":
             count_views(cfg)
+
+
+def settle_input(cfg: CfgNode, origin: dict[str, str]) -> None:
+    """Give the images of a user's own data set the normalisation of the teacher, or of a student without one.
+
+    A network of a library has the library's; another has ImageNet's, and so has a config that is frozen. Raises
+    UserError for a key that says what images become, with a data set that says so itself.
+    """
+    if not isinstance(data.source(cfg), data.OwnImages):
+        for key in config.all_keys():
+            value = config.get(cfg, key.path)
+            if key.path.startswith(data.OWN) and value != key.default:
+                allowed = f"{key.default!r} with DATASET.TYPE {cfg.DATASET.TYPE}, which says itself what its images are"
+                raise config.wrong(origin, key.path, value, allowed)
+        return
+    if cfg.is_frozen():
+        return
+    outside = find(cfg.DISTILLER.STUDENT if cfg.DISTILLER.TYPE == "NONE" else cfg.DISTILLER.TEACHER)
+    own = (outside and outside.input()) or data.source(cfg)
+    cfg.INPUT.MEAN = cfg.INPUT.MEAN or list(own.mean)
+    cfg.INPUT.STD = cfg.INPUT.STD or list(own.std)

@@ -168,7 +168,7 @@ def settle(host: Host, cfg: Any, replaced: list[Replaced]) -> None:
     check_trainer(cfg, origin, host.trainers[cfg.SOLVER.TRAINER])
     put(host.distillers, cfg.DISTILLER.TYPE, host.distiller(cfg))
     if cfg.DISTILLER.TYPE != "NONE":
-        name, models = cfg.DISTILLER.TEACHER, host.models(cfg.DATASET.TYPE)
+        name, models = cfg.DISTILLER.TEACHER, host.models(cfg)
         put(models, name, _teacher(host, cfg, models[name]))
     device.tune(cfg.SOLVER.DETERMINISTIC)  # before CUDA starts, which our trainer is too late for
     device.seed_everything(cfg.SOLVER.SEED)
@@ -180,7 +180,7 @@ def check_launcher(host: Host, cfg: Any, origin: dict[str, str]) -> None:
     reason = "under mdistiller's own launcher, which makes networks itself; ours makes others (train there instead)"
     for path in used:
         name = config.get(cfg, path)
-        if name not in host.models(cfg.DATASET.TYPE):
+        if name not in host.models(cfg):
             raise config.wrong(origin, path, name, f"a network of mdistiller's zoo {reason}")
     for key in config.all_keys():
         if key.path.startswith(_LAUNCHED) and config.get(cfg, key.path) != key.default:
@@ -210,10 +210,10 @@ def check_trainer(cfg: Any, origin: Mapping[str, str], trainer: type) -> None:
 
 def _teacher(host: Host, cfg: Any, entry: Any) -> Any:
     """Return the zoo's entry of a teacher with its weights loaded or named, after trying them."""
-    dataset, name = cfg.DATASET.TYPE, cfg.DISTILLER.TEACHER
-    path = weights_file(host, dataset, name, cfg.DISTILLER.TEACHER_WEIGHTS)
+    name = cfg.DISTILLER.TEACHER
+    path = weights_file(host, cfg, name, cfg.DISTILLER.TEACHER_WEIGHTS)
     key = "DISTILLER.TEACHER_WEIGHTS"
-    loaded = trained_network(host, dataset, name, data.num_classes(cfg), path, key)
+    loaded = trained_network(host, cfg, name, data.num_classes(cfg), path, key)
     if isinstance(entry, tuple):
         return (entry[0], path)
     return lambda pretrained=False: loaded if pretrained else entry(pretrained=False)

@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..run import checkpoint
 from .adapter import Adapter, Input, adapt, choose, feed, reason_of, try_out
 from .classes import KEY as CLASSES
-from .classes import choose_classes
+from .classes import choose_classes, read_names
 from .host import MDISTILLERS_OWN, Host
 from .libraries import Timm, find
 
@@ -56,10 +56,10 @@ def _of_imagenet(make: Callable[..., nn.Module], pretrained: bool = False) -> nn
     return make(num_classes=1000)
 
 
-def _tried(name: str, side: int, num_classes: int) -> nn.Module:
-    """Make a user's own network; UserError if an image does not become (logits, features) in it."""
+def _tried(make: Callable[..., nn.Module], name: str, side: int, num_classes: int) -> nn.Module:
+    """Make a network under the protocol; UserError if an image does not become (logits, features) in it."""
     try:
-        network = NETWORKS[name](num_classes=num_classes)
+        network = make(num_classes=num_classes)
         with torch.no_grad():
             outcome = network.eval()(torch.zeros(1, 3, side, side))
     except Exception as error:  # a user's network may fail in any way
@@ -76,13 +76,15 @@ def _tried(name: str, side: int, num_classes: int) -> nn.Module:
     return network.train()
 
 
-def network(host: Host, dataset: str, name: str, num_classes: int, drop_path: float = 0.0) -> nn.Module:
-    """Make a fresh network, of the host's zoo or of elsewhere, for a data set's images.
+def network(host: Host, dataset: Any, name: str, num_classes: int, drop_path: float = 0.0) -> nn.Module:
+    """Make a fresh network, of the host's zoo or of elsewhere, for the images of a data set, as data.source takes it.
 
     drop_path: DISTILLER.STUDENT_DROP_PATH, which only networks of timm have. Raises UserError if it cannot be made,
     cannot take these images, or has other classes.
     """
-    side = data.source(dataset).side
+    source = data.source(dataset)
+    _check_classes(source, name, num_classes, "the student")
+    side = source.side
     made = _fresh(host, dataset, name, num_classes, side, drop_path)
     if isinstance(made, Adapter):
         found = try_out(made, name, side, training=True)
@@ -91,7 +93,7 @@ def network(host: Host, dataset: str, name: str, num_classes: int, drop_path: fl
     return made
 
 
-def _fresh(host: Host, dataset: str, name: str, num_classes: int, side: int, drop_path: float = 0.0) -> nn.Module:
+def _fresh(host: Host, dataset: Any, name: str, num_classes: int, side: int, drop_path: float = 0.0) -> nn.Module:
     """Make a fresh network for images of side x side pixels; one from outside the zoos is adapted and not tried yet."""
     outside = None if name in NETWORKS else find(name)
     if drop_path:
@@ -101,11 +103,15 @@ def _fresh(host: Host, dataset: str, name: str, num_classes: int, side: int, dro
             )
         return adapt(outside.make_dropping(num_classes, side, drop_path), name)
     if name in NETWORKS:
-        return _tried(name, side, num_classes)
+        return _tried(NETWORKS[name], name, side, num_classes)
     if outside is not None:
         return adapt(outside.make(num_classes, side), name)
-    entry = host.models(dataset)[name]
-    return entry[0](num_classes=num_classes) if isinstance(entry, tuple) else entry(pretrained=False)
+    entry, source = host.models(dataset)[name], data.source(dataset)
+    if not isinstance(entry, tuple):
+        return entry(pretrained=False)
+    if isinstance(source, data.OwnImages):  # the zoo's are made for a few sizes
+        return _tried(entry[0], name, side, num_classes)
+    return entry[0](num_classes=num_classes)
 
 
 def student_network(host: Host, cfg: Any, num_classes: int) -> nn.Module:
@@ -113,8 +119,8 @@ def student_network(host: Host, cfg: Any, num_classes: int) -> nn.Module:
 
     If these are of another number of classes, the tensors that depend on it stay random, which is said.
     """
-    dataset, name = cfg.DATASET.TYPE, cfg.DISTILLER.STUDENT
-    made = network(host, dataset, name, num_classes, cfg.DISTILLER.STUDENT_DROP_PATH)
+    name = cfg.DISTILLER.STUDENT
+    made = network(host, cfg, name, num_classes, cfg.DISTILLER.STUDENT_DROP_PATH)
     path, key = cfg.DISTILLER.STUDENT_WEIGHTS, "DISTILLER.STUDENT_WEIGHTS"
     if not path:
         return made
@@ -124,9 +130,9 @@ def student_network(host: Host, cfg: Any, num_classes: int) -> nn.Module:
         if outside is None or own is None:
             raise UserError(f"{key} is 'pretrained'; it must be a file with {name}, of which no library has weights")
         with torch.random.fork_rng(devices=[]):
-            weights = outside.pretrained(num_classes, data.source(dataset).side, key).state_dict()
+            weights = outside.pretrained(num_classes, data.source(cfg).side, key).state_dict()
     else:
-        path = weights_file(host, dataset, name, path)
+        path = weights_file(host, cfg, name, path)
         weights = checkpoint.read_weights(path, key)
     fresh = made.state_dict()
     if classes := checkpoint.count_classes(weights, fresh):
@@ -137,17 +143,34 @@ def student_network(host: Host, cfg: Any, num_classes: int) -> nn.Module:
     return made
 
 
+def check_files(host: Host, cfg: Any) -> None:
+    """Raise UserError if a file that a config names for its networks is not there; none is read as a whole."""
+    node = cfg.DISTILLER
+    used = ("STUDENT", "TEACHER")[: 1 if node.TYPE == "NONE" else 2]
+    for one in used:
+        name, weights, key = node[one], node[f"{one}_WEIGHTS"], f"DISTILLER.{one}_WEIGHTS"
+        if one == "STUDENT" and weights in ("", "pretrained"):
+            continue
+        path = weights_file(host, cfg, name, weights)
+        if path:
+            checkpoint.there(path, key)
+        elif find(name) is None and isinstance(host.models(cfg)[name], tuple):
+            raise _no_weights(name, key)
+    if "TEACHER" in used and isinstance(node.TEACHER_CLASSES, str) and node.TEACHER_CLASSES:
+        read_names(node.TEACHER_CLASSES)
+
+
 def teacher_network(host: Host, cfg: Any, num_classes: int) -> nn.Module:
     """Make the teacher that a config means: with weights, its input by TEACHER_INPUT, classes by TEACHER_CLASSES."""
-    node, dataset, key = cfg.DISTILLER, cfg.DATASET.TYPE, "DISTILLER.TEACHER_WEIGHTS"
+    node, key = cfg.DISTILLER, "DISTILLER.TEACHER_WEIGHTS"
     named = (node.TEACHER, num_classes, node.TEACHER_WEIGHTS, key)
-    choice = partial(choose_classes, node.TEACHER_CLASSES, data.source(dataset), cfg.DATASET.ROOT)
-    return trained_network(host, dataset, *named, node.TEACHER_INPUT, choice if node.TEACHER_CLASSES else None)
+    choice = partial(choose_classes, node.TEACHER_CLASSES, data.source(cfg), cfg.DATASET.ROOT)
+    return trained_network(host, cfg, *named, node.TEACHER_INPUT, choice if node.TEACHER_CLASSES else None)
 
 
 def trained_network(
     host: Host,
-    dataset: str,
+    dataset: Any,
     name: str,
     num_classes: int,
     weights: str,
@@ -157,13 +180,16 @@ def trained_network(
 ) -> nn.Module:
     """Make a network with weights: of a file, of one that the package ships (builtin:NAME), or the zoo's own ("").
 
-    It takes batches of the data set's images. What it was trained on is known of a library's weights, and taken to be
-    the data set's otherwise. `key` is the config key or option that gave `weights`, for errors. given: DISTILLER's node
-    TEACHER_INPUT, which overrides both. choice: number of its classes -> those that are the data set's.
+    It takes batches of the images of `dataset`, as data.source takes it. What it was trained on is known of a library's
+    weights, and taken to be the data set's otherwise. `key` is the config key or option that gave `weights`, for
+    errors. given: DISTILLER's node TEACHER_INPUT, which overrides both. choice: number of its classes -> those that are
+    the data set's.
     """
     source, path = data.source(dataset), weights_file(host, dataset, name, weights)
     batch = Input(source.side, source.mean, source.std)
     outside = None if name in NETWORKS else find(name)
+    if choice is None:
+        _check_classes(source, name, num_classes, key)
     own = _input(given, (outside and not path and outside.input()) or batch)
     if path:
         made = _from_file(host, dataset, name, num_classes, path, key, own.side, choice is not None)
@@ -182,6 +208,16 @@ def trained_network(
     return made.requires_grad_(False)
 
 
+def _check_classes(source: data.Source, name: str, num_classes: int, key: str) -> None:
+    """Raise UserError if a zoo's network has a fixed number of classes, and a user's own images have another."""
+    theirs = data.ZOOS[source.zoo]
+    if name not in NETWORKS and find(name) is None and theirs not in (None, num_classes):
+        raise UserError(
+            f"{key} has the zoo's {name}, whose {theirs:,} classes are ImageNet's; for {num_classes:,} classes it must "
+            f"be a library's, for example torchvision:resnet18, or the zoo's for INPUT.SIZE 32 or 64"
+        )
+
+
 def _input(given: Mapping[str, Any] | None, own: Input) -> Input:
     """Return what a network takes: what is given, for the rest its own."""
     if given is None:
@@ -190,7 +226,7 @@ def _input(given: Mapping[str, Any] | None, own: Input) -> Input:
 
 
 def _from_file(
-    host: Host, dataset: str, name: str, num_classes: int, path: str, key: str, side: int, any_classes: bool
+    host: Host, dataset: Any, name: str, num_classes: int, path: str, key: str, side: int, any_classes: bool
 ) -> nn.Module:
     """Make a network with the weights of a file. any_classes: with as many classes as these have."""
     weights = checkpoint.read_weights(path, key)
@@ -205,17 +241,21 @@ def _from_file(
     return made
 
 
-def _of_the_zoo(host: Host, dataset: str, name: str, key: str) -> nn.Module:
+def _of_the_zoo(host: Host, dataset: Any, name: str, key: str) -> nn.Module:
     """Make a network of a zoo with the weights that the zoo fetches."""
     entry = host.models(dataset)[name]
     if isinstance(entry, tuple):
-        raise UserError(f"{key} names no file and the zoo has no weights of {name}; it must name a checkpoint")
+        raise _no_weights(name, key)
     try:
         return entry(pretrained=True)
     except OSError as error:
         raise UserError(
             f"{key} names no file and torchvision's weights of {name} cannot be fetched ({error}); name a file"
         ) from None
+
+
+def _no_weights(name: str, key: str) -> UserError:
+    return UserError(f"{key} names no file and the zoo has no weights of {name}; it must name a checkpoint")
 
 
 def _other_classes(source: str, key: str, name: str, theirs: int, ours: int) -> UserError:
@@ -236,7 +276,7 @@ def check_features(method: str, networks: Iterable[nn.Module]) -> None:
             )
 
 
-def weights_file(host: Host, dataset: str, name: str, weights: str) -> str:
+def weights_file(host: Host, dataset: Any, name: str, weights: str) -> str:
     """Return the file that `weights` means, as in trained_network; "" if a library provides them or nobody does."""
     if weights.startswith("builtin:"):
         shipped = files("deepkd_plugin.hosts.builtin").joinpath("weights")

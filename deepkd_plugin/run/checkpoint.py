@@ -128,9 +128,7 @@ def load(path: str | Path, key: str) -> Any:
     `key` is the config key or option that named the file, for the UserError that a missing file, a damaged one, one
     that is no checkpoint and a checkpoint that would run code raise.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; {key} must name a checkpoint")
+    path = there(path, key)
     if path.suffix == SAFE:
         return _load_safe(path, key)
     try:
@@ -152,6 +150,14 @@ def load(path: str | Path, key: str) -> Any:
             f"{path}: {key} must name a checkpoint of tensors and plain containers, and this file is not one "
             f"({type(error).__name__}: {reason})"
         ) from None
+
+
+def there(path: str | Path, key: str) -> Path:
+    """Return a checkpoint's path; UserError if there is no such file."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; {key} must name a checkpoint")
+    return path
 
 
 def _load_safe(path: Path, key: str) -> dict[str, Tensor]:

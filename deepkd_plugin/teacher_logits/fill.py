@@ -63,7 +63,7 @@ def _has(logits: TeacherLogits, places: np.ndarray, view: int) -> bool:
 
 def _stored(cfg: Any, samples: Any, at: torch.device) -> Batches:
     """Return what reads images and makes their views as a run does, by the run's own loader processes."""
-    source, places = data.source(cfg.DATASET.TYPE), np.arange(len(samples.images))
+    source, places = data.source(cfg), np.arange(len(samples.images))
     whole = Training(samples.images, places, source.training_views(1), cfg.SOLVER.SEED, data.weak_views(cfg))
 
     def batches(view: int, places: list[Tensor]) -> Iterator[Tensor]:
@@ -77,7 +77,7 @@ def _stored(cfg: Any, samples: Any, at: torch.device) -> Batches:
 
 def _counted(cfg: Any, samples: Any, at: torch.device) -> Batches:
     """Return what makes the views of a set whose views can be counted, on the device."""
-    images, source = samples.images, data.source(cfg.DATASET.TYPE)
+    images, source = samples.images, data.source(cfg)
     pixels = torch.from_numpy(images.pixels(np.arange(len(images)))).to(at)
     targets = torch.as_tensor(images.targets)
     loader = ResidentLoader(

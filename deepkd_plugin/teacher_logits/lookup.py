@@ -15,7 +15,6 @@ from ..errors import UserError
 from ..terminal import warn
 from .table import Damaged, Key, Table, gigabytes
 
-FOLDER = "teacher_logits"
 """Of the tables, in DATASET.ROOT, unless DISTILLER.LOGITS_DIR names another."""
 
 LEAST = 16

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from .. import config, data, device
 from ..data.arrays import Training, passes
+from ..data.own import LOGITS_FOLDER
 from ..data.resident import Batchwise, known, view_count, view_index
 from ..errors import UserError
-from .lookup import FOLDER, TeacherLogits, check_teacher
+from .lookup import TeacherLogits, check_teacher
 from .table import SUFFIX, Damaged, Key, Table, gigabytes
 
 SAMPLE = 256
@@ -54,7 +55,7 @@ def open_logits(cfg: Any, teacher: nn.Module, fingerprint: str, loader: Any, ima
 
 def make_key(cfg: Any, fingerprint: str, samples: Any) -> Key:
     """Return the key of the table that a config means. samples: the training set, as get_dataset's loader has it."""
-    source, node = data.source(cfg.DATASET.TYPE), cfg.DISTILLER
+    source, node = data.source(cfg), cfg.DISTILLER
     images = samples.images  # all of the set, so that runs on parts of it share a table
     stored = node.TEACHER_LOGITS == "stored"
     some = stored and 0 < node.LOGITS_K < source.num_classes
@@ -83,7 +84,7 @@ def count_views(cfg: Any) -> int:
 
 def _distortions(cfg: Any) -> list[Batchwise]:
     """Return what makes the weak views of a config's images, if these can be counted."""
-    source = data.source(cfg.DATASET.TYPE)
+    source = data.source(cfg)
     made = [known(distortion, source.side, source.side) for distortion in source.augmentation]
     if not source.small or None in made or view_count(made) is None:
         raise UserError(
@@ -117,7 +118,7 @@ def share_of(cfg: Any, epochs: int) -> float:
 
 def place(cfg: Any) -> Path:
     """Return the folder of a config's tables, or the file of its table."""
-    return Path(cfg.DISTILLER.LOGITS_DIR or Path(cfg.DATASET.ROOT) / FOLDER)
+    return Path(cfg.DISTILLER.LOGITS_DIR or Path(cfg.DATASET.ROOT) / LOGITS_FOLDER)
 
 
 def files(path: Path) -> Iterator[Path]:
@@ -144,6 +145,10 @@ def _fingerprint_with_labels(images: Any) -> str:
     To read all of ImageNet takes as long as an epoch. This takes as long as asking for the size of each file.
     """
     digest = hashlib.sha256(np.asarray(images.targets, dtype=np.int64).tobytes())
+    if hasattr(images, "fingerprinted"):
+        for part in images.fingerprinted():
+            digest.update(part)
+        return digest.hexdigest()[:16]
     paths = getattr(images, "paths", None)
     if paths is None:
         digest.update(_fingerprint(images).encode())

@@ -126,7 +126,7 @@ class Classification(Kind):
     def teacher_file(self, cfg: Any) -> str | None:
         """Find the file of a config's teacher; "" if a library or its own constructor has it, None if nobody has."""
         name, weights = cfg.DISTILLER.TEACHER, cfg.DISTILLER.TEACHER_WEIGHTS
-        file = weights_file(find_host(), cfg.DATASET.TYPE, name, weights)
+        file = weights_file(find_host(), cfg, name, weights)
         return file or ("" if ":" in name or self.source(cfg).zoo == "imagenet" else None)
 
     def check(self, cfg: Any) -> None:
@@ -189,7 +189,7 @@ class Classification(Kind):
             device.release()
 
     def network(self, cfg: Any, name: str) -> nn.Module:
-        return network(find_host(), cfg.DATASET.TYPE, name, data.num_classes(cfg))
+        return network(find_host(), cfg, name, data.num_classes(cfg))
 
     def trainer(self, cfg: Any, networks: Sequence[nn.Module], loader: Any) -> Trainer:
         """Ours, if a config asks for one of mdistiller's."""

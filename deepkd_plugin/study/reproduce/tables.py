@@ -275,7 +275,7 @@ def _windows(cfg: Any) -> list[str]:
     Ten measurements are few for momenta that follow them, and a short run's windows hold few samples: it shows
     that the allocation works, not how well.
     """
-    iterations = source(cfg.DATASET.TYPE).steps(cfg) * cfg.SOLVER.EPOCHS
+    iterations = source(cfg).steps(cfg) * cfg.SOLVER.EPOCHS
     window = min(cfg.GSNR.WINDOW, max(2, iterations // 10))
     every = min(cfg.GSNR.EVERY, max(1, iterations // (10 * window)))
     return ["GSNR.EVERY", str(every), "GSNR.WINDOW", str(window)]

@@ -162,7 +162,7 @@ class Tuning:
         seeds, methods = self.request.seeds, len(self.files)
         trials = f"{count(methods, 'method')} × {count(self.request.budget, 'trial')} × {count(seeds, 'seed')}"
         cfg = next(iter(self.cfgs.values()))
-        train, tested = data.source(cfg.DATASET.TYPE).images(cfg)
+        train, tested = data.source(cfg).images(cfg)
         lines = {
             "tune": f"{self.pair} on {cfg.DATASET.TYPE}: {trials}, {self.jobs} at a time",
             "images": f"{train} to train on, {tested} held out of the training images; no test image is read",

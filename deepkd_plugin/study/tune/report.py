@@ -84,7 +84,7 @@ def tuned(tuning: Tuning, search: Search) -> str:
         _set(tree, key, get(cfg, key))
     tree.get("DATASET", {}).pop("HOLDOUT", None)
     space = search.space
-    held_out = data.source(cfg.DATASET.TYPE).images(tuning.cfgs[search.method])[1]
+    held_out = data.source(cfg).images(tuning.cfgs[search.method])[1]
     lines = [
         f"# {search.method}, chosen by deepkd tune: trial {best.number}, the best of {len(search.trials)}, with "
         f"{best.value:.2f} % top-1",
@@ -123,7 +123,7 @@ def at_edges(search: Search, space: Space) -> list[str]:
 def report(tuning: Tuning, searches: Sequence[Search]) -> str:
     """Write the search in words, for people."""
     request, cfg = tuning.request, next(iter(tuning.cfgs.values()))
-    train, tested = data.source(cfg.DATASET.TYPE).images(cfg)
+    train, tested = data.source(cfg).images(cfg)
     lines = [
         f"# {tuning.pair} on {cfg.DATASET.TYPE}: chosen on held-out images",
         "",
