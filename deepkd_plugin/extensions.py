@@ -35,6 +35,11 @@ def _named() -> list[str]:
     return [name for part in os.environ.get(VARIABLE, "").split(",") if (name := part.strip())]
 
 
+def is_named(module: str) -> bool:
+    """Tell whether DEEPKD_EXTENSIONS names a module."""
+    return module in _named()
+
+
 def bring(name: str, asked: str) -> ModuleType:
     """Import a user's module; UserError, which begins with `asked`, if it cannot be imported.
 

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from deepkd_plugin import device, launch
-from deepkd_plugin.commands import evaluate
+from deepkd_plugin.commands import eval as evaluate
 from deepkd_plugin.hosts.builtin.models import cifar_model_dict
 from deepkd_plugin.launch import main
 from deepkd_plugin.run import checkpoint

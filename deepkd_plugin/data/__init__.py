@@ -10,12 +10,24 @@ from .. import config, device, distributed
 from ..errors import UserError
 from . import cifar100, glyphs, imagenet, tiny_imagenet  # noqa: F401 (each registers its set)
 from .arrays import Contrast, Passes, Shares, Training, choose
+from .description import Description, describe
 from .draws import Views
 from .normalise import NormalisingLoader
 from .resident import ResidentLoader, known
 from .sources import DATASETS, Source, register_dataset, source
 
-__all__ = ["DATASETS", "Source", "get_dataset", "get_test_set", "num_classes", "pipeline", "register_dataset", "source"]
+__all__ = [
+    "DATASETS",
+    "Description",
+    "Source",
+    "describe",
+    "get_dataset",
+    "get_test_set",
+    "num_classes",
+    "pipeline",
+    "register_dataset",
+    "source",
+]
 
 Loader = DataLoader | NormalisingLoader | ResidentLoader
 

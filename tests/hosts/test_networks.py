@@ -14,7 +14,7 @@ from torch import nn
 from torchvision import models
 
 from deepkd_plugin import data, extensions, launch
-from deepkd_plugin.commands import evaluate
+from deepkd_plugin.commands import eval as evaluate
 from deepkd_plugin.data.glyphs import CHARACTERS
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.hosts import mdistiller as mdistiller_host
