@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import default_collate
 
-from . import choice, config, data, device, distributed, solver
+from . import card, choice, config, data, device, distributed, solver
 from .accuracy import correct, evaluate, measure_teacher
 from .data.arrays import passes
 from .data.resident import ResidentLoader
@@ -152,6 +152,10 @@ class Trainer:
             if not distributed.rank():
                 record.add_minutes(self.folder, (time.monotonic() - started) / 60)
         if not distributed.rank():
+            if self.described is not None:
+                parameters = sum(part.numel() for part in self.module.student.parameters())
+                images = [len(loader.dataset) for loader in (self.train_loader, self.val_loader)]
+                card.write(self.folder, self.cfg, self.described, parameters, images, result)
             with checkpoint.uninterrupted():
                 record.note(self.folder, {"result": result, "finished": True})
         return result

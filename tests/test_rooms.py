@@ -16,7 +16,7 @@ ROOMS = (
     *("errors", "device", "terminal", "distributed", "rules", "extensions"),
     *("topk", "losses", "streams", "ledger", "updates", "optim", "gsnr", "fold"),
     *("distillers", "config", "run", "data", "teacher_logits"),
-    *("step", "divided", "speed", "choice", "solver", "accuracy", "trainer"),
+    *("step", "divided", "speed", "choice", "solver", "accuracy", "card", "trainer"),
     *("hosts", "launch", "detection", "study", "students", "commands"),
     *("registry", "mdistiller", "__main__", "__init__"),
 )

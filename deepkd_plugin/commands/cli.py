@@ -15,6 +15,7 @@ COMMANDS = {
     "eval": "test what a run trained, or any file of weights",
     "export": "write a student as safetensors, ONNX or torch.export's program",
     "predict": "print what a student says of images",
+    "push": "upload a student with its model card to the Hugging Face hub",
     "reproduce": "train what a table compares, and compare it",
     "report": "compare what reproduce has trained so far",
     "shrink": "resize a folder of images once, before it is trained on",

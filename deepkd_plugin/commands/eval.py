@@ -1,6 +1,7 @@
-"""`deepkd eval` and tools/eval.py: the accuracy of what a run trained, or of any weights, on a data set's test images."""
+"""`deepkd eval` and tools/eval.py: the accuracy of what a run trained, or of any weights, on test images."""
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +15,8 @@ from ..hosts.libraries import FORMS
 from ..hosts.networks import trained_network
 from ..hosts.registry import find_host, register
 from ..run import record
+from ..students.confusion import Confusion, measure, worst, write
 from ..students.load import find_student, make, read_config
-from ..students.test import Confusion, measure, worst, write
 from ..terminal import Parser, guarded
 
 
@@ -78,9 +79,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 def _of_run(args: argparse.Namespace) -> tuple[Confusion, str, str]:
     student = find_student(args.run, trust=args.trust)
     if student.folder is None:
-        raise UserError(
-            f"{args.run}: is no run's folder and no file in one; RUN must be, or test the file by -m and -c"
-        )
+        raise UserError(f"{args.run}: is no run's folder and in none; RUN must be, or -m and -c name the file")
     cfg = read_config(student.folder, args.options, args.trust)
     loader, num_classes = data.get_test_set(cfg)
     about = student.description
@@ -98,12 +97,10 @@ def _of_run(args: argparse.Namespace) -> tuple[Confusion, str, str]:
     best = record.find_run(student.folder).get("result", {}).get("best")
     if best is not None:
         print(f"run.json  best {best:.2f} %")
-    kept = " (images kept from training, DATASET.HOLDOUT)" if cfg.DATASET.HOLDOUT else ""
-    return (
-        found,
-        student.name.removeprefix("student_"),
-        f"{about.architecture} ({student.name}) on {cfg.DATASET.TYPE}{kept}",
-    )
+    title = f"{about.architecture} ({student.name}) on {cfg.DATASET.TYPE}"
+    if cfg.DATASET.HOLDOUT:
+        title += " (images kept from training, DATASET.HOLDOUT)"
+    return found, student.name.removeprefix("student_"), title
 
 
 def _of_weights(args: argparse.Namespace) -> tuple[Confusion, str, str]:
@@ -122,7 +119,7 @@ def _of_weights(args: argparse.Namespace) -> tuple[Confusion, str, str]:
 
 
 def _measured(network: nn.Module, loader: Any, names: Sequence[str], cfg: Any, file: str) -> Confusion:
-    try:
-        return measure(network, loader, names, device.pick(), cfg.SOLVER)
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from None
+    found = measure(network, loader, names, device.pick(), cfg.SOLVER)
+    if not math.isfinite(found.numbers["test_loss"]):
+        raise UserError(f"{file}: its network gives no finite numbers on {cfg.DATASET.TYPE}; it must be trained there")
+    return found

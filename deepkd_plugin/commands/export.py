@@ -33,7 +33,7 @@ def main(words: Sequence[str]) -> int:
     images = real_images(found, args.images, args.options, args.trust)
     difference = export(found, args.to, out, images, args.trust, args.overwrite)
     print(
-        f"{out}: {found.description.architecture}, {out.stat().st_size:,} bytes; its logits agree with the network's to "
-        f"{difference:.1g} on noise and on {len(images)} images"
+        f"{out}: {found.description.architecture}, {out.stat().st_size:,} bytes; its logits agree with the network's "
+        f"to {difference:.1g} on noise and on {len(images)} images"
     )
     return 0

@@ -1,4 +1,4 @@
-"""What must be known of a student beside its weights: what it is, which images it takes, what its classes are called."""
+"""What must be known of a student beside its weights: what it is, which images it takes, its classes' names."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Description:
         """
         if self.resize is None:
             raise UserError(
-                f"{self.dataset}: its test images are resized in a way that no file can hold, so other images cannot be "
+                f"{self.dataset}: its test images are resized in a way that no file can hold, so others cannot be "
                 f"made like them; it must be a Resize, bilinear, and a CenterCrop"
             )
         pixels = pil_to_tensor(rgb(image))

@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..run.checkpoint import fit_weights, write_whole
 from .formats import SUFFIXES, Run, content, onnx_of, program_of
 from .images import files_of, prepared
-from .load import Found, find_student, make, read_config
+from .load import Found, make, read_config
 
 TOLERANCE = 1e-4
 """How far an exported logit may be from the network's, of 1 or of the largest logit, whichever is more."""
@@ -37,7 +37,7 @@ def real_images(found: Found, paths: Sequence[Path], options: Sequence[str], tru
         loader, _ = data.get_test_set(read_config(found.folder, options, trust))
     except UserError as error:
         raise UserError(f"{error}; --images can name other images to compare on") from None
-    samples = loader.dataset
+    samples: Any = loader.dataset
     count = min(REAL, len(samples))
     batch = [samples[i * (len(samples) - 1) // max(count - 1, 1)] for i in range(count)]
     collate = getattr(loader, "collate_fn", None) or default_collate
@@ -46,7 +46,7 @@ def real_images(found: Found, paths: Sequence[Path], options: Sequence[str], tru
 
 
 def export(found: Found, to: str, out: Path, images: Tensor, trust: bool = False, overwrite: bool = False) -> float:
-    """Write a student to `out` in a format of SUFFIXES; returns the largest difference of its logits from the network's.
+    """Write a student to `out` in a format of SUFFIXES; returns how far its logits are from the network's, at most.
 
     They are compared on `images` and on noise, in batches of different lengths, all by the file's own reader, while the
     file has a temporary name. Raises UserError, with nothing written, if they differ, or if `out` is there already.

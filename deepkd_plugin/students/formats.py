@@ -107,7 +107,7 @@ def _onnx_content(program: Any, about: Description) -> bytes:
     onnx = needed("onnx")
     try:
         with _quiet():
-            exported = torch.onnx.export(
+            exported: Any = torch.onnx.export(
                 program, dynamo=True, verbose=False, input_names=["image"], output_names=["logits"]
             )
         proto = exported.model_proto

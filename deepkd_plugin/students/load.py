@@ -1,6 +1,5 @@
 """Students from their files, and never any code from there."""
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,9 +118,8 @@ def check_trust(name: str, where: str, trust: bool, ways: str = "--trust") -> No
 
     A file may come from anybody, and importing a module runs it.
     """
-    module, colon, _ = name.partition(":")
-    asks = bool(colon) and re.fullmatch(r"[A-Za-z_][\w.]*", module) and module not in ("timm", "torchvision")
-    if asks and not trust and not extensions.is_named(module):
+    module = extensions.asked_by(name)
+    if module and not trust and not extensions.is_named(module):
         raise UserError(
             f"{where} is {shown(name)}, which would import the module {module}; if you know it, allow it by {ways}, or "
             f"name it in {extensions.VARIABLE}"

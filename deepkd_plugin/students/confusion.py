@@ -15,8 +15,8 @@ from ..run.checkpoint import write_text, write_whole
 from ..study.shared import csv_text
 from .figure import draw
 
-WORST = 5
-"""Classes that the terminal names."""
+WORST, SHOWN = 5, 40
+"""Classes that the terminal names, and that a picture has room for."""
 
 
 class Confusion:
@@ -50,10 +50,10 @@ class Confusion:
 
     def matrix(self, labels: Sequence[int]) -> np.ndarray:
         """Return, for some classes, the share of each one's images that is taken for each: (n, n), NaN without any."""
-        at = {label: place for place, label in enumerate(labels)}
+        at = {label: index for index, label in enumerate(labels)}
         shares = np.zeros((len(labels), len(labels)))
-        for place, label in enumerate(labels):
-            shares[place, place] = self.right[label]
+        for label, index in at.items():
+            shares[index, index] = self.right[label]
         for true, taken, times in zip(self.true.tolist(), self.taken_for.tolist(), self.times):
             if true in at and taken in at:
                 shares[at[true], at[taken]] = times
@@ -100,12 +100,10 @@ class _Watching(nn.Module):
 def measure(network: nn.Module, loader: Any, names: Sequence[str], device: torch.device, solver: Any) -> Confusion:
     """Test a network, which gives logits or (logits, features), as a run tests its student.
 
-    names: of the classes. solver: the config node SOLVER. Raises UserError if it gives no finite numbers.
+    names: of the classes. solver: the config node SOLVER.
     """
     watching, watched = _Watching(place(network, device, solver.CHANNELS_LAST)), _Watched(loader)
     numbers = evaluate(watching, watched, device, solver)
-    if not np.isfinite(numbers["test_loss"]):
-        raise UserError("the network gives no finite numbers on the test images; it must be trained on such")
     return Confusion(torch.cat(watched.targets).numpy(), torch.cat(watching.predicted).numpy(), names, numbers)
 
 
@@ -123,6 +121,7 @@ def worst(found: Confusion) -> str:
 def write(found: Confusion, title: str, folder: Path, name: str) -> list[Path]:
     """Write eval_NAME.csv, confusion_NAME.png and .svg into a folder; returns their paths.
 
+    Of many classes the picture has those with the most mistakes, in the order of their labels.
     Raises UserError if the folder cannot be written.
     """
     rows = []
@@ -133,7 +132,11 @@ def write(found: Confusion, title: str, folder: Path, name: str) -> list[Path]:
         row |= {"taken_for": found.names[mistaken[0]] if mistaken else None, "times": mistaken[1] if mistaken else 0}
         rows.append(row)
     table, *pictures = (folder / f"{part}_{name}.{end}" for part, end in _FILES)
-    figure = draw(found, title)
+    labels = list(range(len(found.names)))
+    if len(labels) > SHOWN:
+        labels = sorted(found.by_mistakes()[:SHOWN])
+        title += f"\nthe {SHOWN} of {len(found.names)} classes with the most mistakes"
+    figure = draw(found.matrix(labels), [found.names[label] for label in labels], title)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(table, csv_text(rows))
