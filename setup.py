@@ -72,6 +72,8 @@ setup(
         "mdistiller": ["scipy", "tqdm"],  # mdistiller imports them and its setup.py does not say so
         "detection": ["pycocotools"],  # COCO-format sets, AP
         "networks": ["timm>=1.0.31"],  # timm:NAME as a teacher or student
+        "onnx": ["onnx", "onnxscript", "onnxruntime"],  # deepkd export --to onnx, and running the file
+        "hub": ["huggingface_hub"],  # deepkd push
         "wandb": ["wandb"],
         "slurm": ["submitit"],
         "examples": ["lightning>=2.6", "accelerate>=1.15", "transformers>=5.24", "timm>=1.0.31"],

@@ -5,6 +5,9 @@ The parts are ordinary PyTorch pieces (arXiv 2505.15133)::
     from deepkd_plugin import register, DecoupledMomentumSGD, TopKSchedule, decoupled_kd
 """
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 from .gsnr import GradientMonitor, GSNRAllocation
 from .losses import DecoupledKD, decoupled_kd, per_sample
 from .optim import DecoupledAdamW, DecoupledMomentumSGD, backward, from_sgd, to_sgd
@@ -20,11 +23,26 @@ __all__ = [
     "backward",
     "decoupled_kd",
     "from_sgd",
+    "load_student",
     "per_sample",
     "register",
     "to_sgd",
 ]
 __version__ = "0.2.0"
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def load_student(path: "str | Path", network: Any = None, trust: bool = False) -> "nn.Module":
+    """Load a run's student, ready to use: a network that maps images (B, 3, H, W) to logits (B, C).
+
+    path: a run's folder, or a student's file. network, trust: see students.load, which does it.
+    """
+    # here for the same reason as below
+    from .students.load import load_student as load
+
+    return load(path, network, trust)
 
 
 def register() -> list[str]:

@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import inspect
 import os
+import re
 import sys
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -33,6 +34,17 @@ def load() -> None:
 
 def _named() -> list[str]:
     return [name for part in os.environ.get(VARIABLE, "").split(",") if (name := part.strip())]
+
+
+def asked_by(name: str) -> str | None:
+    """Return the module that a name package.module:function asks for; None for one of timm, torchvision or a zoo."""
+    module = name.partition(":")[0] if re.fullmatch(r"[A-Za-z_][\w.]*:.+", name) else None
+    return None if module in ("timm", "torchvision") else module
+
+
+def is_named(module: str) -> bool:
+    """Tell whether DEEPKD_EXTENSIONS names a module."""
+    return module in _named()
 
 
 def bring(name: str, asked: str) -> ModuleType:

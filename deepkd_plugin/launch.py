@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from . import config, data, device, distributed
+from . import config, data, device, distributed, extensions
 from .accuracy import measure_teacher
 from .errors import UserError
 from .hosts.host import Host
@@ -177,14 +177,13 @@ def summarise(file: str, cfg: Any, folder: Path, teacher_acc: float | None, resu
     """Print the end of a run: how good it is, the files, what to do next."""
     teacher = "none" if teacher_acc is None else f"{cfg.DISTILLER.TEACHER} {teacher_acc:.2f} % top-1"
     minutes = record.read_run(folder)["minutes"]
-    root = "" if cfg.DATASET.ROOT == "./data" else f" --root {shlex.quote(cfg.DATASET.ROOT)}"
-    student_file = shlex.quote(str(folder / "student_best"))
+    trust = " --trust" if extensions.asked_by(cfg.DISTILLER.STUDENT) else ""
     print(
         f"\nteacher   {teacher}\n"
         f"student   {cfg.DISTILLER.STUDENT}: best {result['best']:.2f} % (epoch {result['best_epoch']}), last "
         f"{result['last']:.2f} % (epoch {result['epochs']}), in {minutes:.1f} minutes\n"
-        f"files     {folder}/ (student_best, student_latest, metrics.jsonl, train.events)\n"
-        f"next      python tools/eval.py -m {cfg.DISTILLER.STUDENT} -c {student_file} -d {cfg.DATASET.TYPE}{root}\n"
+        f"files     {folder}/ (student_best, student_latest, README.md, metrics.jsonl, train.events)\n"
+        f"next      deepkd eval {shlex.quote(str(folder))}{trust}\n"
         f"          {sibling(file)}"
     )
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import default_collate
 
-from . import choice, config, device, distributed, solver
+from . import card, choice, config, data, device, distributed, solver
 from .accuracy import correct, evaluate, measure_teacher
 from .data import make_mixing
 from .data.arrays import passes
@@ -103,6 +103,10 @@ class Trainer:
         teacher = getattr(self.module, "teacher", None)
         self.teacher = checkpoint.fingerprint(teacher) if teacher is not None else None
         self.teacher_acc: float | None = None
+        self.num_classes = 0
+        """Of the student's logits, once it has been tried."""
+        self.described: data.Description | None = None
+        """What the student's files say of it."""
         self.logits: TeacherLogits | None = None
         """Where training batches get the teacher's logits of their weak view, if not from the distiller."""
         self.epoch = self.steps_done = 0
@@ -131,6 +135,7 @@ class Trainer:
         if self.teacher is not None and self.teacher_acc is None:
             self.teacher_acc = self.test_teacher()
         self.rehearse()
+        self.described = self.describe()
         changed = self.load() if resume else {}
         chosen = self.settle()
         if self.cfg.SOLVER.SYNC_BATCHNORM and distributed.size() > 1:
@@ -156,6 +161,10 @@ class Trainer:
             if not distributed.rank():
                 record.add_minutes(self.folder, (time.monotonic() - started) / 60)
         if not distributed.rank():
+            if self.described is not None:
+                parameters = sum(part.numel() for part in self.module.student.parameters())
+                images = [len(loader.dataset) for loader in (self.train_loader, self.val_loader)]
+                card.write(self.folder, self.cfg, self.described, parameters, images, result)
             with checkpoint.uninterrupted():
                 record.note(self.folder, {"result": result, "finished": True})
         return result
@@ -387,7 +396,8 @@ class Trainer:
 
     def rehearse(self) -> None:
         """Pass two images through a copy, so that losses without a stream are found before a run."""
-        _, losses = copy.deepcopy(self.module).train()(**self.samples(2), epoch=1)
+        logits, losses = copy.deepcopy(self.module).train()(**self.samples(2), epoch=1)
+        self.num_classes = logits.shape[1]
         self.losses_by_stream(losses)
         silent = [stream for stream in getattr(self.module, "streams", ()) if stream not in losses]
         if silent:
@@ -395,6 +405,11 @@ class Trainer:
                 f"DISTILLER.TYPE {self.cfg.DISTILLER.TYPE}: it declares the streams {', '.join(silent)} and gives them "
                 f"no loss; its losses are {', '.join(losses)}"
             )
+
+    def describe(self) -> data.Description | None:
+        """Describe the student for its files; None if its classes are not those of the config's data set."""
+        described = data.describe(self.cfg)
+        return described if described.num_classes == self.num_classes else None
 
     def settle(self) -> dict[str, str]:
         """Settle memory format and folded teacher, see choice.settle; returns how they came about."""
@@ -462,13 +477,14 @@ class Trainer:
             return
         log.add(entry, self.windows)
         student = {"model": self.module.student.state_dict()}
+        about = self.described.strings() if self.described else {}
         every = self.cfg.LOG.SAVE_CHECKPOINT_FREQ
         names = [("best", "student_best")] if better else []
         names += [(f"epoch_{epoch}", f"student_{epoch}")] if epoch % every == 0 else []
         # `latest` comes last: an interruption before it resumes from the epoch before and overwrites the rest
         for name, student_name in [*names, ("latest", "student_latest")]:
             checkpoint.save(student, self.folder / student_name)
-            checkpoint.save_weights(student["model"], self.folder / f"{student_name}{checkpoint.SAFE}")
+            checkpoint.save_weights(student["model"], self.folder / f"{student_name}{checkpoint.SAFE}", about)
             checkpoint.save(self.state(), self.folder / name)
         run_folder.settle_new(self.folder)
         print(epoch_line(entry, self.metric, self.shown, self.best_acc))

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from deepkd_plugin import device, launch
-from deepkd_plugin.commands import evaluate
+from deepkd_plugin.commands import eval as evaluate
 from deepkd_plugin.hosts.builtin.models import cifar_model_dict
 from deepkd_plugin.launch import main
 from deepkd_plugin.run import checkpoint
@@ -32,7 +32,7 @@ def test_a_run_from_the_command_line(train, data_root):
     assert any(line.startswith("teacher   resnet20 ") for line in lines)
     assert any(line.startswith("student   resnet8: best ") and " last " in line for line in lines)
     assert any(line.startswith("files     ") and str(train.folder) in line for line in lines)
-    assert any(line.startswith("next      python tools/eval.py -m resnet8 -c ") for line in lines)
+    assert any(line.startswith(f"next      deepkd eval {train.folder}") for line in lines)
     run = json.loads((train.folder / "run.json").read_text())
     assert run["finished"]
     assert run["seed"] == 0

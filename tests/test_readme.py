@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch.distributed import run as distributed_run
 
-from deepkd_plugin.commands import cli, evaluate
+from deepkd_plugin.commands import cli
+from deepkd_plugin.commands import eval as evaluate
 from deepkd_plugin.detection import evaluate as detection_evaluate
 from deepkd_plugin.detection import launch as detection_launch
 from deepkd_plugin.detection.data import canvas

@@ -16,8 +16,8 @@ ROOMS = (
     *("errors", "device", "terminal", "distributed", "rules", "extensions"),
     *("topk", "losses", "streams", "ledger", "updates", "optim", "gsnr", "fold"),
     *("distillers", "config", "run", "data", "teacher_logits"),
-    *("step", "divided", "speed", "choice", "solver", "accuracy", "trainer"),
-    *("hosts", "launch", "detection", "study", "commands"),
+    *("step", "divided", "speed", "choice", "solver", "accuracy", "card", "trainer"),
+    *("hosts", "launch", "detection", "study", "students", "commands"),
     *("registry", "mdistiller", "__main__", "__init__"),
 )
 """From the ground up: a room may import those before it."""

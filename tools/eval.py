@@ -1,7 +1,7 @@
-"""python tools/eval.py -m MODEL -c FILE [-d DATASET]: accuracy of a student file, see deepkd_plugin/commands."""
+"""python tools/eval.py RUN, or -m MODEL -c FILE [-d DATASET]: `deepkd eval`, see deepkd_plugin/commands."""
 
 import sys
 
-from deepkd_plugin.commands.evaluate import main
+from deepkd_plugin.commands.eval import main
 
-sys.exit(main())
+sys.exit(main(tool="tools/eval.py"))

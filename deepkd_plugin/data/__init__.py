@@ -12,6 +12,7 @@ from ..terminal import warn
 from . import arrow, cifar100, glyphs, imagenet, pairs, tiny_imagenet  # noqa: F401 (each registers its set)
 from .arrays import Contrast, Passes, Shares, Training, choose
 from .augment import make_mixing, training_source
+from .description import Description, describe
 from .draws import Views
 from .normalise import NormalisingLoader
 from .own import OWN, OwnImages
@@ -22,8 +23,10 @@ __all__ = [
     "DATASETS",
     "OWN",
     "ZOOS",
+    "Description",
     "OwnImages",
     "Source",
+    "describe",
     "get_dataset",
     "get_test_set",
     "make_mixing",

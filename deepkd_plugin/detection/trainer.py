@@ -36,6 +36,9 @@ class DetectionTrainer(DecoupledMomentumTrainer):
     def test_teacher(self) -> float | None:
         return measure_teacher(self.module, self.val_loader, self.cfg)
 
+    def describe(self) -> None:
+        """Return nothing: what a file says of a student is for networks that classify whole images."""
+
     def prepare(self, batch: Any, epoch: int, step: int) -> dict[str, Any]:
         """Prepare a batch as the base trainer does, add the share of the training that is done, set the rate."""
         images, targets = batch

@@ -65,16 +65,50 @@ def adapt(network: nn.Module, name: str) -> nn.Module:
     if isinstance(network, torch.jit.ScriptModule) or "forward" in vars(network):
         raise UserError(f"the network {name} is compiled, scripted or wrapped; it must be a plain module")
     if not isinstance(network, Adapter):
-        network.__class__ = _adapted(type(network))
+        network.__class__ = _fronted(Adapter, type(network))
         for part in ("scale", "shift", "classes"):  # which move with the network and are in no file of it
             network.register_buffer(f"deepkd_{part}", None, persistent=False)
     return network
 
 
 @functools.cache
-def _adapted(cls: type[nn.Module]) -> type[nn.Module]:
-    """Return a kind of network that is `cls` under the protocol, and goes by its name."""
-    return type(cls.__name__, (Adapter, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+def _fronted(front: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
+    """Return a kind of network that is `cls` with another class in front of it, and goes by its name."""
+    return type(cls.__name__, (front, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+
+
+class Plain(nn.Module):
+    """What `plain` puts in front of a network's own class: images (B, 3, H, W) in, logits (B, C) out."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return _protocol(super().forward(image))[0]
+
+
+def plain(network: nn.Module, name: str, side: int, num_classes: int) -> nn.Module:
+    """Make a network give logits and nothing else, in place, and put it into evaluation mode; returns it.
+
+    The names of its state dictionary stay its own. Raises UserError if it cannot take an image of side x side pixels,
+    or gives other logits for it than (1, num_classes).
+    """
+    network.eval()
+    with torch.no_grad():
+        try:
+            outcome = network(torch.zeros(1, 3, side, side))
+            logits = _protocol(outcome)[0]
+        except UserError as error:
+            raise UserError(f"the network {name} {error}") from None
+        except Exception as error:  # anybody's network may fail in any way
+            raise UserError(
+                f"the network {name} cannot take images of {side} x {side} pixels ({reason_of(error)})"
+            ) from None
+    if logits.shape != (1, num_classes):
+        raise UserError(
+            f"the network {name} gives logits of the shape {tuple(logits.shape)} for an image; it must be "
+            f"(1, {num_classes})"
+        )
+    if not isinstance(outcome, Tensor):
+        network.__class__ = _fronted(Plain, type(network))
+    return network
 
 
 def _protocol(outcome: Any) -> tuple[Tensor, Any]:

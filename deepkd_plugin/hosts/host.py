@@ -39,12 +39,16 @@ class Host:
 
     def models(self, dataset: Any) -> dict[str, Any]:
         """Return the dictionary of networks for a data set, as data.source takes it; UserError for an unknown one."""
+        return self.zoo(data.source(dataset).zoo)
+
+    def zoo(self, name: str) -> dict[str, Any]:
+        """Return the dictionary of networks that data.sources.ZOOS calls so."""
         zoos = {
             "cifar": self.cifar_models,
             "tiny_imagenet": self.tiny_imagenet_models,
             "imagenet": self.imagenet_models,
         }
-        return zoos[data.source(dataset).zoo]
+        return zoos[name]
 
     def check_network(self, dataset: Any, name: str, where: str) -> None:
         """Raise UserError, which begins with `where`, if a name is no network for a data set.

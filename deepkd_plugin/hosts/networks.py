@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import data, extensions
-from ..errors import UserError
+from ..errors import UserError, shown
 from ..run import checkpoint
-from .adapter import Adapter, Input, adapt, choose, feed, reason_of, try_out
+from .adapter import Adapter, Input, adapt, choose, feed, plain, reason_of, try_out
 from .classes import KEY as CLASSES
 from .classes import choose_classes, read_names
 from .host import MDISTILLERS_OWN, Host
@@ -85,7 +85,7 @@ def network(host: Host, dataset: Any, name: str, num_classes: int, drop_path: fl
     source = data.source(dataset)
     _check_classes(source, name, num_classes, "the student")
     side = source.side
-    made = _fresh(host, dataset, name, num_classes, side, drop_path)
+    made = _fresh(host.models(source), source, name, num_classes, drop_path)
     if isinstance(made, Adapter):
         found = try_out(made, name, side, training=True)
         if found != num_classes:
@@ -93,9 +93,11 @@ def network(host: Host, dataset: Any, name: str, num_classes: int, drop_path: fl
     return made
 
 
-def _fresh(host: Host, dataset: Any, name: str, num_classes: int, side: int, drop_path: float = 0.0) -> nn.Module:
-    """Make a fresh network for images of side x side pixels; one from outside the zoos is adapted and not tried yet."""
-    outside = None if name in NETWORKS else find(name)
+def _fresh(
+    zoo: Mapping[str, Any], source: data.Source, name: str, num_classes: int, drop_path: float = 0.0
+) -> nn.Module:
+    """Make a fresh network for a data set's images; one from outside the zoos is adapted and not tried yet."""
+    side, outside = source.side, (None if name in NETWORKS else find(name))
     if drop_path:
         if not isinstance(outside, Timm):
             raise UserError(
@@ -106,12 +108,30 @@ def _fresh(host: Host, dataset: Any, name: str, num_classes: int, side: int, dro
         return _tried(NETWORKS[name], name, side, num_classes)
     if outside is not None:
         return adapt(outside.make(num_classes, side), name)
-    entry, source = host.models(dataset)[name], data.source(dataset)
-    if not isinstance(entry, tuple):
-        return entry(pretrained=False)
-    if isinstance(source, data.OwnImages):  # the zoo's are made for a few sizes
-        return _tried(entry[0], name, side, num_classes)
-    return entry[0](num_classes=num_classes)
+    if isinstance(source, data.OwnImages) and isinstance(zoo[name], tuple):  # the zoo's are made for a few sizes
+        return _tried(zoo[name][0], name, side, num_classes)
+    return _of_a_zoo(zoo[name], num_classes)
+
+
+def _of_a_zoo(entry: Any, num_classes: int) -> nn.Module:
+    made: nn.Module = entry[0](num_classes=num_classes) if isinstance(entry, tuple) else entry(pretrained=False)
+    return made
+
+
+def described_network(host: Host, described: data.Description, where: str) -> nn.Module:
+    """Make the network that a student's file describes, as it was before it was trained, for inference.
+
+    It gives plain logits. Raises UserError, which begins with `where`, if there is no such network, or if it does not
+    give the logits of these classes.
+    """
+    name, count = described.architecture, described.num_classes
+    outside = None if name in NETWORKS else find(name, where)
+    zoo = host.zoo(described.zoo)
+    if outside is None and name not in zoo:
+        brought = f"; the module that registers it must be in {extensions.VARIABLE}"
+        raise UserError(f"{where} is {shown(name)}, and {host.name} has no such network{brought}")
+    made = outside.make(count, described.size) if outside else _of_a_zoo(zoo[name], count)
+    return plain(made, name, described.size, count)
 
 
 def student_network(host: Host, cfg: Any, num_classes: int) -> nn.Module:
@@ -230,7 +250,7 @@ def _from_file(
 ) -> nn.Module:
     """Make a network with the weights of a file. any_classes: with as many classes as these have."""
     weights = checkpoint.read_weights(path, key)
-    make = partial(_fresh, host, dataset, name, side=side)
+    make = partial(_fresh, host.models(dataset), name, side=side)
     made = make(num_classes=num_classes)
     if classes := checkpoint.count_classes(weights, made.state_dict()):
         if any_classes:

@@ -92,12 +92,21 @@ def write_state(state: Mapping[str, Any], file: IO[bytes]) -> None:
         raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
-def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
-    """Write a network's state dictionary whole in the safetensors format; OSError as `save`."""
+def save_weights(weights: Mapping[str, Tensor], path: Path, about: Mapping[str, str] | None = None) -> None:
+    """Write a network's state dictionary whole in the safetensors format; OSError as `save`.
+
+    about: what its metadata are to say of the network.
+    """
+    write_whole(path, lambda file: file.write(safe_content(weights, about or {})))
+
+
+def safe_content(weights: Mapping[str, Tensor], about: Mapping[str, str]) -> bytes:
+    """Return the bytes of a file in the safetensors format."""
     # tensors of one storage, such as tied weights, become tensors of their own: the format has no other way
     own = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in weights.items()}
-    content = safetensors.torch.save(own, {"format": "pt", _FINGERPRINT: hash_weights(dict(sorted(own.items())))})
-    write_whole(path, lambda file: file.write(content))
+    of_format = {"format": "pt", _FINGERPRINT: hash_weights(dict(sorted(own.items())))}
+    content: bytes = safetensors.torch.save(own, {**about, **of_format})
+    return content
 
 
 @contextlib.contextmanager
@@ -162,20 +171,34 @@ def there(path: str | Path, key: str) -> Path:
 
 def _load_safe(path: Path, key: str) -> dict[str, Tensor]:
     """Read a file of the safetensors format, as `load` does."""
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except OSError as error:
-        raise UserError(f"{path}: {key} must name a file that can be read ({error.strerror or error})") from None
-    except Exception as error:  # its own error, and whatever tensors that cannot be raise
-        raise UserError(f"{path}: {key} names a damaged file ({error}); it must be copied or made again") from None
+    with _opened(path, key) as file:
+        metadata = file.metadata() or {}
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     if (written := metadata.get(_FINGERPRINT)) and written != hash_weights(dict(sorted(weights.items()))):
         raise UserError(
             f"{path}: {key} names a damaged file (its weights are others than were written); it must be copied or "
             f"made again"
         )
     return weights
+
+
+def read_metadata(path: Path, key: str) -> dict[str, str]:
+    """Read what a file of the safetensors format says of its tensors; UserError as `load`."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; {key} must name a checkpoint")
+    with _opened(path, key) as file:
+        return dict(file.metadata() or {})
+
+
+@contextlib.contextmanager
+def _opened(path: Path, key: str) -> Iterator[Any]:
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            yield file
+    except OSError as error:
+        raise UserError(f"{path}: {key} must name a file that can be read ({error.strerror or error})") from None
+    except Exception as error:  # its own error, and whatever tensors that cannot be raise
+        raise UserError(f"{path}: {key} names a damaged file ({error}); it must be copied or made again") from None
 
 
 def _check_pickles(path: Path) -> None:

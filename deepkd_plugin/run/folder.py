@@ -23,13 +23,18 @@ REPLACED = "replaced"
 COPYING = "copying"
 """What a run.json says for as long as another table's run is being copied to its side."""
 
+CARD, CARD_MARK = "README.md", "<!-- deepkd_plugin wrote this file"
+"""A run's model card, and what is in it until somebody makes it theirs."""
+
 CHECKPOINTS = ("latest", "last_checkpoint")
 """What says that a run can be gone on with: ours, and detectron2's."""
 
-_STATES = r"latest|best|epoch_\d+|student_(latest|best|\d+)(\.safetensors)?"
+_WHICH = r"(latest|best|\d+)"
+_STATES = rf"latest|best|epoch_\d+|student_{_WHICH}(\.safetensors)?"
 _EVENTS = r"(train|gsnr)\.events/events\.out\.tfevents\..+"
 _FILES = re.compile(
     rf"{_STATES}|{_EVENTS}|config\.yaml|run\.json|metrics\.jsonl|gsnr\.jsonl|worklog\.txt|gsnr[\w.-]*\.csv|gsnr\.(png|svg)"
+    rf"|README\.md|eval_{_WHICH}\.csv|confusion_{_WHICH}\.(png|svg)|student_{_WHICH}\.(onnx|pt2)"
 )
 _DETECTRON2S = re.compile(
     r"last_checkpoint|model_(\d{7}|final)\.pth|metrics\.json|events\.out\.tfevents\..+"
@@ -125,9 +130,17 @@ def own_files(folder: Path) -> list[Path]:
         below = [folder / name for name in _FOLDERS if (folder / name).is_dir() and not (folder / name).is_symlink()]
         for path in sorted(path for place in (folder, *below) for path in place.iterdir()):
             name = path.relative_to(folder).as_posix()
-            if any(pattern.fullmatch(name) for pattern in patterns):
+            if any(pattern.fullmatch(name) for pattern in patterns) and (name != CARD or is_own_card(path)):
                 files.append(path)
     return files
+
+
+def is_own_card(path: Path) -> bool:
+    """Tell whether a README.md is one that a run wrote, and nobody has taken that note out of it."""
+    try:
+        return CARD_MARK in path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
 
 
 def is_run(folder: Path) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 from torchvision import models
 
 from deepkd_plugin import data, extensions, launch
-from deepkd_plugin.commands import evaluate
+from deepkd_plugin.commands import eval as evaluate
 from deepkd_plugin.data.glyphs import CHARACTERS
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.hosts import mdistiller as mdistiller_host
@@ -551,7 +551,7 @@ def test_a_student_of_torchvision_trains_and_its_file_loads_there(train):
     student = ("DISTILLER.STUDENT", "torchvision:shufflenet_v2_x0_5", "SOLVER.EPOCHS", "1")
     code, out, err = train("kd", *student, *schedule)
     assert code == 0, err
-    assert "-m torchvision:shufflenet_v2_x0_5 -c" in out
+    assert f"next      deepkd eval {train.folder}\n" in out
     plain = models.shufflenet_v2_x0_5(num_classes=100)
     plain.load_state_dict(torch.load(train.folder / "student_best", weights_only=True)["model"])
 

@@ -1,0 +1,1 @@
+"""What becomes of a student after its training: it is loaded, tested, exported, used and published."""
