@@ -141,7 +141,8 @@ def mistake(train, config, *options, flags=()):
         (("DeepKD.MASK.PHASES", "(0.6, 0.4)"), "command line: DeepKD.MASK.PHASES is (0.6, 0.4); it must be"),
         (
             ("SOLVER.DECOUPLED.WEIGHT_DECAY_STREAM", "kd"),
-            "command line: SOLVER.DECOUPLED.WEIGHT_DECAY_STREAM is 'kd'; it must be one of variant, tog, tcg, ncg",
+            "command line: SOLVER.DECOUPLED.WEIGHT_DECAY_STREAM is 'kd'; it must be one of variant, "
+            "matched, tog, tcg, ncg",
         ),
         (
             ("DISTILLER.TYPE", "DeepKDD"),

@@ -319,6 +319,16 @@ def test_dampening_reaches_the_optimizer(cfg, how, dampening, matched_to):
     assert (group["dampening"], group["matched_to"]) == (dampening, matched_to)
 
 
+def test_a_matched_decay_reaches_the_optimizer_in_the_variants_stream(cfg):
+    cfg.SOLVER.DECOUPLED.WEIGHT_DECAY_STREAM = "matched"
+    cfg.SOLVER.MOMENTUM = 0.8
+    group = make(cfg).optimizer.param_groups[0]
+    assert (group["weight_decay_stream"], group["decay_matched_to"]) == ("tcg", 0.8)
+    cfg.SOLVER.DECOUPLED.WEIGHT_DECAY_STREAM = "ncg"
+    group = make(cfg).optimizer.param_groups[0]
+    assert (group["weight_decay_stream"], group["decay_matched_to"]) == ("ncg", None)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_saved(cfg):
     trainer = make(cfg)
     run = trainer.train_epoch

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from ..distillers import DISTILLERS
-from ..distillers.variants import BY_VARIANT, VARIANTS
+from ..distillers.variants import BY_VARIANT, MATCHED, VARIANTS
 from ..rules import (
     ABOVE_ONE,
     AUTO,
@@ -102,8 +102,8 @@ def all_keys() -> tuple[Key, ...]:
         Key(
             "SOLVER.DECOUPLED.WEIGHT_DECAY_STREAM",
             BY_VARIANT,
-            "the stream that decays the weights; variant: as VARIANT has it",
-            *one_of(BY_VARIANT, *(stream for stream in streams if stream not in EXTRA_STREAMS)),
+            "the stream that decays the weights; variant: VARIANT's; matched: the same, by as much as plain SGD",
+            *one_of(BY_VARIANT, MATCHED, *(stream for stream in streams if stream not in EXTRA_STREAMS)),
         ),
         Key(
             "SOLVER.DECOUPLED.LOSS_STREAMS",
@@ -129,7 +129,7 @@ _FIXED = (
         BY_VARIANT,
         "factor of a stream's gradient; none: 1; ema: 1 - momentum; matched: plain SGD's step length "
         "(see DecoupledMomentumSGD); variant: as VARIANT has it",
-        *one_of(BY_VARIANT, "none", "ema", "matched"),
+        *one_of(BY_VARIANT, "none", "ema", MATCHED),
     ),
     Key(
         "SOLVER.DECOUPLED.ALLOCATION",

@@ -7,7 +7,7 @@ from typing import Any
 from yacs.config import CfgNode
 
 from ..distillers import DISTILLERS
-from ..distillers.variants import resolved, variant
+from ..distillers.variants import MATCHED, VARIANTS, resolved, variant
 from ..streams import STREAMS
 from .tree import get
 
@@ -49,18 +49,23 @@ def momenta(cfg: CfgNode) -> tuple[dict[str, float], str]:
     it. With ALLOCATION gsnr these are the momenta before the first measurement: all streams have MOMENTUM.
     """
     node, said = cfg.SOLVER.DECOUPLED, variant(cfg)
+    decays = VARIANTS[node.VARIANT].decay_stream if said.decay_stream == MATCHED else said.decay_stream
     if node.ALLOCATION == "gsnr":
-        return dict.fromkeys(streams(cfg), cfg.SOLVER.MOMENTUM), said.decay_stream
+        return dict.fromkeys(streams(cfg), cfg.SOLVER.MOMENTUM), decays
     own = {stream: cfg.SOLVER.MOMENTUM + node.DELTA[stream.upper()] for stream in streams(cfg)}
-    return {stream: own[said.momentum_of.get(stream, stream)] for stream in own}, said.decay_stream
+    return {stream: own[said.momentum_of.get(stream, stream)] for stream in own}, decays
 
 
 def dampening(cfg: CfgNode) -> dict[str, str | float | None]:
-    """Return DecoupledMomentumSGD's arguments for DAMPENING; `matched` keeps the step length of MOMENTUM."""
-    how = variant(cfg).dampening
+    """Return DecoupledMomentumSGD's arguments for DAMPENING and a WEIGHT_DECAY_STREAM that is `matched`.
+
+    `matched` keeps the step length, and the decay, of plain SGD with MOMENTUM.
+    """
+    said = variant(cfg)
     return {
-        "dampening": 0.0 if how == "none" else how,
-        "matched_to": cfg.SOLVER.MOMENTUM if how == "matched" else None,
+        "dampening": 0.0 if said.dampening == "none" else said.dampening,
+        "matched_to": cfg.SOLVER.MOMENTUM if said.dampening == MATCHED else None,
+        "decay_matched_to": cfg.SOLVER.MOMENTUM if said.decay_stream == MATCHED else None,
     }
 
 

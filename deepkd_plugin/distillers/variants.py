@@ -6,6 +6,9 @@ from typing import Any, NamedTuple
 BY_VARIANT = "variant"
 """The value of a key that takes what VARIANT says; it is these keys' default."""
 
+MATCHED = "matched"
+"""The value that keeps plain SGD's step length (DAMPENING) or decay (WEIGHT_DECAY_STREAM: in VARIANT's stream)."""
+
 KEY = "SOLVER.DECOUPLED.VARIANT"
 
 

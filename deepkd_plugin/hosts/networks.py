@@ -85,7 +85,7 @@ def network(host: Host, dataset: Any, name: str, num_classes: int, drop_path: fl
     source = data.source(dataset)
     _check_classes(source, name, num_classes, "the student")
     side = source.side
-    made = _fresh(host.models(source), source, name, num_classes, drop_path)
+    made = _fresh(host.models(source), source, name, side, num_classes=num_classes, drop_path=drop_path)
     if isinstance(made, Adapter):
         found = try_out(made, name, side, training=True)
         if found != num_classes:
@@ -94,10 +94,10 @@ def network(host: Host, dataset: Any, name: str, num_classes: int, drop_path: fl
 
 
 def _fresh(
-    zoo: Mapping[str, Any], source: data.Source, name: str, num_classes: int, drop_path: float = 0.0
+    zoo: Mapping[str, Any], source: data.Source, name: str, side: int, *, num_classes: int, drop_path: float = 0.0
 ) -> nn.Module:
-    """Make a fresh network for a data set's images; one from outside the zoos is adapted and not tried yet."""
-    side, outside = source.side, (None if name in NETWORKS else find(name))
+    """Make a fresh network for images of side x side pixels; one from outside the zoos is adapted and not tried yet."""
+    outside = None if name in NETWORKS else find(name)
     if drop_path:
         if not isinstance(outside, Timm):
             raise UserError(
@@ -250,7 +250,8 @@ def _from_file(
 ) -> nn.Module:
     """Make a network with the weights of a file. any_classes: with as many classes as these have."""
     weights = checkpoint.read_weights(path, key)
-    make = partial(_fresh, host.models(dataset), name, side=side)
+    source = data.source(dataset)
+    make = partial(_fresh, host.models(source), source, name, side)
     made = make(num_classes=num_classes)
     if classes := checkpoint.count_classes(weights, made.state_dict()):
         if any_classes:

@@ -35,6 +35,9 @@ class DecoupledMomentumSGD(StreamOptimizer):
     - "matched": (1 − d_i) = (1 − m_i) / (1 − μ) with μ = `matched_to`, so every stream's steps are as long
       as those of plain SGD with momentum μ, and only the smoothing differs.
 
+    decay_matched_to: a momentum μ. λ is then multiplied by (1 − m) / ((1 − d)(1 − μ)), with m and d of the stream that
+    decays, so that in the long run weights shrink as under plain SGD with momentum μ, whatever m and d are.
+
     nesterov: θ ← θ − lr · Σ_i (g_i + m_i · v_i); needs dampening 0. maximize, merge, foreach: as in StreamOptimizer.
     capturable: as there; otherwise gradients become the buffers, which is faster.
 
@@ -55,6 +58,7 @@ class DecoupledMomentumSGD(StreamOptimizer):
         dampening: float | str = 0.0,
         *,
         matched_to: float | None = None,
+        decay_matched_to: float | None = None,
         nesterov: bool = False,
         maximize: bool = False,
         merge: bool = True,
@@ -67,6 +71,7 @@ class DecoupledMomentumSGD(StreamOptimizer):
             "weight_decay_stream": weight_decay_stream,
             "dampening": dampening,
             "matched_to": matched_to,
+            "decay_matched_to": decay_matched_to,
             "nesterov": nesterov,
             "maximize": maximize,
             "merge": merge,
@@ -78,8 +83,9 @@ class DecoupledMomentumSGD(StreamOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            for name in ("matched_to", "nesterov", "maximize", "capturable"):  # groups of 0.1 have none
-                group.setdefault(name, None if name == "matched_to" else False)
+            # older groups have none
+            for name in ("matched_to", "decay_matched_to", "nesterov", "maximize", "capturable"):
+                group.setdefault(name, None if name.endswith("matched_to") else False)
 
     def _complete(self, group: dict[str, Any]) -> None:
         if group["weight_decay_stream"] is None and len(self.streams) == 1:
@@ -95,12 +101,22 @@ class DecoupledMomentumSGD(StreamOptimizer):
         gain = 1 - float(dampening)  # without momentum there is nothing to damp, as in torch.optim
         return {name: Coefficients(m, gain if m else 1.0, False) for name, m in group["momentum"].items()}
 
+    def _decay(self, group: Mapping[str, Any]) -> float:
+        """Return λ as it enters the gradient of the stream that decays the weights."""
+        if group["decay_matched_to"] is None or not group["weight_decay"]:
+            return float(group["weight_decay"])
+        stream = self._coefficients(group)[group["weight_decay_stream"]]
+        reach = stream.gain / (1 - stream.momentum)  # a constant gradient's part in the buffer, in the long run
+        return float(group["weight_decay"]) / (reach * (1 - group["decay_matched_to"]))
+
     def _check_options(self, group: Mapping[str, Any]) -> None:
-        dampening, matched_to = group["dampening"], group["matched_to"]
+        dampening, matched_to, decay_to = group["dampening"], group["matched_to"], group["decay_matched_to"]
         if dampening not in DAMPENINGS and not in_range(dampening, 0.0, 1.0):
             raise ValueError(f'dampening must be a number in [0, 1], "ema" or "matched", got {dampening!r}')
         if dampening == "matched" and (not in_range(matched_to, 0.0) or not matched_to < 1.0):
             raise ValueError(f'dampening "matched" needs a momentum in [0, 1) as matched_to, got {matched_to!r}')
+        if decay_to is not None and (not in_range(decay_to, 0.0) or not decay_to < 1.0 or dampening == 1):
+            raise ValueError(f"decay_matched_to must be a momentum in [0, 1), and dampening not 1, got {decay_to!r}")
         if group["nesterov"] and (dampening != 0 or not any(group["momentum"].values())):
             raise ValueError("nesterov needs a momentum and dampening 0")
         if group["weight_decay"] and group["weight_decay_stream"] not in group["momentum"]:
@@ -121,7 +137,7 @@ class DecoupledMomentumSGD(StreamOptimizer):
             [[by_parameter.get(p) for p in params] for by_parameter in gradients],
             [self._buffers(p, sets) for p in params],
             [coefficients[names[0]] for names in sets],
-            [group["weight_decay"] if group["weight_decay_stream"] in names else 0.0 for names in sets],
+            [self._decay(group) if group["weight_decay_stream"] in names else 0.0 for names in sets],
             Options(lr, group["nesterov"], group["maximize"], in_place),
         )
         return update_foreach if group["foreach"] else update_single, arguments

@@ -145,7 +145,8 @@ def test_values_come_from_the_file_and_then_from_the_options(cfg, tmp_path):
         ),
         (
             "SOLVER: {DECOUPLED: {WEIGHT_DECAY_STREAM: kd}}",
-            "some.yaml: SOLVER.DECOUPLED.WEIGHT_DECAY_STREAM is 'kd'; it must be one of variant, tog, tcg, ncg",
+            "some.yaml: SOLVER.DECOUPLED.WEIGHT_DECAY_STREAM is 'kd'; it must be one of variant, "
+            "matched, tog, tcg, ncg",
         ),
         (
             "SOLVER: {DECOUPLED: {LOSS_STREAMS: ['loss_kd:kd']}}",

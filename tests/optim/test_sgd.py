@@ -1,5 +1,6 @@
 import copy
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -118,6 +119,40 @@ class TestGolden:
         """mdistiller's DOT decays before anything moves, as we do. Its trajectory has one learning rate."""
         momentum = {"task": 0.825, "distillation": 0.975}
         assert golden_run(golden_optimizers, "dot", momentum, 5e-4, "task", foreach, late_lr=0.05) < 1e-12
+
+
+@pytest.mark.parametrize("dampening", [0.0, 0.3, "ema", "matched"])
+@pytest.mark.parametrize("m", [0.0, 0.825, 0.975])
+def test_a_matched_decay_shrinks_weights_as_sgds(m, dampening):
+    """Weights without a gradient shrink by the decay alone; once the buffers are full, at SGD's rate."""
+
+    def rate(make):
+        p = torch.nn.Parameter(torch.ones(1, dtype=F64))
+        opt = make([p])
+        sizes = []
+        for _ in range(1600):
+            opt.zero_grad()
+            loss = (0.0 * p).sum()
+            loss.backward() if isinstance(opt, torch.optim.SGD) else opt.backward({"tcg": loss})
+            opt.step()
+            sizes.append(math.log(p.item()))
+        return sizes[600] - sizes[-1]
+
+    options = {"dampening": dampening, "matched_to": 0.8, "decay_matched_to": 0.9}
+    momentum = {"tog": 0.95, "tcg": m}
+    ours = rate(lambda params: DecoupledMomentumSGD(params, 1e-4, momentum, 0.01, "tcg", **options))
+    assert ours == pytest.approx(rate(lambda params: torch.optim.SGD(params, 1e-4, 0.9, weight_decay=0.01)), rel=1e-3)
+
+
+def test_a_matched_decay_of_sgds_own_momentum_is_sgds():
+    ends = []
+    for options in ({}, {"decay_matched_to": 0.9}):
+        params = golden_params()
+        opt = DecoupledMomentumSGD(params, 0.1, {"a": 0.9, "b": 0.9}, 0.01, "b", **options)
+        for step in range(5):
+            one_step(opt, params, step)
+        ends.append(params)
+    assert_equal_params(*ends)
 
 
 @pytest.mark.parametrize("foreach", [True, False])
@@ -495,6 +530,8 @@ GOOD = {"lr": 0.1, "momentum": {"a": 0.9, "b": 0.5}, "weight_decay": 0.1, "weigh
         ({"lr": "0.1"}, "lr must be at least 0"),
         ({"dampening": "matched"}, "needs a momentum in .* as matched_to, got None"),
         ({"dampening": "matched", "matched_to": 1.0}, "as matched_to, got 1.0"),
+        ({"decay_matched_to": 1.0}, "decay_matched_to must be a momentum in .* got 1.0"),
+        ({"decay_matched_to": 0.9, "dampening": 1.0}, "dampening not 1, got 0.9"),
         ({"nesterov": True, "dampening": 0.1}, "nesterov needs a momentum and dampening 0"),
         ({"nesterov": True, "momentum": {"a": 0.0, "b": 0.0}}, "nesterov needs a momentum"),
         ({"dampening": 1.5}, "dampening must be a number"),
