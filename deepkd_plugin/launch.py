@@ -55,7 +55,7 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
     folder = Path(cfg.LOG.PREFIX) / name
     make = trainers(host)[cfg.SOLVER.TRAINER]
     if distributed.size() > 1 and not issubclass(make, Trainer):
-        allowed = f"{config.TRAINER} or base in {distributed.size()} processes: it is mdistiller's"
+        allowed = f"{', '.join(config.TRAINERS)} or base in {distributed.size()} processes: it is mdistiller's"
         raise config.wrong(origin, "SOLVER.TRAINER", cfg.SOLVER.TRAINER, allowed)
     device.tune(cfg.SOLVER.DETERMINISTIC)  # before CUDA starts
     distributed.take_card()

@@ -61,14 +61,14 @@ def test_the_builtin_host_is_complete():
     host = registry.BUILTIN
     registry.register(host)
     assert {"NONE", "KD", "DKD", "DeepKD", "CRLD", "MLKD"} == set(host.distillers)
-    assert {"base", "DecoupledMomentumSGD"} == set(host.trainers)
+    assert {"base", "DecoupledMomentumSGD", "DecoupledAdamW"} == set(host.trainers)
     assert "ResNet18" in host.models("imagenet")
     assert "resnet20" in host.models("cifar100")
     assert "resnet20" in host.models("glyphs100")
 
 
 def test_the_names_others_rely_on():
-    for name in ("register", "DecoupledMomentumSGD", "TopKSchedule", "decoupled_kd"):
+    for name in ("register", "DecoupledMomentumSGD", "DecoupledAdamW", "TopKSchedule", "decoupled_kd"):
         assert hasattr(deepkd_plugin, name)
 
 
@@ -82,6 +82,7 @@ def test_the_parts_import_nothing_above_them():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     ground = ("device", "distributed", "errors", "terminal")  # what several processes need
     parts = ("gsnr", "ledger", "losses", "optim", "streams", "topk", "updates")
+    parts += tuple(f"optim.{part}" for part in ("adamw", "base", "sgd", "state"))
     parts = [f"deepkd_plugin.{part}" for part in sorted((*ground, *parts))]
     assert done.stdout.splitlines() == [str(parts), "[]"]
 

@@ -61,7 +61,7 @@ _CLASSES: Rule = (
 _RANDAUGMENT: Rule = (
     "timm's notation, such as rand-m9-mstd0.5-inc1, or no text",
     lambda value: (
-        value == "" or bool(re.fullmatch(r"rand(-((m|n|mmax)\d+|(p|mstd)\d+(\.\d+)?|inc[01]|t[a-z0-9]+))*", value))
+        value == "" or bool(re.fullmatch(r"rand(-((m|n|mmax)\d+|(p|mstd)\d+(\.\d+)?|inc[01]|t(weights|3aw?)))*", value))
     ),
 )
 _SIDE: Rule = (

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import one_hot
 from torchvision.transforms import v2
@@ -47,9 +47,20 @@ def rand_augment(notation: str, data_set: Source) -> Distortion:
         "interpolation": Image.Resampling.BICUBIC,
     }
     try:
-        return module.rand_augment_transform(notation, options)
+        made = module.rand_augment_transform(notation, options)
     except (AssertionError, KeyError, ValueError) as error:
         raise UserError(f"config: {key} is {shown(notation)}, which timm does not read ({error})") from None
+    for operation in made.ops:
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = _posterise
+    return made
+
+
+def _posterise(image: Image.Image, bits: int, **options: Any) -> Image.Image:
+    """Keep so many bits of each value. timm asks for 0 at its highest level: black, which Pillow 13 refuses to make."""
+    if bits < 1:
+        return Image.new(image.mode, image.size)
+    return image if bits >= 8 else ImageOps.posterize(image, bits)
 
 
 class Mixing:
