@@ -72,6 +72,7 @@ setup(
         "mdistiller": ["scipy", "tqdm"],  # mdistiller imports them and its setup.py does not say so
         "detection": ["pycocotools"],  # COCO-format sets, AP
         "networks": ["timm>=1.0.31"],  # timm:NAME as a teacher or student
+        "tune": ["optuna>=5"],  # brings SQLAlchemy and alembic
         "wandb": ["wandb"],
         "slurm": ["submitit"],
         "examples": ["lightning>=2.6", "accelerate>=1.15", "transformers>=5.24", "timm>=1.0.31"],
@@ -85,6 +86,7 @@ setup(
             "types-PyYAML",
             "submitit",
             "pycocotools",
+            "optuna>=5",
         ],
     },
     entry_points={"console_scripts": ["deepkd = deepkd_plugin.commands.cli:entry"]},
