@@ -74,6 +74,7 @@ setup(
         "networks": ["timm>=1.0.31"],  # timm:NAME as a teacher or student
         "onnx": ["onnx", "onnxscript", "onnxruntime"],  # deepkd export --to onnx, and running the file
         "hub": ["huggingface_hub"],  # deepkd push
+        "tune": ["optuna>=5"],  # brings SQLAlchemy and alembic
         "wandb": ["wandb"],
         "slurm": ["submitit"],
         "examples": ["lightning>=2.6", "accelerate>=1.15", "transformers>=5.24", "timm>=1.0.31"],
@@ -87,6 +88,7 @@ setup(
             "types-PyYAML",
             "submitit",
             "pycocotools",
+            "optuna>=5",
         ],
     },
     entry_points={"console_scripts": ["deepkd = deepkd_plugin.commands.cli:entry"]},

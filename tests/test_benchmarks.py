@@ -391,33 +391,6 @@ def test_their_steps_are_what_the_rows_say(variable, trainer, passes, twin, scri
             torch.testing.assert_close(p - old, other - old, rtol=1e-3, atol=1e-7)
 
 
-@pytest.mark.slow
-def test_learning_rates_are_tried(data_root, tmp_path):
-    config = ROOT / "configs/glyphs100/res20_res8/kd.yaml"
-    options = ["DATASET.ROOT", data_root, "DATASET.TRAIN_PER_CLASS", 1, "DATASET.HOLDOUT", 0.02]
-    options += ["SOLVER.EPOCHS", 2]
-    words = [config, "--rates", 0.05, 0.1, "--output", tmp_path / "runs", "--table", tmp_path / "table.md"]
-    out = start("learning_rates", *words, "--options", *options)
-    runs = json.loads((tmp_path / "table.json").read_text())
-    assert [(r["method"], r["lr"], r["seed"], r["epochs"]) for r in runs] == [
-        ("kd", 0.05, 0, 2),
-        ("kd", 0.1, 0, 2),
-    ]
-    for r in runs:
-        folder = tmp_path / f"runs/kd/seed0-{r['config_hash'][:8]}"
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        assert max(line["lr"] for line in lines) == pytest.approx(r["lr"])
-        assert " ".join(f"{line['test_acc']:.2f}" for line in lines) == r["curve"]
-    last = [r["last"] for r in runs]
-    cells = [f"**{value:.2f}**" if value == max(last) else f"{value:.2f}" for value in last]
-    expected = f"| method | 0.05 | 0.1 |\n|---|---|---|\n| kd | {cells[0]} | {cells[1]} |\n"
-    assert (tmp_path / "table.md").read_text() == expected
-    assert expected in out
-    times = [p.stat().st_mtime for p in sorted((tmp_path / "runs").glob("*/*/latest"))]
-    assert "2 of 2 runs were finished before" in start("learning_rates", *words, "--options", *options)
-    assert times == [p.stat().st_mtime for p in sorted((tmp_path / "runs").glob("*/*/latest"))]
-
-
 def test_curves_of_a_table(tmp_path, monkeypatch, script, run):
     monkeypatch.syspath_prepend(ROOT / "tests" / "study" / "report")
     make_table = importlib.import_module("made_up").make_table

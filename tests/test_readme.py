@@ -65,12 +65,20 @@ def test_commands(command, train, data_root, cifar_root, capsys, monkeypatch, re
         # what it would start; tests/study/reproduce starts it
         monkeypatch.setattr(Classification, "seconds", lambda kind, cfgs, threads, runs: [0.0] * len(cfgs))
         words = [word for word in words[1:] if word != "--dry-run"]
+        if words[1] == "output/tune/res20_res8/tuned":  # as `deepkd tune` leaves it
+            (tmp_path / "tuned").symlink_to(ROOT / "configs/glyphs100")
+            words[1] = str(tmp_path / "tuned")
         if "--reuse" in words:
             (tmp_path / "other").mkdir()
             (tmp_path / "other" / "table.json").write_text(json.dumps(EMPTY_TABLE))
             words[words.index("--reuse") + 1] = str(tmp_path / "other")
         assert cli.main([*words, "--dry-run", "--out", str(tmp_path), "DATASET.ROOT", str(data_root)]) == 0
         assert f"{tmp_path}" in capsys.readouterr().out
+    elif words[:2] == ["deepkd", "tune"]:
+        # what it would start; tests/study/tune starts it
+        monkeypatch.setattr(Classification, "seconds", lambda kind, cfgs, threads, runs: [0.0] * len(cfgs))
+        assert cli.main([*words[1:], "--dry-run", "--out", str(tmp_path), "DATASET.ROOT", str(data_root)]) == 0
+        assert "held out of the training images" in capsys.readouterr().out
     elif words[:2] == ["deepkd", "report"]:
         (tmp_path / "table.json").write_text(json.dumps(EMPTY_TABLE))
         assert cli.main([*words[1:-1], str(tmp_path)]) == 0
@@ -156,6 +164,7 @@ def test_commands(command, train, data_root, cifar_root, capsys, monkeypatch, re
             'python -m venv .venv && . .venv/bin/activate && pip install -e ".[test]"',
             'pip install -e ".[detection]"',
             'pip install -e ".[examples]"',
+            'pip install -e ".[tune]"',
             "cd ../mdistiller",
             "pytest",
         )

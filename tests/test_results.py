@@ -55,7 +55,7 @@ def exchange_two_rows(page):
         exchange_two_rows,
         lambda page: page.replace("| 0.0039 |", "| 0.0093 |"),
         lambda page: page.replace("0.117, 0.202, 0.202", "0.202, 0.117, 0.202"),
-        lambda page: page.replace("\n  5.4 points", "\n  4.5 points"),
+        lambda page: page.replace("costs 5.4 points", "costs 4.5 points"),
         lambda page: page.replace("5.68 [4.46, 6.90]", "5.68 [4.64, 6.90]"),
         lambda page: page.replace("in 26 of 33", "in 7 of 33"),
     ],

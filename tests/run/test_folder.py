@@ -161,3 +161,12 @@ def test_a_later_attempt_of_the_same_launcher_goes_on(run, monkeypatch, flags):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     assert distributed.launcher() is None
     assert run_folder.restarted(run, *flags) == flags
+
+
+def test_the_states_of_a_run_that_has_ended_go_and_its_records_stay(tmp_path):
+    states = ("latest", "best", "epoch_40", "student_latest", "student_40", "student_best.safetensors")
+    records = ("run.json", "metrics.jsonl", "config.yaml", "log.txt", "latest.txt")
+    for name in (*states, *records):
+        (tmp_path / name).write_text("{}")
+    run_folder.drop_states(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(records)

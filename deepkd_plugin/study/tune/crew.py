@@ -74,7 +74,6 @@ class TrialCrew(Crew):
     display: TrialDisplay
     searches: Sequence[Search] = ()
     make_runs: MakeRuns | None = None
-    look_every: float = LOOK
     turn: threading.RLock = field(default_factory=threading.RLock)
     tasks: dict[Run, Task] = field(default_factory=dict)
     given_up: set[str] = field(default_factory=set)
@@ -105,7 +104,7 @@ class TrialCrew(Crew):
         """Wait for a run's end; end it earlier if the pruner says so."""
         while True:
             try:
-                return process.wait(self.look_every)
+                return process.wait(LOOK)
             except subprocess.TimeoutExpired:
                 if not self.tasks[run].pruned and self._look(run):
                     self.end([process])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -170,7 +171,10 @@ class Tuning:
         lines |= {name: KIND.protocol(cfg) + "; " + _words(self.spaces[name]) for name, cfg in self.cfgs.items()}
         lines |= {"time": self._time(), "folder": str(self.out)}
         width = max(map(len, lines)) + 2
-        return "\n".join(f"{name:<{width}}{text}" for name, text in lines.items())
+        return "\n".join(
+            textwrap.fill(text, 110, initial_indent=f"{name:<{width}}", subsequent_indent=" " * width)
+            for name, text in lines.items()
+        )
 
     def _time(self) -> str:
         """Say how long the search takes if nothing is pruned."""

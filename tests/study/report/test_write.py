@@ -62,6 +62,10 @@ def test_report_csv_has_a_row_for_each_cell(tmp_path):
     assert (deepkd["last_verdict"], deepkd["best_verdict"]) == ("higher", "higher")
     assert (deepkd["teacher"], deepkd["student"]) == ("resnet32x4", "resnet8x4")
     assert float(deepkd["published_gain"]) == pytest.approx(3.36)
+    for name in ("report.md", "report.html"):
+        text = (folder / name).read_text()
+        assert "published top-1 for this pair, under protocols of their own" in text
+        assert "LSKD over MLKD: 78.28" in text
 
 
 def test_runs_csv_has_a_row_for_each_planned_run(tmp_path):
