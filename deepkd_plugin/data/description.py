@@ -139,7 +139,11 @@ def _resize(of: Source) -> int | tuple[int, int] | None:
         return of.side
     first, *rest = of.resizing
     cut = len(rest) == 1 and isinstance(rest[0], kinds[1]) and tuple(rest[0].size) == (of.side, of.side)
-    if not isinstance(first, kinds[0]) or first.interpolation != v2.InterpolationMode.BILINEAR or not first.antialias:
+    if (
+        not isinstance(first, kinds[0])
+        or v2.InterpolationMode(first.interpolation) != v2.InterpolationMode.BILINEAR
+        or not first.antialias
+    ):
         return None
     if first.max_size is not None or (rest and not cut):
         return None
