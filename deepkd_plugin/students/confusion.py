@@ -1,8 +1,9 @@
 """A network's accuracy by class, and what it takes for what."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -141,10 +142,14 @@ def write(found: Confusion, title: str, folder: Path, name: str) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(table, csv_text(rows))
         for path, content in zip(pictures, drawn):
-            write_whole(path, lambda file, content=content: file.write(content))
+            write_whole(path, partial(_put, content))
     except OSError as error:
         raise UserError(f"{folder}: must be a folder that can be written ({error})") from None
     return [table, *pictures]
+
+
+def _put(content: bytes, file: IO[bytes]) -> None:
+    file.write(content)
 
 
 _FILES = (("eval", "csv"), ("confusion", "png"), ("confusion", "svg"))

@@ -1,4 +1,4 @@
-"""Students' files of tests."""
+"""Students' files of tests, and what stands for the hub."""
 
 from deepkd_plugin import data
 from deepkd_plugin.run import checkpoint
@@ -14,3 +14,20 @@ def described(**changes):
 def saved(path, network, **changes):
     checkpoint.save_weights(network.state_dict(), path, described(**changes).strings())
     return path
+
+
+class Hub:
+    """What HfApi has of what is used; it notes its calls."""
+
+    def __init__(self, error=None):
+        self.calls, self.error = [], error
+
+    def create_repo(self, repo_id, private, exist_ok):
+        if self.error:
+            raise self.error
+        self.calls.append(("create", repo_id, private, exist_ok))
+        address = type("Address", (str,), {"repo_id": repo_id})
+        return address(f"https://hub/{repo_id}")
+
+    def upload_folder(self, repo_id, folder_path, allow_patterns, commit_message):
+        self.calls.append(("upload", repo_id, folder_path, allow_patterns))

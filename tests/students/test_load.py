@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import safetensors
+import small
 import torch
 from descriptions import saved
 from PIL import Image
@@ -76,6 +77,16 @@ def test_files_hold_contiguous_tensors_and_say_what_they_are(run):
     assert json.loads(about["class_names"]) == list(CHARACTERS)
     assert json.loads(about["mean"]) == [0.5009, 0.5017, 0.5007]
     assert (json.loads(about["size"]), json.loads(about["num_classes"])) == (32, 100)
+
+
+def test_a_loop_of_one_s_own_data_says_nothing_wrong(tmp_path):
+    """The config's data set has 100 classes, and the network 5: its file and folder say nothing of it."""
+    small.make(small.config(tmp_path)).train()
+    with safetensors.safe_open(tmp_path / "run" / "student_best.safetensors", "pt") as file:
+        assert "architecture" not in file.metadata()
+    assert not (tmp_path / "run" / "README.md").exists()
+    with pytest.raises(UserError, match="describes 100 classes, and no tensor of its network has them"):
+        deepkd_plugin.load_student(tmp_path / "run")
 
 
 def test_a_run_from_before_files_said_what_they_are(run):

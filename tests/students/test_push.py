@@ -6,6 +6,7 @@ import types
 
 import pytest
 import yaml
+from descriptions import Hub
 from PIL import Image
 
 from deepkd_plugin import card, data
@@ -70,23 +71,6 @@ def test_a_card_of_a_distilled_student_of_a_user_s_own(run):
     assert "DeepKD over KD (arXiv 2505.15133)" in text
     assert ", trust=True)" in text
     assert yaml.safe_load(text.split("---")[1])["datasets"] == ["uoft-cs/cifar100"]
-
-
-class Hub:
-    """What HfApi has of what is used; it notes its calls."""
-
-    def __init__(self, error=None):
-        self.calls, self.error = [], error
-
-    def create_repo(self, repo_id, private, exist_ok):
-        if self.error:
-            raise self.error
-        self.calls.append(("create", repo_id, private, exist_ok))
-        address = type("Address", (str,), {"repo_id": repo_id})
-        return address(f"https://hub/{repo_id}")
-
-    def upload_folder(self, repo_id, folder_path, allow_patterns, commit_message):
-        self.calls.append(("upload", repo_id, folder_path, allow_patterns))
 
 
 def test_push_uploads_the_card_and_the_student(run, monkeypatch, capsys):
