@@ -73,6 +73,9 @@ def test_files_hold_contiguous_tensors_and_say_what_they_are(run):
     with safetensors.safe_open(run / "student_best.safetensors", "pt") as file:
         about = file.metadata()
         assert all(file.get_tensor(name).is_contiguous() for name in file.keys())  # noqa: SIM118
+    assert torch.load(run / "student_best", weights_only=True)["description"] == {
+        name: text for name, text in about.items() if name not in ("format", "deepkd_fingerprint")
+    }
     assert about["architecture"] == "resnet8"
     assert json.loads(about["class_names"]) == list(CHARACTERS)
     assert json.loads(about["mean"]) == [0.5009, 0.5017, 0.5007]
@@ -89,10 +92,31 @@ def test_a_loop_of_one_s_own_data_says_nothing_wrong(tmp_path):
         deepkd_plugin.load_student(tmp_path / "run")
 
 
+def test_a_student_that_was_trained_channels_last_is_written_contiguous(tmp_path):
+    trainer = small.make(small.config(tmp_path, EPOCHS=1, LR_DECAY_STAGES=[]))
+    conv = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    trainer.module.student.extra = conv
+    trainer.folder.mkdir()
+    numbers = dict.fromkeys(("test_acc", "train_loss", "lr", "images_per_second"), 1.0)
+    trainer.finish_epoch(1, {"epoch": 1} | numbers, _NoLog())
+    written = torch.load(tmp_path / "run" / "student_latest", weights_only=True)["model"]["extra.weight"]
+    assert not conv.weight.is_contiguous()
+    assert written.is_contiguous()
+    assert torch.equal(written, conv.weight)
+
+
+class _NoLog:
+    def add(self, *entries):
+        pass
+
+
 def test_a_run_from_before_files_said_what_they_are(run):
     weights = torch.load(run / "student_best", weights_only=True)["model"]
     checkpoint.save_weights(weights, run / "student_best.safetensors")
-    student = deepkd_plugin.load_student(run / "student_best.safetensors")
+    torch.save({"model": weights}, run / "student_best")
+    for path in (run / "student_best.safetensors", run / "student_best"):
+        assert deepkd_plugin.load_student(path).description.class_names == tuple(CHARACTERS)
+    student = deepkd_plugin.load_student(run)
     assert student.description.class_names == tuple(CHARACTERS)
 
 
@@ -164,6 +188,7 @@ def test_a_file_cannot_have_a_module_imported(own, tmp_path):
 def test_nor_can_a_run_s_config(own, run):
     text = (run / "config.yaml").read_text()
     (run / "student_best.safetensors").unlink()
+    torch.save({"model": torch.load(run / "student_best", weights_only=True)["model"]}, run / "student_best")
     for change in (("STUDENT: resnet8", "STUDENT: stranger:Net"), ("TYPE: glyphs100", "TYPE: stranger:read")):
         assert change[0] in text
         (run / "config.yaml").write_text(text.replace(*change))
