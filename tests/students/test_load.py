@@ -92,8 +92,9 @@ def test_a_loop_of_one_s_own_data_says_nothing_wrong(tmp_path):
         deepkd_plugin.load_student(tmp_path / "run")
 
 
-def test_a_student_that_was_trained_channels_last_is_written_contiguous(tmp_path):
+def test_a_student_that_was_trained_channels_last_is_written_contiguous(tmp_path, monkeypatch):
     trainer = small.make(small.config(tmp_path, EPOCHS=1, LR_DECAY_STAGES=[]))
+    monkeypatch.setattr(trainer.scheduler, "step", lambda: None)
     conv = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
     trainer.module.student.extra = conv
     trainer.folder.mkdir()
