@@ -177,7 +177,7 @@ def summarise(file: str, cfg: Any, folder: Path, teacher_acc: float | None, resu
     """Print the end of a run: how good it is, the files, what to do next."""
     teacher = "none" if teacher_acc is None else f"{cfg.DISTILLER.TEACHER} {teacher_acc:.2f} % top-1"
     minutes = record.read_run(folder)["minutes"]
-    trust = " --trust" if extensions.asked_by(cfg.DISTILLER.STUDENT) else ""
+    trust = " --trust" if any(map(extensions.asked_by, (cfg.DISTILLER.STUDENT, cfg.DATASET.TYPE))) else ""
     print(
         f"\nteacher   {teacher}\n"
         f"student   {cfg.DISTILLER.STUDENT}: best {result['best']:.2f} % (epoch {result['best_epoch']}), last "

@@ -476,15 +476,18 @@ class Trainer:
         if log is None:
             return
         log.add(entry, self.windows)
-        student = {"model": self.module.student.state_dict()}
+        weights = self.module.student.state_dict()
+        for part, value in weights.items():
+            weights[part] = value.contiguous()  # channels last is for training
         about = self.described.strings() if self.described else {}
+        student = {"model": weights} | ({checkpoint.DESCRIPTION: about} if about else {})
         every = self.cfg.LOG.SAVE_CHECKPOINT_FREQ
         names = [("best", "student_best")] if better else []
         names += [(f"epoch_{epoch}", f"student_{epoch}")] if epoch % every == 0 else []
         # `latest` comes last: an interruption before it resumes from the epoch before and overwrites the rest
         for name, student_name in [*names, ("latest", "student_latest")]:
             checkpoint.save(student, self.folder / student_name)
-            checkpoint.save_weights(student["model"], self.folder / f"{student_name}{checkpoint.SAFE}", about)
+            checkpoint.save_weights(weights, self.folder / f"{student_name}{checkpoint.SAFE}", about)
             checkpoint.save(self.state(), self.folder / name)
         run_folder.settle_new(self.folder)
         print(epoch_line(entry, self.metric, self.shown, self.best_acc))

@@ -23,6 +23,8 @@ VERSIONS = ("deepkd_plugin", "torch", "torchvision", "numpy", "yacs", "tensorboa
 OPTIONAL = {
     "detectron2": "detection",
     "timm": "networks timm:NAME",
+    "onnxruntime": "deepkd export --to onnx",
+    "huggingface_hub": "deepkd push",
     "scipy": "mdistiller imports it",
     "wandb": "LOG.WANDB True",
 }

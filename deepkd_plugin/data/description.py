@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor
 
 from ..errors import UserError, shown
+from ..run import record
 from .folders import rgb
 from .normalise import Normalise
 from .sources import ZOOS, Source, source
@@ -83,7 +83,8 @@ def describe(cfg: Any) -> Description:
         names = [str(label) for label in range(of.num_classes)]
     return Description(
         *(cfg.DISTILLER.STUDENT, of.zoo, cfg.DATASET.TYPE, of.num_classes, tuple(map(str, names))),
-        *(of.side, tuple(of.mean), tuple(of.std), _resize(of), _version()),
+        *(of.side, tuple(of.mean), tuple(of.std), _resize(of)),
+        version=record.version_of("deepkd_plugin", "unknown"),
     )
 
 
@@ -139,7 +140,11 @@ def _resize(of: Source) -> int | tuple[int, int] | None:
         return of.side
     first, *rest = of.resizing
     cut = len(rest) == 1 and isinstance(rest[0], kinds[1]) and tuple(rest[0].size) == (of.side, of.side)
-    if not isinstance(first, kinds[0]) or first.interpolation != v2.InterpolationMode.BILINEAR or not first.antialias:
+    if (
+        not isinstance(first, kinds[0])
+        or v2.InterpolationMode(first.interpolation) != v2.InterpolationMode.BILINEAR
+        or not first.antialias
+    ):
         return None
     if first.max_size is not None or (rest and not cut):
         return None
@@ -147,10 +152,3 @@ def _resize(of: Source) -> int | tuple[int, int] | None:
     if len(sides) == 1:
         return int(sides[0]) if rest else None
     return (int(sides[0]), int(sides[1])) if rest or sides == [of.side, of.side] else None
-
-
-def _version() -> str:
-    try:
-        return version("deepkd_plugin")
-    except PackageNotFoundError:  # run from a checkout
-        return "unknown"

@@ -27,6 +27,9 @@ from . import array_pickle
 SAFE = ".safetensors"
 """End of the name of a file in the format of that name: tensors by name and nothing else."""
 
+DESCRIPTION = "description"
+"""What a student's file of torch has beside its weights: what a file in that format has as metadata."""
+
 _FINGERPRINT = "deepkd_fingerprint"
 """Of a file's weights, in its metadata; the format has no checksum of its own."""
 
@@ -183,9 +186,14 @@ def _load_safe(path: Path, key: str) -> dict[str, Tensor]:
 
 
 def read_metadata(path: Path, key: str) -> dict[str, str]:
-    """Read what a file of the safetensors format says of its tensors; UserError as `load`."""
+    """Read what a file of weights says of them, as text by name; UserError as `load`."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; {key} must name a checkpoint")
+    if path.suffix != SAFE:
+        content = load(path, key)
+        about = content.get(DESCRIPTION) if isinstance(content, Mapping) else None
+        texts = isinstance(about, Mapping) and all(isinstance(text, str) for pair in about.items() for text in pair)
+        return dict(about) if texts else {}  # type: ignore[arg-type]
     with _opened(path, key) as file:
         return dict(file.metadata() or {})
 

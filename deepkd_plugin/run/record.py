@@ -29,7 +29,7 @@ BITWISE = ("device", "processor", "versions", "code", "processes")
 PACKAGE = Path(__file__).parents[1]
 """The package's own folder, whose code is hashed."""
 
-APART = ("study/", "students/", "commands/", "detection/detectron2/merge.py")
+APART = ("study/", "students/", "commands/", "card.py", "detection/detectron2/merge.py")
 """Files and folders of the package that start runs and read what they left, and change nothing in them."""
 
 

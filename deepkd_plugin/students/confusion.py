@@ -1,8 +1,9 @@
 """A network's accuracy by class, and what it takes for what."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -136,15 +137,19 @@ def write(found: Confusion, title: str, folder: Path, name: str) -> list[Path]:
     if len(labels) > SHOWN:
         labels = sorted(found.by_mistakes()[:SHOWN])
         title += f"\nthe {SHOWN} of {len(found.names)} classes with the most mistakes"
-    figure = draw(found.matrix(labels), [found.names[label] for label in labels], title)
+    drawn = draw(found.matrix(labels), [found.names[label] for label in labels], title)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(table, csv_text(rows))
-        write_whole(pictures[0], lambda file: figure.savefig(file, format="png", dpi=200))
-        write_whole(pictures[1], lambda file: figure.savefig(file, format="svg", metadata={"Date": None}))
+        for path, content in zip(pictures, drawn):
+            write_whole(path, partial(_put, content))
     except OSError as error:
         raise UserError(f"{folder}: must be a folder that can be written ({error})") from None
     return [table, *pictures]
+
+
+def _put(content: bytes, file: IO[bytes]) -> None:
+    file.write(content)
 
 
 _FILES = (("eval", "csv"), ("confusion", "png"), ("confusion", "svg"))

@@ -1,5 +1,6 @@
 """The picture of `deepkd eval`: what is taken for what, in the look of the tables' pages."""
 
+import io
 import textwrap
 import warnings
 from collections.abc import Sequence
@@ -16,8 +17,11 @@ NUMBERED = 12
 
 
 @style.context(PAGE_STYLE)
-def draw(shares: np.ndarray, names: Sequence[str], title: str) -> Figure:
-    """Draw which share of each class's test images is taken for each class. shares: (n, n), NaN if there are none."""
+def draw(shares: np.ndarray, names: Sequence[str], title: str) -> tuple[bytes, bytes]:
+    """Draw which share of each class's test images is taken for each class; returns the picture as PNG and as SVG.
+
+    shares: (n, n), NaN if there are none.
+    """
     shares = 100.0 * shares
     names = [textwrap.shorten(name, 24, placeholder="…") or "…" for name in names]
     # a point for each letter of the longest name, room for the squares, and for the bar
@@ -25,8 +29,8 @@ def draw(shares: np.ndarray, names: Sequence[str], title: str) -> Figure:
     margin = 0.075 * max(map(len, names))
     figure = Figure(figsize=(side + margin + 1.4, side + margin + 1.0), layout="constrained")
     axes = figure.add_subplot()
-    colours = LinearSegmentedColormap.from_list("page", (COLOURS["ground"], COLOURS["blue"]))
-    colours.set_bad(COLOURS["grid"])
+    scale = LinearSegmentedColormap.from_list("page", (COLOURS["ground"], COLOURS["blue"]))
+    colours = scale.with_extremes(bad=COLOURS["grid"])
     # by the root, so that few mistakes are seen too
     drawn = axes.imshow(shares, cmap=colours, norm=PowerNorm(0.5, 0, 100))
     axes.grid(visible=False)
@@ -43,7 +47,10 @@ def draw(shares: np.ndarray, names: Sequence[str], title: str) -> Figure:
             axes.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=8, color=colour)
     bar = figure.colorbar(drawn, ax=axes, shrink=0.7, label="% of the class's test images")
     bar.outline.set_visible(False)  # type: ignore[operator]
+    png, svg = io.BytesIO(), io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # names may be in any script
-        figure.draw_without_rendering()
-    return figure
+        figure.savefig(png, format="png", dpi=150)
+        figure.set_layout_engine("none")  # the places are known now
+        figure.savefig(svg, format="svg", metadata={"Date": None})
+    return png.getvalue(), svg.getvalue()

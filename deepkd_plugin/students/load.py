@@ -61,7 +61,7 @@ def load_student(
 def find_student(path: str | Path, file: str = BEST, trust: bool = False) -> Found:
     """Find a student's file and its description, as in load_student. file: which of a run's, if `path` is its folder.
 
-    A file of torch holds no description; the config.yaml of its run, beside it, has one.
+    A file that holds no description, as one of 0.1 does, gets it from the config.yaml of its run, beside it.
     """
     path = Path(path)
     if path.is_dir():
@@ -70,15 +70,14 @@ def find_student(path: str | Path, file: str = BEST, trust: bool = False) -> Fou
         if not path.is_file():
             raise UserError(f"{path.parent}: holds no {file}, so it is no run that has finished an epoch")
     folder = path.parent if (path.parent / record.FILE).is_file() else None
-    if path.suffix == checkpoint.SAFE:
-        description = read(checkpoint.read_metadata(path, KEY), path)
-        if description is not None:
-            return Found(path, description, path, folder)
-    elif not path.is_file():
+    if not path.is_file():
         raise UserError(f"{path}: no such file; {KEY} must name a run's folder or a student's file")
-    elif path.suffix in (".onnx", ".pt2"):
+    if path.suffix in (".onnx", ".pt2"):
         way = "onnxruntime.InferenceSession" if path.suffix == ".onnx" else "torch.export.load"
         raise UserError(f"{path}: is an exported program, which {way} takes; {KEY} must name a student's file")
+    description = read(checkpoint.read_metadata(path, KEY), path)
+    if description is not None:
+        return Found(path, description, path, folder)
     beside = path.parent / CONFIG
     if folder is None or not beside.is_file():
         raise UserError(
