@@ -2,11 +2,13 @@
 
 import argparse
 import math
+import sys
 from collections.abc import Sequence
 
 from .. import config, data, device
 from ..accuracy import Alone, evaluate
 from ..errors import UserError
+from ..hosts.host import settle_input
 from ..hosts.libraries import FORMS
 from ..hosts.networks import trained_network
 from ..hosts.registry import find_host, register
@@ -24,11 +26,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "-c", "--ckpt", default="pretrain", help="student file; builtin:NAME; pretrain for the zoo's weights"
     )
-    parser.add_argument("-d", "--dataset", default="cifar100", help=", ".join(data.DATASETS))
+    parser.add_argument("-d", "--dataset", default="cifar100", help=", ".join(data.names()))
     parser.add_argument("-bs", "--batch-size", type=int, default=64)
     parser.add_argument("--root", default="./data", help="folder of the data sets")
     parser.add_argument("--download", action="store_true", help="fetch CIFAR-100 if it is missing")
-    return parser.parse_args(argv)
+    parser.add_pairs()
+    return parser.parse(sys.argv[1:] if argv is None else argv)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -37,8 +40,14 @@ def _evaluate(args: argparse.Namespace) -> None:
     cfg = host.cfg.clone()
     cfg.DATASET.TYPE, cfg.DATASET.ROOT, cfg.DATASET.DOWNLOAD = args.dataset, args.root, args.download
     cfg.DATASET.TEST.BATCH_SIZE = args.batch_size
-    config.check(cfg, {"DATASET.TEST.BATCH_SIZE": "command line"})
+    cfg.DISTILLER.TYPE, cfg.DISTILLER.STUDENT = "NONE", args.model
+    origin = {"DATASET.TEST.BATCH_SIZE": "command line"} | config.merge(cfg, {}, "", args.options)
+    config.check(cfg, origin)
     host.check_network(cfg, args.model, "command line: -m")
+    settle_input(cfg, origin)
+    if isinstance(data.source(cfg), data.OwnImages):
+        side, mean, std = data.source(cfg).side, cfg.INPUT.MEAN, cfg.INPUT.STD
+        print(f"input     {side} x {side}, mean {mean}, std {std} (INPUT.SIZE, MEAN and STD must be as in training)")
     loader, num_classes = data.get_test_set(cfg)
     weights = "" if args.ckpt == "pretrain" else args.ckpt
     torch_device = device.pick()

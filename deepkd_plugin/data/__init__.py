@@ -15,7 +15,7 @@ from .draws import Views
 from .normalise import NormalisingLoader
 from .own import OWN, OwnImages
 from .resident import ResidentLoader, known
-from .sources import DATASETS, ZOOS, Source, register_dataset, source
+from .sources import DATASETS, ZOOS, Source, knows, names, register_dataset, source
 
 __all__ = [
     "DATASETS",
@@ -25,6 +25,8 @@ __all__ = [
     "Source",
     "get_dataset",
     "get_test_set",
+    "knows",
+    "names",
     "num_classes",
     "pipeline",
     "register_dataset",
