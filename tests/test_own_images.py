@@ -12,8 +12,10 @@ from PIL import Image
 
 from deepkd_plugin import accuracy, launch
 from deepkd_plugin.commands import cache, evaluate
+from deepkd_plugin.config.tree import add_deepkd_config
 from deepkd_plugin.data import pairs
 from deepkd_plugin.errors import UserError
+from deepkd_plugin.hosts import builtin, registry
 from deepkd_plugin.run.metrics import read_metrics
 from deepkd_plugin.trainer import Trainer
 
@@ -127,12 +129,20 @@ def test_methods_of_two_views(run, teacher, method):
     assert code == 0, err
 
 
-def test_the_zoos_networks_are_for_small_images(run):
+class Fixed(torch.nn.Sequential):
+    """A network of a zoo that takes images of 32 pixels alone."""
+
+    def __init__(self, num_classes):
+        super().__init__(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, num_classes))
+
+
+def test_the_zoos_networks_are_for_small_images(run, monkeypatch):
+    monkeypatch.setitem(builtin.cifar_model_dict, "fixed", (Fixed, None))
     for name, size, words in (
         ("resnet8", "224", "it must be one of ResNet18"),
         ("resnet8", "64", "it must be one of ResNet18, MobileNetV2, ShuffleV2"),
         ("ResNet18", "224", "whose 1,000 classes are ImageNet's; for 7 classes it must be a library's"),
-        ("vgg8", "8", "cannot take an image of 8 x 8 pixels"),
+        ("fixed", "40", "the network 'fixed' cannot take an image of 40 x 40 pixels (RuntimeError"),
     ):
         code, _, err = run("DISTILLER.STUDENT", name, "INPUT.SIZE", size)
         assert (code, words in err) == (2, True), err
@@ -191,9 +201,6 @@ def test_a_teacher_of_few_test_images(right, count, classes, outcome, capsys):
     """80 % on 20 images of 2 classes is less than three standard errors above chance, and no reason to stop."""
     rows = [(torch.tensor([float(i), float(i % classes)]), i % classes) for i in range(count)]
     loader = torch.utils.data.DataLoader(rows, batch_size=100)
-    from deepkd_plugin.config.tree import add_deepkd_config
-    from deepkd_plugin.hosts import builtin
-
     cfg = builtin.CFG.clone()
     add_deepkd_config(cfg)
     cfg.SOLVER.CHANNELS_LAST = False
@@ -233,8 +240,6 @@ def test_any_two_networks(run, taught, student):
 
 def test_the_pages_config_and_its_function(images, tmp_path, monkeypatch):
     """configs/folder/deepkd.yaml has the keys of docs/images.md, and the page's function is a data set."""
-    from deepkd_plugin.hosts import registry
-
     page = (ROOT / "docs/images.md").read_text(encoding="utf-8")
     options = ["DATASET.ROOT", str(images)]
     cfg, origin = launch.read_config(registry.BUILTIN, str(ROOT / "configs/folder/deepkd.yaml"), options)

@@ -118,7 +118,8 @@ class Classification(Kind):
         if not prepare and (source.drawn or node.DOWNLOAD):
             return
         # one that is drawn would otherwise be drawn by a process of each run
-        for split in ("train", "test") if source.drawn else ("test",):
+        least = "train" if node.HOLDOUT and isinstance(source, data.OwnImages) else "test"
+        for split in ("train", "test") if source.drawn else (least,):
             source.load(node, split)
 
     def teacher_file(self, cfg: Any) -> str | None:
@@ -137,8 +138,8 @@ class Classification(Kind):
         for cell, cfg in cfgs.items():
             file = "" if cfg.DISTILLER.TYPE == "NONE" else self.teacher_file(cfg)
             if file and Path(file).is_file():
-                fed = (str(dict(cfg.DISTILLER.TEACHER_INPUT)), str(cfg.DISTILLER.TEACHER_CLASSES))
-                key = (cfg.DATASET.TYPE, cfg.DISTILLER.TEACHER, file, *fed)
+                fed = (str(dict(part)) for part in (cfg.DISTILLER.TEACHER_INPUT, cfg.INPUT))
+                key = (cfg.DATASET.TYPE, cfg.DISTILLER.TEACHER, file, str(cfg.DISTILLER.TEACHER_CLASSES), *fed)
                 if key not in known:
                     known[key] = checkpoint.fingerprint(self.load_teacher(cfg))
                 fingerprints[cell] = known[key]
