@@ -71,6 +71,7 @@ setup(
     extras_require={
         "mdistiller": ["scipy", "tqdm"],  # mdistiller imports them and its setup.py does not say so
         "detection": ["pycocotools"],  # COCO-format sets, AP
+        "datasets": ["datasets>=3"],  # DATASET.TYPE huggingface
         "networks": ["timm>=1.0.31"],  # timm:NAME as a teacher or student
         "onnx": ["onnx", "onnxscript", "onnxruntime"],  # deepkd export --to onnx, and running the file
         "hub": ["huggingface_hub"],  # deepkd push

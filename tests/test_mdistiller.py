@@ -237,6 +237,52 @@ def test_the_doctor_on_mdistiller(checkout, tmp_path):
     assert "cifar100 images        in place, 100 test images" in done.stdout
 
 
+OWN_BRANCH = """
+import torch
+from torch.utils.data import DataLoader
+
+class Noise(torch.utils.data.Dataset):
+    def __init__(self, count, training):
+        self.count, self.training = count, training
+    def __len__(self):
+        return self.count
+    def __getitem__(self, index):
+        image = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(index)) + index % 5
+        return (image, index % 5, index) if self.training else (image, index % 5)
+
+_theirs = get_dataset
+def get_dataset(cfg):
+    if cfg.DATASET.TYPE == "noise":
+        train = DataLoader(Noise(40, True), batch_size=cfg.SOLVER.BATCH_SIZE, shuffle=True)
+        return train, DataLoader(Noise(20, False), batch_size=20), 40, 5
+    return _theirs(cfg)
+"""
+
+
+@pytest.mark.slow
+def test_a_checkouts_own_branch_of_get_dataset(checkout, tmp_path):
+    """A data set that only the checkout's get_dataset has trains there, with a teacher that was trained on it."""
+    root = tmp_path / "mdistiller"
+    shutil.copytree(checkout, root, ignore=shutil.ignore_patterns("output", "data"))
+    with (root / "mdistiller" / "dataset" / "__init__.py").open("a") as file:
+        file.write(OWN_BRANCH)
+    keys = {"DATASET__TYPE": "noise", "SOLVER__EPOCHS": 2, "DATASET__TRAIN_PER_CLASS": 0, "DATASET__HOLDOUT": 0.0}
+    vanilla = keys | {"DISTILLER__STUDENT": "resnet8", "DISTILLER__TYPE": "NONE"}
+    done, folder = train(root, "configs/cifar100/kd.yaml", **vanilla)
+    assert done.returncode == 0, done.stderr
+    taught = {"DISTILLER__TEACHER": "resnet8", "DISTILLER__TEACHER_WEIGHTS": str(folder / "student_latest")}
+    taught |= {"DISTILLER__STUDENT": "resnet8", "DISTILLER__ANY_TEACHER": True}
+    ours = {"SOLVER__TRAINER": "DecoupledMomentumSGD"}
+    ours |= {"SOLVER__DECOUPLED": {"LOSS_STREAMS": ["loss_ce:tog", "loss_kd:tcg"]}}
+    done, folder = train(root, "configs/cifar100/kd.yaml", **keys, **taught, **ours)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "student_latest").exists()
+    done, _ = train(root, "configs/cifar100/kd.yaml", **keys | {"DATASET__TYPE": "nothing"}, **taught)
+    assert "DATASET.TYPE is 'nothing'; it must be one of cifar100" in one_line(done)
+    done, _ = train(root, "configs/cifar100/kd.yaml", **keys | {"DATASET__HOLDOUT": 0.2}, **taught)
+    assert "DATASET.HOLDOUT is 0.2; it must be 0.0 with DATASET.TYPE noise, which mdistiller's own" in one_line(done)
+
+
 # From here on, without mdistiller: forks made of a few lines.
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from .. import config, data, device
 from ..errors import UserError
+from ..hosts.host import settle_input
 from ..hosts.libraries import FORMS
 from ..hosts.networks import trained_network
 from ..hosts.registry import find_host, register
@@ -40,7 +41,7 @@ def _arguments(words: Sequence[str] | None, tool: str) -> argparse.Namespace:
     parser.add_argument(
         "-c", "--ckpt", default="pretrain", help="student file; builtin:NAME; pretrain for the zoo's weights"
     )
-    parser.add_argument("-d", "--dataset", default="cifar100", help=", ".join(data.DATASETS))
+    parser.add_argument("-d", "--dataset", default="cifar100", help=", ".join(data.names()))
     parser.add_argument("-bs", "--batch-size", type=int, default=64)
     parser.add_argument("--root", default="./data", help="folder of the data sets")
     parser.add_argument("--download", action="store_true", help="fetch CIFAR-100 if it is missing")
@@ -48,8 +49,6 @@ def _arguments(words: Sequence[str] | None, tool: str) -> argparse.Namespace:
     args = parser.parse(sys.argv[1:] if words is None else words)
     if (args.run is None) == (args.model is None):
         parser.error("needs RUN, or -m MODEL")
-    if args.model and args.options:
-        parser.error("KEY VALUE go with RUN, whose config they override")
     given = [flag for flag in ("ckpt", "dataset", "batch_size", "root", "download") if _is_given(parser, args, flag)]
     if args.run and given:
         parser.error(f"--{given[0].replace('_', '-')} goes with -m MODEL; of RUN the config says it, or KEY VALUE")
@@ -109,8 +108,14 @@ def _of_weights(args: argparse.Namespace) -> tuple[Confusion, str, str]:
     cfg = host.cfg.clone()
     cfg.DATASET.TYPE, cfg.DATASET.ROOT, cfg.DATASET.DOWNLOAD = args.dataset, args.root, args.download
     cfg.DATASET.TEST.BATCH_SIZE, cfg.SOLVER.CHANNELS_LAST = args.batch_size, False
-    config.check(cfg, {"DATASET.TEST.BATCH_SIZE": "command line"})
+    cfg.DISTILLER.TYPE, cfg.DISTILLER.STUDENT = "NONE", args.model
+    origin = {"DATASET.TEST.BATCH_SIZE": "command line"} | config.merge(cfg, {}, "", args.options)
+    config.check(cfg, origin)
     host.check_network(cfg, args.model, "command line: -m")
+    settle_input(cfg, origin)
+    if isinstance(data.source(cfg), data.OwnImages):
+        side, mean, std = data.source(cfg).side, cfg.INPUT.MEAN, cfg.INPUT.STD
+        print(f"input     {side} x {side}, mean {mean}, std {std} (INPUT.SIZE, MEAN and STD must be as in training)")
     loader, num_classes = data.get_test_set(cfg)
     weights = "" if args.ckpt == "pretrain" else args.ckpt
     network = trained_network(host, cfg, args.model, num_classes, weights, "-c")

@@ -286,7 +286,8 @@ _FIXED = (
         "INPUT.TEST_CROP",
         0.875,
         "tests: share of an image's shorter side that the square in its middle has; 0: all of it, squeezed to a square",
-        *PROBABILITY,
+        "a number from 0.25 to 1, or 0",
+        lambda value: value == 0 or 0.25 <= value <= 1,
     ),
 )
 

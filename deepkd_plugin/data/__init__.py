@@ -17,7 +17,7 @@ from .draws import Views
 from .normalise import NormalisingLoader
 from .own import OWN, OwnImages
 from .resident import ResidentLoader, known
-from .sources import DATASETS, ZOOS, Source, register_dataset, source
+from .sources import DATASETS, ZOOS, Source, knows, names, register_dataset, source
 
 __all__ = [
     "DATASETS",
@@ -29,7 +29,9 @@ __all__ = [
     "describe",
     "get_dataset",
     "get_test_set",
+    "knows",
     "make_mixing",
+    "names",
     "num_classes",
     "pipeline",
     "register_dataset",

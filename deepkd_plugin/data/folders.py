@@ -24,6 +24,9 @@ SUFFIXES = (
 )
 """Of an image's file, in capitals or not."""
 
+OTHERS = (".avif", ".cr2", ".dng", ".heic", ".heif", ".jp2", ".jxl", ".nef", ".psd", ".svg", ".tga")
+"""Of files that people take for images too, and that not every PIL reads."""
+
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -142,6 +145,7 @@ def rgb(image: Image.Image) -> Image.Image:
 
 def as_seen(image: Image.Image) -> Image.Image:
     """Convert an image to RGB as people see it: upright, and on white where it is transparent."""
+    image.load()  # which turns a TIFF itself
     turn = _TURNS.get(orientation(image))
     alpha = image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
     if alpha and not image.mode.startswith("I"):
@@ -173,19 +177,22 @@ def class_folders(
     """
     try:
         classes = in_order(folder_names(folder) - {ignored})
-        others = folder_names(beside) if beside is not None and beside.is_dir() else None
+        there = folder_names(beside) if beside is not None and beside.is_dir() else None
         if num_classes is not None and len(classes) != num_classes:
-            stray = [name for name in classes if (others and name not in others) or not _images(folder / name, True)]
+            stray = [name for name in classes if (there and name not in there) or not _images(folder / name, True)]
             raise UserError(
                 f"{folder}: DATASET.ROOT must hold {num_classes} class folders for {kind}, holds {len(classes)}"
                 + (f"; {shown(stray[0])} may be none" if 0 < len(stray) < len(classes) else "")
             )
-        if others is not None:
-            check_classes(folder, classes, beside, others)
+        if there is not None:
+            check_classes(folder, classes, beside, there)
         paths: list[str] = []
+        others: list[str] = []
         labels: list[int] = []
         for label, name in enumerate(classes):
-            images = _images(folder / name, nested)
+            files = visible_files(folder / name, nested)
+            images = [path for path in files if is_image(path)]
+            others += [path for path in files if path.lower().endswith(OTHERS)]
             if not images:
                 raise UserError(
                     f"{folder / name}: DATASET.ROOT has no image of this class of {kind}; there must be some, with a "
@@ -195,6 +202,9 @@ def class_folders(
             labels += [label] * len(images)
     except OSError as error:
         raise UserError(f"{folder}: DATASET.ROOT is not {kind} ({error})") from None
+    if others:
+        more = f", as are {len(others) - 1} more" if others[1:] else ""
+        warn(f"{others[0]}: is of a kind that is not read, and is left out{more}")
     return paths, labels
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
@@ -40,8 +39,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FEWEST, MOST = 2, 21_841
 """Classes that such a set may have."""
 
-LONGEST = 4
-"""Longer side over the shorter one up to which all of an image is resized in tests; of longer ones the middle."""
+LONGEST = 20
+"""Longer side over the shorter one up to which all of an image is resized in tests; of longer ones it is the middle."""
 
 
 @dataclass(frozen=True)
@@ -63,19 +62,20 @@ class OwnImages(Source):
         return samples
 
 
-class Middle(nn.Module):
-    """Cut an image to its middle if it is longer than `LONGEST` times its shorter side.
+class ShortSide(v2.Resize):
+    """Resize an image's shorter side, as v2.Resize does; of a very long image the middle is cut out first.
 
-    Resizing its shorter side would make the longer one of any length: of 100,000 x 1 pixels 25 million x 256. Up to
-    its edges the square in the middle is the same.
+    Of 100,000 x 1 pixels a Resize would make 25 million x 256. The square in the middle stays what it is.
     """
+
+    takes_tensors = True
 
     def forward(self, image: Any) -> Any:
         height, width = v2.functional.get_size(image)
         most = LONGEST * min(height, width)
-        if max(height, width) <= most:
-            return image
-        return v2.functional.center_crop(image, [min(height, most), min(width, most)])
+        if max(height, width) > most:
+            image = v2.functional.center_crop(image, [min(height, most), min(width, most)])
+        return super().forward(image)
 
 
 def own_images(cfg: Any, read: Callable[[str, str], Any], names: list[str] | None, count: int, where: str) -> OwnImages:
@@ -96,7 +96,8 @@ def own_images(cfg: Any, read: Callable[[str, str], Any], names: list[str] | Non
     part = v2.RandomResizedCrop(side, scale=low_high) if low_high else square
     flip = (v2.RandomHorizontalFlip(node.FLIP),) if node.FLIP else ()
     # torchvision's own way from 256 to 224 pixels
-    middle = (Middle(), v2.Resize(round(side / node.TEST_CROP)), v2.CenterCrop(side)) if node.TEST_CROP else (square,)
+    whole = not node.TEST_CROP
+    middle = (square,) if whole else (ShortSide(round(side / node.TEST_CROP)), v2.CenterCrop(side))
     return OwnImages(
         read,
         num_classes=count,

@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,10 +41,11 @@ class Pairs(ImageFiles):
             )
         return pixels(image, f"{self.where}: image {index}")
 
-    def fingerprinted(self) -> Any:
+    def fingerprinted(self) -> Iterator[bytes]:
         """Yield what tells these images from others."""
         for index in range(len(self)):
-            yield self.image(index).numpy().tobytes()
+            image = self.image(index)
+            yield f"{tuple(image.shape)}".encode() + image.numpy().tobytes()
 
 
 class Part(NamedTuple):
@@ -154,7 +155,8 @@ def pixels(image: Any, where: str) -> Tensor:
         except Exception as error:  # a damaged image can raise nearly anything
             raise UserError(f"{where} cannot be read ({error})") from None
     if isinstance(image, np.ndarray):
-        image = torch.from_numpy(np.ascontiguousarray(image if image.ndim == 3 else image[..., None])).permute(2, 0, 1)
+        image = np.array(image)  # a copy, for some are of memory that may not be written
+        image = torch.from_numpy(image if image.ndim == 3 else image[..., None]).permute(2, 0, 1)
     if isinstance(image, Tensor) and image.ndim == 3 and image.shape[0] in (1, 3) and image.numel():
         if image.is_floating_point() and image.min() >= 0 and image.max() <= 1:
             image = (255 * image.float()).round().byte()

@@ -252,8 +252,18 @@ def source(of: Any) -> Source:
     name = of if isinstance(of, str) else of.DATASET.TYPE
     make = None if isinstance(of, str) or name in DATASETS else maker(name)
     if make is None and name not in DATASETS:
-        raise UserError(f"DATASET.TYPE is {shown(name)}; it must be one of {', '.join((*DATASETS, *MADE))}")
+        raise UserError(f"DATASET.TYPE is {shown(name)}; it must be one of {', '.join(names())}")
     return DATASETS[name] if make is None else make(of)
+
+
+def names() -> tuple[str, ...]:
+    """Return the values of DATASET.TYPE, and what one looks like that names a function."""
+    return (*DATASETS, *MADE)
+
+
+def knows(name: str) -> bool:
+    """Tell whether there is a data set of a DATASET.TYPE."""
+    return name in DATASETS or maker(name) is not None
 
 
 def maker(name: str) -> Callable[[Any], Source] | None:

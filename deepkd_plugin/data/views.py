@@ -118,7 +118,7 @@ def takes_tensors(distortion: Any) -> bool:
     Those of transforms.v2 that move pixels or take means of them. A resized pixel may differ by one level of 255.
     """
     kinds = (v2.RandomResizedCrop, v2.RandomHorizontalFlip, v2.Resize, v2.CenterCrop)
-    if type(distortion) not in kinds:
+    if type(distortion) not in kinds and not getattr(distortion, "takes_tensors", False):
         return False
     mode = getattr(distortion, "interpolation", InterpolationMode.BILINEAR)
     bilinear = getattr(mode, "value", mode) == InterpolationMode.BILINEAR.value  # torchvision 0.29 keeps its text

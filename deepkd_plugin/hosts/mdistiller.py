@@ -122,7 +122,7 @@ def mend(host: Host) -> list[str]:
     if dataset.get_dataset.__module__ == __name__:
         return []
     _replace(utils.load_checkpoint, load_checkpoint)
-    _replace(dataset.get_dataset, _settled_reader(host))
+    _replace(dataset.get_dataset, _settled_reader(host, dataset.get_dataset))
     _measure_teachers(host.trainers["base"])
     device.tolerate_cuda_calls()
     replaced = ["get_dataset", "load_checkpoint", "the base trainer's constructor"]
@@ -178,6 +178,9 @@ def check_launcher(host: Host, cfg: Any, origin: dict[str, str]) -> None:
     """Raise UserError if a config asks mdistiller's own launcher for networks that only ours can make."""
     used = ("DISTILLER.STUDENT", "DISTILLER.TEACHER")[: 1 if cfg.DISTILLER.TYPE == "NONE" else 2]
     reason = "under mdistiller's own launcher, which makes networks itself; ours makes others (train there instead)"
+    source = data.source(cfg)
+    if isinstance(source, data.OwnImages) and source.zoo != "cifar":
+        raise config.wrong(origin, "INPUT.SIZE", cfg.INPUT.SIZE, f"32, for networks of mdistiller's zoo {reason}")
     for path in used:
         name = config.get(cfg, path)
         if name not in host.models(cfg):
@@ -219,16 +222,49 @@ def _teacher(host: Host, cfg: Any, entry: Any) -> Any:
     return lambda pretrained=False: loaded if pretrained else entry(pretrained=False)
 
 
-def _settled_reader(host: Host) -> Callable[[Any], Any]:
+def _settled_reader(host: Host, theirs: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Make the get_dataset of a host; theirs: its own, which may know data sets that the plugin does not."""
     replaced: list[Replaced] = []
+    known: set[str] = set()
 
     def get_dataset(cfg: Any) -> Any:
         """Settle the config, which mdistiller's launcher shows here first, and return the plugin's data set."""
+        loaders = None
+        if cfg.DATASET.TYPE in known or not data.knows(cfg.DATASET.TYPE):
+            loaders = _their_loaders(theirs, cfg)
+            known.add(cfg.DATASET.TYPE)
         if cfg.is_frozen():  # tools/eval.py, which does not train, leaves its config open
             settle(host, cfg, replaced)
-        return data.get_dataset(cfg)
+        return loaders or data.get_dataset(cfg)
 
     return get_dataset
+
+
+def _their_loaders(theirs: Callable[[Any], Any], cfg: Any) -> Any:
+    """Return what a checkout's own get_dataset gives, and let the plugin know what it can of that data set.
+
+    Raises UserError for a type that it does not have either, and for keys that only the plugin's readers read.
+    """
+    name, origin = cfg.DATASET.TYPE, dict.fromkeys(config.flatten(cfg), "config")
+    for key in config.all_keys():
+        value, ours = config.get(cfg, key.path), ("DATASET.HOLDOUT", "DATASET.TRAIN_PER_CLASS", "DATASET.PIPELINE")
+        if key.path in ours and value != key.default:
+            allowed = f"{key.default!r} with DATASET.TYPE {name}, which mdistiller's own get_dataset reads"
+            raise config.wrong(origin, key.path, value, allowed)
+    if config.views(cfg) > 1:
+        allowed = f"another with DATASET.TYPE {name}, of whose images mdistiller's own get_dataset gives one view"
+        raise config.wrong(origin, "DISTILLER.TYPE", cfg.DISTILLER.TYPE, allowed)
+    try:
+        loaders = theirs(cfg)
+    except NotImplementedError:
+        data.source(cfg)  # which says what there is
+        raise
+    _, test, count, num_classes = loaders
+    side = getattr(test.dataset[0][0], "shape", (32,))[-1]
+    data.DATASETS[name] = data.Source(
+        theirs, num_classes=num_classes, train=count, test=len(test.dataset), side=side, mean=(0.0,) * 3, std=(1.0,) * 3
+    )
+    return loaders
 
 
 def _measure_teachers(base_trainer: type) -> None:

@@ -131,7 +131,7 @@ def test_names_are_unique_and_known(dots):
     register_dataset("dots", source("dots"))  # a module may be imported again
     line = complaint(register_dataset, "dots", Source(read, **FACTS))
     assert line == "the data set 'dots' is registered already; another must have a name of its own"
-    known = "cifar100, glyphs100, imagenet, tiny_imagenet, dots"
+    known = "cifar100, glyphs100, imagenet, tiny_imagenet, dots, folder, huggingface, package.module:function"
     assert complaint(source, "mnist") == f"DATASET.TYPE is 'mnist'; it must be one of {known}"
     line = complaint(register_dataset, "more", Source(read, **FACTS, zoo="zoo"))
     assert line == "the data set 'more' has the zoo 'zoo'; it must be one of cifar, tiny_imagenet, imagenet"

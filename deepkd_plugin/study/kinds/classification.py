@@ -139,8 +139,8 @@ class Classification(Kind):
         for cell, cfg in cfgs.items():
             file = "" if cfg.DISTILLER.TYPE == "NONE" else self.teacher_file(cfg)
             if file and Path(file).is_file():
-                fed = (str(dict(cfg.DISTILLER.TEACHER_INPUT)), str(cfg.DISTILLER.TEACHER_CLASSES))
-                key = (cfg.DATASET.TYPE, cfg.DISTILLER.TEACHER, file, *fed)
+                fed = (str(dict(part)) for part in (cfg.DISTILLER.TEACHER_INPUT, cfg.INPUT))
+                key = (cfg.DATASET.TYPE, cfg.DISTILLER.TEACHER, file, str(cfg.DISTILLER.TEACHER_CLASSES), *fed)
                 if key not in known:
                     known[key] = checkpoint.fingerprint(self.load_teacher(cfg))
                 fingerprints[cell] = known[key]
