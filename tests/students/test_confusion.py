@@ -52,7 +52,6 @@ def test_its_data_may_have_moved(run, data_root, tmp_path, capsys):
     [
         ([], "needs RUN, or -m MODEL"),
         (["RUN", "-m", "resnet8"], "needs RUN, or -m MODEL"),
-        (["-m", "resnet8", "SOLVER.SEED", "1"], "KEY VALUE go with RUN"),
         (["RUN", "-d", "imagenet"], "--dataset goes with -m MODEL"),
         (["no/such/run"], "no such file; STUDENT must name a run's folder"),
     ],
