@@ -10,6 +10,8 @@ from ..terminal import Parser, guarded
 COMMANDS = {
     "apply": "put the plugin into a checkout of mdistiller",
     "cache": "list, fill, check and delete tables of teacher logits",
+    "distill": "train a student on a folder of images, from nothing",
+    "init": "write the configs that distill trains under",
     "doctor": "look for what would keep a run from working",
     "gsnr": "measure and draw the gradient signal-to-noise ratio of the streams",
     "eval": "test what a run trained, or any file of weights",

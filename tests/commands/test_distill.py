@@ -1,0 +1,114 @@
+"""From a folder of images to a taught student, in one command."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from deepkd_plugin.commands.cli import main
+from deepkd_plugin.hosts.registry import find_host
+from deepkd_plugin.launch import read_config
+
+NETWORKS = ("--student", "resnet8", "--train-teacher", "resnet14")
+SHORT = ("--epochs", "2", "--batch", "16", "DATASET.NUM_WORKERS", "0", "SOLVER.CHANNELS_LAST", "False")
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Two classes that a network learns in a few steps: bright images and dark ones."""
+    rng = np.random.default_rng(0)
+    for name, light in (("dark", 60), ("light", 190)):
+        folder = tmp_path / "images" / name
+        folder.mkdir(parents=True)
+        for i in range(30):
+            size = rng.integers(33, 60, 2)
+            pixels = rng.normal(light, 25, (*size, 3)).clip(0, 255).astype("uint8")
+            Image.fromarray(pixels).save(folder / f"{i}.jpg")
+    return tmp_path / "images"
+
+
+def distil(images, *words, command="distill", networks=NETWORKS):
+    return main([command, "--images", str(images), *networks, "--out", str(images.parent / "out"), *SHORT, *words])
+
+
+def test_one_command_trains_teacher_and_student_and_says_what_was_gained(images, capsys):
+    assert distil(images, "--compare") == 0
+    out = capsys.readouterr().out
+    assert "images    " in out
+    assert "2 classes, 48 to train on, 12 to test on" in out
+    assert "teacher   resnet14, trained first" in out
+    assert "runs      3 of 2 epochs, about " in out
+    results = {}
+    for name in ("teacher", "deepkd", "alone"):
+        folder = images.parent / "out" / name
+        run = json.loads((folder / "run.json").read_text())
+        assert run["finished"]
+        results[name] = run["result"]
+        assert (folder / "student_best.safetensors").is_file()
+    gain = results["deepkd"]["last"] - results["alone"]["last"]
+    assert f"gain      {gain:+.2f} points in the last epoch" in out
+    # the same call finds everything done
+    assert distil(images, "--compare") == 0
+    assert capsys.readouterr().out.count("finished before") == 3
+
+
+def test_its_configs_are_those_of_training_with_a_comment_for_each_key(images, capsys):
+    assert distil(images, "--compare", "SOLVER.LR", "0.02", command="init") == 0
+    out = capsys.readouterr().out
+    cfgs = {}
+    for name in ("teacher", "deepkd", "alone"):
+        file = images.parent / "out" / f"{name}.yaml"
+        assert str(file) in out
+        cfgs[name] = read_config(find_host(), str(file), [])[0]
+        assert cfgs[name].SOLVER.LR == 0.02
+        assert cfgs[name].INPUT.SIZE == 32
+        assert cfgs[name].DATASET.HOLDOUT == 0.2
+    assert not (images.parent / "out/deepkd").exists()
+    assert cfgs["teacher"].DISTILLER.STUDENT == cfgs["deepkd"].DISTILLER.TEACHER == "resnet14"
+    assert cfgs["alone"].DISTILLER.TYPE == cfgs["teacher"].DISTILLER.TYPE == "NONE"
+    assert cfgs["alone"].INPUT == cfgs["deepkd"].INPUT
+    assert cfgs["deepkd"].SOLVER.DECOUPLED.DELTA.TCG == -0.075
+    text = (images.parent / "out/deepkd.yaml").read_text()
+    assert "    TYPE: dynamic # top-K mask on the non-target classes" in text
+    assert yaml.safe_load(text)["SOLVER"]["EPOCHS"] == 2
+
+
+@pytest.mark.parametrize("method", ["kd", "dkd", "deepkd_dkd"])
+def test_other_methods(images, method, capsys):
+    assert distil(images, "--method", method, command="init") == 0
+    cfg = read_config(find_host(), str(images.parent / "out" / f"{method}.yaml"), [])[0]
+    assert {"kd": "KD", "dkd": "DKD"}.get(method, "DeepKD") == cfg.DISTILLER.TYPE
+    assert ("DecoupledMomentumSGD" if method == "deepkd_dkd" else "base") == cfg.SOLVER.TRAINER
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--method", "nkd"), "invalid choice: 'nkd'"),
+        (("--teacher-weights", "t.pt"), "--teacher-weights goes with --teacher"),
+        (("DISTILLER.STUDENT", "resnet9"), "DISTILLER.STUDENT is 'resnet9'"),
+        (("SOLVER.LR", "-1"), "SOLVER.LR is -1"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(images, words, message, capsys):
+    assert distil(images, *words) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (images.parent / "out").exists()
+
+
+def test_a_folder_that_is_none(tmp_path, capsys):
+    assert distil(tmp_path / "nowhere") == 2
+    assert "--images is" in capsys.readouterr().err
+
+
+def test_another_plan_in_the_same_folder_is_refused(images, capsys):
+    assert distil(images, command="init") == 0
+    before = (images.parent / "out/deepkd.yaml").read_bytes()
+    assert distil(images, "SOLVER.LR", "0.01", command="init") == 2
+    assert "is of another plan" in capsys.readouterr().err
+    assert (images.parent / "out/deepkd.yaml").read_bytes() == before
+    assert distil(images, "SOLVER.LR", "0.01", "--overwrite", command="init") == 0
