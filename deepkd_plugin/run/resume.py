@@ -129,7 +129,15 @@ def check_optimizer(path: Path, optimizer: torch.optim.Optimizer, before: list[d
             raise _odd(path, f"its optimizer has the momenta {_shown(momenta)}")
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            for tensor in _tensors(optimizer.state.get(parameter, {})):
+            state = dict(optimizer.state.get(parameter, {}))
+            # AdamW's: a number of steps, and means of squares
+            counts, squares = (_tensors(state.get(name)) for name in ("step", "exp_avg_sq"))
+            if not all(count.ndim == 0 and bool(torch.isfinite(count)) and count >= 0 for count in counts):
+                raise _odd(path, "its optimizer holds a number of steps that is none")
+            if any(bool((square < 0).any()) for square in squares):
+                raise _odd(path, "its optimizer holds means of squares below 0")
+            state.pop("step", None)
+            for tensor in _tensors(state):
                 if tensor.shape != parameter.shape or not bool(torch.isfinite(tensor).all()):
                     raise _odd(path, "its optimizer holds a buffer of another shape, or one that is not finite")
 
