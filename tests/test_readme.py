@@ -58,6 +58,8 @@ def test_commands(command, train, data_root, cifar_root, capsys, monkeypatch, re
             options += ["DATASET.ROOT", str(cifar_root), "DATASET.HOLDOUT", "0.0", "SOLVER.BATCH_SIZE", "50"]
             options += ["DISTILLER.TEACHER", "resnet20", "DISTILLER.STUDENT", "resnet8"]
             options += ["DISTILLER.TEACHER_WEIGHTS", "builtin:glyphs100_resnet20", "SOLVER.EPOCHS", "1"]
+        if "configs/folder/" in words[3]:  # tests/test_own_images.py trains on such
+            return
         if "configs/imagenet/" in words[3]:  # whose images are not here
             read_config(find_host(), str(ROOT / words[3]), options)
             return
@@ -76,6 +78,16 @@ def test_commands(command, train, data_root, cifar_root, capsys, monkeypatch, re
             words[words.index("--reuse") + 1] = str(tmp_path / "other")
         assert cli.main([*words, "--dry-run", "--out", str(tmp_path), "DATASET.ROOT", str(data_root)]) == 0
         assert f"{tmp_path}" in capsys.readouterr().out
+    elif words[:2] == ["deepkd", "distill"]:
+        # what it would train; tests/commands/test_distill.py trains
+        words[words.index("--images") + 1] = str(tmp_path / "images")
+        for name in ("daisy/1.png", "daisy/2.png", "rose/1.png", "rose/2.png"):
+            for part in ("train", "val"):
+                file = tmp_path / "images" / part / name
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (40, 50)).save(file)
+        assert cli.main(["init", *words[2:], "--out", str(tmp_path / "out")]) == 0
+        assert len(list((tmp_path / "out").glob("*.yaml"))) == 3
     elif words[:2] == ["deepkd", "tune"]:
         # what it would start; tests/study/tune starts it
         monkeypatch.setattr(Classification, "seconds", lambda kind, cfgs, threads, runs: [0.0] * len(cfgs))

@@ -149,7 +149,7 @@ def layout(node: Any) -> tuple[Path | None, Path | None]:
         raise UserError(f"{root / asked}: DATASET.TEST.SPLIT names this folder; it must be there, with class folders")
     tests = [asked] if asked else [name for name in PARTS if name in parts]
     if "train" in parts or tests:
-        others = sorted(present - set(parts))
+        others = sorted(present - {*parts, *PARTS})
         if not tests and others:
             raise UserError(
                 f"{root}: DATASET.ROOT has train/ with folders in it, and {others[0]}/; beside images to train on "
@@ -193,7 +193,7 @@ def _warn(folder: Path, split: str, node: Any) -> None:
     loose = sorted(filter(is_image, files))
     if loose:
         warn(f"{loose[0]}: is in no class's folder and is left out, as are {len(loose) - 1} others beside it")
-    there = [name for name in PARTS if (folder.with_name(name)).is_dir()]
+    there = [name for name in PARTS if (part := folder.with_name(name)).is_dir() and folder_names(part)]
     if split == "test" and len(there) > 1 and not node.TEST.SPLIT:
         warn(f"{folder}: is tested on, and {' and '.join(there[1:])} not; DATASET.TEST.SPLIT can name another")
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import data, extensions
 from ..errors import UserError, shown
 from ..run import checkpoint
+from ..terminal import warn
 from .adapter import Adapter, Input, adapt, choose, feed, plain, reason_of, try_out
 from .classes import KEY as CLASSES
 from .classes import choose_classes, read_names
@@ -149,6 +150,12 @@ def student_network(host: Host, cfg: Any, num_classes: int) -> nn.Module:
         own = outside and outside.input()
         if outside is None or own is None:
             raise UserError(f"{key} is 'pretrained'; it must be a file with {name}, of which no library has weights")
+        source = data.source(cfg)
+        if isinstance(source, data.OwnImages) and (own.mean, own.std) != (source.mean, source.std):
+            warn(
+                f"{key} is 'pretrained', on images of mean {own.mean} and std {own.std}; {name} gets INPUT.MEAN "
+                f"{source.mean} and INPUT.STD {source.std}, the teacher's by default"
+            )
         with torch.random.fork_rng(devices=[]):
             weights = outside.pretrained(num_classes, data.source(cfg).side, key).state_dict()
     else:

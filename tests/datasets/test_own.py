@@ -217,6 +217,17 @@ def test_a_class_of_one_image(tmp_path, capsys):
     )
 
 
+def test_images_without_classes_are_no_part_to_test_on(tmp_path, capsys):
+    """As competitions have them: classes in train, images of nobody knows what in test."""
+    make(tmp_path, parts=("train",), count=5)
+    write(tmp_path / "test" / "1.png")
+    refused(lambda: get_dataset(config(tmp_path)), "has train/, and none of val")
+    assert get_dataset(config(tmp_path, DATASET__HOLDOUT=0.2))[2] == 8
+    make(tmp_path, parts=("val",))
+    assert len(get_dataset(config(tmp_path))[1].dataset) == 6
+    assert not capsys.readouterr().err
+
+
 def test_what_is_hidden_or_no_image_is_left_out(tmp_path):
     make(tmp_path)
     for place in ("train/.cache", "train/cat/.thumbnails", ".git"):
