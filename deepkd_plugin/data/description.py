@@ -17,7 +17,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from ..errors import UserError, shown
 from ..run import record
-from .folders import rgb
+from .folders import as_seen
 from .normalise import Normalise
 from .sources import ZOOS, Source, source
 
@@ -59,7 +59,7 @@ class Description:
                 f"{self.dataset}: its test images are resized in a way that no file can hold, so others cannot be "
                 f"made like them; it must be a Resize, bilinear, and a CenterCrop"
             )
-        pixels = pil_to_tensor(rgb(image))
+        pixels = pil_to_tensor(as_seen(image))
         height, width = pixels.shape[1:]
         if max(height, width) > _LONGEST * min(height, width):
             # the rest is far from the centre, and would be enlarged with it, to gigabytes for a line of pixels

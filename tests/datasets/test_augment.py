@@ -273,7 +273,7 @@ TWO = ("DISTILLER.TYPE", "MLKD")
         ),
         (
             ("SOLVER.TRAINER", "DecoupledAdamW", "SOLVER.DECOUPLED.DAMPENING", "ema"),
-            "is 'ema'; it must be 'none' with SOLVER.TRAINER DecoupledAdamW, which does not read it; Decoupled",
+            "is 'ema'; it must be 'variant' with SOLVER.TRAINER DecoupledAdamW, which does not read it; Decoupled",
         ),
         (
             ("SOLVER.TYPE", "AdamW"),
