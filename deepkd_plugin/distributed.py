@@ -8,6 +8,7 @@ compares, and the sum of the processes' gradients (`Summation`) is the gradient 
 import atexit
 import contextlib
 import datetime
+import io
 import os
 import signal
 import socket
@@ -310,6 +311,39 @@ def total(numbers: Sequence[float]) -> list[float]:
     if size() == 1:
         return list(numbers)
     return list(_reduced(torch.tensor(numbers, dtype=torch.float64, device=_here.device)).tolist())
+
+
+def largest(numbers: Sequence[float]) -> list[float]:
+    """Return the largest of the processes' numbers, place by place."""
+    if size() == 1:
+        return list(numbers)
+    values = torch.tensor(numbers, dtype=torch.float64, device=_here.device)
+    return list(_reduced(values, dist.ReduceOp.MAX).tolist())
+
+
+def parts_of_all(numbers: Sequence[float]) -> Sequence[Tensor | float]:
+    """Return this process's part of the sum of all processes' numbers, place by place: (n,), 0 of nothing."""
+    if size() == 1:
+        return [1.0] * len(numbers)
+    own = torch.tensor(numbers, dtype=torch.float32, device=_here.device)
+    return (own / _reduced(own.clone()).clamp_min(1)).unbind()
+
+
+def added(values: Tensor) -> Tensor:
+    """Add up the processes' tensors of one shape, without waiting for the device."""
+    return values if size() == 1 else _reduced(values.detach().clone())
+
+
+def of_all(mine: Any) -> list[Any]:
+    """Return what each process has: numbers, texts and tensors on the CPU, in lists and dicts."""
+    if size() == 1:
+        return [mine]
+    buffer = io.BytesIO()
+    torch.save(mine, buffer)
+    row = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8).to(_here.device)
+    counts = [int(count) for count in total([len(row) if number == rank() else 0 for number in range(size())])]
+    parts = gather(row, counts).cpu().split(counts)
+    return [torch.load(io.BytesIO(part.numpy().tobytes()), weights_only=True) for part in parts]
 
 
 def check_alike(**facts: int) -> None:

@@ -161,9 +161,11 @@ def make_step(execution: str, distiller: nn.Module, *arguments: Any, chunk: int 
         print(f"SOLVER.EXECUTION {execution}: falls back to eager ({reason})")
         execution = "eager"
     if chunk is None:
-        return STEPS[execution](distiller, *arguments, home)
-    step = DIVIDED[execution](distiller, *arguments, home)
-    step.chunk, step.sum_over = chunk, distributed.streams()
+        step = STEPS[execution](distiller, *arguments, home)
+    else:
+        step = DIVIDED[execution](distiller, *arguments, home)
+        step.chunk = chunk
+    step.sum_over = distributed.streams()
     return step
 
 

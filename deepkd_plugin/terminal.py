@@ -170,7 +170,7 @@ def one_process() -> None:
     if (size := world_size()) > 1:
         raise UserError(
             f"environment: WORLD_SIZE is {size}; this is work for one process, so start it without torchrun (it is "
-            f"tools/train.py that trains one run in several)"
+            f"tools/train.py and tools/train_detection.py that train one run in several)"
         )
 
 

@@ -55,6 +55,8 @@ class Trainer:
     """The number of test() that the best epoch is chosen by; more is better, and of equals the first stays."""
     shown = "test"
     """What it is called on the terminal."""
+    by_logits = True
+    """Whether several processes exchange logits to share a batch; False: their losses add up to the batch's."""
     make_optimizer: Callable[[Any, Any], StreamOptimizer] = staticmethod(solver.one_momentum)
     """(parameters, config) -> optimizer."""
 
@@ -70,7 +72,7 @@ class Trainer:
         self.device = next(self.module.parameters()).device
         device.tune(cfg.SOLVER.DETERMINISTIC)
         device.place(self.module, self.device, cfg.SOLVER.CHANNELS_LAST)
-        divided = distributed.size() > 1 or cfg.SOLVER.ACCUMULATE > 1
+        divided = self.by_logits and (distributed.size() > 1 or cfg.SOLVER.ACCUMULATE > 1)
         if divided:
             check_divisible(cfg, self.module, train_loader)
         self.optimizer = self.make_optimizer(self.module.get_learnable_parameters(), cfg)
@@ -282,12 +284,12 @@ class Trainer:
 
     def count(self, parts: dict[str, Any], step: int) -> int:
         """Count the images of a step's batch, of all processes together."""
-        if not isinstance(self.step, DividedStep):
-            return len(parts["target"])
         order, size = passes(self.train_loader), self.cfg.SOLVER.BATCH_SIZE
-        whole = len(parts["target"]) if distributed.size() == 1 or order is None else len(order) - (step - 1) * size
-        self.step.count = min(whole, size) if distributed.size() > 1 else whole
-        return self.step.count
+        several = distributed.size() > 1 and order is not None
+        count = min(len(order) - (step - 1) * size, size) if several else len(parts["target"])
+        if isinstance(self.step, DividedStep):
+            self.step.count = count
+        return count
 
     def advance_warmup(self, epoch: int, step: int) -> float:
         """Set the learning rate of a step if warm-up changes it within the epoch; returns the epoch for the losses'.

@@ -480,7 +480,7 @@ def test_reading_large_images(run, tmp_path):
 
 
 ON_A_CPU = ("optimizer_ways", "grad_scaler", "amp_in_threads", "teacher_top_50", "deterministic_twice")
-ON_A_CPU += ("pipeline_device", "large_test_batches")
+ON_A_CPU += ("pipeline_device", "large_test_batches", "accumulation", "float16", "processes")
 
 
 @pytest.fixture

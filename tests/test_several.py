@@ -12,7 +12,7 @@ from processes import in_two_processes
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from deepkd_plugin import config, distributed, launch, trainer
+from deepkd_plugin import choice, config, distributed, launch, trainer
 from deepkd_plugin.data.arrays import Passes, Shares
 from deepkd_plugin.data.augment import Mixing
 from deepkd_plugin.device import seed_everything
@@ -164,6 +164,7 @@ def in_several(rank, folder):
     distributed.synchronised = synchronised
     train(make(f"{folder}/synchronised", norm=nn.BatchNorm1d, SYNC_BATCHNORM=True))
     results["overflow"] = overflow(rank, make(f"{folder}/overflow", AMP="float16"))
+    results["auto"] = [choice._agreed(choice.Choice(rank == one, "measured")).value for one in range(2)]
     failures = []
     for keys in ({"LR": 1e30}, {"BATCH_SIZE": 16}):
         try:
@@ -293,6 +294,11 @@ def test_the_first_process_has_the_buffers_of_all(several):
     saved = small.weights(folder / "batchnorm/run")["body.2.running_mean"]
     for result in results:
         torch.testing.assert_close(result["buffers"], saved, rtol=0, atol=0)
+
+
+def test_processes_agree_on_what_the_first_measured(several):
+    _, results = several
+    assert [result["auto"] for result in results] == [[True, False]] * 2
 
 
 def test_all_processes_stop_at_a_mistake(several):

@@ -15,11 +15,13 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 
+from .. import distributed
 from ..distillers.base import Taught, warmup_factor
 from ..distillers.variants import variant
 from ..losses import wide
 from ..topk import mask_size
 from .losses import losses_by_stream, proposal_kd, proposal_terms
+from .sampling import give_seeds
 
 Target = dict[str, Tensor]
 """One image's boxes (n, 4), x1 y1 x2 y2 in pixels, and labels (n,), from 1 on; n may be 0."""
@@ -29,7 +31,7 @@ class Pass(NamedTuple):
     """What distillation needs of a student's training step; N proposals in all, K + 1 classes."""
 
     losses: dict[str, Tensor]
-    """Of the proposal network and the box head."""
+    """Of the proposal network and the box head; of several processes, this one's part of the batch's."""
     logits: Tensor
     """(N, K + 1)"""
     labels: Tensor
@@ -37,27 +39,43 @@ class Pass(NamedTuple):
     proposals: list[Tensor]
     """(n, 4) for each image."""
     images: ImageList
+    share: Tensor | float = 1.0
+    """Of the batch's proposals, which several processes may share; a mean over N, times it, adds up to that of all."""
 
 
-def training_pass(student: FasterRCNN, images: Sequence[Tensor], targets: Sequence[Target]) -> Pass:
+def training_pass(
+    student: FasterRCNN,
+    images: Sequence[Tensor],
+    targets: Sequence[Target],
+    seeds: Sequence[int] = (),
+    counted: bool = True,
+) -> Pass:
     """Take a training step of torchvision's Faster R-CNN, up to its losses, and keep what it sampled.
 
-    images: (3, H, W) each, in [0, 1]. Without proposals the box head's losses are 0; torchvision's are NaN.
+    images: (3, H, W) each, in [0, 1]. seeds: what each image's draws are a function of; without them they are from
+    PyTorch's generator. counted: False if this process passes an image for nothing, because the others wait for it.
+    Without proposals the box head's losses are 0; torchvision's are NaN. Several processes share a batch: all losses
+    are means over what is sampled of all its images, so each process has its share of them.
     """
+    give_seeds(student, seeds)
     batch, resized = student.transform(list(images), list(targets))
     features = student.backbone(batch.tensors)
     proposals, losses = student.rpn(batch, features, resized)
     heads = student.roi_heads
     proposals, _, labels, offsets = heads.select_training_samples(proposals, resized)
-    pooled = heads.box_roi_pool(features, proposals, batch.image_sizes)
+    # the pool infers its levels' strides from the extent of the first batch, which must be one in all processes
+    pooled = heads.box_roi_pool(features, proposals, [student.transform.extent])
     logits, regression = heads.box_predictor(heads.box_head(pooled))
     logits, regression = wide(logits), wide(regression)
     if len(logits):
         classifier, box = fastrcnn_loss(logits, regression, labels, offsets)
     else:
         classifier, box = logits.sum(), regression.sum()
-    losses = losses | {"loss_classifier": classifier, "loss_box_reg": box}
-    return Pass(losses, logits, torch.cat(labels), proposals, batch)
+    sampled = [student.rpn.fg_bg_sampler.counted, len(logits)] if counted else [0, 0]
+    of_anchors, of_proposals = distributed.parts_of_all(sampled)
+    losses = {name: of_anchors * loss for name, loss in losses.items()}
+    losses |= {"loss_classifier": of_proposals * classifier, "loss_box_reg": of_proposals * box}
+    return Pass(losses, logits, torch.cat(labels), proposals, batch, of_proposals)
 
 
 class Detector(nn.Module):
@@ -71,11 +89,21 @@ class Detector(nn.Module):
     def get_learnable_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.student.parameters() if p.requires_grad]
 
-    def forward(self, image: list[Tensor], target: list[Target] | None = None, **batch: Any) -> Any:
-        """Return ((N, K + 1) class logits, {name: loss}) in training, else what torchvision's detectors return."""
+    def forward(
+        self,
+        image: list[Tensor],
+        target: list[Target] | None = None,
+        seeds: Sequence[int] = (),
+        counted: bool = True,
+        **batch: Any,
+    ) -> Any:
+        """Return ((N, K + 1) class logits, {name: loss}) in training, else what torchvision's detectors return.
+
+        seeds, counted: as training_pass takes them.
+        """
         if not self.training:
             return self.student(image)
-        step = training_pass(self.student, image, target)
+        step = training_pass(self.student, image, target, seeds, counted)
         return step.logits, self.losses(step, **batch)
 
     def losses(self, step: Pass, **batch: Any) -> dict[str, Tensor]:
@@ -103,7 +131,7 @@ class KD(Distilled):
 
     def losses(self, step: Pass, **batch: Any) -> dict[str, Tensor]:
         node = self.cfg.KD
-        kd = proposal_kd(step.logits, self.teach(step), float(node.TEMPERATURE))
+        kd = step.share * proposal_kd(step.logits, self.teach(step), float(node.TEMPERATURE))
         return _weighted(step.losses, node.LOSS.CE_WEIGHT) | {"loss_kd": node.LOSS.KD_WEIGHT * kd}
 
 
@@ -113,7 +141,7 @@ class DKD(Distilled):
     def losses(self, step: Pass, epoch: float, **batch: Any) -> dict[str, Tensor]:
         node = self.cfg.DKD
         tckd, nckd = proposal_terms(step.logits, self.teach(step), step.labels, temperature=float(node.T))
-        dkd = warmup_factor(epoch, node.WARMUP) * (node.ALPHA * tckd + node.BETA * nckd)
+        dkd = step.share * warmup_factor(epoch, node.WARMUP) * (node.ALPHA * tckd + node.BETA * nckd)
         return _weighted(step.losses, node.CE_WEIGHT) | {"loss_kd": dkd}
 
 
@@ -137,7 +165,7 @@ class DeepKD(Distilled):
         warmup = warmup_factor(epoch, node.WARMUP)
         return losses_by_stream(
             step.losses,
-            terms,
+            (step.share * terms[0], step.share * terms[1]),
             task_weight=node.CE_WEIGHT,
             tcg_weight=warmup * node.TCG_WEIGHT,
             ncg_weight=warmup * node.NCG_WEIGHT,

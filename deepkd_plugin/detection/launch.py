@@ -8,7 +8,7 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from .. import config, device
+from .. import config, device, distributed
 from ..hosts import builtin
 from ..launch import experiment_name, read_words, run, sibling
 from ..run import folder as run_folder
@@ -28,8 +28,12 @@ EXAMPLE = "configs/detection/glyph_canvas/res20_res8/deepkd.yaml"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`tools/train_detection.py`: train the detector of a config. Returns the exit code (2: a mistake of the user)."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    return guarded(lambda: train(**read_words(words, TOOL, "Train a detector under a config.", EXAMPLE)))
+    return distributed.ended(lambda: guarded(lambda: _main(list(sys.argv[1:] if argv is None else argv))))
+
+
+def _main(words: list[str]) -> None:
+    with distributed.joined():
+        train(**read_words(words, TOOL, "Train a detector under a config.", EXAMPLE))
 
 
 def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, command: str) -> None:
@@ -38,11 +42,14 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
     import_pycocotools()  # now, because AP is first measured after an epoch
     name = experiment_name(cfg, options)
     folder = Path(cfg.LOG.PREFIX) / name
+    device.tune(cfg.SOLVER.DETERMINISTIC)  # before CUDA starts
+    distributed.take_card()
+    resume, overwrite = run_folder.restarted(folder, resume, overwrite)
     with run_folder.held(folder, resume, overwrite):
-        device.tune(cfg.SOLVER.DETERMINISTIC)  # before CUDA starts
         torch_device = device.pick()
         device.seed_everything(cfg.SOLVER.SEED)
-        train_loader, test_loader, count, classes = get_detection_sets(cfg)
+        with distributed.in_turn():
+            train_loader, test_loader, count, classes = get_detection_sets(cfg)
         config.check_mask(cfg, origin, len(classes) + 1)
         print(f"{name}: {cfg.DISTILLER.TYPE} on {cfg.DATASET.TYPE}, {count} images, {device.describe(torch_device)}")
         if DETECTION_SETS[cfg.DATASET.TYPE].pretrained and not cfg.DETECTION.STUDENT_BACKBONE:
@@ -53,7 +60,8 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
         trainer = TRAINERS[cfg.SOLVER.TRAINER](name, distiller, train_loader, test_loader, cfg)
         trainer.teacher_acc = teacher_ap
         result = run(trainer, resume, overwrite, command)
-        summarise(file, cfg, folder, teacher_ap, result)
+        if not distributed.rank():
+            summarise(file, cfg, folder, teacher_ap, result)
 
 
 def make_distiller(cfg: Any, num_classes: int) -> Detector:

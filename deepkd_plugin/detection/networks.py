@@ -23,6 +23,7 @@ from ..errors import UserError
 from ..hosts.builtin.models.resnet import ResNet
 from ..losses import wide
 from ..run import checkpoint
+from .sampling import draw_by_image
 
 RATIOS = (0.5, 1.0, 2.0)
 """Height over width of anchors."""
@@ -52,6 +53,7 @@ def network(name: str, num_classes: int, node: Any, backbone: str = "", trained:
         box_positive_fraction=node.FOREGROUND,
         **options,
     )
+    draw_by_image(detector)
     for part in (detector.backbone, detector.rpn.head, detector.roi_heads.box_predictor):
         part.register_forward_hook(_in_float32)
     return detector

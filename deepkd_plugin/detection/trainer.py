@@ -1,11 +1,13 @@
 """The trainer of detectors: the classification trainer's loop with boxes, a warm-up by iteration, and AP."""
 
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import device
+from .. import config, device, distributed
+from ..data import draws
 from ..errors import UserError
 from ..step import Batch
 from ..trainer import DecoupledMomentumTrainer
@@ -26,6 +28,7 @@ class DetectionTrainer(DecoupledMomentumTrainer):
     that of the epoch in the schedule, times a factor that rises over DETECTION.WARMUP_ITERATIONS.
     """
 
+    by_logits = False
     metric = "test_ap"
     shown = "AP"
 
@@ -40,14 +43,19 @@ class DetectionTrainer(DecoupledMomentumTrainer):
         """Return nothing: what a file says of a student is for networks that classify whole images."""
 
     def prepare(self, batch: Any, epoch: int, step: int) -> dict[str, Any]:
-        """Prepare a batch as the base trainer does, add the share of the training that is done, set the rate."""
+        """Prepare a batch as the base trainer does, add what is drawn and the share that is done, set the rate."""
         images, targets = batch
         done = (epoch - 1) * len(self.train_loader) + step - 1
         self.warm_up(done)
         total = len(self.train_loader) * self.cfg.SOLVER.EPOCHS
+        whole = self.count({"target": targets}, step)
+        own = distributed.shares(whole, config.chunk(self.cfg))[0][distributed.rank()]
         return {
             "image": device.place_batch(images, self.device, False),
             "target": [{name: value.to(self.device) for name, value in t.items()} for t in targets],
+            "seeds": [draws.word(self.cfg.SOLVER.SEED, epoch, int(t["image_id"])) for t in targets],
+            "count": whole,
+            "counted": own > 0,
             "progress": done / max(total - 1, 1),
         }
 
@@ -57,6 +65,11 @@ class DetectionTrainer(DecoupledMomentumTrainer):
         factor = WARMUP_START + (1 - WARMUP_START) * done / iterations if done < iterations else 1.0
         for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr()):
             group["lr"] = factor * rate
+
+    def measure(self, logits: Tensor, losses: dict[str, Tensor], parts: Batch) -> dict[str, Tensor]:
+        """Return the losses of the whole batch, to which those of the processes add up, once for each image."""
+        sums = distributed.added(torch.stack(list(losses.values())))
+        return {stream: loss * parts["count"] for stream, loss in zip(losses, sums.unbind())}
 
     def hits(self, logits: Tensor, parts: Batch) -> dict[str, Tensor]:
         """Return nothing: a high accuracy on proposals means little, because most are background."""
@@ -68,6 +81,7 @@ class DetectionTrainer(DecoupledMomentumTrainer):
 
     def test(self) -> dict[str, float]:
         """Return the student's AP, AP50 and AP75 on the test set, in percent, always measured in float32."""
+        distributed.spread_buffers(self.module.student)
         return evaluate(self.module.student, self.val_loader, self.device)
 
 
@@ -75,14 +89,19 @@ class DetectionTrainer(DecoupledMomentumTrainer):
 def evaluate(detector: nn.Module, loader: Any, torch_device: torch.device) -> dict[str, float]:
     """Measure "test_ap", "test_ap50" and "test_ap75", in percent, of a torchvision detector.
 
-    loader: of images and targets. torch_device: the one that the detector is on.
+    loader: of images and targets; several processes have some of its batches each (detection/data), and the numbers
+    are of all. torch_device: the one that the detector is on.
     """
     detector.eval()
-    detections, truths = [], []
+    found = []
     for images, targets in loader:
         outputs = detector(device.place_batch(images, torch_device, False))
-        detections += [{name: value.float().cpu() for name, value in output.items()} for output in outputs]
-        truths += targets
+        found.append(([{name: value.float().cpu() for name, value in output.items()} for output in outputs], targets))
+    # the processes took the batches in turn
+    in_turn = itertools.zip_longest(*distributed.of_all(found))
+    batches = [batch for turn in in_turn for batch in turn if batch is not None]
+    detections = [one for outputs, _ in batches for one in outputs]
+    truths = [one for _, targets in batches for one in targets]
     numbers = average_precision(detections, truths, count_classes(detector))
     return {f"test_{name.lower()}": value for name, value in numbers.items()}
 

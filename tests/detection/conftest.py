@@ -4,70 +4,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from tiny import CLASSES, CONFIG, STUDENT, register, squares
 
 from deepkd_plugin.detection import launch, trainer
-from deepkd_plugin.detection.data import DETECTION_SETS, DetectionSource
-from deepkd_plugin.detection.data.samples import AnnotatedImages, Boxes
+from deepkd_plugin.detection.data import DETECTION_SETS
 from deepkd_plugin.detection.networks import network
-
-SIDE = 48
-CLASSES = ("red", "green", "blue", "grey", "white")
-TEACHER = STUDENT = "fasterrcnn_resnet8_fpn"
-
-CONFIG = {
-    "EXPERIMENT": {"PROJECT": "tiny", "NAME": "run"},
-    "DATASET": {"TYPE": "tiny", "NUM_WORKERS": 0, "TEST": {"BATCH_SIZE": 4}},
-    "DISTILLER": {"TYPE": "NONE", "TEACHER": TEACHER, "TEACHER_WEIGHTS": "", "STUDENT": STUDENT},
-    "SOLVER": {
-        "TRAINER": "DecoupledMomentumSGD",
-        "BATCH_SIZE": 2,
-        "EPOCHS": 2,
-        "LR": 0.01,
-        "LR_SCHEDULE": "cosine",
-    },
-    "DeepKD": {"BASE": "DKD", "TEMPERATURE": 1.0, "NCG_WEIGHT": 0.25},
-    "DKD": {"T": 1.0, "WARMUP": 0, "BETA": 0.25},
-    "KD": {"TEMPERATURE": 1},
-    "DETECTION": {
-        "MIN_SIZE": [SIDE],
-        "MAX_SIZE": SIDE,
-        "FLIP": 0.0,
-        "PROPOSALS": 8,
-        "RANKED_TRAIN": 30,
-        "RANKED_TEST": 20,
-        "KEPT_TRAIN": 16,
-        "KEPT_TEST": 8,
-        "WARMUP_ITERATIONS": 0,
-    },
-}
-
-
-def squares(count, seed):
-    """`count` images with a square each, the last one without."""
-    rng = np.random.default_rng(seed)
-    images, boxes, labels = [], [], []
-    for i in range(count):
-        image = torch.full((3, SIDE, SIDE), 0.3)
-        if i < count - 1:
-            label, side = i % len(CLASSES) + 1, int(rng.integers(14, 30))
-            x, y = rng.integers(0, SIDE - side, 2)
-            image[(label - 1) % 3, y : y + side, x : x + side] = 1.0
-            boxes.append([x, y, x + side, y + side])
-            labels.append(label)
-        images.append((image, 0))
-    offsets = np.array([*range(count), count - 1])
-    annotations = Boxes(np.array(boxes, np.float32), np.array(labels), np.zeros(count - 1, bool), offsets)
-    return AnnotatedImages(
-        images, np.arange(count), np.full((count, 2), SIDE), annotations, CLASSES, train_on_empty=True
-    )
 
 
 @pytest.fixture(autouse=True)
 def tiny_set(monkeypatch):
-    """The set `tiny`: 6 training and 4 test images of 48 pixels, 5 classes."""
-    sets = {"train": squares(6, 0), "test": squares(4, 1)}
-    tiny = DetectionSource(lambda root, split: sets[split], num_classes=5, train=6, test=4, size=(SIDE, SIDE))
-    monkeypatch.setitem(DETECTION_SETS, "tiny", tiny)
+    """The set `tiny`, known as long as a test runs."""
+    sets = {}
+    register(sets)
+    monkeypatch.setitem(DETECTION_SETS, "tiny", sets["tiny"])
 
 
 @pytest.fixture

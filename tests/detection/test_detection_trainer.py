@@ -342,5 +342,5 @@ def test_one_seed_gives_one_student_whatever_the_method(detect, any_teacher):
 def test_a_training_step_uses_the_configs_images(make):
     trainer = make("NONE")
     parts = trainer.samples(2)
-    assert set(parts) == {"image", "target", "progress"}
+    assert set(parts) == {"image", "target", "seeds", "count", "counted", "progress"}
     assert len(training_pass(trainer.module.student, parts["image"], parts["target"]).logits) == 16

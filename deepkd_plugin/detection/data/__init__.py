@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader
 
-from ... import device
-from ...data.arrays import Passes
+from ... import config, device, distributed
+from ...data.arrays import Passes, Shares
 from ...errors import UserError
 from . import canvas, coco  # noqa: F401 (each registers its set)
 from .samples import DetectionSamples, collate
@@ -62,4 +62,9 @@ def _loader(cfg: Any, samples: DetectionSamples, training: bool) -> DataLoader:
     size = cfg.SOLVER.BATCH_SIZE if training else cfg.DATASET.TEST.BATCH_SIZE
     loading = {"num_workers": cfg.DATASET.NUM_WORKERS, "pin_memory": device.pick().type == "cuda"}
     sampler = Passes(samples.chosen, cfg.SOLVER.SEED) if training else None
+    if distributed.size() > 1:
+        # whole batches of tests, for the images of a batch are padded to one size
+        tested = [range(first, min(first + size, len(samples))) for first in range(0, len(samples), size)]
+        own = Shares(sampler, size, config.chunk(cfg)) if training else tested[distributed.rank() :: distributed.size()]
+        return DataLoader(samples, batch_sampler=own, collate_fn=collate, **loading)
     return DataLoader(samples, size, sampler=sampler, collate_fn=collate, **loading)
