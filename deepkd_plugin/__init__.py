@@ -27,11 +27,14 @@ __all__ = [
     "per_sample",
     "register",
     "to_sgd",
+    "train",
 ]
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from .launch import Result
 
 
 def load_student(path: "str | Path", network: Any = None, trust: bool = False) -> "nn.Module":
@@ -43,6 +46,18 @@ def load_student(path: "str | Path", network: Any = None, trust: bool = False) -
     from .students.load import load_student as load
 
     return load(path, network, trust)
+
+
+def train(file: "str | Path", *, resume: bool = False, overwrite: bool = False, **sections: Any) -> "Result":
+    """Train the student of a config, as `deepkd train` does; returns best and last top-1 in percent, and the folder.
+
+    file: a path, or the name of a config that ships. sections: what to change in it, for example
+    SOLVER={"EPOCHS": 2}. resume, overwrite: what to do about a run that is there. Raises UserError for a mistake.
+    """
+    # here for the same reason as below
+    from .launch import train_from_python
+
+    return train_from_python(str(file), resume, overwrite, sections)
 
 
 def register() -> list[str]:

@@ -87,11 +87,12 @@ def streams() -> Any:
 
 def command(tool: str) -> list[str]:
     """Return the words that start a tool as this process was started."""
+    words = [tool] if tool.endswith(".py") else ["--no-python", *tool.split()]
     if size() == 1:
-        return ["python", tool]
+        return ["python", tool] if tool.endswith(".py") else tool.split()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", size()))
     nodes = ["--nnodes", str(size() // local)] if size() > local else []
-    return ["torchrun", "--nproc_per_node", str(local), *nodes, tool]
+    return ["torchrun", "--nproc_per_node", str(local), *nodes, *words]
 
 
 def launcher() -> str | None:

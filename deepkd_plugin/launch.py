@@ -3,14 +3,15 @@
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from . import config, data, device, distributed, extensions
 from .accuracy import measure_teacher
+from .config.shipped import find_config
 from .errors import UserError
 from .hosts.host import Host
 from .hosts.mdistiller import check_trainer
@@ -25,14 +26,14 @@ from .trainer import Trainer
 EXAMPLE = "configs/glyphs100/res20_res8/kd.yaml"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """`tools/train.py`: train the student of a config. Returns the exit code (2: a mistake of the user)."""
-    return distributed.ended(lambda: guarded(lambda: _main(list(sys.argv[1:] if argv is None else argv))))
+def main(argv: Sequence[str] | None = None, tool: str = "tools/train.py") -> int:
+    """`tools/train.py` and `deepkd train`: train the student of a config. Returns the exit code (2: a mistake)."""
+    return distributed.ended(lambda: guarded(lambda: _main(list(sys.argv[1:] if argv is None else argv), tool)))
 
 
-def _main(words: list[str]) -> None:
+def _main(words: list[str], tool: str) -> None:
     with distributed.joined():
-        train(**read_words(words, "tools/train.py", "Train a student under a config.", EXAMPLE))
+        train(**read_words(words, tool, "Train a student under a config.", EXAMPLE))
 
 
 def read_words(words: Sequence[str], tool: str, description: str, example: str) -> dict[str, Any]:
@@ -41,6 +42,7 @@ def read_words(words: Sequence[str], tool: str, description: str, example: str) 
     parser.add_argument("--cfg", dest="file", required=True, metavar="FILE", help=f"for example {example}")
     parser.add_run()
     args = parser.parse(words)
+    args.file = find_config(args.file)
     return vars(args) | {"command": shlex.join([*distributed.command(tool), "--cfg", args.file, *args.options])}
 
 
@@ -88,6 +90,24 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
         if not distributed.rank():
             summarise(file, cfg, folder, teacher_acc, result)
         return folder
+
+
+class Result(NamedTuple):
+    """What a run came to: top-1 on the test images in percent, and where its files are."""
+
+    best: float
+    last: float
+    folder: Path
+
+
+def train_from_python(file: str, resume: bool, overwrite: bool, sections: Mapping[str, Any]) -> Result:
+    """Train under a config, as deepkd_plugin.train says; sections: of the config, nested as there."""
+    options = [word for path, value in config.flatten(dict(sections)).items() for word in (path, str(value))]
+    path = find_config(file)
+    command = shlex.join(["deepkd", "train", "--cfg", path, *options])
+    folder = train(path, options, resume, overwrite, command)
+    result = record.read_run(folder)["result"]
+    return Result(result["best"], result["last"], folder)
 
 
 def run(trainer: Trainer, resume: bool, overwrite: bool, command: str) -> dict[str, Any]:
@@ -193,3 +213,7 @@ def sibling(file: str, tool: str = "tools/train.py") -> str:
     others = sorted(p.name for p in Path(file).parent.glob("*.yaml") if p.name != Path(file).name)
     preferred = [name for name in ("kd.yaml", "dkd.yaml") if name in others] or others
     return f"python {tool} --cfg {Path(file).parent / (preferred or [Path(file).name])[0]}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

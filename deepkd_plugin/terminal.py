@@ -20,6 +20,10 @@ KEY = re.compile(r"[A-Za-z]\w*(\.[A-Za-z_]\w*)+")
 """A config key; no name of a table, pair or method is like it."""
 
 
+PAIR = re.compile(rf"(?P<key>{KEY.pattern})=(?P<value>.*)", re.DOTALL)
+"""A config key and its value in one word."""
+
+
 class Parser(argparse.ArgumentParser):
     """Tells of a mistake in one line, as everything else does."""
 
@@ -30,7 +34,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=False, **options)
 
     def add_pairs(self) -> None:
-        """Take the KEY VALUE pairs that stand anywhere between the flags, as `options`."""
+        """Take the KEY VALUE pairs, or KEY=VALUE, that stand anywhere between the flags, as `options`."""
         self.takes_pairs = True
         self.add_argument("options", metavar="KEY VALUE", nargs="*", default=[], help="config keys, after the file's")
 
@@ -58,6 +62,9 @@ class Parser(argparse.ArgumentParser):
                 flag = self._option_string_actions.get(word)
                 if flag and flag.nargs is None:
                     flags += islice(left, 1)
+            elif self.takes_pairs and (pair := PAIR.fullmatch(word)):
+                pairs += pair.group("key", "value")
+                flag = None
             elif self.takes_pairs and KEY.fullmatch(word) and not (flag and flag.nargs and flag.type is Path):
                 pairs += [word, *islice(left, 1)]
                 flag = None

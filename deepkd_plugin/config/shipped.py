@@ -1,8 +1,9 @@
 """The folders of files that come with the package and are no Python: configs/ and patches/."""
 
+import difflib
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, shown
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -17,3 +18,32 @@ def shipped(name: str) -> Path:
         if folder.is_dir():
             return folder
     raise UserError(f"{PACKAGE}: its {name}/ are missing; the package must be installed with pip")
+
+
+def config_names() -> list[str]:
+    """List the configs that ship, as `find_config` takes them: cifar100/res56_res20/kd."""
+    folder = shipped("configs")
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+
+
+def find_config(name: str) -> str:
+    """Return the path of a config: `name` itself if there is such a file, else of the one that ships under it.
+
+    Raises UserError if there is neither, but a name that is near. Any other comes back for its reader to refuse.
+    """
+    try:
+        path = Path(name).expanduser()
+        if path.exists():
+            return str(path)
+    except (OSError, RuntimeError, ValueError):  # no name of a file, or of a user
+        return name
+    short = name.removesuffix(".yaml").removeprefix("./").removeprefix("configs/")
+    names = config_names()
+    if short in names:
+        return str(shipped("configs") / f"{short}.yaml")
+    near = difflib.get_close_matches(short[:200], names, n=3, cutoff=0.8)
+    if not near:
+        return name
+    raise UserError(
+        f"command line: --cfg is {shown(name)}, and there is no such file; did you mean {' or '.join(near)}?"
+    )

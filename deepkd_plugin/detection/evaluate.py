@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import device
+from ..config.shipped import find_config
 from ..config.tree import wrong
 from ..terminal import Parser, guarded
 from .average_precision import import_pycocotools
@@ -13,19 +14,19 @@ from .networks import NETWORKS, trained_network
 from .trainer import evaluate
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """`tools/eval_detection.py`: test a detector's file under a config. Returns the exit code."""
-    return guarded(lambda: _main(list(sys.argv[1:] if argv is None else argv)))
+def main(argv: Sequence[str] | None = None, tool: str = "tools/eval_detection.py") -> int:
+    """`tools/eval_detection.py` and `deepkd detect-eval`: test a detector's file. Returns the exit code."""
+    return guarded(lambda: _main(list(sys.argv[1:] if argv is None else argv), tool))
 
 
-def _main(words: list[str]) -> None:
-    parser = Parser("tools/eval_detection.py", description="Test a student file or a teacher under a config.")
+def _main(words: list[str], tool: str) -> None:
+    parser = Parser(tool, description="Test a student file or a teacher under a config.")
     parser.add_argument("--cfg", required=True, metavar="FILE", help=f"for example {EXAMPLE}")
     parser.add_argument("--ckpt", required=True, metavar="FILE", help="a run's student_best; builtin:NAME")
     parser.add_argument("--model", metavar="NAME", help="the network; by default the config's DISTILLER.STUDENT")
     parser.add_pairs()
     args = parser.parse(words)
-    cfg, _ = read_config(args.cfg, args.options)
+    cfg, _ = read_config(find_config(args.cfg), args.options)
     name = args.model or cfg.DISTILLER.STUDENT
     if name not in NETWORKS:
         raise wrong({"--model": "command line"}, "--model", name, f"one of {', '.join(NETWORKS)}")

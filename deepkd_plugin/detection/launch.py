@@ -26,14 +26,14 @@ TOOL = "tools/train_detection.py"
 EXAMPLE = "configs/detection/glyph_canvas/res20_res8/deepkd.yaml"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """`tools/train_detection.py`: train the detector of a config. Returns the exit code (2: a mistake of the user)."""
-    return distributed.ended(lambda: guarded(lambda: _main(list(sys.argv[1:] if argv is None else argv))))
+def main(argv: Sequence[str] | None = None, tool: str = TOOL) -> int:
+    """`tools/train_detection.py` and `deepkd detect`: train the detector of a config. Returns the exit code."""
+    return distributed.ended(lambda: guarded(lambda: _main(list(sys.argv[1:] if argv is None else argv), tool)))
 
 
-def _main(words: list[str]) -> None:
+def _main(words: list[str], tool: str) -> None:
     with distributed.joined():
-        train(**read_words(words, TOOL, "Train a detector under a config.", EXAMPLE))
+        train(**read_words(words, tool, "Train a detector under a config.", EXAMPLE))
 
 
 def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, command: str) -> None:

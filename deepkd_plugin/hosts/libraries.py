@@ -25,6 +25,16 @@ FORMS = "timm:NAME, torchvision:NAME, package.module:constructor"
 """What such a name looks like."""
 
 
+def known_names() -> list[str]:
+    """List the classification networks of torchvision, and of timm if it is installed, as configs name them."""
+    names = [f"torchvision:{name}" for name in models.list_models(module=models)]
+    try:
+        timm = importlib.import_module("timm")
+    except ImportError:
+        return names
+    return names + [f"timm:{name}" for name in timm.list_models()]
+
+
 class Outside:
     """A network that is made elsewhere.
 

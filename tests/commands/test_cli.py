@@ -8,16 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from deepkd_plugin import launch
+import deepkd_plugin
+from deepkd_plugin import config, launch
 from deepkd_plugin.commands import cli
+from deepkd_plugin.config.shipped import find_config
 from deepkd_plugin.errors import UserError
+from deepkd_plugin.terminal import Parser
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        ([], "command line: the following arguments are required: COMMAND; see deepkd --help"),
-        (["aply"], "invalid choice: 'aply'"),
+        (["aply"], "there is no command 'aply'; did you mean apply?; see deepkd --help"),
+        (["keys", "nothing of that name"], "no line of `deepkd keys` has 'nothing of that name'"),
+        (["train", "--cfg", "glyphs100/res20_res8/deepk"], "no such file; did you mean glyphs100/res20_res8/deepkd"),
         (["apply"], "the following arguments are required: PATH; see deepkd apply --help"),
         (["apply", ".", "--check", "--revert"], "not allowed with argument --check"),
         (["apply", ".", "--force"], "unrecognized arguments: --force"),
@@ -268,3 +274,74 @@ def test_a_table_is_made_by_one_process(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(["reproduce", "glyphs100", "--dry-run"]) == 2
     assert "WORLD_SIZE is 2" in capsys.readouterr().err
+
+
+def test_a_bare_command_shows_the_help(capsys):
+    assert cli.main([]) == 0
+    assert "compare:" in capsys.readouterr().out
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"deepkd_plugin {deepkd_plugin.__version__}\n"
+
+
+def test_configs_lists_what_ships_and_each_is_found_from_anywhere(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["configs", "R34"]) == 0
+    names = capsys.readouterr().out.split()
+    assert len(names) == 8
+    for name in names:
+        assert Path(find_config(name)) == ROOT / "configs" / f"{name}.yaml"
+    Path("mine.yaml").touch()
+    assert find_config("mine.yaml") == "mine.yaml"
+    assert find_config("nothing like it") == "nothing like it"
+
+
+def test_keys_says_default_meaning_and_values_of_every_key(capsys):
+    assert cli.main(["keys"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for key in config.all_keys():
+        assert key.meaning
+        assert f"{key.path} = {key.default!r}: {key.meaning}. It must be {key.allowed}." in lines
+    assert cli.main(["keys", "mask.k"]) == 0
+    assert capsys.readouterr().out.startswith("DeepKD.MASK.K = 0.5: ")
+
+
+def test_networks_lists_zoos_and_libraries(capsys):
+    assert cli.main(["networks", "resnet18"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "ResNet18 (imagenet)" in lines
+    assert "torchvision:resnet18" in lines
+
+
+def test_a_key_and_its_value_may_be_one_word():
+    parser = Parser("tool")
+    parser.add_pairs()
+    args = parser.parse(["SOLVER.LR=0.1", "SOLVER.SEED", "3", "EXPERIMENT.TAG=a=b"])
+    assert args.options == ["SOLVER.LR", "0.1", "SOLVER.SEED", "3", "EXPERIMENT.TAG", "a=b"]
+
+
+SMALL = {
+    "SOLVER": {"EPOCHS": 2, "LR": 0.01, "WARMUP_EPOCHS": 0},
+    "DATASET": {"TRAIN_PER_CLASS": 2, "HOLDOUT": 0.02},
+    "EXPERIMENT": {"NAME": "run"},
+}
+
+
+def test_train_from_python_and_from_the_command_are_one(tmp_path, data_root, capsys):
+    small = SMALL | {"LOG": {"PREFIX": str(tmp_path)}}
+    small["DATASET"] = small["DATASET"] | {"ROOT": str(data_root)}
+    best, last, folder = deepkd_plugin.train("glyphs100/res20_res8/vanilla", **small)
+    run = json.loads((folder / "run.json").read_text())
+    assert (best, last) == (run["result"]["best"], run["result"]["last"])
+    assert folder == tmp_path / "glyphs100/run"
+    words = [f"{path}={value}" for path, value in config.flatten(small).items()]
+    assert cli.main(["train", "--cfg", "glyphs100/res20_res8/vanilla", *words, "--overwrite"]) == 0
+    again = json.loads((folder / "run.json").read_text())
+    assert again["result"] == run["result"]
+    assert again["command"].startswith("deepkd train --cfg ")
+    with pytest.raises(UserError, match=r"SOLVER\.EPOCHS is 0"):
+        deepkd_plugin.train("glyphs100/res20_res8/vanilla", SOLVER={"EPOCHS": 0})

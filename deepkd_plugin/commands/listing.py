@@ -1,0 +1,21 @@
+"""What `deepkd configs`, `keys` and `networks` share: lines, and those of them that have a word."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from ..errors import UserError, shown
+from ..terminal import Parser, guarded
+
+
+def show(words: Sequence[str], name: str, description: str, lines: Callable[[], Iterable[str]]) -> int:
+    """Print the lines that have the word of the command line, in capitals or not; returns the exit code."""
+    return guarded(lambda: _show(words, name, description, lines))
+
+
+def _show(words: Sequence[str], name: str, description: str, lines: Callable[[], Iterable[str]]) -> None:
+    parser = Parser(f"deepkd {name}", description=description)
+    parser.add_argument("word", metavar="WORD", nargs="?", default="", help="only what has this in it")
+    word = parser.parse_args(words).word
+    found = [line for line in lines() if word.lower() in line.lower()]
+    if not found:
+        raise UserError(f"command line: no line of `deepkd {name}` has {shown(word)}; without a word it lists all")
+    print("\n".join(found))

@@ -1,0 +1,10 @@
+"""`deepkd train`: tools/train.py without a checkout."""
+
+from collections.abc import Sequence
+
+from .. import launch
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    return launch.main(words, "deepkd train")
