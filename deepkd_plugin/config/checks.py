@@ -8,7 +8,7 @@ from yacs.config import CfgNode
 from .. import device, distributed
 from ..distillers import DISTILLERS
 from ..errors import UserError
-from ..rules import PLAIN, Key, plain
+from ..rules import NOT_NEGATIVE, PLAIN, Key, plain
 from ..terminal import warn
 from ..topk import classes, count_classes, mask_size
 from .keys import ADAMW, FOLD_TEACHER, HOST_KEYS, TRAINER, TRAINERS, all_keys, known_streams
@@ -32,13 +32,16 @@ def check(cfg: CfgNode, origin: dict[str, str]) -> None:
     """Raise UserError for the first value that is out of range, naming its key and where it came from."""
     ours = all_keys()
     check_keys(cfg, origin, ours + HOST_KEYS)
+    for path, value in flatten(cfg).items():
+        if path.endswith("WEIGHT") and type(value) in (int, float) and value < 0:
+            raise wrong(origin, path, value, NOT_NEGATIVE[0])
     stages = list(cfg.SOLVER.LR_DECAY_STAGES)
     if any(type(stage) is not int or stage < 0 for stage in stages) or stages != sorted(set(stages)):
         raise wrong(origin, "SOLVER.LR_DECAY_STAGES", stages, "epochs in ascending order")
     if cfg.SOLVER.MIN_LR > cfg.SOLVER.LR:
         raise wrong(origin, "SOLVER.MIN_LR", cfg.SOLVER.MIN_LR, f"at most SOLVER.LR, {cfg.SOLVER.LR}")
-    if cfg.SOLVER.WARMUP_EPOCHS >= cfg.SOLVER.EPOCHS and cfg.SOLVER.LR_SCHEDULE == "cosine":
-        allowed = f"below SOLVER.EPOCHS, {cfg.SOLVER.EPOCHS}, with the cosine schedule"
+    if cfg.SOLVER.WARMUP_EPOCHS > cfg.SOLVER.EPOCHS and cfg.SOLVER.LR_SCHEDULE == "cosine":
+        allowed = f"at most SOLVER.EPOCHS, {cfg.SOLVER.EPOCHS}, with the cosine schedule"
         raise wrong(origin, "SOLVER.WARMUP_EPOCHS", cfg.SOLVER.WARMUP_EPOCHS, allowed)
     if cfg.LOG.WANDB and importlib.util.find_spec("wandb") is None:
         raise wrong(origin, "LOG.WANDB", True, "False, for wandb is not installed (pip install wandb)")
@@ -57,6 +60,7 @@ def check(cfg: CfgNode, origin: dict[str, str]) -> None:
         raise wrong(origin, FOLD_TEACHER, True, f"auto or False: {reason}")
     check_momenta(cfg, origin)
     check_warmups(cfg, origin)
+    check_schedules(cfg, origin)
     for key in ours:
         if key.path.startswith("SOLVER.DECOUPLED."):
             own = (TRAINER,) if key.path in OF_SGD else TRAINERS
@@ -133,6 +137,31 @@ def check_warmups(cfg: CfgNode, origin: dict[str, str]) -> None:
                 f"{origin.get(path, 'default')}: {path} is 1, which changes nothing: by epoch the first has the "
                 f"whole factor; with SOLVER.WARMUP_UNIT iteration it rises within the first"
             )
+
+
+def check_schedules(cfg: CfgNode, origin: dict[str, str]) -> None:
+    """Warn of a schedule that the run is too short for: rates that never fall, phases of the mask without an epoch."""
+    solver, mask = cfg.SOLVER, cfg.DeepKD.MASK
+    late = [stage for stage in solver.LR_DECAY_STAGES if stage >= solver.EPOCHS]
+    if solver.LR_SCHEDULE == "step" and late:
+        warn(
+            f"{origin.get('SOLVER.LR_DECAY_STAGES', 'default')}: SOLVER.LR_DECAY_STAGES has {late[0]}, and the run "
+            f"{solver.EPOCHS} epochs: the learning rate does not fall there"
+        )
+    if cfg.DISTILLER.TYPE != "DeepKD" or mask.TYPE != "dynamic" or mask.UNIT != "epoch":
+        return
+    first, second = mask.PHASES
+    points = [epoch / max(solver.EPOCHS - 1, 1) for epoch in range(solver.EPOCHS)]
+    phases = {
+        "easy": not first or any(point < first for point in points),
+        "transition": any(first <= point <= second for point in points),
+        "hard": second == 1 or any(point > second for point in points),
+    }
+    if missing := [name for name, has in phases.items() if not has]:
+        warn(
+            f"{origin.get('DeepKD.MASK.PHASES', 'default')}: DeepKD.MASK.PHASES {list(mask.PHASES)} leave no epoch of "
+            f"{solver.EPOCHS} to the phase {' and '.join(missing)} of the mask"
+        )
 
 
 def check_division(cfg: CfgNode, origin: dict[str, str]) -> None:

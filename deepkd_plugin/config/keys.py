@@ -294,7 +294,7 @@ _FIXED = (
 BEFORE = {CHANNELS_LAST: False, FOLD_TEACHER: False}
 """What runs did that are older than a key, if that is not its default."""
 
-MIXED = ("SOLVER.AMP",)
+MIXED = ("SOLVER.AMP", "KD.TEMPERATURE")
 """Keys that take values of several types."""
 
 REMOVED = {"SOLVER.GRADIENTS": "backward passes are made in turn, which was the faster way"}
@@ -316,6 +316,8 @@ HOST_KEYS = (
     Key("DATASET.NUM_WORKERS", 2, "loader processes", *whole(0, 256)),
     Key("DATASET.TEST.BATCH_SIZE", 64, "images in a test batch", *_BATCH),
     Key("KD.TEMPERATURE", 4, "temperature", *TEMPERATURE),
+    Key("DKD.ALPHA", 1.0, "weight of the target-class loss", *NOT_NEGATIVE),
+    Key("DKD.BETA", 8.0, "weight of the non-target-class loss", *NOT_NEGATIVE),
     Key("DKD.T", 4.0, "temperature", *TEMPERATURE),
     Key("DKD.WARMUP", 20, "W epochs of linear warm-up: epoch e has min(e/W, 1) of it, so 1 is none", *whole(0)),
     Key("CRD.MODE", "exact", "the positive sample", *one_of("exact", "relax")),

@@ -160,7 +160,10 @@ def _merge(root: CfgNode, node: CfgNode, tree: dict[str, Any], prefix: str, file
 def _unknown(root: CfgNode, path: str, source: str) -> UserError:
     if path in REMOVED:
         return UserError(f"{source}: {path} is no longer a config key, {REMOVED[path]}; leave it out")
-    near = difflib.get_close_matches(path, flatten(root), n=1) if len(path) < 100 else []
+    known, name = list(flatten(root)), path.lower()
+    near = [key for key in known if f".{key.lower()}".endswith(f".{name}")]  # in another case, or without its section
+    if not near and len(path) < 100:
+        near = difflib.get_close_matches(path, known, n=1)
     return UserError(f"{source}: unknown config key {path[:200]}{f'; did you mean {near[0]}?' if near else ''}")
 
 

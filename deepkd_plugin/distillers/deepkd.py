@@ -15,8 +15,8 @@ from .terms import Term, classes, cross_entropy, standardised, total
 from .variants import BY_VARIANT, variant
 
 _CLASSES: Rule = (
-    "a fraction of the classes in (0, 1), or a whole number of classes from 1 on",
-    lambda value: 0 < value < 1 or (value >= 1 and float(value).is_integer()),
+    "a fraction of the classes in (0, 1), or a whole number of classes from 2 on; 1 could be either",
+    lambda value: 0 < value < 1 or (value >= 2 and float(value).is_integer()),
 )
 _PHASES: Rule = (
     "two ends in order, 0 <= phi1 < phi2 <= 1",

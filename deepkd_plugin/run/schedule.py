@@ -19,7 +19,7 @@ def lr_factor(solver: Any, epoch: float) -> float:
         return solver.WARMUP_START + (1 - solver.WARMUP_START) * epoch / warmup
     epoch = math.ceil(epoch)
     if solver.LR_SCHEDULE == "cosine":
-        progress = (epoch - warmup) / (solver.EPOCHS - warmup)
+        progress = (epoch - warmup) / max(solver.EPOCHS - warmup, 1)
         floor = solver.MIN_LR / solver.LR
         return floor + 0.5 * (1 - floor) * (1 + math.cos(math.pi * progress))
     return solver.LR_DECAY_RATE ** sum(stage < epoch for stage in solver.LR_DECAY_STAGES)

@@ -10,6 +10,8 @@ from deepkd_plugin.errors import UserError
 from deepkd_plugin.hosts import builtin
 from deepkd_plugin.hosts import mdistiller as mdistiller_host
 from deepkd_plugin.run.record import config_hash
+from deepkd_plugin.run.schedule import lr_factor
+from deepkd_plugin.terminal import warn
 from deepkd_plugin.trainer import Trainer
 
 DATA = Path(__file__).parents[1] / "data"
@@ -110,6 +112,15 @@ def test_values_come_from_the_file_and_then_from_the_options(cfg, tmp_path):
             "faster way; leave it out",
         ),
         ("SOLVER: {LRR: 1}", "some.yaml: unknown config key SOLVER.LRR; did you mean SOLVER.LR?"),
+        ("SOLVER: {lr: 1}", "some.yaml: unknown config key SOLVER.lr; did you mean SOLVER.LR?"),
+        ("WARMUP_EPOCHS: 1", "some.yaml: unknown config key WARMUP_EPOCHS; did you mean SOLVER.WARMUP_EPOCHS?"),
+        ("KD: {LOSS: {KD_WEIGHT: -1}}", "some.yaml: KD.LOSS.KD_WEIGHT is -1.0; it must be a number from 0 on"),
+        ("DKD: {BETA: -1}", "some.yaml: DKD.BETA is -1.0; it must be a number from 0 on"),
+        (
+            "DeepKD: {MASK: {K: 1.0}}",
+            "some.yaml: DeepKD.MASK.K is 1.0; it must be a fraction of the classes in (0, 1), or a whole number of "
+            "classes from 2 on; 1 could be either",
+        ),
         (
             "DeepKD: {MASK: 3}",
             "some.yaml: DeepKD.MASK is 3; it is a section and must hold keys: TYPE, K, INITIAL, OPTIMAL, PHASES, "
@@ -161,7 +172,7 @@ def test_values_come_from_the_file_and_then_from_the_options(cfg, tmp_path):
         (
             "DeepKD: {MASK: {K: 0}}",
             "some.yaml: DeepKD.MASK.K is 0.0; it must be a fraction of the classes in (0, 1), or a whole "
-            "number of classes from 1 on",
+            "number of classes from 2 on; 1 could be either",
         ),
         (
             "SOLVER: {LR_DECAY_STAGES: [180, 150]}",
@@ -176,8 +187,8 @@ def test_values_come_from_the_file_and_then_from_the_options(cfg, tmp_path):
             "some.yaml: SOLVER.MIN_LR is 1.0; it must be at most SOLVER.LR, 0.05",
         ),
         (
-            "SOLVER: {LR_SCHEDULE: cosine, WARMUP_EPOCHS: 240}",
-            "some.yaml: SOLVER.WARMUP_EPOCHS is 240; it must be below SOLVER.EPOCHS, 240, with the cosine schedule",
+            "SOLVER: {LR_SCHEDULE: cosine, WARMUP_EPOCHS: 241}",
+            "some.yaml: SOLVER.WARMUP_EPOCHS is 241; it must be at most SOLVER.EPOCHS, 240, with the cosine schedule",
         ),
         ("GSNR: {EVERY: 0}", "some.yaml: GSNR.EVERY is 0; it must be a whole number from 1 to 1,000,000"),
         ("GSNR: {WINDOW: 1}", "some.yaml: GSNR.WINDOW is 1; it must be a whole number from 2 to 1,000,000"),
@@ -486,3 +497,33 @@ def test_a_run_s_own_config_is_a_config(cfg, tmp_path):
         (tmp_path / "config.yaml").write_text(one.dump())
         config.load(again, tmp_path / "config.yaml")
         assert again == one
+
+
+def test_a_temperature_may_have_a_fraction_though_mdistillers_default_has_none(cfg, tmp_path):
+    assert checked(cfg, tmp_path, "KD: {TEMPERATURE: 4.5}").KD.TEMPERATURE == 4.5
+    assert checked(cfg, tmp_path, "{}", "KD.TEMPERATURE", "2.5").KD.TEMPERATURE == 2.5
+
+
+def test_one_epoch_may_be_all_warm_up(cfg, tmp_path):
+    text = "SOLVER: {EPOCHS: 1, WARMUP_EPOCHS: 1, LR_SCHEDULE: cosine}"
+    assert lr_factor(checked(cfg, tmp_path, text).SOLVER, 1) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("SOLVER: {EPOCHS: 180}", "SOLVER.LR_DECAY_STAGES has 180, and the run 180 epochs"),
+        ("SOLVER: {EPOCHS: 2, LR_DECAY_STAGES: []}", "leave no epoch of 2 to the phase transition of the mask"),
+        ("SOLVER: {EPOCHS: 1, LR_DECAY_STAGES: []}", "leave no epoch of 1 to the phase transition and hard"),
+        ("SOLVER: {EPOCHS: 4, LR_DECAY_STAGES: [3]}", ""),
+        ("{SOLVER: {EPOCHS: 2, LR_DECAY_STAGES: []}, DeepKD: {MASK: {PHASES: [0.0, 0.5]}}}", ""),
+        ("SOLVER: {EPOCHS: 2, LR_SCHEDULE: cosine, TRAINER: base}\nDeepKD: {MASK: {TYPE: none}}", ""),
+    ],
+)
+def test_a_run_too_short_for_its_schedules_is_warned_of(cfg, tmp_path, capsys, text, said):
+    warn.cache_clear()
+    cfg.DISTILLER.TYPE = "DeepKD"
+    checked(cfg, tmp_path, text)
+    err = capsys.readouterr().err
+    assert said in err
+    assert bool(err) == bool(said)
