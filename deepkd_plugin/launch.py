@@ -69,7 +69,8 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
         with distributed.in_turn():
             train_loader, val_loader, num_data, num_classes = data.get_dataset(cfg)
         print(
-            f"{name}: {cfg.DISTILLER.TYPE} on {cfg.DATASET.TYPE}, {num_data} images, {device.describe(target_device)}"
+            f"{name}: {cfg.DISTILLER.TYPE} on {cfg.DATASET.TYPE}, {num_data} images, {device.describe(target_device)}; "
+            f"by {record.PACKAGE}"
         )
         distiller = make_distiller(host, cfg, num_data, num_classes)
         distiller = device.place(distiller, target_device, cfg.SOLVER.CHANNELS_LAST)

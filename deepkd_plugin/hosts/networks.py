@@ -308,7 +308,11 @@ def weights_file(host: Host, dataset: Any, name: str, weights: str) -> str:
     """Return the file that `weights` means, as in trained_network; "" if a library provides them or nobody does."""
     if weights.startswith("builtin:"):
         shipped = files("deepkd_plugin.hosts.builtin").joinpath("weights")
-        return str(shipped.joinpath(weights.removeprefix("builtin:") + ".pt"))
+        file = shipped.joinpath(weights.removeprefix("builtin:") + ".pt")
+        if not file.is_file():
+            ours = ", ".join(sorted(f"builtin:{one.name.removesuffix('.pt')}" for one in shipped.iterdir()))
+            raise UserError(f"config: the weights {shown(weights)} do not ship with the package; these do: {ours}")
+        return str(file)
     if weights:
         return weights
     entry = host.models(dataset).get(name)

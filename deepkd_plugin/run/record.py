@@ -68,6 +68,7 @@ def prepare_folder(
             "python": platform.python_version(),
             "versions": {name: version_of(name) for name in RECORDED} | device.settings(torch_device),
             "commit": commit(),
+            "package": str(PACKAGE),
             "code": code_hash(),
             "classes": classes,
             "started": time.strftime("%Y-%m-%d %H:%M:%S"),
