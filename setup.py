@@ -90,6 +90,8 @@ setup(
             "submitit",
             "pycocotools",
             "optuna>=5",
+            "timm>=1.0.31",
+            "datasets>=3",
         ],
     },
     entry_points={"console_scripts": ["deepkd = deepkd_plugin.commands.cli:entry"]},

@@ -37,7 +37,8 @@ class DetectionSource(Facts):
         width, height = self.size
         boxes = torch.tensor([[0.2, 0.2, 0.5, 0.5]] * 3) * torch.tensor([width, height] * 2)
         target = {"boxes": boxes, "labels": torch.ones(3, dtype=torch.int64)}
-        return [torch.rand(3, height, width) for _ in range(count)], [target] * count
+        targets = [target | {"image_id": torch.tensor(number)} for number in range(count)]
+        return [torch.rand(3, height, width) for _ in range(count)], targets
 
 
 DETECTION_SETS: Sources[DetectionSource] = Sources("for detection ")
