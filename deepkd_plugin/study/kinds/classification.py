@@ -15,7 +15,7 @@ from ...config.shipped import shipped
 from ...distillers.base import Distiller
 from ...errors import UserError
 from ...hosts.networks import network, teacher_network, weights_file
-from ...hosts.registry import find_host
+from ...hosts.registry import find_host, register
 from ...rules import automatic
 from ...run import checkpoint
 from ...solver import check_window, samples_gradients
@@ -170,7 +170,9 @@ class Classification(Kind):
 
     def _takes(self, cfg: Any) -> dict[str, bool]:
         """Return the keys that a config leaves open, and whether its run could take True."""
-        ours = issubclass(launch.trainers(find_host())[cfg.SOLVER.TRAINER], Trainer)
+        host = find_host()
+        register(host)
+        ours = issubclass(launch.trainers(host)[cfg.SOLVER.TRAINER], Trainer)
         folds = ours and not config.plain_teacher(cfg) and issubclass(find_host().distiller(cfg), Distiller)
         takes = dict(zip(config.CHOICES, (ours, folds)))
         return {key: may for key, may in takes.items() if automatic(config.get(cfg, key))}
