@@ -11,7 +11,8 @@ import yaml
 from PIL import Image
 
 from deepkd_plugin import accuracy, launch
-from deepkd_plugin.commands import cache, evaluate
+from deepkd_plugin.commands import cache
+from deepkd_plugin.commands import eval as evaluate
 from deepkd_plugin.config.tree import add_deepkd_config
 from deepkd_plugin.data import pairs
 from deepkd_plugin.errors import UserError

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from deepkd_plugin import device, streams
+from deepkd_plugin.data import draws
 from deepkd_plugin.detection import trainer as module
 from deepkd_plugin.detection.data import get_detection_sets
 from deepkd_plugin.detection.distillers import DISTILLERS, training_pass
@@ -146,7 +147,8 @@ def test_with_all_deltas_0_a_method_is_torchs_sgd(make, method, monkeypatch):
         trainer.train_loader.sampler.set_epoch(epoch)
         for step, (images, targets) in enumerate(trainer.train_loader, 1):
             progress = (3 * (epoch - 1) + step - 1) / 5
-            _, losses = plain(image=images, target=targets, epoch=epoch, progress=progress)
+            seeds = [draws.word(0, epoch, int(target["image_id"])) for target in targets]
+            _, losses = plain(image=images, target=targets, seeds=seeds, epoch=epoch, progress=progress)
             sgd.zero_grad()
             sum(losses.values()).backward()
             sgd.step()
