@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from tiny import CLASSES, CONFIG, STUDENT, register, squares
+from small_detectors import CLASSES, CONFIG, STUDENT, register, squares
 
 from deepkd_plugin.detection import launch, trainer
 from deepkd_plugin.detection.data import DETECTION_SETS

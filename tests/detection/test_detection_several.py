@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import tiny
+import small_detectors as tiny
 import torch
 import yaml
 from processes import in_two_processes
