@@ -107,7 +107,7 @@ class DecoupledMomentumSGD(StreamOptimizer):
             return float(group["weight_decay"])
         stream = self._coefficients(group)[group["weight_decay_stream"]]
         reach = stream.gain / (1 - stream.momentum)  # a constant gradient's part in the buffer, in the long run
-        return float(group["weight_decay"]) / (reach * (1 - group["decay_matched_to"]))
+        return float(group["weight_decay"] / (reach * (1 - group["decay_matched_to"])))
 
     def _check_options(self, group: Mapping[str, Any]) -> None:
         dampening, matched_to, decay_to = group["dampening"], group["matched_to"], group["decay_matched_to"]
