@@ -1,6 +1,7 @@
 """A detector trained in several processes: what they write is what one process writes."""
 
 import json
+import multiprocessing
 from functools import partial
 from pathlib import Path
 
@@ -64,6 +65,13 @@ def in_several(rank, folder, one):
     return {"failures": failures, "all": distributed.of_all({"rank": rank, "row": torch.full((rank,), rank)})}
 
 
+def in_one(one, third):
+    torch.set_num_threads(1)
+    for method in METHODS:
+        train(one, method)
+    train(third, "DKD")
+
+
 def prepare(folder):
     folder.mkdir()
     (folder / "method.yaml").write_text(yaml.safe_dump(tiny.CONFIG))
@@ -86,9 +94,11 @@ def several(tmp_path_factory):
         one, two, third = (prepare(folder / name) for name in ("one", "two", "third"))
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        for method in METHODS:
-            train(one, method)
-        train(third, "DKD")
+        # in a process of its own: a test that forks cannot do so where torch's threads for gradients have begun
+        alone = multiprocessing.get_context("spawn").Process(target=in_one, args=(one, third))
+        alone.start()
+        alone.join()
+        assert alone.exitcode == 0
         results = in_two_processes(in_several, folder, str(two), str(third), one_run=True)
         torch.set_num_threads(threads)
     return folder, results
