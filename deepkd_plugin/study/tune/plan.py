@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -141,7 +143,9 @@ class Tuning:
         """Make the runs of a trial, one for each seed."""
         name = search.method
         file, options = self.files[name].absolute(), [*self.options[name], *words]
-        cfg, above = KIND.read(file, options), self.out.absolute() / "runs"
+        # nobody wrote a trial's values, and those at a range's end may well deserve a warning; the run's log has it
+        with contextlib.redirect_stderr(io.StringIO()):
+            cfg, above = KIND.read(file, options), self.out.absolute() / "runs"
         made = []
         for seed in range(self.request.seeds):
             hash_ = KIND.hash(cfg, seed)
