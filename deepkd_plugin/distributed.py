@@ -142,6 +142,17 @@ def joined() -> Iterator[None]:
             dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def planned(processes: int) -> Iterator[None]:
+    """Let what is checked in the block be checked for a run of so many processes, which are still to be started."""
+    global _here
+    before, _here = _here, _here._replace(size=processes)
+    try:
+        yield
+    finally:
+        _here = before
+
+
 def take_card() -> None:
     """Let this process of several use the GPU of its LOCAL_RANK; this starts CUDA."""
     if _here.device.type == "cuda":

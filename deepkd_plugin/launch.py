@@ -56,9 +56,6 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
     name = experiment_name(cfg, options)
     folder = Path(cfg.LOG.PREFIX) / name
     make = trainers(host)[cfg.SOLVER.TRAINER]
-    if distributed.size() > 1 and not issubclass(make, Trainer):
-        allowed = f"{', '.join(config.TRAINERS)} or base in {distributed.size()} processes: it is mdistiller's"
-        raise config.wrong(origin, "SOLVER.TRAINER", cfg.SOLVER.TRAINER, allowed)
     device.tune(cfg.SOLVER.DETERMINISTIC)  # before CUDA starts
     distributed.take_card()
     resume, overwrite = run_folder.restarted(folder, resume, overwrite)
@@ -180,7 +177,11 @@ def read_config(host: Host, file: str, options: Sequence[str]) -> tuple[Any, dic
     cfg.DATASET.ROOT, cfg.DATASET.DOWNLOAD = "./data", False
     origin = config.load(cfg, file, options)
     host.check(cfg, origin)
-    check_trainer(cfg, origin, trainers(host)[cfg.SOLVER.TRAINER])
+    make = trainers(host)[cfg.SOLVER.TRAINER]
+    check_trainer(cfg, origin, make)
+    if distributed.size() > 1 and not issubclass(make, Trainer):
+        allowed = f"{', '.join(config.TRAINERS)} or base in {distributed.size()} processes: it is mdistiller's"
+        raise config.wrong(origin, "SOLVER.TRAINER", cfg.SOLVER.TRAINER, allowed)
     cfg.freeze()
     return cfg, origin
 

@@ -26,7 +26,8 @@ def main(words: Sequence[str]) -> int:
     add("--base", metavar="METHOD", help="of an ablation: the row that DeepKD is put over (default: kd)")
     add("--dataset", metavar="NAME", help="of an ablation: glyphs100 (default), cifar100, ..., or a folder")
     add("--seeds", metavar="N", type=count, help="seeds 0 to N - 1 (default: 5)")
-    add("--jobs", metavar="N", type=count, help="runs side by side (default: one for each GPU, or 1)")
+    add("--jobs", metavar="N", type=count, help="runs side by side (default: as many as there are GPUs for, or 1)")
+    add("--gpus-per-run", metavar="N", type=count, help="processes that train each run together, on a GPU each")
     add("--out", metavar="DIR", type=Path, help="default: output/TABLE")
     add("--dry-run", action="store_true", help="show the plan, start and write nothing")
     anew = "make runs anew that other code made or another teacher taught, and let those go that had other options"

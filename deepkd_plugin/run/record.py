@@ -163,6 +163,12 @@ def find_run(folder: Path) -> dict[str, Any]:
         return {}
 
 
+def processes(run: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return how many processes trained a run, by its run.json; several numbers if it went on in another."""
+    sessions = (run, *run.get("resumed", ()))
+    return tuple(dict.fromkeys(int(session.get("processes", 1)) for session in sessions))
+
+
 def write_run(folder: Path, run: dict[str, Any]) -> None:
     """Write a run's run.json, whole or not at all."""
     text = json.dumps(run, indent=2) + "\n"

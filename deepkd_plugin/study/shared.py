@@ -1,8 +1,10 @@
 """What planning, running and reporting a table have in common."""
 
+import contextlib
 import csv
 import io
 import os
+import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +28,15 @@ def duration(seconds: float, short: bool = False) -> str:
         if seconds >= least * length:
             return f"{seconds / length:.{0 if unit == 'minutes' else 1}f} {letter if short else unit}"
     return f"{seconds:.0f} {'s' if short else 'seconds'}"
+
+
+def ending(code: int) -> str:
+    """Say how a process ended, by its exit code (negative: a signal's number)."""
+    if code >= 0:
+        return f"exit code {code}"
+    with contextlib.suppress(ValueError):
+        return f"killed by {signal.Signals(-code).name}"
+    return f"killed by signal {-code}"
 
 
 def count(number: int, what: str) -> str:

@@ -35,6 +35,7 @@ class Detectron2(Kind):
     checkpoint = "last_checkpoint"
     ours: ClassVar[Mapping[str, str]] = {"SEED": "--seeds N", "OUTPUT_DIR": "--out DIR"}
     timed = False
+    several = False
 
     def require(self) -> None:
         self._launch()

@@ -19,7 +19,8 @@ class Kind(ABC):
 
     name: in table.json, and a key of MEASURES. tool: the script that a user would start for one run. checkpoint: the
     file of a run's folder that says that it can be gone on with. ours: config keys that the plan sets itself, and what
-    to use instead; the seed's is the first. timed: whether `seconds` can tell how long a run takes.
+    to use instead; the seed's is the first. timed: whether `seconds` can tell how long a run takes. several:
+    whether several processes can train a run together.
     """
 
     name: ClassVar[str]
@@ -27,6 +28,7 @@ class Kind(ABC):
     checkpoint: ClassVar[str]
     ours: ClassVar[Mapping[str, str]]
     timed: ClassVar[bool] = True
+    several: ClassVar[bool] = True
 
     def require(self) -> None:  # noqa: B027 (most kinds need nothing)
         """Raise UserError if something is not installed without which no run can be planned."""

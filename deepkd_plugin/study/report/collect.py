@@ -45,7 +45,8 @@ class Record:
     by epoch, empty if the run did not write them. teacher: fingerprint of its weights, None without one;
     teacher_acc: its own main measure, None if it was not tested. execution: the ways its steps were taken.
     settings: the config by dotted path. codes: hashes of the package's code, one for each that a session ran.
-    taken_from: the table and run that it was trained for, if that was another one (--reuse).
+    processes: how many trained it; several numbers if it went on in another. taken_from: the table and run that it was
+    trained for, if that was another one (--reuse).
     """
 
     run: Run
@@ -63,6 +64,7 @@ class Record:
     teacher_acc: float | None
     taken_from: str | None
     codes: tuple[str, ...]
+    processes: tuple[int, ...]
     versions: dict[str, str]
     minutes: float
     processor: str
@@ -184,6 +186,7 @@ def read_record(run: Run) -> Record | LeftOut:
         teacher_acc=None if teacher_acc is None else float(teacher_acc),
         taken_from=as_text(about.get("taken_from")),
         codes=tuple(dict.fromkeys(str(session.get("code")) for session in sessions)),
+        processes=record.processes(about),
         versions={name: str(version) for name, version in about["versions"].items()},
     )
     numbers = [made.best, made.last, made.minutes, made.teacher_acc or 0.0, *curve.values()]

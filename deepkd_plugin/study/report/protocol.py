@@ -8,7 +8,7 @@ from .cells import Cell
 from .collect import Record
 from .formats import ranges
 
-ALIKE = ("Training images", "Test images", "Images", "Teacher", "Versions", "Code")
+ALIKE = ("Training images", "Test images", "Images", "Teacher", "Processes", "Versions", "Code")
 """What must be the same in all cells of a pair; methods may differ in the rest by their recipes."""
 
 AS_BASE = ("Learning rate", "Batch", "Precision", "Iterations", "Epochs", "Evaluations")
@@ -33,8 +33,12 @@ def protocol(cells: Sequence[Cell]) -> list[tuple[str, list[str]]]:
 
 def cautions(cells: Sequence[Cell]) -> list[str]:
     """Say which cells of one pair cannot simply be compared, because they were not made alike."""
-    told = [(what, _by_method(cells, _of_records(get))) for what, get in _PROTOCOL if what in ALIKE]
-    said = [f"{what} differ: {'; '.join(answers)}" for what, answers in told if len(answers) > 1]
+    records = [record for cell in cells for record in cell.records]
+    said = [
+        f"{what} differ: {'; '.join(_by_method(cells, _of_records(get)))}"
+        for what, get in _PROTOCOL
+        if what in ALIKE and len({get(record) for record in records} - {None, ""}) > 1
+    ]
     by_name = {cell.method.name: cell for cell in cells}
     for cell in cells:
         base = by_name.get(cell.base.name) if cell.base else None
@@ -186,6 +190,7 @@ _PROTOCOL: tuple[tuple[str, Callable[[Record], str | None]], ...] = (
     ("Momenta, last epoch", _momenta),
     ("Mask", _setting(_mask)),
     ("Execution", lambda record: " and ".join(record.execution)),
+    ("Processes", lambda record: ", then ".join(map(str, record.processes))),
     ("Versions", lambda record: ", ".join(map(" ".join, (("python", record.python), *record.versions.items())))),
     ("Hardware", lambda record: f"{record.device}; {record.processor}"),
     ("Commit", lambda record: record.commit),

@@ -111,6 +111,7 @@ def run_rows(table: Results) -> list[dict[str, Any]]:
         row[table.measures.key.replace("test", "teacher")] = values.get("teacher_acc")
         row["execution"] = record and "; ".join(record.execution)
         row |= {name: values.get(name) for name in ("device", "processor", "python", "commit", "started")}
+        row["processes"] = record and " ".join(map(str, record.processes))
         row["code"] = record and record.codes[0]
         row["versions"] = record and ", ".join(map(" ".join, record.versions.items()))
         row["config_hash"] = run.hash

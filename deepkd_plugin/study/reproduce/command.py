@@ -1,6 +1,7 @@
 """`deepkd reproduce` from its arguments to its exit code."""
 
 import ast
+import contextlib
 import sys
 import textwrap
 from collections import Counter
@@ -10,7 +11,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from ... import device
+from ... import device, distributed
 from ...errors import UserError
 from ...run import record
 from ...run.lock import locked
@@ -18,7 +19,7 @@ from ...run.metrics import read_metrics
 from ...terminal import Stopped, exit_code
 from ..shared import cores, count, threads
 from ..table import Run
-from . import reuse, tables
+from . import reuse, slurm, tables
 from .estimate import Estimate, estimate
 from .plan import Plan, make_plan, problems, with_teachers
 from .runs import state
@@ -46,6 +47,7 @@ class Request:
     reuse: Sequence[Path] = ()
     launcher: str = "local"
     slurm: Sequence[str] = ()
+    gpus_per_run: int | None = None
 
 
 def reproduce(request: Request) -> int:
@@ -54,9 +56,12 @@ def reproduce(request: Request) -> int:
     Returns 0 if all runs of the plan are finished (or submitted), 1 if some failed. With dry_run nothing is started or
     written. Raises UserError for what the user can mend, and Stopped after an interruption.
     """
-    parameters = slurm_parameters(request)
-    jobs = request.jobs or device.count() or 1
-    plan = _plan(request, threads(jobs, cores()) if request.launcher == "local" else None)
+    local = request.launcher == "local"
+    parameters = {} if local else slurm_parameters(request)
+    together = _together(request, parameters)
+    jobs = request.jobs or device.count() // together or 1
+    plan = _plan(request, threads(jobs * together, cores()) if local else None)
+    check_together(plan, together, local)
     others = reuse.elsewhere(plan.runs, request.reuse)
     plan = with_teachers(plan, {ours: [other.folder for other in those] for ours, those in others.items()})
     code = record.code_hash()
@@ -73,10 +78,9 @@ def reproduce(request: Request) -> int:
         )
     if missing and not request.dry_run:
         raise UserError("; ".join(missing))
-    local = request.launcher == "local"
-    expected = estimate(*_as_taken(plan, states, taken), jobs, here=local) if left else None
+    expected = estimate(*_as_taken(plan, states, taken), jobs, together, here=local) if left else None
     states |= dict.fromkeys(taken, "elsewhere")
-    where = f"{_machine()}; {jobs} at a time" if local else _cluster(parameters)
+    where = _machine(jobs, together) if local else _cluster(parameters)
     print(describe(plan, states, where, expected, request, unfit))
     if request.dry_run:
         for problem in missing:
@@ -89,7 +93,7 @@ def reproduce(request: Request) -> int:
             raise UserError("; ".join(missing))
         for run, other in taken.items():
             reuse.take_over(run, other, code)
-        return _run(request, plan, jobs) if local else _submit(request, plan, parameters)
+        return _run(request, plan, jobs, together) if local else _submit(request, plan, parameters)
 
 
 def describe(
@@ -134,11 +138,10 @@ def _as_taken(plan: Plan, states: Mapping[Run, str], taken: Mapping[Run, reuse.O
 
 
 def slurm_parameters(request: Request) -> dict[str, Any]:
-    """Read the KEY=VALUE of --slurm, values as Python writes them or else text; --jobs limits the array."""
-    if request.launcher == "local":
-        if request.slurm:
-            raise UserError("command line: --slurm goes with --launcher slurm")
-        return {}
+    """Read the KEY=VALUE of --slurm, values as Python writes them or else text; --jobs limits the array.
+
+    --gpus-per-run says how many tasks and GPUs a node has. Raises UserError for a task without a GPU of its own.
+    """
     parameters: dict[str, Any] = {}
     for word in request.slurm:
         key, equals, text = word.partition("=")
@@ -151,7 +154,29 @@ def slurm_parameters(request: Request) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             parameters[key] = text
     limit = {} if request.jobs is None else {"slurm_array_parallelism": request.jobs}
-    return limit | parameters
+    return limit | slurm.with_tasks(parameters, request.gpus_per_run)
+
+
+def _together(request: Request, parameters: Mapping[str, Any]) -> int:
+    """Count the processes that train a run. UserError if there are no GPUs for them here."""
+    if request.launcher == "slurm":
+        return slurm.tasks(parameters)
+    if request.slurm:
+        raise UserError("command line: --slurm goes with --launcher slurm")
+    if (asked := request.gpus_per_run or 0) > device.count():
+        raise UserError(f"command line: --gpus-per-run is {asked}; it must be at most {device.count()}, the GPUs here")
+    return asked or 1
+
+
+def check_together(plan: Plan, together: int, local: bool) -> None:
+    """Raise UserError if several processes cannot train this plan's runs; a cluster's GPUs are not known here."""
+    if together == 1:
+        return
+    if not plan.table.kind.several:
+        raise UserError(f"command line: {plan.table.name} trains a run on one GPU, and is asked for {together}")
+    with distributed.planned(together) if local else contextlib.nullcontext():
+        for run in {run.cell: run for run in plan.runs}.values():
+            plan.table.kind.read(run.config, run.options)
 
 
 def _plan(request: Request, each: int | None) -> Plan:
@@ -164,13 +189,14 @@ def _plan(request: Request, each: int | None) -> Plan:
     return make_plan(table, pairs, methods, request.seeds, request.options, out, each)
 
 
-def _run(request: Request, plan: Plan, jobs: int) -> int:
+def _run(request: Request, plan: Plan, jobs: int, together: int) -> int:
     from ..report import report
     from .display import for_stream
     from .runs import execute
 
     try:
-        failures = execute(plan.runs, jobs, overwrite=request.overwrite, display=for_stream())
+        display = for_stream()
+        failures = execute(plan.runs, jobs, overwrite=request.overwrite, display=display, together=together)
     except KeyboardInterrupt as interruption:
         again = f"interrupted; what is finished stays, and the same command goes on: {request.command}"
         raise Stopped(again, exit_code(interruption)) from None
@@ -197,9 +223,7 @@ def _saved(runs: Sequence[Run]) -> str:
 
 
 def _submit(request: Request, plan: Plan, parameters: Mapping[str, Any]) -> int:
-    from .slurm import submit
-
-    jobs = submit(plan.runs, plan.out, parameters, overwrite=request.overwrite)
+    jobs = slurm.submit(plan.runs, plan.out, parameters, overwrite=request.overwrite)
     if jobs:
         print(_entry("jobs", f"{len(jobs)} submitted, {jobs[0]} to {jobs[-1]}; logs in {plan.out / 'slurm'}"))
     print(_entry("then", f"deepkd report {plan.out}"))
@@ -247,10 +271,11 @@ def _chosen(plan: Plan) -> str:
     return "; ".join(f"{text} ({' '.join(names)})" for text, names in texts.items())
 
 
-def _machine() -> str:
+def _machine(jobs: int, together: int) -> str:
+    at_a_time = f"{jobs} at a time" + (f", each on {together} GPUs" if together > 1 else "")
     if gpus := device.count():
-        return f"{gpus} x {device.describe(device.pick())}"
-    return f"{record.processor()}, {cores()} cores"
+        return f"{gpus} x {device.describe(device.pick())}; {at_a_time}"
+    return f"{record.processor()}, {cores()} cores; {at_a_time}"
 
 
 def _cluster(parameters: Mapping[str, Any]) -> str:

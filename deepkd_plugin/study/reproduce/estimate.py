@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ... import device
 from ...run.metrics import count_epochs
-from ...run.record import read_run
+from ...run.record import processes, read_run
 from ..shared import cores, duration, threads
 
 if TYPE_CHECKING:
@@ -29,19 +29,20 @@ class Estimate:
         return self.how if self.seconds is None else f"about {duration(self.seconds)}; {self.how}"
 
 
-def estimate(plan: Plan, states: Mapping[Run, str], jobs: int, here: bool = True) -> Estimate:
+def estimate(plan: Plan, states: Mapping[Run, str], jobs: int, together: int = 1, here: bool = True) -> Estimate:
     """Tell how long the runs that are not finished take, `jobs` at a time.
 
     A run takes what the finished ones of its pair and method did (median). Without any, its steps are timed here;
     without `here`, which is for other machines, nobody knows. Runs that share a GPU or, beyond one for each core, a
-    CPU are counted as if in turn. What a run has done already is taken off.
+    CPU are counted as if in turn. What a run has done already is taken off. together: processes of a run, each on a GPU
+    of its own; finished runs of another number do not count, and timed steps are divided by it, which is hoped for.
     """
     kind = plan.table.kind
     left = [run for run in plan.runs if states[run] != "finished"]
-    known = _finished_seconds(run for run in plan.runs if states[run] == "finished")
+    known = _finished_seconds((run for run in plan.runs if states[run] == "finished"), together)
     jobs = min(jobs, len(left)) or 1
     each = threads(jobs, cores())
-    turns = jobs / device.count() if device.count() else jobs * each / cores()
+    turns = jobs * together / device.count() if device.count() else jobs * each / cores()
     untimed: dict[str, list[Cell]] = {}
     for cell in dict.fromkeys(run.cell for run in left):
         if cell not in known:
@@ -60,7 +61,7 @@ def estimate(plan: Plan, states: Mapping[Run, str], jobs: int, here: bool = True
             return Estimate(None, f"not known: timing {pair} failed ({reason})")
         finally:
             device.release()  # this process stays while others train
-    total = {cell: max(1.0, turns) * seconds for cell, seconds in alone.items()} | known
+    total = {cell: max(1.0, turns) * seconds / together for cell, seconds in alone.items()} | known
     seconds = []
     for run in left:
         done = count_epochs(run.folder) / run.epochs if states[run] == "resumable" else 0.0
@@ -68,7 +69,7 @@ def estimate(plan: Plan, states: Mapping[Run, str], jobs: int, here: bool = True
     timed = sum(run.cell in alone for run in left)
     by_finished = len(left) - timed
     how = [f"{by_finished} by finished runs of their kind"] * (by_finished > 0)
-    how += [f"{timed} by their networks' passes over noise, timed here, {_share(each, jobs)}"] * (timed > 0)
+    how += [f"{timed} by their networks' passes over noise, timed here, {_share(each, jobs, together)}"] * (timed > 0)
     return Estimate(total_seconds(seconds, jobs), f"an estimate: {'; '.join(how)}")
 
 
@@ -77,16 +78,21 @@ def total_seconds(seconds: Sequence[float], jobs: int) -> float:
     return max(sum(seconds) / jobs, max(seconds, default=0.0))
 
 
-def _finished_seconds(runs: Iterable[Run]) -> dict[Cell, float]:
-    """Return the median time of finished runs by pair and method."""
+def _finished_seconds(runs: Iterable[Run], together: int) -> dict[Cell, float]:
+    """Return the median time of finished runs of so many processes by pair and method."""
     times: dict[Cell, list[float]] = {}
     for run in runs:
-        times.setdefault(run.cell, []).append(60 * read_run(run.folder)["minutes"])
+        about = read_run(run.folder)
+        if processes(about) == (together,):
+            times.setdefault(run.cell, []).append(60 * about["minutes"])
     return {cell: statistics.median(seconds) for cell, seconds in times.items()}
 
 
-def _share(threads: int, jobs: int) -> str:
+def _share(threads: int, jobs: int, together: int) -> str:
     """Say how runs side by side were taken to share the machine."""
     if device.count():
-        return "those on one GPU in turn" if jobs > device.count() else "each on a GPU of its own"
+        faster = f", as if {together} GPUs were {together} times as fast as one" if together > 1 else ""
+        alone = "a GPU" if together == 1 else "GPUs"
+        shared = jobs * together > device.count()
+        return ("those on one GPU in turn" if shared else f"each on {alone} of its own") + faster
     return f"each on {threads} of {cores()} cores"

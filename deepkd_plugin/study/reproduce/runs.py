@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -10,11 +11,11 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 from ... import device
 from ...errors import UserError
@@ -23,7 +24,7 @@ from ...run import folder as run_folder
 from ...run.lock import locked, sign
 from ...run.metrics import check_lines
 from ..kinds import KINDS
-from ..shared import cores, threads
+from ..shared import cores, ending, threads
 from ..table import Run
 from .display import Display
 
@@ -33,8 +34,8 @@ IMPORT = "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); from deep
 """`python -m` would put the current folder first, and may find another package or mdistiller there than we did."""
 
 WORKER = (sys.executable, "-c", f"{IMPORT}; sys.exit(worker.main(sys.argv[1:]))", json.dumps(sys.path))
-"""What trains a run: a command that is given its lock's descriptor, our process id, the hashes of code and config,
-the run's kind, and --cfg FILE, --resume or --overwrite, KEY VALUE …."""
+"""What trains a run: a command that is given our process id, the number of processes, the hashes of code and config,
+the run's kind, and --cfg FILE, --resume or --overwrite, KEY VALUE …; its stdin is the run's lock."""
 
 PATIENCE = 10.0
 """Seconds for which a lock is waited for: processes of a killed command need a moment to end."""
@@ -44,6 +45,9 @@ GRACE = 30.0
 
 TAIL = 10
 """Lines of a log that a failure shows."""
+
+ECHO = re.compile(r"deepkd: (interrupted|another process of this run has ended)")
+"""What a process says that was ended because another one of its run had failed, which has said why."""
 
 
 class OtherCodeError(UserError):
@@ -63,15 +67,6 @@ class Failure:
         times = "once" if self.attempts == 1 else f"{self.attempts} times"
         end = "".join(f"\n    {line}" for line in self.lines)
         return f"{self.run.name} failed {times} ({ending(self.code)}), log {self.run.folder / 'log.txt'}:{end}"
-
-
-def ending(code: int) -> str:
-    """Say how a process ended."""
-    if code >= 0:
-        return f"exit code {code}"
-    with contextlib.suppress(ValueError):
-        return f"killed by {signal.Signals(-code).name}"
-    return f"killed by signal {-code}"
 
 
 def state(run: Run, overwrite: bool = False, code: str | None = None) -> State:
@@ -133,13 +128,16 @@ def execute(
     display: Display | None = None,
     attempts: int = 3,
     worker: Sequence[str] = WORKER,
+    together: int = 1,
+    make_crew: Callable[..., "Crew"] | None = None,
 ) -> list[Failure]:
-    """Train the runs that are not finished, `jobs` processes side by side; returns those that were given up.
+    """Train the runs that are not finished, `jobs` of them side by side; returns those that were given up.
 
-    Each process writes to its run's log.txt and holds its run's lock. One that fails is tried again, from its
+    Each run's process writes to its log.txt and holds its lock. One that fails is tried again, from its
     checkpoint and after the others, `attempts` times in all; exit code 2, a mistake of the user, is final.
-    Threads and GPUs are shared out, one GPU to each run: on several it would be another computation. An
-    interruption ends the processes and then goes on; another call goes on where they were.
+    together: how many processes train a run; torchrun, in the run's process, starts and ends them. Threads and GPUs
+    are shared out, one GPU to each of them. An interruption ends the processes and then goes on; another call goes on
+    where they were. make_crew: instead of Crew.
 
     overwrite: runs that other code made are made anew. Raises UserError, before anything is started, if a run was
     made by other code (OtherCodeError) or is being trained by another process (HeldError).
@@ -152,7 +150,7 @@ def execute(
             with locked(run.folder, deadline):
                 pass
     display = display or Display(sys.stdout)
-    crew = Crew(todo, min(jobs, len(todo)), overwrite, code, display, attempts, worker)
+    crew = (make_crew or Crew)(todo, min(jobs, len(todo)), overwrite, code, display, attempts, worker, together)
     try:
         display.begin(todo, len(runs) - len(todo))
         crew.work()
@@ -177,6 +175,8 @@ class Crew:
     display: Display
     attempts: int
     worker: Sequence[str]
+    together: int = 1
+    """Processes that train one run."""
     failures: list[Failure] = field(default_factory=list)
     processes: set[subprocess.Popen[bytes]] = field(default_factory=set)
     stopping: bool = False
@@ -240,7 +240,8 @@ class Crew:
                     return
             except OtherCodeError as error:
                 lines = (str(error),)
-        why = ": ".join((f"{ending(code)}, try {attempt} of {self.attempts}", *lines[-1:]))
+        said = [line for line in lines if not ECHO.match(line)] or lines
+        why = ": ".join((f"{ending(code)}, try {attempt} of {self.attempts}", *said[-1:]))
         self.failed(Failure(run, code, attempt, lines), why, code != 2 and attempt < self.attempts)
 
     def finished(self, run: Run) -> None:
@@ -268,35 +269,38 @@ class Crew:
                 self.finished(run)
                 return None
             kind, resume = KINDS[run.kind], before == "resumable"
-            file, how = str(run.config), "--resume" if resume else "--overwrite"
+            how = "--resume" if resume else "--overwrite"
+            words = kind.words(str(run.config), resume, run.options)
             with self.lock, open(run.folder / "log.txt", "ab") as log:
                 if self.stopping:
                     return None
-                command = shlex.join(["python", kind.tool, *kind.words(file, resume, run.options)])
+                command = shlex.join([*self.launcher(), kind.tool, *words])
                 log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {command}\n".encode())
                 log.flush()
-                about = [str(lock), str(os.getpid()), self.code, run.hash, run.kind]
-                process = subprocess.Popen(
-                    [*self.worker, *about, "--cfg", file, how, *run.options],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env=self.environment(slot),
-                    pass_fds=(lock,),
-                    start_new_session=True,  # Ctrl-C is for us; we tell it
-                )
+                log_start = log.tell()  # which moves with what the process writes
+                process = self.begin(run, how, lock, log, slot)
                 self.processes.add(process)
                 self.display.started(run, resume)
                 with contextlib.suppress(OSError):
                     sign(lock, process.pid)
-                return process, log.tell()
+                return process, log_start
+
+    def launcher(self) -> list[str]:
+        """Return the words that start a tool as a run's process does."""
+        several = ["torchrun", "--standalone", "--nproc_per_node", str(self.together)]
+        return several if self.together > 1 else ["python"]
+
+    def begin(self, run: Run, how: str, lock: int, log: IO[bytes], slot: int) -> subprocess.Popen[bytes]:
+        """Start a run's process."""
+        return begin(self.worker, self.together, self.code, run, how, lock, log, self.environment(slot))
 
     def environment(self, slot: int) -> dict[str, str]:
-        """Make a process's environment: its number of threads, its GPU, and a log that is written as it goes."""
+        """Make a process's environment: its number of threads, its GPUs, and a log that is written as it goes."""
         ours = {"PYTHONUNBUFFERED": "1"}
         if self.gpus:
-            ours["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
-        return {"OMP_NUM_THREADS": str(threads(self.size, cores())), **os.environ, **ours}
+            first = slot % max(1, len(self.gpus) // self.together) * self.together
+            ours["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus[first : first + self.together])
+        return {"OMP_NUM_THREADS": str(threads(self.size * self.together, cores())), **os.environ, **ours}
 
     def stop(self) -> None:
         """End all processes."""
@@ -305,23 +309,59 @@ class Crew:
             with self.lock:  # none is being started
                 pass
         finally:
-            self.end(list(self.processes))
+            end(list(self.processes))
 
-    def end(self, processes: Sequence[subprocess.Popen[bytes]]) -> None:
-        """End processes: SIGTERM, and SIGKILL to their whole groups after a grace or a second Ctrl-C."""
-        deadline = time.monotonic() + GRACE
-        try:
-            for process in processes:
-                process.terminate()
-            for process in processes:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(max(0.0, deadline - time.monotonic()))
-        finally:
-            for process in processes:
-                if process.poll() is None:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
+
+def begin(
+    worker: Sequence[str],
+    together: int,
+    code: str,
+    run: Run,
+    how: str,
+    stdin: int,
+    log: IO[bytes],
+    environment: Mapping[str, str],
+) -> subprocess.Popen[bytes]:
+    """Start the process of a run; stdin: its lock, which torchrun hands on to others by this way only."""
+    return subprocess.Popen(
+        [
+            *worker,
+            str(os.getpid()),
+            str(together),
+            code,
+            run.hash,
+            run.kind,
+            "--cfg",
+            str(run.config),
+            how,
+            *run.options,
+        ],
+        stdin=stdin,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        start_new_session=True,  # Ctrl-C is for us; we tell it
+    )
+
+
+def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End runs' processes: SIGTERM, and SIGKILL to their whole groups after a grace or a second Ctrl-C.
+
+    Those that a killed one has started end with it (worker.end_with).
+    """
+    deadline = time.monotonic() + GRACE
+    try:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
 def _last_lines(log: Path, start: int) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from ...run import folder as run_folder
 from ...run.metrics import read_metrics
 from ..measures import MEASURES
 from ..reproduce.display import Display
-from ..reproduce.runs import Crew, Failure
+from ..reproduce.runs import Crew, Failure, end
 from ..table import Run
 from .search import DIVERGED, OPTIONS, OUTCOME, SEEDS, WIDENED, Search
 
@@ -107,7 +107,7 @@ class TrialCrew(Crew):
                 return process.wait(LOOK)
             except subprocess.TimeoutExpired:
                 if not self.tasks[run].pruned and self._look(run):
-                    self.end([process])
+                    end([process])
 
     def ended(self, run: Run, code: int, attempt: int, lines: tuple[str, ...]) -> None:
         task = self.tasks[run]

@@ -287,6 +287,8 @@ def test_threads_are_shared_out(fake_run, monkeypatch):
         runs = [fake_run(seed, out) for seed in range(count)]
         execute(runs, jobs, worker=fake_run.worker)
         assert {environment(run)["OMP_NUM_THREADS"] for run in runs} == {expected}
+    execute([fake_run(0, "together")], 1, worker=fake_run.worker, together=3)
+    assert environment(fake_run(0, "together"))["OMP_NUM_THREADS"] == "4"
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(1))
     runs = [fake_run(seed, "d") for seed in range(2)]
     execute(runs, 2, worker=fake_run.worker)
@@ -316,6 +318,37 @@ def test_gpus_are_shared_out(fake_run, monkeypatch, count, named, jobs, expected
     runs = [fake_run(seed, SECONDS="0.05") for seed in range(4)]
     execute(runs, jobs, worker=fake_run.worker)
     assert {environment(run)["CUDA_VISIBLE_DEVICES"] for run in runs} == expected
+
+
+@pytest.mark.parametrize(
+    ("count", "named", "together", "expected"),
+    [
+        (4, None, 2, {"0,1", "2,3"}),
+        (5, None, 2, {"0,1", "2,3"}),
+        (4, None, 4, {"0,1,2,3"}),
+        (3, "5, GPU-7,1", 2, {"5,GPU-7"}),
+        (0, None, 2, {None}),
+    ],
+)
+def test_a_run_of_several_processes_has_a_gpu_for_each(fake_run, monkeypatch, count, named, together, expected):
+    monkeypatch.setattr(device, "count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    runs = [fake_run(seed, SECONDS="0.05") for seed in range(4)]
+    execute(runs, 2, worker=fake_run.worker, together=together)
+    assert {environment(run)["CUDA_VISIBLE_DEVICES"] for run in runs} == expected
+    assert {environment(run)["together"] for run in runs} == {str(together)}
+    first, *_ = (runs[0].folder / "log.txt").read_text().splitlines()
+    assert f" torchrun --standalone --nproc_per_node {together} tools/train.py --cfg " in first
+
+
+def test_what_a_process_says_that_another_has_ended_is_not_the_reason(fake_run):
+    """The one that failed has said why, before or after."""
+    say = "echo the reason; echo deepkd: another process of this run has ended. Resume with: …; exit 1"
+    told = Told()
+    execute([fake_run()], 1, attempts=1, display=told, worker=("sh", "-c", say))
+    assert told.events[-2] == ("failed", 0, "exit code 1, try 1 of 1: the reason", False)
 
 
 def test_a_gpu_goes_to_the_next_run_when_it_is_free(fake_run, monkeypatch):
@@ -541,7 +574,7 @@ def test_killed_at_random_moments_the_command_ends_with_the_same_results(fake_ru
         assert read_metrics(run.folder) == read_metrics(whole.folder)
 
 
-def tiny_runs(out, data_root, count):
+def tiny_runs(out, data_root, count, options=()):
     """Real runs of 3 epochs of 8 steps, as plan.py makes them."""
     made = []
     for seed in range(count):
@@ -553,7 +586,7 @@ def tiny_runs(out, data_root, count):
             "EXPERIMENT.NAME": name,
             "DISTILLER.FOLD_TEACHER": "False",
         }  # as plans settle
-        options = tuple(word for pair in given.items() for word in pair)
+        options = (*options, *(word for pair in given.items() for word in pair))
         held = record.config_hash(launch.read_config(find_host(), str(CONFIG), list(options))[0])
         made.append(Run("res20_res8", "kd", seed, CONFIG, options, held, 3, above / "kd" / name))
     return made

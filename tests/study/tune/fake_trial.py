@@ -19,7 +19,7 @@ def accuracy(options):
 
 
 def main():
-    _, _, code, config, _, _, _, _how, *pairs = sys.argv[1:]
+    _, _, code, config, _, _, _, _how, *pairs = sys.argv[1:]  # the first two: our parent, the number of processes
     options = dict(zip(pairs[::2], pairs[1::2]))
     folder = Path(options["LOG.PREFIX"], options["EXPERIMENT.PROJECT"], options["EXPERIMENT.NAME"])
     run = {"code": code, "config_hash": config, "finished": False, "minutes": 0.1}
