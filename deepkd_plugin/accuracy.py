@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .device import autocast, classify_in_float32, place_batch, refusals
-from .distributed import total
+from .distributed.collectives import total
 from .errors import UserError
 from .run.metrics import Sums
 from .terminal import warn

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import config, device, distributed
+from . import config, device
 from .config import CHANNELS_LAST, FOLD_TEACHER
 from .distillers.base import Distiller
+from .distributed import collectives, process_group
 from .errors import UserError
 from .fold import CannotFoldError, differences, fold
 from .rules import automatic
@@ -106,12 +107,12 @@ def choose(cfg: Any, student: nn.Module, teacher: nn.Module | None, images: Tens
 
 def _agreed(choice: Choice) -> Choice:
     """Return the choice of the first of several processes: gradients of one memory format are summed."""
-    return choice._replace(value=bool(distributed.from_first([choice.value])[0]))
+    return choice._replace(value=bool(collectives.from_first([choice.value])[0]))
 
 
 def _share(cfg: Any) -> int:
     """Return how many images a process passes at once."""
-    return math.ceil(config.chunk(cfg) / distributed.size())
+    return math.ceil(config.chunk(cfg) / process_group.size())
 
 
 def _fold(cfg: Any, distiller: Distiller, samples: Callable[[int], Tensor]) -> Choice:

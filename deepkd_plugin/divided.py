@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import device, distributed
+from . import device
 from .data.arrays import passes
+from .distributed import collectives, process_group, sharding
 from .errors import UserError
 from .step import Batch, Step
 
 
 class DividedStep(Step):
-    """A step on a batch of `count` images, of which this process passes those that distributed.own names.
+    """A step on a batch of `count` images, of which this process passes those that sharding.own names.
 
     The gradient is that of the whole batch, to rounding, whatever the method compares: a part's loss is computed of the
     logits of all, of which the part's own have a graph. Of micro-batches, all logits are known at once only after a
@@ -33,16 +34,16 @@ class DividedStep(Step):
     def gradients(self, batch: Batch, epoch: float) -> tuple[Tensor, dict[str, Tensor], Batch]:
         self.optimizer.zero_grad()
         count = self.count or len(batch["target"])
-        counts = distributed.shares(count, self.chunk)
-        parts = _divide(batch, [max(of_part[distributed.rank()], 1) for of_part in counts])
-        targets = [distributed.gather(part["target"], each) for part, each in zip(parts, counts)]
+        counts = sharding.shares(count, self.chunk)
+        parts = _divide(batch, [max(of_part[process_group.rank()], 1) for of_part in counts])
+        targets = [collectives.gather(part["target"], each) for part, each in zip(parts, counts)]
         whole = {**batch, "target": torch.cat(targets)}
         if len(parts) > 1 and self.module.losses_of == "batch":
             return *self.in_two_passes(parts, counts, whole["target"], epoch), whole
         logits: list[Tensor] = []
         sums: dict[str, Tensor] = {}
         for i, (part, each, target) in enumerate(zip(parts, counts, targets)):
-            with self.making_whole(lambda own, each=each: distributed.gather(own, each)):  # type: ignore[misc]
+            with self.making_whole(lambda own, each=each: collectives.gather(own, each)):  # type: ignore[misc]
                 own, losses = self.distiller(**{**part, "target": target}, epoch=epoch)
             share = sum(each) / count
             by_stream = {name: loss * share if share < 1 else loss for name, loss in self.by_stream(losses).items()}
@@ -63,13 +64,13 @@ class DividedStep(Step):
             states.append(device.generators(self.device))
             with torch.no_grad(), self.making_whole(lambda own, asked=asked: asked.append(own.clone()) or own):  # type: ignore
                 self.distiller(**part, epoch=epoch)
-            of_parts.append((asked, [distributed.gather(own, each) for own in asked]))
+            of_parts.append((asked, [collectives.gather(own, each) for own in asked]))
         every = [torch.cat(pieces) for pieces in zip(*(gathered for _, gathered in of_parts))]
         for buffer, before in buffers:  # running means move in the second pass
             buffer.copy_(before)
         after, start = device.generators(self.device), 0
         for i, (part, each, (asked, _)) in enumerate(zip(parts, counts, of_parts)):
-            first, mine = start + sum(each[: distributed.rank()]), each[distributed.rank()]
+            first, mine = start + sum(each[: process_group.rank()]), each[process_group.rank()]
             turn = itertools.count()
 
             def complete(own: Tensor, first: int = first, mine: int = mine, turn: Iterator[int] = turn) -> Tensor:
@@ -105,8 +106,8 @@ class DividedStep(Step):
 
 def check_divisible(cfg: Any, module: Any, loader: Any) -> None:
     """Raise UserError if a run's batches cannot be divided: the method reads more than logits, the loader is odd."""
-    several = distributed.size() > 1
-    how = f"in {distributed.size()} processes" if several else f"with SOLVER.ACCUMULATE {cfg.SOLVER.ACCUMULATE}"
+    several = process_group.size() > 1
+    how = f"in {process_group.size()} processes" if several else f"with SOLVER.ACCUMULATE {cfg.SOLVER.ACCUMULATE}"
     if not getattr(module, "losses_of", ""):
         raise UserError(
             f"config: DISTILLER.TYPE is {cfg.DISTILLER.TYPE}, whose losses may read more of a batch than logits and "

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .distributed import ProcessGroup, summed
+from .distributed.buckets import summed
+from .distributed.process_group import ProcessGroup
 from .streams import backward_by_set
 
 SUMMARIES = ("mean", "ratio")

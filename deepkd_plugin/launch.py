@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from . import config, data, device, distributed, extensions
+from . import config, data, device, extensions
 from .accuracy import measure_teacher
 from .config.shipped import find_config
+from .distributed import collectives, process_group
 from .errors import UserError
 from .hosts.host import Host
 from .hosts.mdistiller import check_trainer
@@ -28,11 +29,11 @@ EXAMPLE = "configs/glyphs100/res20_res8/kd.yaml"
 
 def main(argv: Sequence[str] | None = None, tool: str = "tools/train.py") -> int:
     """`tools/train.py` and `deepkd train`: train the student of a config. Returns the exit code (2: a mistake)."""
-    return distributed.ended(lambda: guarded(lambda: _main(list(sys.argv[1:] if argv is None else argv), tool)))
+    return process_group.ended(lambda: guarded(lambda: _main(list(sys.argv[1:] if argv is None else argv), tool)))
 
 
 def _main(words: list[str], tool: str) -> None:
-    with distributed.joined():
+    with process_group.joined():
         train(**read_words(words, tool, "Train a student under a config.", EXAMPLE))
 
 
@@ -43,7 +44,7 @@ def read_words(words: Sequence[str], tool: str, description: str, example: str) 
     parser.add_run()
     args = parser.parse(words)
     args.file = find_config(args.file)
-    return vars(args) | {"command": shlex.join([*distributed.command(tool), "--cfg", args.file, *args.options])}
+    return vars(args) | {"command": shlex.join([*process_group.command(tool), "--cfg", args.file, *args.options])}
 
 
 def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, command: str) -> Path:
@@ -57,13 +58,13 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
     folder = Path(cfg.LOG.PREFIX) / name
     make = trainers(host)[cfg.SOLVER.TRAINER]
     device.tune(cfg.SOLVER.DETERMINISTIC)  # before CUDA starts
-    distributed.take_card()
+    process_group.take_card()
     resume, overwrite = run_folder.restarted(folder, resume, overwrite)
     with run_folder.held(folder, resume, overwrite, record_needed=issubclass(make, Trainer)):
         check_files(host, cfg)  # before images are read, which may take minutes
         target_device = device.pick()
         device.seed_everything(cfg.SOLVER.SEED)
-        with distributed.in_turn():
+        with collectives.in_turn():
             train_loader, val_loader, num_data, num_classes = data.get_dataset(cfg)
         print(
             f"{name}: {cfg.DISTILLER.TYPE} on {cfg.DATASET.TYPE}, {num_data} images, {device.describe(target_device)}; "
@@ -80,12 +81,12 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
             return folder
         source = origin.get("DISTILLER.TEACHER_WEIGHTS", "default")
         teacher_acc = measure_teacher(distiller, val_loader, cfg, source)
-        if distributed.size() == 1:
+        if process_group.size() == 1:
             distiller = device.parallel(distiller, cfg.SOLVER.DATA_PARALLEL)
         trainer = make(name, distiller, train_loader, val_loader, cfg)
         trainer.teacher_acc = teacher_acc
         result = run(trainer, resume, overwrite, command)
-        if not distributed.rank():
+        if not process_group.rank():
             summarise(file, cfg, folder, teacher_acc, result)
         return folder
 
@@ -137,7 +138,7 @@ def run(trainer: Trainer, resume: bool, overwrite: bool, command: str) -> dict[s
             reason = killed.splitlines()[0].strip().rstrip(".")
             message = f"{reason}; if memory was short, here or in /dev/shm, {workers} must be lower. {left}"
             raise Stopped(message, 1) from None
-        if isinstance(error, distributed.Lost):
+        if isinstance(error, collectives.Lost):
             raise Stopped(f"{error}. {left}", error.code) from None
         refused = used_up(error)
         if refused is None:
@@ -179,8 +180,8 @@ def read_config(host: Host, file: str, options: Sequence[str]) -> tuple[Any, dic
     host.check(cfg, origin)
     make = trainers(host)[cfg.SOLVER.TRAINER]
     check_trainer(cfg, origin, make)
-    if distributed.size() > 1 and not issubclass(make, Trainer):
-        allowed = f"{', '.join(config.TRAINERS)} or base in {distributed.size()} processes: it is mdistiller's"
+    if process_group.size() > 1 and not issubclass(make, Trainer):
+        allowed = f"{', '.join(config.TRAINERS)} or base in {process_group.size()} processes: it is mdistiller's"
         raise config.wrong(origin, "SOLVER.TRAINER", cfg.SOLVER.TRAINER, allowed)
     cfg.freeze()
     return cfg, origin

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import distributed
+from .distributed import buckets
 from .streams import Sets
 
 Gradients = dict[Tensor, Tensor]
@@ -292,7 +292,7 @@ def average(
     others count as 0; if none has, there is none. The given gradients are overwritten.
     """
     averaged: list[Gradients] = [dict(mine) for mine in gradients]
-    for mine, total in zip(averaged, distributed.summed(gradients, params, group)):
+    for mine, total in zip(averaged, buckets.summed(gradients, params, group)):
         for p, gradient in zip(params, total):
             if gradient is not None:
                 gradient /= dist.get_world_size(group)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 
-from . import device, distributed
+from . import device
 from .distillers.base import Distiller
+from .distributed import process_group
 from .divided import DividedStep
 from .optim import StreamOptimizer
 from .step import Batch, Outcome, Step
@@ -165,7 +166,7 @@ def make_step(execution: str, distiller: nn.Module, *arguments: Any, chunk: int 
     else:
         step = DIVIDED[execution](distiller, *arguments, home)
         step.chunk = chunk
-    step.sum_over = distributed.streams()
+    step.sum_over = process_group.streams()
     return step
 
 

@@ -9,7 +9,7 @@ from torch.amp import GradScaler
 from torch.nn.utils import clip_grad_norm_
 
 from .device import autocast_within, classify_in_float32, precision
-from .distributed import ProcessGroup
+from .distributed.process_group import ProcessGroup
 from .gsnr import GradientMonitor
 from .optim import StreamOptimizer
 

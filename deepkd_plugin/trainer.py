@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import default_collate
 
-from . import card, choice, config, data, device, distributed, solver
+from . import card, choice, config, data, device, solver
 from .accuracy import correct, evaluate, measure_teacher
 from .data import make_mixing
 from .data.arrays import passes
 from .data.resident import ResidentLoader
 from .distillers.terms import classes
+from .distributed import collectives, process_group, sharding
 from .divided import DividedStep, check_divisible
 from .errors import UserError
 from .gsnr import GradientMonitor
@@ -72,7 +73,7 @@ class Trainer:
         self.device = next(self.module.parameters()).device
         device.tune(cfg.SOLVER.DETERMINISTIC)
         device.place(self.module, self.device, cfg.SOLVER.CHANNELS_LAST)
-        divided = self.by_logits and (distributed.size() > 1 or cfg.SOLVER.ACCUMULATE > 1)
+        divided = self.by_logits and (process_group.size() > 1 or cfg.SOLVER.ACCUMULATE > 1)
         if divided:
             check_divisible(cfg, self.module, train_loader)
         self.optimizer = self.make_optimizer(self.module.get_learnable_parameters(), cfg)
@@ -140,9 +141,9 @@ class Trainer:
         self.described = self.describe()
         changed = self.load() if resume else {}
         chosen = self.settle()
-        if self.cfg.SOLVER.SYNC_BATCHNORM and distributed.size() > 1:
+        if self.cfg.SOLVER.SYNC_BATCHNORM and process_group.size() > 1:
             # from here on all processes pass the student equally often
-            self.module.student = distributed.synchronised(self.module.student)
+            self.module.student = collectives.synchronised(self.module.student)
         # one that was ended between its last checkpoint and the note of its result still gets that note
         if self.epoch == epochs and record.read_run(self.folder)["finished"]:
             raise UserError(
@@ -150,19 +151,19 @@ class Trainer:
             )
         self.logits = self.open_logits()
         facts = {"code": record.code_hash(), "config": record.config_hash(self.cfg), "teacher": self.teacher or "0"}
-        distributed.check_alike(**{name: int(value, 16) >> 1 for name, value in facts.items()})
-        distributed.spread(self.module.student)
+        collectives.check_alike(**{name: int(value, 16) >> 1 for name, value in facts.items()})
+        collectives.spread(self.module.student)
         command = command or shlex.join(["python", *sys.argv])
-        if not distributed.rank():
+        if not process_group.rank():
             self.prepare_folder(resume, command, changed, chosen)
-        device.use_threads(int(distributed.from_first([torch.get_num_threads()])[0]))
+        device.use_threads(int(collectives.from_first([torch.get_num_threads()])[0]))
         self.saved = started = time.monotonic()
         try:
             result = self.train_epochs()
         finally:
-            if not distributed.rank():
+            if not process_group.rank():
                 record.add_minutes(self.folder, (time.monotonic() - started) / 60)
-        if not distributed.rank():
+        if not process_group.rank():
             if self.described is not None:
                 parameters = sum(part.numel() for part in self.module.student.parameters())
                 images = [len(loader.dataset) for loader in (self.train_loader, self.val_loader)]
@@ -185,18 +186,18 @@ class Trainer:
         )
         if chosen and not resume:
             record.note(self.folder, {"chosen": chosen})
-        if distributed.size() > 1 and any(isinstance(m, _BatchNorm) for m in self.module.student.modules()):
+        if process_group.size() > 1 and any(isinstance(m, _BatchNorm) for m in self.module.student.modules()):
             whole, synchronised = config.chunk(self.cfg), self.cfg.SOLVER.SYNC_BATCHNORM
             of = f"{whole} images" if synchronised else f"a process's share of {whole} images"
             print(f"BatchNorm takes its means over {of} (SOLVER.SYNC_BATCHNORM {synchronised})")
 
     def train_epochs(self) -> dict[str, Any]:
         """Train the epochs that are left, and log and save each when it ends."""
-        log = None if distributed.rank() else RunLog(self.folder, self.epoch, self.cfg)
+        log = None if process_group.rank() else RunLog(self.folder, self.epoch, self.cfg)
         last = 0.0
         try:
             for epoch in range(self.epoch + 1, self.cfg.SOLVER.EPOCHS + 1):
-                device.seed_everything(self.cfg.SOLVER.SEED, epoch, distributed.rank())
+                device.seed_everything(self.cfg.SOLVER.SEED, epoch, process_group.rank())
                 entry = {"epoch": epoch, "lr": self.scheduler.get_last_lr()[0]}
                 entry |= self.train_epoch(epoch)
                 entry |= self.test()
@@ -243,7 +244,7 @@ class Trainer:
                     seconds = time.perf_counter() - start
                     # all processes judge the first one's numbers, so that they stop together
                     means, minutes = sums.means(), (time.monotonic() - self.saved) / 60
-                    *values, minutes = distributed.from_first([*means.values(), minutes])
+                    *values, minutes = collectives.from_first([*means.values(), minutes])
                     means = dict(zip(means, values))
                     self.check_finite(means, f"in epoch {epoch}, by iteration {step}")
                     if 0 < self.cfg.SOLVER.CHECKPOINT_MINUTES <= minutes and step < steps:
@@ -278,14 +279,14 @@ class Trainer:
         batches = iter(loader)
         for _ in range(first - 1 if order is None else 0):
             next(batches)
-        if within is not None and len(within["generators"]) == distributed.size():
-            device.set_generators(self.device, within["generators"][distributed.rank()])
+        if within is not None and len(within["generators"]) == process_group.size():
+            device.set_generators(self.device, within["generators"][process_group.rank()])
         return batches
 
     def count(self, parts: dict[str, Any], step: int) -> int:
         """Count the images of a step's batch, of all processes together."""
         order, size = passes(self.train_loader), self.cfg.SOLVER.BATCH_SIZE
-        several = distributed.size() > 1 and order is not None
+        several = process_group.size() > 1 and order is not None
         count = min(len(order) - (step - 1) * size, size) if several else len(parts["target"])
         if isinstance(self.step, DividedStep):
             self.step.count = count
@@ -354,8 +355,8 @@ class Trainer:
     def places(self, count: int, step: int) -> Sequence[int]:
         """Return the places of this process's `count` images in a step's batch, of all processes together."""
         order, size = passes(self.train_loader), self.cfg.SOLVER.BATCH_SIZE
-        if distributed.size() > 1 and order is not None:
-            own = distributed.own(min(len(order) - (step - 1) * size, size), config.chunk(self.cfg))
+        if process_group.size() > 1 and order is not None:
+            own = sharding.own(min(len(order) - (step - 1) * size, size), config.chunk(self.cfg))
             if len(own) == count:
                 return own
         return range(count)
@@ -382,7 +383,7 @@ class Trainer:
 
     def test(self) -> dict[str, float]:
         """Test the student; returns its numbers by names test_…."""
-        distributed.spread_buffers(self.module.student)
+        collectives.spread_buffers(self.module.student)
         return evaluate(self.distiller, self.val_loader, self.device, self.cfg.SOLVER)
 
     def test_teacher(self) -> float | None:
@@ -457,10 +458,10 @@ class Trainer:
 
     def save_within(self, step: int, within: dict[str, Any]) -> None:
         """Save a checkpoint after a step inside an epoch; within: what goes on with the epoch's record."""
-        generators = distributed.rows_of_all(device.generators(self.device))
-        distributed.spread_buffers(self.module.student)
+        generators = collectives.rows_of_all(device.generators(self.device))
+        collectives.spread_buffers(self.module.student)
         self.saved = time.monotonic()
-        if distributed.rank():
+        if process_group.rank():
             return
         within |= {"step": step, "windows": self.windows, "generators": generators}
         with checkpoint.uninterrupted():

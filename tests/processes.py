@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from deepkd_plugin import distributed
+from deepkd_plugin.distributed import process_group
 from deepkd_plugin.terminal import guarded
 
 
@@ -29,13 +29,18 @@ def _process(rank: int, work: Callable, folder: str, args: tuple, one_run: bool)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     if one_run:
-        os.environ.update(dict.fromkeys(("RANK", "LOCAL_RANK", *distributed.MEETING), str(rank)), WORLD_SIZE="2")
-    with distributed.joined():
+        os.environ.update(dict.fromkeys(("RANK", "LOCAL_RANK", *process_group.MEETING), str(rank)), WORLD_SIZE="2")
+    with process_group.joined():
         torch.save(work(rank, *args), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
     # a thread of gloo that lets its last tensor go while Python shuts down ends the process with SIGABRT (seen with
     # torch 2.14, one process in some twenty), so Python does not shut down
     os._exit(0)
+
+
+def as_process(monkeypatch: Any, rank: int, size: int = 2) -> None:
+    """Let this process be one of several, as far as it is asked for its number."""
+    monkeypatch.setattr(process_group, "_here", process_group._ALONE._replace(rank=rank, size=size))
 
 
 def job(work: Callable, folder: Path, meanwhile: Callable = lambda pids: None) -> tuple[list[int], list[str]]:
@@ -66,7 +71,7 @@ def _fork(rank: int, port: int, work: Callable, output: Path) -> int:
         os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
 
         def joined() -> None:
-            with distributed.joined():
+            with process_group.joined():
                 work()
 
         code = guarded(joined)

@@ -8,8 +8,9 @@ import torch
 from processes import in_two_processes
 from torch import nn
 
-from deepkd_plugin import distributed, solver
+from deepkd_plugin import solver
 from deepkd_plugin.distillers import DISTILLERS, Vanilla
+from deepkd_plugin.distributed import process_group, sharding
 from deepkd_plugin.divided import DividedStep
 from deepkd_plugin.gsnr import GradientMonitor
 from deepkd_plugin.step import Step
@@ -81,12 +82,12 @@ def train(case, divided):
     if case[5] == "float64":
         step.monitor = monitor
     if divided:
-        step.chunk, step.sum_over = -(-12 // case[4]), distributed.streams()
+        step.chunk, step.sum_over = -(-12 // case[4]), process_group.streams()
     for number in range(STEPS):
         parts = batch(number, distiller.views_of(cfg), getattr(torch, case[5]))
         step.count = len(parts["target"])
         if divided:
-            own = distributed.own(step.count, step.chunk)
+            own = sharding.own(step.count, step.chunk)
             parts = {n: [t[own] for t in v] if isinstance(v, list) else v[own] for n, v in parts.items()}
         parts["image"] = parts["image"] if len(parts["image"]) > 1 else parts["image"][0]
         monitor.tick()

@@ -16,7 +16,8 @@ import small
 import test_several as several
 from processes import job, wait_for
 
-from deepkd_plugin import distributed, launch, trainer
+from deepkd_plugin import launch, trainer
+from deepkd_plugin.distributed import collectives, process_group
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.run import record
 
@@ -69,7 +70,7 @@ def fail(folder, where):
     prepare = made.prepare
 
     def failing(batch, epoch, step):
-        if epoch == 2 and distributed.rank() in where:
+        if epoch == 2 and process_group.rank() in where:
             raise UserError("the images are not what they were")
         return prepare(batch, epoch, step)
 
@@ -95,8 +96,8 @@ def test_a_mistake_that_all_find_is_told_once(tmp_path):
 
 def test_the_first_process_ends_in_time_though_it_waits_for_another(tmp_path, monkeypatch):
     """It sees no signal while it waits; here the other does not come."""
-    monkeypatch.setattr(distributed, "GRACE", 1.0)
-    work = lambda: time.sleep(60) if distributed.rank() else distributed.wait()  # noqa: E731
+    monkeypatch.setattr(process_group, "GRACE", 1.0)
+    work = lambda: time.sleep(60) if process_group.rank() else collectives.wait()  # noqa: E731
 
     def end(pids):
         time.sleep(1.5)

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import small
 import torch
-from processes import in_two_processes
+from processes import as_process, in_two_processes
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from deepkd_plugin import choice, config, distributed, launch, trainer
+from deepkd_plugin import choice, config, launch, trainer
 from deepkd_plugin.data.arrays import Passes, Shares
 from deepkd_plugin.data.augment import Mixing
 from deepkd_plugin.device import seed_everything
 from deepkd_plugin.distillers import KD, MLKD, DeepKD, Distiller
+from deepkd_plugin.distributed import collectives, process_group
 from deepkd_plugin.divided import DividedStep
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.teacher_logits import tables
@@ -59,9 +60,9 @@ def make(prefix, norm=None, mixed=False, **keys):
     distiller = DeepKD(network(8, norm), network(16).requires_grad_(False), cfg)
     order = Passes(np.arange(48 if mixed else 53), cfg.SOLVER.SEED)
     loading = {"batch_size": 16, "sampler": order}
-    if distributed.size() > 1:
+    if process_group.size() > 1:
         loading = {"batch_sampler": Shares(order, 16, config.chunk(cfg))}
-    tested = range(distributed.rank(), 53, distributed.size())
+    tested = range(process_group.rank(), 53, process_group.size())
     loaders = DataLoader(Images(True), **loading), DataLoader(Images(False), 16, sampler=tested)
     cfg.SOLVER.ADAMW.EPS = 1e-3  # so that a step does not depend on the rounding of gradients next to 0
     made = (DecoupledAdamWTrainer if mixed else DecoupledMomentumTrainer)("run", distiller, *loaders, cfg)
@@ -106,11 +107,11 @@ class Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, values):
-        return distributed._reduced(values.clone())
+        return collectives._reduced(values.clone())
 
     @staticmethod
     def backward(ctx, gradient):
-        return distributed._reduced(gradient.clone())
+        return collectives._reduced(gradient.clone())
 
 
 class Synchronised(nn.BatchNorm1d):
@@ -161,7 +162,7 @@ def in_several(rank, folder):
     train(made)
     made.test()
     results["buffers"] = made.module.student.body[2].running_mean
-    distributed.synchronised = synchronised
+    collectives.synchronised = synchronised
     train(make(f"{folder}/synchronised", norm=nn.BatchNorm1d, SYNC_BATCHNORM=True))
     results["overflow"] = overflow(rank, make(f"{folder}/overflow", AMP="float16"))
     results["auto"] = [choice._agreed(choice.Choice(rank == one, "measured")).value for one in range(2)]
@@ -412,7 +413,7 @@ def test_processes_share_a_table_of_teacher_logits(tmp_path, data_root):
     ],
 )
 def test_what_cannot_be_divided_is_refused(monkeypatch, tmp_path, keys, size, message):
-    monkeypatch.setattr(distributed, "_here", distributed._ALONE._replace(size=size))
+    as_process(monkeypatch, 0, size)
     with pytest.raises(UserError, match=re.escape(message)):
         config.check(small.config(tmp_path, **keys), {})
 
@@ -430,7 +431,7 @@ def test_a_method_that_reads_more_than_logits_and_a_foreign_loader_are_refused(m
     method = Features(network(8), network(16), cfg)
     with pytest.raises(UserError, match=r"with SOLVER.ACCUMULATE 2 it must be one that declares `losses_of`"):
         DecoupledMomentumTrainer("run", method, made.train_loader, made.val_loader, cfg)
-    monkeypatch.setattr(distributed, "_here", distributed._ALONE._replace(size=2))
+    as_process(monkeypatch, 0, 2)
     with pytest.raises(UserError, match="in 2 processes it must be one that declares"):
         DecoupledMomentumTrainer("run", method, made.train_loader, made.val_loader, cfg)
     with pytest.raises(UserError, match="is not one that get_dataset made; in 2 processes it must be"):

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 from yacs.config import CfgNode
 
-from .. import device, distributed
+from .. import device
 from ..distillers import DISTILLERS
+from ..distributed import process_group, sharding
 from ..errors import UserError
 from ..rules import NOT_NEGATIVE, PLAIN, Key, plain
 from ..terminal import warn
@@ -166,17 +167,17 @@ def check_schedules(cfg: CfgNode, origin: dict[str, str]) -> None:
 
 def check_division(cfg: CfgNode, origin: dict[str, str]) -> None:
     """Raise UserError if a batch cannot be divided among processes and micro-batches as it is asked for."""
-    solver, several = cfg.SOLVER, distributed.size() > 1
-    if distributed.size() > solver.BATCH_SIZE:
-        allowed = f"at least {distributed.size()}, an image for each process; it is the batch of all together"
+    solver, several = cfg.SOLVER, process_group.size() > 1
+    if process_group.size() > solver.BATCH_SIZE:
+        allowed = f"at least {process_group.size()}, an image for each process; it is the batch of all together"
         raise wrong(origin, "SOLVER.BATCH_SIZE", solver.BATCH_SIZE, allowed)
-    if solver.ACCUMULATE * distributed.size() > solver.BATCH_SIZE:
-        most = solver.BATCH_SIZE // distributed.size()
+    if solver.ACCUMULATE * process_group.size() > solver.BATCH_SIZE:
+        most = solver.BATCH_SIZE // process_group.size()
         each = " for each process" if several else ""
         allowed = f"at most {most}, so that a micro-batch of SOLVER.BATCH_SIZE {solver.BATCH_SIZE} has an image{each}"
         raise wrong(origin, "SOLVER.ACCUMULATE", solver.ACCUMULATE, allowed)
     if solver.DATA_PARALLEL and (several or solver.ACCUMULATE > 1):
-        reason = f"{distributed.size()} processes" if several else f"SOLVER.ACCUMULATE {solver.ACCUMULATE}"
+        reason = f"{process_group.size()} processes" if several else f"SOLVER.ACCUMULATE {solver.ACCUMULATE}"
         raise wrong(origin, "SOLVER.DATA_PARALLEL", True, f"False with {reason}")
     if solver.SYNC_BATCHNORM and several and device.pick().type == "cpu":
         raise wrong(origin, "SOLVER.SYNC_BATCHNORM", True, "False on a CPU: PyTorch's SyncBatchNorm needs GPUs")
@@ -203,9 +204,9 @@ def check_augmentation(cfg: CfgNode, origin: dict[str, str]) -> None:
     if node.RANDAUGMENT and importlib.util.find_spec("timm") is None:
         allowed = 'no text, for timm is not installed: pip install -e ".[networks]" (or: pip install timm) brings it'
         raise wrong(origin, "AUGMENT.RANDAUGMENT", node.RANDAUGMENT, allowed)
-    parts = distributed.shares(solver.BATCH_SIZE, chunk(cfg))
-    if mixes(cfg) and distributed.size() > 1 and any(count % 2 for part in parts for count in part):
-        least = 2 * distributed.size() * solver.ACCUMULATE
+    parts = sharding.shares(solver.BATCH_SIZE, chunk(cfg))
+    if mixes(cfg) and process_group.size() > 1 and any(count % 2 for part in parts for count in part):
+        least = 2 * process_group.size() * solver.ACCUMULATE
         allowed = f"a multiple of {least} with {used[0]}, so that processes and micro-batches have whole pairs"
         raise wrong(origin, "SOLVER.BATCH_SIZE", solver.BATCH_SIZE, allowed)
 

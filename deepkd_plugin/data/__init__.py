@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from .. import config, device, distributed
+from .. import config, device
+from ..distributed import process_group
 from ..errors import UserError, shown
 from ..terminal import warn
 from . import arrow, cifar100, glyphs, imagenet, pairs, tiny_imagenet  # noqa: F401 (each registers its set)
@@ -137,10 +138,10 @@ def _loader(cfg: Any, data_set: Source, samples: Dataset, images: Any, chosen: n
     size = cfg.SOLVER.BATCH_SIZE if training else data_set.test_batch(cfg)
     target_device = device.pick()
     sampler = Passes(chosen, cfg.SOLVER.SEED, weak_views(cfg)) if training else None
-    tested = range(distributed.rank(), len(samples), distributed.size())  # processes share the test images
+    tested = range(process_group.rank(), len(samples), process_group.size())  # processes share the test images
     if pipeline(cfg) == "workers":
         loading = {"num_workers": cfg.DATASET.NUM_WORKERS, "pin_memory": target_device.type == "cuda"}
-        if sampler is not None and distributed.size() > 1:
+        if sampler is not None and process_group.size() > 1:
             loader = DataLoader(samples, batch_sampler=Shares(sampler, size, config.chunk(cfg)), **loading)
         else:
             loader = DataLoader(samples, size, sampler=sampler or tested, **loading)
@@ -153,6 +154,6 @@ def _loader(cfg: Any, data_set: Source, samples: Dataset, images: Any, chosen: n
     targets = torch.from_numpy(np.asarray(images.targets)[chosen]).to(target_device)
     distortions = data_set.augmentation if training else ()
     loader = ResidentLoader(samples, pixels, targets, size, data_set.mean, data_set.std, distortions, sampler)
-    if distributed.size() > 1:
+    if process_group.size() > 1:
         loader.chunk = config.chunk(cfg)
     return loader

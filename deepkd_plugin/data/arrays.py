@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from .. import distributed
+from ..distributed import sharding
 from ..errors import UserError
 from . import draws
 from .draws import Draw, Views
@@ -84,7 +84,7 @@ class Shares(Sampler[list[tuple[int, int]]]):
         order = list(self.sampler)
         for first in range(0, len(order), self.size):
             batch = order[first : first + self.size]
-            yield [batch[place] for place in distributed.own(len(batch), self.chunk)]
+            yield [batch[place] for place in sharding.own(len(batch), self.chunk)]
 
 
 def passes(loader: Any) -> Passes | None:

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.transforms import functional as F
 
-from .. import distributed
+from ..distributed import process_group, sharding
 from ..errors import UserError
 from . import draws
 from .arrays import Passes
@@ -287,8 +287,8 @@ class ResidentLoader:
         # of all batches at once: on a GPU a batch's own would take as long to start as some of its layers
         of_pass = draw(self.distortions, draws.uniforms(*drawn_from, chosen, draws.WEAK, needed))
         for part in self._parts(len(places)):
-            if distributed.size() > 1:
-                part = part.start + torch.tensor(distributed.own(part.stop - part.start, self.chunk)).to(places.device)
+            if process_group.size() > 1:
+                part = part.start + torch.tensor(sharding.own(part.stop - part.start, self.chunk)).to(places.device)
             index = places[part]
             target, drawn = self.targets[index], [one[..., part] for one in of_pass]
             if self.only_draw:

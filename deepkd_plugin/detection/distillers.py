@@ -15,9 +15,9 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 
-from .. import distributed
 from ..distillers.base import Taught, warmup_factor
 from ..distillers.variants import variant
+from ..distributed import collectives
 from ..losses import wide
 from ..topk import mask_size
 from .losses import losses_by_stream, proposal_kd, proposal_terms
@@ -72,7 +72,7 @@ def training_pass(
     else:
         classifier, box = logits.sum(), regression.sum()
     sampled = [student.rpn.fg_bg_sampler.counted, len(logits)] if counted else [0, 0]
-    of_anchors, of_proposals = distributed.parts_of_all(sampled)
+    of_anchors, of_proposals = collectives.parts_of_all(sampled)
     losses = {name: of_anchors * loss for name, loss in losses.items()}
     losses |= {"loss_classifier": of_proposals * classifier, "loss_box_reg": of_proposals * box}
     return Pass(losses, logits, torch.cat(labels), proposals, batch, of_proposals)

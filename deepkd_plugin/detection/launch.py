@@ -8,7 +8,8 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from .. import config, device, distributed
+from .. import config, device
+from ..distributed import collectives, process_group
 from ..hosts import builtin
 from ..launch import experiment_name, read_words, run, sibling
 from ..run import folder as run_folder
@@ -28,11 +29,11 @@ EXAMPLE = "configs/detection/glyph_canvas/res20_res8/deepkd.yaml"
 
 def main(argv: Sequence[str] | None = None, tool: str = TOOL) -> int:
     """`tools/train_detection.py` and `deepkd detect`: train the detector of a config. Returns the exit code."""
-    return distributed.ended(lambda: guarded(lambda: _main(list(sys.argv[1:] if argv is None else argv), tool)))
+    return process_group.ended(lambda: guarded(lambda: _main(list(sys.argv[1:] if argv is None else argv), tool)))
 
 
 def _main(words: list[str], tool: str) -> None:
-    with distributed.joined():
+    with process_group.joined():
         train(**read_words(words, tool, "Train a detector under a config.", EXAMPLE))
 
 
@@ -43,12 +44,12 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
     name = experiment_name(cfg, options)
     folder = Path(cfg.LOG.PREFIX) / name
     device.tune(cfg.SOLVER.DETERMINISTIC)  # before CUDA starts
-    distributed.take_card()
+    process_group.take_card()
     resume, overwrite = run_folder.restarted(folder, resume, overwrite)
     with run_folder.held(folder, resume, overwrite):
         torch_device = device.pick()
         device.seed_everything(cfg.SOLVER.SEED)
-        with distributed.in_turn():
+        with collectives.in_turn():
             train_loader, test_loader, count, classes = get_detection_sets(cfg)
         config.check_mask(cfg, origin, len(classes) + 1)
         print(f"{name}: {cfg.DISTILLER.TYPE} on {cfg.DATASET.TYPE}, {count} images, {device.describe(torch_device)}")
@@ -60,7 +61,7 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
         trainer = TRAINERS[cfg.SOLVER.TRAINER](name, distiller, train_loader, test_loader, cfg)
         trainer.teacher_acc = teacher_ap
         result = run(trainer, resume, overwrite, command)
-        if not distributed.rank():
+        if not process_group.rank():
             summarise(file, cfg, folder, teacher_ap, result)
 
 

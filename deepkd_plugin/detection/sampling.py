@@ -12,8 +12,8 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from .. import distributed
 from ..data import draws
+from ..distributed import collectives, process_group
 
 SIZE, ANCHORS, PROPOSALS = range(3)
 """What is drawn of an image."""
@@ -32,7 +32,7 @@ class Sampler(BalancedPositiveNegativeSampler):
             chosen = [positive for positive, _ in pairs], [negative for _, negative in pairs]
         else:
             chosen = super().__call__(matched_idxs)
-        if distributed.size() > 1:
+        if process_group.size() > 1:
             self.counted = int(sum(mask.sum() for masks in chosen for mask in masks))
         return chosen
 
@@ -71,7 +71,7 @@ class Resizing(GeneralizedRCNNTransform):
         """Return the largest extent of the batch's images, which are padded to it."""
         largest: list[int] = super().max_by_axis(the_list)
         if self.training:
-            largest = [int(number) for number in distributed.largest(largest)]
+            largest = [int(number) for number in collectives.largest(largest)]
         self.extent = (largest[1], largest[2])
         return largest
 

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import config, device, distributed
+from .. import config, device
 from ..data import draws
+from ..distributed import collectives, process_group, sharding
 from ..errors import UserError
 from ..step import Batch
 from ..trainer import DecoupledMomentumTrainer
@@ -49,7 +50,7 @@ class DetectionTrainer(DecoupledMomentumTrainer):
         self.warm_up(done)
         total = len(self.train_loader) * self.cfg.SOLVER.EPOCHS
         whole = self.count({"target": targets}, step)
-        own = distributed.shares(whole, config.chunk(self.cfg))[0][distributed.rank()]
+        own = sharding.shares(whole, config.chunk(self.cfg))[0][process_group.rank()]
         return {
             "image": device.place_batch(images, self.device, False),
             "target": [{name: value.to(self.device) for name, value in t.items()} for t in targets],
@@ -68,7 +69,7 @@ class DetectionTrainer(DecoupledMomentumTrainer):
 
     def measure(self, logits: Tensor, losses: dict[str, Tensor], parts: Batch) -> dict[str, Tensor]:
         """Return the losses of the whole batch, to which those of the processes add up, once for each image."""
-        sums = distributed.added(torch.stack(list(losses.values())))
+        sums = collectives.added(torch.stack(list(losses.values())))
         return {stream: loss * parts["count"] for stream, loss in zip(losses, sums.unbind())}
 
     def hits(self, logits: Tensor, parts: Batch) -> dict[str, Tensor]:
@@ -81,7 +82,7 @@ class DetectionTrainer(DecoupledMomentumTrainer):
 
     def test(self) -> dict[str, float]:
         """Return the student's AP, AP50 and AP75 on the test set, in percent, always measured in float32."""
-        distributed.spread_buffers(self.module.student)
+        collectives.spread_buffers(self.module.student)
         return evaluate(self.module.student, self.val_loader, self.device)
 
 
@@ -98,7 +99,7 @@ def evaluate(detector: nn.Module, loader: Any, torch_device: torch.device) -> di
         outputs = detector(device.place_batch(images, torch_device, False))
         found.append(([{name: value.float().cpu() for name, value in output.items()} for output in outputs], targets))
     # the processes took the batches in turn
-    in_turn = itertools.zip_longest(*distributed.of_all(found))
+    in_turn = itertools.zip_longest(*collectives.of_all(found))
     batches = [batch for turn in in_turn for batch in turn if batch is not None]
     detections = [one for outputs, _ in batches for one in outputs]
     truths = [one for _, targets in batches for one in targets]

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from ..distributed import ProcessGroup, Summation
+from ..distributed.buckets import Summation
+from ..distributed.process_group import ProcessGroup
 from ..ledger import Ledger
 from ..streams import Sets, backward_by_set, merge_streams
 from .state import buffer_name, buffer_streams, name_buffers, plain

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import distributed
+from ..distributed import collectives, process_group
 from ..errors import UserError
 from ..terminal import one_process
 from . import checkpoint, lock, record
@@ -54,16 +54,16 @@ def held(folder: Path, resume: bool, overwrite: bool, record_needed: bool = True
     was there before is back. Of several processes of one run the first does all this, and the others wait until the
     folder is theirs. Raises UserError before anything is changed.
     """
-    if distributed.size() == 1:
+    if process_group.size() == 1:
         one_process()
-    if distributed.rank():
-        distributed.wait()
+    if process_group.rank():
+        collectives.wait()
         yield
         return
     with lock.ours(folder):
         settle(folder)
         check(folder, resume, overwrite, record_needed)
-        distributed.wait()
+        collectives.wait()
         try:
             yield
         finally:
@@ -76,10 +76,10 @@ def restarted(folder: Path, resume: bool, overwrite: bool) -> tuple[bool, bool]:
     Then it goes on from `latest`, or begins again if there is none yet. A folder that no earlier attempt of this
     launcher has written to is treated as the flags say.
     """
-    if distributed.launcher() and record.find_run(folder).get("launcher") == distributed.launcher():
+    if process_group.launcher() and record.find_run(folder).get("launcher") == process_group.launcher():
         resume = (folder / CHECKPOINTS[0]).is_file()
         overwrite = not resume
-    resumed, overwritten = distributed.from_first([resume, overwrite])
+    resumed, overwritten = collectives.from_first([resume, overwrite])
     return bool(resumed), bool(overwritten)
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from .. import config, device, distributed, extensions
+from .. import config, device, extensions
 from ..config.file import without_aliases
+from ..distributed import process_group
 from ..errors import UserError
 from . import checkpoint
 
@@ -73,9 +74,9 @@ def prepare_folder(
             "classes": classes,
             "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
-        if distributed.size() > 1:
-            machine["processes"] = distributed.size()
-        started_by = {} if distributed.launcher() is None else {"launcher": distributed.launcher()}
+        if process_group.size() > 1:
+            machine["processes"] = process_group.size()
+        started_by = {} if process_group.launcher() is None else {"launcher": process_group.launcher()}
         if resume:
             others = [name for name in BITWISE if machine.get(name) != before.get(name)]
             if others:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import as_process
 
-from deepkd_plugin import config, data, distributed
+from deepkd_plugin import config, data
 from deepkd_plugin.data import augment
 from deepkd_plugin.data.draws import Draw
 from deepkd_plugin.distillers.terms import classes
@@ -289,7 +290,7 @@ def test_what_is_refused(settle, monkeypatch, options, message):
 
 
 def test_pairs_must_fit_into_processes(settle, monkeypatch):
-    monkeypatch.setattr(distributed, "_here", distributed._ALONE._replace(rank=0, size=4))
+    as_process(monkeypatch, 0, 4)
     settle("AUGMENT.MIXUP", 0.8, "SOLVER.BATCH_SIZE", 64)
     with pytest.raises(UserError, match="BATCH_SIZE is 60; it must be a multiple of 8 with AUGMENT.MIXUP"):
         settle("AUGMENT.MIXUP", 0.8, "SOLVER.BATCH_SIZE", 60)

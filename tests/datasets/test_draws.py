@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import as_process
 from torchvision import transforms
 from yacs.config import CfgNode
 
-from deepkd_plugin import distributed
 from deepkd_plugin.data import DATASETS, draws, get_dataset
 from deepkd_plugin.data.arrays import Passes, passes
 from deepkd_plugin.data.draws import Draw
 from deepkd_plugin.data.resident import ResidentLoader, batchwise, count_numbers, draw, view_count, view_index
 from deepkd_plugin.data.views import TrainingViews
+from deepkd_plugin.distributed import sharding
 from deepkd_plugin.errors import UserError
 
 
@@ -258,12 +259,12 @@ def test_processes_share_the_batches_of_one(data_cfg, data_root, monkeypatch, pi
     order = [batch[2].tolist() for batch in list(whole)[3:]]  # of epoch 3
     chunk, seen, labels = -(-64 // accumulate), [], []
     for rank in range(3):
-        monkeypatch.setattr(distributed, "_here", distributed._ALONE._replace(rank=rank, size=3))
+        as_process(monkeypatch, rank, 3)
         part, test, *_ = get_dataset(cfg)
         assert len(part) == len(whole)
         passes(part).set_epoch(3, 3 * 64)
         assert [batch[2].tolist() for batch in part] == [
-            [batch[place] for place in distributed.own(len(batch), chunk)] for batch in order
+            [batch[place] for place in sharding.own(len(batch), chunk)] for batch in order
         ]
         passes(part).set_epoch(2)
         for batch in part:

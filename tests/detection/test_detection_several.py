@@ -11,11 +11,11 @@ import torch
 import yaml
 from processes import in_two_processes
 
-from deepkd_plugin import distributed
 from deepkd_plugin.detection import launch, trainer
 from deepkd_plugin.detection.data.samples import DetectionSamples
 from deepkd_plugin.detection.networks import network
 from deepkd_plugin.detection.sampling import Sampler
+from deepkd_plugin.distributed import collectives
 from deepkd_plugin.errors import UserError
 
 DELTAS = {"TOG": "0.05", "TCG": "-0.05", "NCG": "0.05"}
@@ -62,7 +62,7 @@ def in_several(rank, folder, one):
         train(folder, "KD", "SOLVER.LR", "1e30", "EXPERIMENT.NAME", "diverges")
     except UserError as error:
         failures.append(str(error))
-    return {"failures": failures, "all": distributed.of_all({"rank": rank, "row": torch.full((rank,), rank)})}
+    return {"failures": failures, "all": collectives.of_all({"rank": rank, "row": torch.full((rank,), rank)})}
 
 
 def in_one(one, third):

@@ -5,7 +5,7 @@ import json
 import pytest
 import small
 
-from deepkd_plugin import distributed
+from deepkd_plugin.distributed import process_group
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.run import folder as run_folder
 from deepkd_plugin.run import record
@@ -152,14 +152,14 @@ def test_a_copy_that_was_cut_short_is_no_run(run):
 def test_a_later_attempt_of_the_same_launcher_goes_on(run, monkeypatch, flags):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert run_folder.restarted(run, *flags) == flags  # of another launcher, or none
-    record.note(run, {"launcher": distributed.launcher()})
+    record.note(run, {"launcher": process_group.launcher()})
     assert run_folder.restarted(run, *flags) == (True, False)
     (run / "latest").unlink()
     assert run_folder.restarted(run, *flags) == (False, True)
     monkeypatch.setattr("os.getppid", lambda: 1)
     assert run_folder.restarted(run, *flags) == flags
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
-    assert distributed.launcher() is None
+    assert process_group.launcher() is None
     assert run_folder.restarted(run, *flags) == flags
 
 

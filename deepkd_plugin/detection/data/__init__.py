@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader
 
-from ... import config, device, distributed
+from ... import config, device
 from ...data.arrays import Passes, Shares
+from ...distributed import process_group
 from ...errors import UserError
 from . import canvas, coco  # noqa: F401 (each registers its set)
 from .samples import DetectionSamples, collate
@@ -62,9 +63,10 @@ def _loader(cfg: Any, samples: DetectionSamples, training: bool) -> DataLoader:
     size = cfg.SOLVER.BATCH_SIZE if training else cfg.DATASET.TEST.BATCH_SIZE
     loading = {"num_workers": cfg.DATASET.NUM_WORKERS, "pin_memory": device.pick().type == "cuda"}
     sampler = Passes(samples.chosen, cfg.SOLVER.SEED) if training else None
-    if distributed.size() > 1:
+    if process_group.size() > 1:
         # whole batches of tests, for the images of a batch are padded to one size
         tested = [range(first, min(first + size, len(samples))) for first in range(0, len(samples), size)]
-        own = Shares(sampler, size, config.chunk(cfg)) if training else tested[distributed.rank() :: distributed.size()]
+        tested = tested[process_group.rank() :: process_group.size()]
+        own = Shares(sampler, size, config.chunk(cfg)) if training else tested
         return DataLoader(samples, batch_sampler=own, collate_fn=collate, **loading)
     return DataLoader(samples, size, sampler=sampler, collate_fn=collate, **loading)

@@ -11,7 +11,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from ... import device, distributed
+from ... import device
+from ...distributed import process_group
 from ...errors import UserError
 from ...run import record
 from ...run.lock import locked
@@ -174,7 +175,7 @@ def check_together(plan: Plan, together: int, local: bool) -> None:
         return
     if not plan.table.kind.several:
         raise UserError(f"command line: {plan.table.name} trains a run on one GPU, and is asked for {together}")
-    with distributed.planned(together) if local else contextlib.nullcontext():
+    with process_group.planned(together) if local else contextlib.nullcontext():
         for run in {run.cell: run for run in plan.runs}.values():
             plan.table.kind.read(run.config, run.options)
 

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from torch.distributed import TCPStore
 
-from ... import distributed
+from ...distributed import process_group
 from ...errors import UserError
 from ..shared import cores, ending
 from ..table import Run
@@ -145,7 +145,7 @@ def joined(worker: Sequence[str], code: str) -> Iterator[Tasks]:
     environment = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     host, port, first = environment.master_addr, environment.master_port, environment.rank == 0
     try:
-        store = TCPStore(host, port, None, first, distributed.PATIENCE, wait_for_workers=False)
+        store = TCPStore(host, port, None, first, process_group.PATIENCE, wait_for_workers=False)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"Slurm: the tasks of this job cannot meet at {host}:{port} ({reason})") from None

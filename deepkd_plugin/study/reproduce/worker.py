@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from ... import distributed
+from ...distributed import process_group
 from ...errors import UserError
 from ...hosts.registry import find_host
 from ...run import record
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
         return guarded(lambda: check(code, planned, kind, words)) or lead(int(processes), argv)
     take_lock()
     # torchrun ends its processes, unless it is killed
-    end_with(int(parent), signal.SIGKILL if distributed.launcher() else signal.SIGTERM)
+    end_with(int(parent), signal.SIGKILL if process_group.launcher() else signal.SIGTERM)
     _, file, how, *options = words
     return guarded(lambda: check(code, planned, kind, words)) or kind.train(file, how == "--resume", options)
 
