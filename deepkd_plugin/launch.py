@@ -1,5 +1,8 @@
 """From a config file to a trained student: loaders, networks, distiller, trainer."""
 
+import hashlib
+import json
+import re
 import shlex
 import sys
 import time
@@ -17,6 +20,7 @@ from .hosts.host import Host
 from .hosts.mdistiller import check_trainer
 from .hosts.networks import check_features, check_files, student_network, teacher_network
 from .hosts.registry import find_host, register
+from .rules import LONGEST_NAME
 from .run import folder as run_folder
 from .run import record
 from .run.metrics import weights_and_biases
@@ -186,12 +190,19 @@ def read_config(host: Host, file: str, options: Sequence[str]) -> tuple[Any, dic
 
 
 def experiment_name(cfg: Any, options: Sequence[str] = ()) -> str:
-    """Name a run as mdistiller does: PROJECT/NAME, or PROJECT/TAG with the options that change what is computed."""
-    pairs = [
-        f"{key}:{value}".replace("/", "_") for key, value in zip(options[::2], options[1::2]) if config.computes(key)
-    ]
-    name = cfg.EXPERIMENT.NAME or ",".join([cfg.EXPERIMENT.TAG, *pairs])
-    return f"{cfg.EXPERIMENT.PROJECT}/{name}"
+    """Name a run: PROJECT/NAME, or PROJECT/TAG, with a hash of the options that change what is computed.
+
+    The hash is of the values that these keys have in the config, whatever their order, and of the tag. The options
+    themselves are in config.yaml. (mdistiller writes them into the name, which soon is longer than a name can be.)
+    """
+    node = cfg.EXPERIMENT
+    given = {key: config.compared(key, config.get(cfg, key)) for key in options[::2] if config.computes(key)}
+    if node.NAME or not given:
+        return f"{node.PROJECT}/{node.NAME or node.TAG}"
+    digest = hashlib.sha256(json.dumps([node.TAG, given], sort_keys=True).encode()).hexdigest()[:8]
+    *above, last = re.sub(r"[^\w./-]+", "_", node.TAG).split("/")
+    last = last.encode()[: LONGEST_NAME - 9].decode(errors="ignore")  # a character may be several bytes
+    return "/".join([node.PROJECT, *above, f"{last}-{digest}"])
 
 
 def summarise(file: str, cfg: Any, folder: Path, teacher_acc: float | None, result: dict[str, Any]) -> None:
