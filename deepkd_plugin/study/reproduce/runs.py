@@ -22,6 +22,7 @@ from ...run import checkpoint, record
 from ...run import folder as run_folder
 from ...run.lock import locked, sign
 from ...run.metrics import check_lines
+from ...terminal import spoken
 from ..kinds import KINDS
 from ..shared import cores, threads
 from ..table import Run
@@ -272,7 +273,7 @@ class Crew:
             with self.lock, open(run.folder / "log.txt", "ab") as log:
                 if self.stopping:
                     return None
-                command = shlex.join(["python", kind.tool, *kind.words(file, resume, run.options)])
+                command = shlex.join([*spoken(kind.tool), *kind.words(file, resume, run.options)])
                 log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {command}\n".encode())
                 log.flush()
                 about = [str(lock), str(os.getpid()), self.code, run.hash, run.kind]
