@@ -1,9 +1,14 @@
 """From a config file to a trained student: loaders, networks, distiller, trainer."""
 
+import contextlib
+import hashlib
+import io
+import json
+import re
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +16,7 @@ from torch import nn
 
 from . import config, data, device, extensions
 from .accuracy import measure_teacher
+from .config import file as config_file
 from .config.shipped import find_config
 from .distributed import collectives, process_group
 from .errors import UserError
@@ -18,10 +24,11 @@ from .hosts.host import Host
 from .hosts.mdistiller import check_trainer
 from .hosts.networks import check_features, check_files, student_network, teacher_network
 from .hosts.registry import find_host, register
+from .rules import LONGEST_NAME
 from .run import folder as run_folder
 from .run import record
 from .run.metrics import weights_and_biases
-from .terminal import Parser, Stopped, check_interruption, exit_code, guarded, used_up
+from .terminal import Parser, Stopped, check_interruption, exit_code, guarded, spoken, used_up
 from .trainer import Trainer
 
 EXAMPLE = "configs/glyphs100/res20_res8/kd.yaml"
@@ -34,7 +41,10 @@ def main(argv: Sequence[str] | None = None, tool: str = "tools/train.py") -> int
 
 def _main(words: list[str], tool: str) -> None:
     with process_group.joined():
-        train(**read_words(words, tool, "Train a student under a config.", EXAMPLE))
+        args = read_words(words, tool, "Train a student under a config.", EXAMPLE)
+        train(**args)
+        if not process_group.rank():
+            show_sibling(args["file"], args["options"], tool, _planned)
 
 
 def read_words(words: Sequence[str], tool: str, description: str, example: str) -> dict[str, Any]:
@@ -87,7 +97,7 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
         trainer.teacher_acc = teacher_acc
         result = run(trainer, resume, overwrite, command)
         if not process_group.rank():
-            summarise(file, cfg, folder, teacher_acc, result)
+            summarise(cfg, folder, teacher_acc, result)
         return folder
 
 
@@ -188,34 +198,82 @@ def read_config(host: Host, file: str, options: Sequence[str]) -> tuple[Any, dic
 
 
 def experiment_name(cfg: Any, options: Sequence[str] = ()) -> str:
-    """Name a run as mdistiller does: PROJECT/NAME, or PROJECT/TAG with the options that change what is computed."""
-    pairs = [
-        f"{key}:{value}".replace("/", "_") for key, value in zip(options[::2], options[1::2]) if config.computes(key)
-    ]
-    name = cfg.EXPERIMENT.NAME or ",".join([cfg.EXPERIMENT.TAG, *pairs])
-    return f"{cfg.EXPERIMENT.PROJECT}/{name}"
+    """Name a run: PROJECT/NAME, or PROJECT/TAG, with a hash of the options that change what is computed.
+
+    The hash is of the values that these keys have in the config, whatever their order, and of the tag. The options
+    themselves are in config.yaml. (mdistiller writes them into the name, which soon is longer than a name can be.)
+    """
+    node = cfg.EXPERIMENT
+    given = {key: config.compared(key, config.get(cfg, key)) for key in options[::2] if config.computes(key)}
+    if node.NAME or not given:
+        return f"{node.PROJECT}/{node.NAME or node.TAG}"
+    digest = hashlib.sha256(json.dumps([node.TAG, given], sort_keys=True).encode()).hexdigest()[:8]
+    *above, last = re.sub(r"[^\w./-]+", "_", node.TAG).split("/")
+    last = last.encode()[: LONGEST_NAME - 9].decode(errors="ignore")  # a character may be several bytes
+    return "/".join([node.PROJECT, *above, f"{last}-{digest}"])
 
 
-def summarise(file: str, cfg: Any, folder: Path, teacher_acc: float | None, result: dict[str, Any]) -> None:
+def summarise(cfg: Any, folder: Path, teacher_acc: float | None, result: dict[str, Any]) -> None:
     """Print the end of a run: how good it is, the files, what to do next."""
     teacher = "none" if teacher_acc is None else f"{cfg.DISTILLER.TEACHER} {teacher_acc:.2f} % top-1"
     minutes = record.read_run(folder)["minutes"]
-    trust = " --trust" if any(map(extensions.asked_by, (cfg.DISTILLER.STUDENT, cfg.DATASET.TYPE))) else ""
+    trust = ["--trust"] if any(map(extensions.asked_by, (cfg.DISTILLER.STUDENT, cfg.DATASET.TYPE))) else []
     print(
         f"\nteacher   {teacher}\n"
         f"student   {cfg.DISTILLER.STUDENT}: best {result['best']:.2f} % (epoch {result['best_epoch']}), last "
         f"{result['last']:.2f} % (epoch {result['epochs']}), in {minutes:.1f} minutes\n"
         f"files     {folder}/ (student_best, student_latest, README.md, metrics.jsonl, train.events)\n"
-        f"next      deepkd eval {shlex.quote(str(folder))}{trust}\n"
-        f"          {sibling(file)}"
+        f"next      {shlex.join([*spoken('deepkd eval'), str(folder), *trust])}"
     )
 
 
-def sibling(file: str, tool: str = "tools/train.py") -> str:
-    """Give the command of `tool` that trains the same pair with another method, for the end of a run."""
-    others = sorted(p.name for p in Path(file).parent.glob("*.yaml") if p.name != Path(file).name)
-    preferred = [name for name in ("kd.yaml", "dkd.yaml") if name in others] or others
-    return f"python {tool} --cfg {Path(file).parent / (preferred or [Path(file).name])[0]}"
+Planned = Callable[[str, Sequence[str]], tuple[Any, Path]]
+"""A config file and options -> its config, checked with the files that it names, and its run's folder."""
+
+
+def show_sibling(file: str, options: Sequence[str], tool: str, planned: Planned) -> None:
+    """Print the command of `tool` that trains the same student under another config of the folder, or one it teaches.
+
+    It has this run's options, for they may say where the images are. A config whose run is there already, that names a
+    file which is not, or that would import a module which this run has not is passed over; there may be none.
+    """
+    given = [word for pair in zip(options[::2], options[1::2]) if pair[0] not in UNSHARED for word in pair]
+    silent = contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO())
+    with silent[0], silent[1]:  # warnings are for who runs it
+        ours = planned(file, options)
+        others = sorted(path for path in Path(file).parent.glob("*.yaml") if path.name != Path(file).name)
+        others.sort(key=lambda path: path.stem not in ("kd", "dkd"))
+        found = next((path for path in others if _trains(path, given, ours, planned)), None)
+    if found:
+        print(f"          {shlex.join([*process_group.command(tool), '--cfg', str(found), *given])}")
+
+
+UNSHARED = ("EXPERIMENT.NAME", "EXPERIMENT.TAG", "DISTILLER.TYPE", "SOLVER.TRAINER")
+"""Options of a run that are not for another config: its folder's name and its method."""
+
+
+def _trains(path: Path, options: Sequence[str], ours: tuple[Any, Path], planned: Planned) -> bool:
+    """Tell whether a config trains the student of `ours`, or is taught by it, on the same images, as things are."""
+    try:
+        tree = config_file.read(path)
+        settings = config.flatten(tree) if isinstance(tree, dict) else {}
+        named = [settings.get(key) for key in ("DISTILLER.STUDENT", "DISTILLER.TEACHER", "DATASET.TYPE")]
+        asked = {extensions.asked_by(name) for name in named if isinstance(name, str)} - {None}
+        if not all(map(extensions.is_named, asked)):
+            return False
+        cfg, folder = planned(str(path), options)
+    except UserError:
+        return False
+    taught = cfg.DISTILLER.TYPE != "NONE" and Path(cfg.DISTILLER.TEACHER_WEIGHTS).parent == ours[1]
+    alike = cfg.DISTILLER.STUDENT == ours[0].DISTILLER.STUDENT
+    return cfg.DATASET.TYPE == ours[0].DATASET.TYPE and (alike or taught) and not run_folder.is_run(folder)
+
+
+def _planned(file: str, options: Sequence[str]) -> tuple[Any, Path]:
+    host = find_host()
+    cfg = read_config(host, file, options)[0]
+    check_files(host, cfg)
+    return cfg, Path(cfg.LOG.PREFIX) / experiment_name(cfg, options)
 
 
 if __name__ == "__main__":

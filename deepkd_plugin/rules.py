@@ -53,8 +53,12 @@ PLAIN = "text that can be printed, a finite number of 64 bits, True, False, or a
 """What `plain` takes, in words."""
 
 
+LONGEST_NAME = 255
+"""Bytes of a file's name, which file systems take."""
+
+
 def _fits(path: str) -> bool:
-    return all(len(part.encode()) <= 255 for part in path.split("/"))  # what file systems take
+    return all(len(part.encode()) <= LONGEST_NAME for part in path.split("/"))
 
 
 ANY: Rule = ("any text", lambda value: True)

@@ -6,6 +6,7 @@ import errno
 import functools
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -22,6 +23,15 @@ KEY = re.compile(r"[A-Za-z]\w*(\.[A-Za-z_]\w*)+")
 
 PAIR = re.compile(rf"(?P<key>{KEY.pattern})=(?P<value>.*)", re.DOTALL)
 """A config key and its value in one word."""
+
+
+SCRIPTS = {
+    "tools/train.py": "deepkd train",
+    "tools/eval.py": "deepkd eval",
+    "tools/train_detection.py": "deepkd detect",
+    "tools/eval_detection.py": "deepkd detect-eval",
+}
+"""The scripts of a checkout of this package, and the commands that are the same."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -135,6 +145,27 @@ def used_up(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.filename}: {error.strerror}" if error.filename else text
     return None
+
+
+def spoken(tool: str) -> list[str]:
+    """Return the words that start a tool from the current folder: a script, or `deepkd COMMAND`.
+
+    A script of SCRIPTS is taken from the checkout of the one that runs, or from the current folder if that is the
+    package's checkout. Otherwise, as for an installed package, the command is named. `python -m deepkd_plugin`, and a
+    `deepkd` that is not on the path, are named as they were called.
+    """
+    called, here = Path(sys.argv[0]), Path(__file__).parent
+    if tool in SCRIPTS:
+        beside = called.with_name(Path(tool).name)
+        for script in (beside, Path(tool)):
+            if script.is_file() and script.resolve() == here.parent / tool:
+                return ["python", str(script)]
+    elif tool.endswith(".py"):
+        return ["python", tool]
+    name, *command = SCRIPTS.get(tool, tool).split()
+    if called == here / "__main__.py":
+        return [sys.orig_argv[0], "-m", here.name, *command]
+    return [str(called) if called.name == name and not shutil.which(name) else name, *command]
 
 
 def world_size() -> int:

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import yaml
 
 from deepkd_plugin import device, launch
 from deepkd_plugin.commands import eval as evaluate
+from deepkd_plugin.hosts import registry
 from deepkd_plugin.hosts.builtin.models import cifar_model_dict
 from deepkd_plugin.launch import main
 from deepkd_plugin.run import checkpoint
@@ -310,25 +312,49 @@ def test_augmented_images_from_workers_resume_bitwise(train, monkeypatch):
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
-def test_options_name_the_experiment(train, tmp_path):
-    assert (
-        train(
-            "vanilla",
-            "EXPERIMENT.NAME",
-            "",
-            "SOLVER.LR",
-            "0.2",
-            "SOLVER.EPOCHS",
-            "1",
-            "SOLVER.WARMUP_EPOCHS",
-            "0",
-        )[0]
-        == 0
-    )
+def test_options_are_a_hash_in_the_name_of_the_folder_and_whole_in_config_yaml(train):
+    """More of them than a name could hold."""
+    given = {"EXPERIMENT.NAME": "", "SOLVER.LR": "0.2", "SOLVER.EPOCHS": "1", "SOLVER.WARMUP_EPOCHS": "0"}
+    given |= {"SOLVER.BATCH_SIZE": "20", "SOLVER.MOMENTUM": "0.8", "SOLVER.WEIGHT_DECAY": "1e-3", "SOLVER.SEED": "3"}
+    given |= {"SOLVER.LR_SCHEDULE": "step", "SOLVER.LR_DECAY_RATE": "0.2", "SOLVER.LR_DECAY_STAGES": "[1]"}
+    given |= {"SOLVER.EXECUTION": "eager", "SOLVER.DATA_PARALLEL": "False", "SOLVER.CHANNELS_LAST": "False"}
+    given |= {"DATASET.NUM_WORKERS": "0", "DATASET.PIPELINE": "workers", "DATASET.TEST.BATCH_SIZE": "100"}
+    pairs = [word for pair in given.items() for word in pair]
+    code, _, err = train("vanilla", *pairs)
+    assert code == 0, err
     (folder,) = train.folder.parent.iterdir()
-    assert folder.name.startswith("vanilla,res20,res8,SOLVER.EPOCHS:1,DATASET.TRAIN_PER_CLASS:2")
-    assert "SOLVER.LR:0.2" in folder.name
-    assert "ROOT" not in folder.name
+    assert re.fullmatch(r"vanilla_res20_res8-[0-9a-f]{8}", folder.name)
+    held = yaml.safe_load((folder / "config.yaml").read_text())["SOLVER"]
+    assert (held["LR"], held["WEIGHT_DECAY"], held["SEED"]) == (0.2, 1e-3, 3)
+    # in another order, written otherwise, and with a key that does not compute
+    words = [word for pair in reversed(given.items()) for word in pair]
+    words[words.index("0.2")], words[words.index("workers")] = "2e-1", "auto"
+    code, _, err = train("vanilla", *words, "LOG.SAVE_CHECKPOINT_FREQ", "7")
+    assert code == 2
+    assert f"{folder}: holds a run already" in err
+
+
+def named(tmp_path, tag, *options, name=""):
+    """The folder of a run of a config with this TAG, below LOG.PREFIX."""
+    file = tmp_path / "named.yaml"
+    file.write_text(yaml.safe_dump({"EXPERIMENT": {"PROJECT": "p", "TAG": tag, "NAME": name}}))
+    options = ["DISTILLER.TYPE", "NONE", "DISTILLER.STUDENT", "resnet8", *options]
+    return launch.experiment_name(launch.read_config(registry.BUILTIN, str(file), options)[0], options[4:])
+
+
+def test_names_of_folders(tmp_path):
+    assert named(tmp_path, "kd,a,b") == named(tmp_path, "kd,a,b", "EXPERIMENT.PROJECT", "p") == "p/kd,a,b"
+    assert named(tmp_path, "kd", "SOLVER.LR", "0.2", name="mine") == "p/mine"
+    options = ("SOLVER.SEED", "1", "DISTILLER.STUDENT_WEIGHTS", "/a b/学生:1,2.pt")
+    one = named(tmp_path, "学生: a/b,c d", *options)
+    assert re.fullmatch(r"p/学生_a/b_c_d-[0-9a-f]{8}", one)
+    others = {named(tmp_path, tag, *options) for tag in ("学生: a/b,c_d", "学生: a/b,c,d")}
+    others |= {named(tmp_path, "学生: a/b,c d", *options[:2], "DISTILLER.STUDENT_WEIGHTS", "/a b/学生:1,3.pt"), one}
+    assert len(others) == 4
+    long = named(tmp_path, "生" * 85, *options)
+    assert len(long.removeprefix("p/").encode()) == 255
+    assert set(long[2:-9]) == {"生"}
+    (tmp_path / long).mkdir(parents=True)
 
 
 def start(data_root, output, *flags):

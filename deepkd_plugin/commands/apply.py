@@ -19,7 +19,7 @@ from typing import IO
 from ..config.shipped import shipped
 from ..errors import UserError
 from ..run import checkpoint
-from ..terminal import Parser
+from ..terminal import Parser, spoken
 
 # sha256 of mdistiller's own files, with \n line endings, and the commit that each came with
 KNOWN = {
@@ -45,7 +45,8 @@ UNKNOWN = "not a version that this command knows"
 """The state of a script that is neither mdistiller's nor has our lines."""
 
 IMPORT = re.compile(rb"^\s*(?:import|from)\s+deepkd_plugin\b", re.MULTILINE)
-FIRST_RUN = "configs/imagenet/r34_r18/deepkd.yaml"
+FIRST_RUN = "configs/glyphs100/res20_res8/deepkd.yaml"
+"""A config that trains as it stands: its images are drawn, and its teacher ships."""
 FIRST_DETECTOR = "DeepKD-R18-R101.yaml"
 
 
@@ -103,8 +104,9 @@ def apply(root: Path) -> None:
         run = FIRST_RUN if FIRST_RUN in runs else runs[0]
         print(f"next      cd {shlex.quote(str(root))} && python tools/train.py --cfg {run}")
     if any(config.path.name == FIRST_DETECTOR for config in configs):
-        print(f"          python {DETECTION} --config-file configs/DeepKD/{FIRST_DETECTOR} --num-gpus 4")
-    print(f"undo      deepkd apply {shlex.quote(str(root))} --revert")
+        command = f"python {DETECTION} --config-file configs/DeepKD/{FIRST_DETECTOR} --num-gpus 4"
+        print(f"detection cd {shlex.quote(str(root))} && {command} (needs detectron2 and COCO)")
+    print(f"undo      {shlex.join([*spoken('deepkd apply'), str(root), '--revert'])}")
 
 
 def check(root: Path) -> int:

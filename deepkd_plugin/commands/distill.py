@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from .. import config, data, launch
+from .. import config, data, extensions, launch
 from ..config import file as config_file
+from ..data.folders import is_image, visible_files
 from ..errors import UserError
 from ..hosts.libraries import FORMS
 from ..hosts.registry import find_host
@@ -20,7 +21,7 @@ from ..run import checkpoint, record
 from ..study.kinds import KINDS
 from ..study.shared import cores, duration
 from ..study.table import CLASSIFICATION
-from ..terminal import Parser, count, guarded, one_process
+from ..terminal import Parser, count, guarded, one_process, spoken
 
 DELTAS = {"TOG": 0.075, "TCG": -0.075, "NCG": 0.075}
 """Of SOLVER.DECOUPLED.DELTA: the paper's."""
@@ -262,7 +263,7 @@ def _train(one: Planned, overwrite: bool) -> None:
 
 
 def _command(file: Path) -> str:
-    return f"python tools/train.py --cfg {shlex.quote(str(file))}"
+    return shlex.join([*spoken("deepkd train"), "--cfg", str(file)])
 
 
 def _summarise(request: Request, planned: Sequence[Planned]) -> None:
@@ -279,4 +280,6 @@ def _summarise(request: Request, planned: Sequence[Planned]) -> None:
             f"gain      {taught['last'] - alone['last']:+.2f} points in the last epoch, "
             f"{taught['best'] - alone['best']:+.2f} in the best; one seed, so chance is in it (SOLVER.SEED 1, --out …)"
         )
-    print(f"next      deepkd predict {shlex.quote(str(request.out / request.method))} IMAGE")
+    image = next(visible for visible in visible_files(request.images) if is_image(visible))
+    trust = ["--trust"] if extensions.asked_by(request.student) else []
+    print(f"next      {shlex.join([*spoken('deepkd predict'), str(request.out / request.method), str(image), *trust])}")

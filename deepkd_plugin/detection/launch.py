@@ -11,19 +11,21 @@ from yacs.config import CfgNode
 from .. import config, device
 from ..distributed import collectives, process_group
 from ..hosts import builtin
-from ..launch import experiment_name, read_words, run, sibling
+from ..launch import experiment_name, read_words, run, show_sibling
+from ..run import checkpoint, record
 from ..run import folder as run_folder
-from ..run import record
-from ..terminal import guarded
+from ..terminal import guarded, spoken
 from .average_precision import import_pycocotools
 from .data import DETECTION_SETS, get_detection_sets
 from .distillers import DISTILLERS, Detector
 from .keys import DETECTION_KEYS
 from .losses import BASES
-from .networks import NETWORKS, network, trained_network
+from .networks import NETWORKS, network, trained_network, weights_file
 from .trainer import TRAINERS, measure_teacher
 
 TOOL = "tools/train_detection.py"
+EVALUATION = {TOOL: "tools/eval_detection.py", "deepkd detect": "deepkd detect-eval"}
+"""What tests a detector, by what has trained it."""
 EXAMPLE = "configs/detection/glyph_canvas/res20_res8/deepkd.yaml"
 
 
@@ -34,12 +36,21 @@ def main(argv: Sequence[str] | None = None, tool: str = TOOL) -> int:
 
 def _main(words: list[str], tool: str) -> None:
     with process_group.joined():
-        train(**read_words(words, tool, "Train a detector under a config.", EXAMPLE))
+        args = read_words(words, tool, "Train a detector under a config.", EXAMPLE)
+        train(**args, test=EVALUATION[tool])
+        if not process_group.rank():
+            show_sibling(args["file"], args["options"], tool, _planned)
 
 
-def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, command: str) -> None:
-    """Check everything, then train. Nothing is written before the networks and the data are in place."""
+def train(
+    file: str, options: Sequence[str], resume: bool, overwrite: bool, command: str, test: str = EVALUATION[TOOL]
+) -> None:
+    """Check everything, then train. Nothing is written before the networks and the data are in place.
+
+    test: the tool that tests what was trained, for the end.
+    """
     cfg, origin = read_config(file, options)
+    check_files(cfg)  # before images are read, which may take minutes
     import_pycocotools()  # now, because AP is first measured after an epoch
     name = experiment_name(cfg, options)
     folder = Path(cfg.LOG.PREFIX) / name
@@ -62,7 +73,8 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
         trainer.teacher_acc = teacher_ap
         result = run(trainer, resume, overwrite, command)
         if not process_group.rank():
-            summarise(file, cfg, folder, teacher_ap, result)
+            again = ["--cfg", file, "--ckpt", str(folder / "student_best"), *options]
+            summarise(cfg, folder, teacher_ap, result, shlex.join([*spoken(test), *again]))
 
 
 def make_distiller(cfg: Any, num_classes: int) -> Detector:
@@ -74,6 +86,14 @@ def make_distiller(cfg: Any, num_classes: int) -> Detector:
         return make(student, cfg)
     weights, key = cfg.DISTILLER.TEACHER_WEIGHTS, "DISTILLER.TEACHER_WEIGHTS"
     return make(student, trained_network(cfg.DISTILLER.TEACHER, num_classes, node, weights, key), cfg)
+
+
+def check_files(cfg: Any) -> None:
+    """Raise UserError if a file that a config names for its networks is not there."""
+    if cfg.DISTILLER.TYPE != "NONE":
+        weights_file(cfg.DISTILLER.TEACHER, cfg.DISTILLER.TEACHER_WEIGHTS, "DISTILLER.TEACHER_WEIGHTS")
+    if cfg.DETECTION.STUDENT_BACKBONE:
+        checkpoint.there(cfg.DETECTION.STUDENT_BACKBONE, "DETECTION.STUDENT_BACKBONE")
 
 
 def read_config(file: str, options: Sequence[str]) -> tuple[CfgNode, dict[str, str]]:
@@ -153,8 +173,8 @@ ONLY = {
 """Keys that are for classification only, and their value here. (Warm-up is DETECTION.WARMUP_ITERATIONS.)"""
 
 
-def summarise(file: str, cfg: Any, folder: Path, teacher_ap: float | None, result: dict[str, Any]) -> None:
-    """Print the end of a run: how good it is, where its files are, what to do next."""
+def summarise(cfg: Any, folder: Path, teacher_ap: float | None, result: dict[str, Any], then: str) -> None:
+    """Print the end of a run: how good it is, where its files are, what to do next (then: the command)."""
     teacher = "none" if teacher_ap is None else f"{cfg.DISTILLER.TEACHER} AP {teacher_ap:.2f} %"
     minutes = record.read_run(folder)["minutes"]
     print(
@@ -162,6 +182,11 @@ def summarise(file: str, cfg: Any, folder: Path, teacher_ap: float | None, resul
         f"student   {cfg.DISTILLER.STUDENT}: AP best {result['best']:.2f} % (epoch {result['best_epoch']}), last "
         f"{result['last']:.2f} % (epoch {result['epochs']}), in {minutes:.1f} minutes\n"
         f"files     {folder}/ (student_best, student_latest, metrics.jsonl with AP50 and AP75, train.events)\n"
-        f"next      python tools/eval_detection.py --cfg {file} --ckpt {shlex.quote(str(folder / 'student_best'))}\n"
-        f"          {sibling(file, TOOL)}"
+        f"next      {then}"
     )
+
+
+def _planned(file: str, options: Sequence[str]) -> tuple[Any, Path]:
+    cfg = read_config(file, options)[0]
+    check_files(cfg)
+    return cfg, Path(cfg.LOG.PREFIX) / experiment_name(cfg, options)

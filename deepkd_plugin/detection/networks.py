@@ -18,8 +18,8 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from ..config.shipped import PACKAGE
 from ..errors import UserError
+from ..hosts.builtin import shipped_weights
 from ..hosts.builtin.models.resnet import ResNet
 from ..losses import wide
 from ..run import checkpoint
@@ -75,12 +75,7 @@ def trained_network(name: str, num_classes: int, node: Any, weights: str, key: s
     those are kept. key: the config key or option that gave `weights`; the UserError for a file that is missing or does
     not fit names it.
     """
-    if not weights:
-        raise UserError(f"{key} names no file; it must name a checkpoint of {name} on this data set")
-    if weights.startswith("builtin:"):
-        file = PACKAGE / "hosts" / "builtin" / "weights" / f"{weights.removeprefix('builtin:')}.pt"
-    else:
-        file = Path(weights)
+    file = weights_file(name, weights, key)
     tensors = checkpoint.network_weights(checkpoint.load(file, key)) or {}
     # torchvision's files and those with a pretrained backbone have frozen norms, which count no batches
     frozen = bool(tensors) and not any(tensor.endswith("num_batches_tracked") for tensor in tensors)
@@ -97,6 +92,13 @@ def trained_network(name: str, num_classes: int, node: Any, weights: str, key: s
             if isinstance(module, FrozenBatchNorm2d):
                 module.eps = 0.0
     return detector.requires_grad_(False)
+
+
+def weights_file(name: str, weights: str, key: str) -> Path:
+    """Return the file that `weights` means, as in trained_network; UserError if there is none."""
+    if not weights:
+        raise UserError(f"{key} names no file; it must name a checkpoint of {name} on this data set")
+    return checkpoint.there(shipped_weights(weights) or weights, key)
 
 
 COCO_COLUMNS = 91

@@ -21,7 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from .. import device
 from ..errors import UserError
-from ..terminal import Stopped, process_share, world_size
+from ..terminal import Stopped, process_share, spoken, world_size
 
 PATIENCE = datetime.timedelta(minutes=30)
 """How long a process waits for another, which may draw a data set or test a network alone."""
@@ -74,12 +74,21 @@ def streams() -> Any:
 
 def command(tool: str) -> list[str]:
     """Return the words that start a tool as this process was started."""
-    words = [tool] if tool.endswith(".py") else ["--no-python", *tool.split()]
     if size() == 1:
-        return ["python", tool] if tool.endswith(".py") else tool.split()
+        return spoken(tool)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", size()))
     nodes = ["--nnodes", str(size() // local)] if size() > local else []
-    return ["torchrun", "--nproc_per_node", str(local), *nodes, *words]
+    return by_torchrun(tool, "--nproc_per_node", str(local), *nodes)
+
+
+def by_torchrun(tool: str, *flags: str) -> list[str]:
+    """Return the words that start several processes of a tool."""
+    words = spoken(tool)
+    return [
+        "torchrun",
+        *flags,
+        *(words[1:] if words[1] == "-m" or words[1].endswith(".py") else ["--no-python", *words]),
+    ]
 
 
 def launcher() -> str | None:

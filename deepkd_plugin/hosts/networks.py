@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from importlib.resources import files
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from ..errors import UserError, shown
 from ..run import checkpoint
 from ..terminal import warn
 from .adapter import Adapter, Input, adapt, choose, feed, plain, reason_of, try_out
+from .builtin import shipped_weights
 from .classes import KEY as CLASSES
 from .classes import choose_classes, read_names
 from .host import MDISTILLERS_OWN, Host
@@ -306,14 +306,7 @@ def check_features(method: str, networks: Iterable[nn.Module]) -> None:
 
 def weights_file(host: Host, dataset: Any, name: str, weights: str) -> str:
     """Return the file that `weights` means, as in trained_network; "" if a library provides them or nobody does."""
-    if weights.startswith("builtin:"):
-        shipped = files("deepkd_plugin.hosts.builtin").joinpath("weights")
-        file = shipped.joinpath(weights.removeprefix("builtin:") + ".pt")
-        if not file.is_file():
-            ours = ", ".join(sorted(f"builtin:{one.name.removesuffix('.pt')}" for one in shipped.iterdir()))
-            raise UserError(f"config: the weights {shown(weights)} do not ship with the package; these do: {ours}")
-        return str(file)
     if weights:
-        return weights
+        return shipped_weights(weights) or weights
     entry = host.models(dataset).get(name)
     return entry[1] or "" if isinstance(entry, tuple) else ""

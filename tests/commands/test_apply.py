@@ -120,8 +120,8 @@ def test_apply_and_revert(fake, deepkd):
     assert lines[2] == f"configs   {len(DETECTORS)} files copied to {fake / 'detection/configs/DeepKD'}"
     assert lines[-1] == f"undo      deepkd apply {shlex.quote(str(fake))} --revert"
     words = shlex.split(lines[4])
-    assert words[:3] == ["python", "detection/train_net.py", "--config-file"]
-    assert f"detection/{words[3]}" in DETECTORS
+    assert words[:7] == ["detection", "cd", str(fake), "&&", "python", "detection/train_net.py", "--config-file"]
+    assert f"detection/{words[7]}" in DETECTORS
     words = shlex.split(lines[3])
     assert words[:2] == ["next", "cd"]
     assert words[3:-1] == ["&&", "python", "tools/train.py", "--cfg"]

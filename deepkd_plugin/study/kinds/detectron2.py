@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,7 +56,8 @@ class Detectron2(Kind):
         file = root / CONFIGS / f"{config.format(PAIRS[pair][2])}.yaml"
         if not file.is_file():
             raise UserError(
-                f"{root}: has no {CONFIGS}/{file.name}; the plugin must be in the checkout: deepkd apply {root}"
+                f"{root}: has no {CONFIGS}/{file.name}; the plugin must be in the checkout: "
+                f"deepkd apply {shlex.quote(str(root))}"
             )
         return file
 

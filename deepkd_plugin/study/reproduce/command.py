@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import shlex
 import sys
 import textwrap
 from collections import Counter
@@ -17,7 +18,7 @@ from ...errors import UserError
 from ...run import record
 from ...run.lock import locked
 from ...run.metrics import read_metrics
-from ...terminal import Stopped, exit_code
+from ...terminal import Stopped, exit_code, spoken
 from ..shared import cores, count, threads
 from ..table import Run
 from . import reuse, slurm, tables
@@ -227,7 +228,7 @@ def _submit(request: Request, plan: Plan, parameters: Mapping[str, Any]) -> int:
     jobs = slurm.submit(plan.runs, plan.out, parameters, overwrite=request.overwrite)
     if jobs:
         print(_entry("jobs", f"{len(jobs)} submitted, {jobs[0]} to {jobs[-1]}; logs in {plan.out / 'slurm'}"))
-    print(_entry("then", f"deepkd report {plan.out}"))
+    print(_entry("then", shlex.join([*spoken("deepkd report"), str(plan.out)])))
     return 0
 
 

@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import IO, Literal
 
 from ... import device
+from ...distributed import process_group
 from ...errors import UserError
 from ...run import checkpoint, record
 from ...run import folder as run_folder
 from ...run.lock import locked, sign
 from ...run.metrics import check_lines
+from ...terminal import spoken
 from ..kinds import KINDS
 from ..shared import cores, ending, threads
 from ..table import Run
@@ -274,7 +276,7 @@ class Crew:
             with self.lock, open(run.folder / "log.txt", "ab") as log:
                 if self.stopping:
                     return None
-                command = shlex.join([*self.launcher(), kind.tool, *words])
+                command = shlex.join([*self.command(kind.tool), *words])
                 log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {command}\n".encode())
                 log.flush()
                 log_start = log.tell()  # which moves with what the process writes
@@ -285,10 +287,11 @@ class Crew:
                     sign(lock, process.pid)
                 return process, log_start
 
-    def launcher(self) -> list[str]:
+    def command(self, tool: str) -> list[str]:
         """Return the words that start a tool as a run's process does."""
-        several = ["torchrun", "--standalone", "--nproc_per_node", str(self.together)]
-        return several if self.together > 1 else ["python"]
+        if self.together == 1:
+            return spoken(tool)
+        return process_group.by_torchrun(tool, "--standalone", "--nproc_per_node", str(self.together))
 
     def begin(self, run: Run, how: str, lock: int, log: IO[bytes], slot: int) -> subprocess.Popen[bytes]:
         """Start a run's process."""

@@ -80,7 +80,7 @@ class Tasks:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return process.wait(LOOK)
             if late is None and self.has_failed():
-                late = time.monotonic() + distributed.GRACE
+                late = time.monotonic() + process_group.GRACE
             if late is not None and time.monotonic() > late:
                 end([process])
                 return 1

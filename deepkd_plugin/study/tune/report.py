@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ def report(tuning: Tuning, searches: Sequence[Search]) -> str:
         f"Every method had {count(request.budget, 'trial')} of {count(request.seeds, 'seed')} each, on {train} images, "
         f"and was judged by the top-1 of its last epoch on {tested} others of the training set. No test image was "
         f"read. Trial 0 is the config as it stands. The chosen trial is the best of many, so its figure is too high: "
-        f"measure it with `deepkd reproduce {tuning.out / 'tuned'}`. `trials.csv` has every trial.",
+        f"measure it with `deepkd reproduce {shlex.quote(str(tuning.out / 'tuned'))}`. `trials.csv` has every trial.",
         "",
         "| method | trials | completed | pruned | diverged | as it stood | chosen | chosen trial |",
         "|---|---|---|---|---|---|---|---|",
