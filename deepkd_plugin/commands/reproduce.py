@@ -25,6 +25,8 @@ def main(words: Sequence[str]) -> int:
     add("--methods", metavar="METHOD", nargs="+", help="some of the table's rows (default: all)")
     add("--base", metavar="METHOD", help="of an ablation: the row that DeepKD is put over (default: kd)")
     add("--dataset", metavar="NAME", help="of an ablation: glyphs100 (default), cifar100, ..., or a folder")
+    weights = "also train each base under the loss weights of DeepKD over it, and take DeepKD's gain over that"
+    add("--matched", action="store_true", help=weights)
     add("--seeds", metavar="N", type=count, help="seeds 0 to N - 1 (default: 5)")
     add("--jobs", metavar="N", type=count, help="runs side by side (default: as many as there are GPUs for, or 1)")
     add("--gpus-per-run", metavar="N", type=count, help="processes that train each run together, on a GPU each")

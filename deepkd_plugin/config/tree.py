@@ -8,7 +8,7 @@ import ast
 import contextlib
 import difflib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,18 @@ def flatten(cfg: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in cfg.items():
         leaves |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return leaves
+
+
+def nest(settings: Mapping[str, Any]) -> CfgNode:
+    """Return the tree of dotted path → value: what `flatten` was given."""
+    tree = CfgNode()
+    for path, value in settings.items():
+        *parents, leaf = path.split(".")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, CfgNode())
+        node[leaf] = value
+    return tree
 
 
 def wrong(origin: dict[str, str], path: str, value: Any, allowed: str) -> UserError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Hashable, Sequence
+from functools import reduce
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -109,6 +110,16 @@ class Distiller(Taught):
         """
         return None
 
+    @classmethod
+    def loss_weights(cls, cfg: Any) -> dict[str, float]:
+        """Return what the method weighs its losses by under a config, by name, so that two methods can be compared.
+
+        CE is the cross-entropy, KD a divergence as a whole, TCKD and NCKD its parts, (1 − p) NCKD the latter as the
+        former has it; "epochs of warm-up" are there if it has any. {}: nothing says so, as of a class that defines its
+        own step and does not say it.
+        """
+        return {}
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         own = {name: getattr(value, "__func__", value) for name, value in vars(cls).items()}
@@ -119,6 +130,8 @@ class Distiller(Taught):
             cls.constants = Distiller.constants  # type: ignore[method-assign]
         if "temperature_of" not in own and {"compare", "forward", "forward_train", "terms", "task"} & own.keys():
             cls.temperature_of = Distiller.temperature_of  # type: ignore[method-assign]
+        if "loss_weights" not in own and {"forward", "forward_train", "decoupled"} & own.keys():
+            cls.loss_weights = Distiller.loss_weights  # type: ignore[method-assign]
         if "soft_labels" not in own and {"forward", "forward_train"} & own.keys():
             cls.soft_labels = False
         if "losses_of" not in own and {"forward", "forward_train"} & own.keys():
@@ -218,6 +231,20 @@ class Method(Distiller):
         """Return the weights of the cross-entropy and of the sum of the terms."""
         return 1.0, 1.0
 
+    @classmethod
+    def term_weights(cls, cfg: Any) -> dict[str, float]:
+        """Return the weights that the terms and `task` have of their own, by config key; DeepKD over it has them too.
+
+        They are the keys that end in WEIGHT, but for the cross-entropy's.
+        """
+        paths = [key.path for key in cls.config_keys() if key.path.endswith("WEIGHT")]
+        return {path: value_at(cfg, path) for path in paths if not path.endswith(".CE_WEIGHT")}
+
+    @classmethod
+    def loss_weights(cls, cfg: Any) -> dict[str, float]:
+        ce, kd = cls.weights(cfg)
+        return {"CE": ce, "KD": kd} | cls.term_weights(cfg) | warmup_epochs(cls, cfg)
+
     def constants(self, epoch: float, num_classes: int) -> Hashable:
         return ()
 
@@ -267,3 +294,15 @@ def bases() -> dict[str, type[Method]]:
 def warmup_factor(epoch: float, epochs: float) -> float:
     """Return DKD's linear warm-up of the distillation loss: epoch / epochs up to 1 (epochs are counted from 1)."""
     return min(epoch / epochs, 1.0) if epochs else 1.0
+
+
+def value_at(cfg: Any, path: str) -> Any:
+    """Return the value of a config at a dotted path."""
+    return reduce(lambda node, name: node[name], path.split("."), cfg)
+
+
+def warmup_epochs(cls: type[Distiller], cfg: Any) -> dict[str, float]:
+    """Return the epochs over which a method's distillation losses warm up, for loss_weights; {} if that is none."""
+    epochs = value_at(cfg, cls.warmup_key) if cls.warmup_key else 0
+    none = 0 if cfg.SOLVER.WARMUP_UNIT == "iteration" else 1  # by the epoch, a warm-up of one is whole in it
+    return {"epochs of warm-up": epochs} if epochs > none else {}

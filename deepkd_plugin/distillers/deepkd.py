@@ -10,7 +10,7 @@ from ..losses import MASKS, decoupled_kd
 from ..rules import NOT_NEGATIVE, TEMPERATURE, Key, Rule, one_of, whole
 from ..streams import STREAMS
 from ..topk import mask_size
-from .base import Distiller, Losses, bases, warmup_factor
+from .base import Distiller, Losses, bases, warmup_epochs, warmup_factor
 from .terms import Term, classes, cross_entropy, standardised, total
 from .variants import BY_VARIANT, variant
 
@@ -89,6 +89,15 @@ class DeepKD(Distiller):
     def temperature_of(cls, cfg: Any) -> float | None:
         base = bases()[cfg.DeepKD.BASE]
         return None if base.temperature_of(cfg) is None else float(cfg.DeepKD.TEMPERATURE)
+
+    @classmethod
+    def loss_weights(cls, cfg: Any) -> dict[str, float]:
+        node, base = cfg.DeepKD, bases()[cfg.DeepKD.BASE]
+        ce, tckd, nckd = node.CE_WEIGHT, node.TCG_WEIGHT, node.NCG_WEIGHT
+        parts = {"CE": ce, "TCKD": tckd, "(1 − p) NCKD" if base.keeps_weight else "NCKD": nckd}
+        if base.keeps_weight and tckd == nckd:
+            parts = {"CE": ce, "KD": tckd}
+        return parts | base.term_weights(cfg) | warmup_epochs(cls, cfg)
 
     def constants(self, epoch: float, num_classes: int) -> Hashable:
         return self.warmup(epoch), self.top_k(epoch, num_classes)

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from ..losses import decoupled_kd
-from .base import Losses, Method, warmup_factor
+from .base import Losses, Method, warmup_epochs, warmup_factor
 from .terms import Term, View, classes, cross_entropy, standardised
 
 
@@ -24,6 +24,11 @@ class DKD(Method):
     @classmethod
     def temperature_of(cls, cfg: Any) -> float:
         return float(cfg.DKD.T)
+
+    @classmethod
+    def loss_weights(cls, cfg: Any) -> dict[str, float]:
+        node = cfg.DKD
+        return {"CE": node.CE_WEIGHT, "TCKD": node.ALPHA, "NCKD": node.BETA} | warmup_epochs(cls, cfg)
 
     def constants(self, epoch: float, num_classes: int) -> Hashable:
         return warmup_factor(epoch, self.cfg.DKD.WARMUP)

@@ -5,6 +5,7 @@ import yaml
 from yacs.config import CfgNode
 
 from deepkd_plugin import config
+from deepkd_plugin.config.tree import nest
 from deepkd_plugin.distillers.variants import variant
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.hosts import builtin
@@ -527,3 +528,9 @@ def test_a_run_too_short_for_its_schedules_is_warned_of(cfg, tmp_path, capsys, t
     err = capsys.readouterr().err
     assert said in err
     assert bool(err) == bool(said)
+
+
+def test_a_flat_config_is_made_a_tree_again():
+    tree = builtin.CFG.clone()
+    config.add_deepkd_config(tree)
+    assert nest(config.flatten(tree)) == tree

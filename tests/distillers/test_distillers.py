@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from tables import Table
 from torch import nn
 
-from deepkd_plugin.distillers import DKD, KD, DeepKD, Distiller, Method
+from deepkd_plugin.distillers import CRLD, DKD, KD, MLKD, DeepKD, Distiller, Method
 from deepkd_plugin.distillers.vanilla import Vanilla
 from deepkd_plugin.losses import decoupled_kd
 from deepkd_plugin.optim import DecoupledMomentumSGD
@@ -232,6 +232,67 @@ def test_the_target_class_of_a_soft_label_is_its_larger_one(cfg, setting, method
     close(losses[task], (0.7 * of_each[0][task] + 0.3 * of_each[1][task]).detach(), 1e-12)
     for name in losses.keys() - {task}:
         close(losses[name], of_each[0][name].detach(), 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("method", "base"),
+    [(KD, ""), (DKD, ""), (DeepKD, "KD"), (DeepKD, "DKD")],
+    ids=lambda one: getattr(one, "name", one),
+)
+def test_the_loss_weights_that_a_method_states_are_those_of_its_loss(cfg, setting, golden_losses, method, base):
+    student, teacher, batch = setting
+    cfg.KD.LOSS.update({"CE_WEIGHT": 0.3, "KD_WEIGHT": 0.7})
+    cfg.DKD.update({"CE_WEIGHT": 0.4, "ALPHA": 1.5, "BETA": 6.0, "WARMUP": 10})
+    cfg.DeepKD.update({"BASE": base or "KD", "CE_WEIGHT": 0.2, "TCG_WEIGHT": 1.1, "NCG_WEIGHT": 2.5, "WARMUP": 10})
+    cfg.DeepKD.MASK.TYPE = "none"
+    logits, labels = (student.logits.detach(), teacher.logits), batch["target"]
+    tckd, nckd, p = decoupled_kd(*logits, labels, 4.0)
+    parts = {"TCKD": tckd.mean(), "NCKD": nckd.mean(), "(1 − p) NCKD": ((1 - p) * nckd).mean()}
+    parts |= {"KD": parts["TCKD"] + parts["(1 − p) NCKD"]}
+    weights = method.loss_weights(cfg)
+    epochs, ce = weights.pop("epochs of warm-up", 0), weights.pop("CE") * F.cross_entropy(logits[0], labels)
+    losses, _ = losses_and_gradients(method(student, teacher, cfg), batch, 5)
+    factor = 5 / epochs if epochs else 1.0
+    close(sum(losses.values()), ce + factor * sum(weight * parts[name] for name, weight in weights.items()))
+    assert epochs == (0 if method is KD else 10)
+
+
+def test_loss_weights_of_deepkd_and_its_base_are_in_the_same_terms(cfg):
+    cfg.DeepKD.update({"CE_WEIGHT": 0.1, "TCG_WEIGHT": 0.9, "NCG_WEIGHT": 0.9})
+    assert DeepKD.loss_weights(cfg) == KD.loss_weights(cfg) == {"CE": 0.1, "KD": 0.9}
+    cfg.DeepKD.BASE = "CRLD"
+    theirs = {"CRLD.WV_WEIGHT": 2.0, "CRLD.CV_WEIGHT": 0.5}
+    assert DeepKD.loss_weights(cfg) == {"CE": 0.1, "TCKD": 0.9, "NCKD": 0.9} | theirs
+    assert CRLD.loss_weights(cfg) == {"CE": 1.0, "KD": 1.0} | theirs
+    assert MLKD.loss_weights(cfg) == {"CE": 0.1, "KD": 1.0, "MLKD.KD_WEIGHT": 0.9}
+
+
+def test_a_warm_up_of_one_epoch_is_none_unless_it_goes_by_iterations(cfg):
+    cfg.DeepKD.WARMUP = 1
+    assert "epochs of warm-up" not in DeepKD.loss_weights(cfg)
+    cfg.SOLVER.WARMUP_UNIT = "iteration"
+    assert DeepKD.loss_weights(cfg)["epochs of warm-up"] == 1
+
+
+def test_a_step_of_ones_own_states_its_loss_weights_or_none_are_known(cfg):
+    class Step(KD):
+        def forward_train(self, image, target, epoch, **batch):
+            raise NotImplementedError
+
+    class Parts(DeepKD):
+        def decoupled(self, terms, target, epoch):
+            raise NotImplementedError
+
+    class Declared(Step):
+        def forward_train(self, image, target, epoch, **batch):
+            raise NotImplementedError
+
+        @classmethod
+        def loss_weights(cls, cfg):
+            return {"CE": 1.0}
+
+    assert (Step.loss_weights(cfg), Parts.loss_weights(cfg), Declared.loss_weights(cfg)) == ({}, {}, {"CE": 1.0})
+    assert Vanilla.loss_weights(cfg) == {}
 
 
 def test_a_step_of_ones_own_says_that_it_takes_soft_labels():

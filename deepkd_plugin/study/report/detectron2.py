@@ -12,8 +12,16 @@ NAMES = {
     "SOLVER.IMS_PER_BATCH": "SOLVER.BATCH_SIZE",
     "SOLVER.AMP.ENABLED": "SOLVER.AMP",
     "KD.TYPE": "DISTILLER.TYPE",
+    "KD.DEEPKD.TASK_WEIGHT": "DeepKD.CE_WEIGHT",
 }
-"""detectron2's name -> ours, beside KD.DEEPKD.… -> DeepKD.…"""
+"""detectron2's name -> ours, beside those of SECTIONS."""
+
+SECTIONS = {"KD.DEEPKD.": "DeepKD.", "KD.DKD.": "DKD."}
+"""detectron2's sections -> ours."""
+
+WITHOUT_KEY = {"SOLVER.WARMUP_UNIT": "epoch", "DeepKD.WARMUP": 0, "DKD.WARMUP": 0, "DKD.CE_WEIGHT": 1.0}
+WITHOUT_KEY |= {"KD.LOSS.CE_WEIGHT": 1.0, "KD.LOSS.KD_WEIGHT": 1.0}
+"""What mdistiller's detectors have without a key: weights of 1 and no warm-up of a loss."""
 
 HOW = (
     *("OUTPUT_DIR", "VIS_PERIOD", "VERSION", "CUDNN_BENCHMARK", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS"),
@@ -31,6 +39,6 @@ def settings(kind: str, flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _name(path: str) -> str:
-    if path.startswith("KD.DEEPKD."):
-        return path.replace("KD.DEEPKD.", "DeepKD.", 1)
+    if path not in NAMES and (section := next(filter(path.startswith, SECTIONS), None)):
+        return path.replace(section, SECTIONS[section], 1)
     return NAMES.get(path, path)

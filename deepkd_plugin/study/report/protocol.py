@@ -3,15 +3,19 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from ...config.tree import nest
 from ...device import precision
+from ...distillers import DISTILLERS
+from ..measures import DETECTRON2
 from .cells import Cell
 from .collect import Record
+from .detectron2 import WITHOUT_KEY
 from .formats import ranges
 
 ALIKE = ("Training images", "Test images", "Images", "Teacher", "Processes", "Versions", "Code")
 """What must be the same in all cells of a pair; methods may differ in the rest by their recipes."""
 
-AS_BASE = ("Learning rate", "Batch", "Precision", "Iterations", "Epochs", "Evaluations")
+AS_BASE = ("Learning rate", "Batch", "Precision", "Iterations", "Epochs", "Evaluations", "Loss weights")
 """What a gain over a base takes for equal: if it is not, the gain is not the method's alone."""
 
 MOST_ANSWERS = 4
@@ -44,10 +48,11 @@ def cautions(cells: Sequence[Cell]) -> list[str]:
         base = by_name.get(cell.base.name) if cell.base else None
         if base is None or not (cell.records and base.records):
             continue
-        for what, get in (*_PROTOCOL, (_length(cell), lambda record: record.epochs)):
+        for what, get in (*_PROTOCOL, ("Loss weights", _weights), (_length(cell), lambda record: record.epochs)):
             mine, theirs = (_joined(map(get, one.records)) for one in (cell, base))
             if what in AS_BASE and mine != theirs:
-                said.append(f"{what} of {cell.method.label} is {mine}, of its base {theirs}")
+                verb = "are" if what.endswith("s") else "is"
+                said.append(f"{what} of {cell.method.label} {verb} {mine}, of its base {theirs}")
     return said
 
 
@@ -174,6 +179,17 @@ def _batch(settings: dict[str, Any]) -> str:
 def _precision(settings: dict[str, Any]) -> str:
     amp = settings["SOLVER.AMP"]
     return f"{precision(amp)} autocast" if amp else "float32"
+
+
+def _weights(record: Record) -> str:
+    """List what a run's method weighs its losses by, such that two methods with equal losses have equal lists."""
+    settings = (WITHOUT_KEY if record.run.kind == DETECTRON2 else {}) | record.settings
+    ask = getattr(DISTILLERS.get(str(settings.get("DISTILLER.TYPE"))), "loss_weights", None)
+    try:
+        weights = ask(nest(settings)) if ask else {}
+    except (AttributeError, KeyError, TypeError, ValueError):  # a config of other keys
+        weights = {}
+    return ", ".join(f"{name} {weight:g}" for name, weight in weights.items()) or "not known"
 
 
 _PROTOCOL: tuple[tuple[str, Callable[[Record], str | None]], ...] = (

@@ -21,7 +21,7 @@ from ...run.metrics import read_metrics
 from ...terminal import Stopped, exit_code, spoken
 from ..shared import cores, count, threads
 from ..table import Run
-from . import reuse, slurm, tables
+from . import matched, reuse, slurm, tables
 from .estimate import Estimate, estimate
 from .plan import Plan, make_plan, problems, with_teachers
 from .runs import state
@@ -40,6 +40,7 @@ class Request:
     methods: Sequence[str] | None = None
     base: str | None = None
     dataset: str | None = None
+    matched: bool = False
     seeds: int = 5
     jobs: int | None = None
     out: Path | None = None
@@ -183,10 +184,13 @@ def check_together(plan: Plan, together: int, local: bool) -> None:
 
 def _plan(request: Request, each: int | None) -> Plan:
     table = tables.find(request.table, request.base, request.dataset)
+    if request.matched:
+        table = matched.with_matched(table)
     if table.over is not None and not request.pairs and len(table.pairs) > 1:
         raise UserError(f"command line: --pairs is missing; {table.title} must name some of {', '.join(table.pairs)}")
     pairs = tables.choose(request.pairs, table.pairs, "--pairs")
     methods = tables.choose(request.methods, [method.name for method in table.methods], "--methods")
+    methods = matched.with_bases(table, methods)
     out = request.out or Path("output") / table.name
     return make_plan(table, pairs, methods, request.seeds, request.options, out, each)
 

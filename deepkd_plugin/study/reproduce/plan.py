@@ -10,6 +10,7 @@ from ...errors import UserError
 from ...run.record import find_run
 from ..measures import MEASURES
 from ..table import FILE, Cell, Method, Pair, Run, Table, row_name
+from . import matched
 from .tables import Outline, Row, base_rows, label
 
 
@@ -129,7 +130,13 @@ def _resolve(table: Outline, pair: str, method: Row, file: Path, options: Sequen
     """Read the config of a cell; returns it with the options that make it of its file."""
     kind = table.kind
     base = kind.read(file, options)
-    row = method.options(base)
+    if twin := table.twin_file(pair, method) if method.twin else None:
+        try:
+            row: Sequence[str] = matched.options(base, kind.read(twin, options))
+        except UserError as error:
+            raise UserError(f"{twin}: {error}") from None
+    else:
+        row = method.options(base)
     words = [*method.defaults(base), *options, *row]
     try:
         cfg = kind.read(file, words) if row else base

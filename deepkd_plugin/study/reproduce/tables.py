@@ -44,7 +44,8 @@ class Row:
 
     name: on the command line and in folders. label: what it is called; None if the config says that, and the base with
     it. base: the row that its gain is taken over, None without one. defaults: options such that a user's own come
-    before. config: its file's name in a pair's folder, without .yaml.
+    before. config: its file's name in a pair's folder, without .yaml. twin: of a matched base, the config of DeepKD
+    over it (matched.py).
     """
 
     name: str
@@ -53,6 +54,7 @@ class Row:
     options: Options = _NOTHING
     defaults: Options = _NOTHING
     config: str = ""
+    twin: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,14 @@ class Outline:
         return tuple(pair for pair in pairs if any(self.file(pair, method) for method in self.methods))
 
     def file(self, pair: str, method: Row) -> Path | None:
-        """Name the config of a cell; None if the pair has none."""
+        """Name the config of a cell; None if the pair has none, or not what its options are taken from."""
+        if method.twin and self.twin_file(pair, method) is None:
+            return None
         return self.kind.file(self.source, pair, method.config)
+
+    def twin_file(self, pair: str, method: Row) -> Path | None:
+        """Name the config of a matched base's twin; None if the pair has none."""
+        return self.kind.file(self.source, pair, method.twin)
 
 
 def names() -> list[str]:
@@ -176,11 +184,11 @@ def base_rows(table: Outline, cfgs: Mapping[Cell, Any]) -> dict[str, str | None]
                 f"{table.place}: {row.name} puts DeepKD over {' and '.join(sorted(map(str, methods)))}; a row must be "
                 f"over one method for all pairs"
             )
-        if of_pairs and (method := methods.pop()):
+        if of_pairs and (method := methods.pop()) and row.base is None:
             over[row.name] = method
     trained: dict[str, list[str]] = {}
     for row, of_pairs in by_row.items() if over else ():
-        if cfg := of_pairs[0] if of_pairs else _unplanned(table, row):
+        if cfg := of_pairs[0] if of_pairs else find_config(table, row):
             trained.setdefault(cfg.DISTILLER.TYPE, []).append(row.name)
     rows = {row.name: row.base for row in table.methods}
     for name, base in over.items():
@@ -189,8 +197,8 @@ def base_rows(table: Outline, cfgs: Mapping[Cell, Any]) -> dict[str, str | None]
     return rows
 
 
-def _unplanned(table: Outline, method: Row) -> Any:
-    """Read the config of a row that is not asked for; None if it cannot be read."""
+def find_config(table: Outline, method: Row) -> Any:
+    """Read a row's config file, of the first pair that has one; None if it cannot be read."""
     for pair in table.pairs:
         if file := table.file(pair, method):
             try:

@@ -6,7 +6,8 @@ import json
 import re
 
 import pytest
-from made_up import DETECTION, ON_DETECTRON2, change, make_detection_table
+import yaml
+from made_up import DETECTION, MASK, ON_DETECTRON2, change, make_detection_table
 
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.study.report import report
@@ -116,6 +117,22 @@ def test_on_detectron2_the_protocol_is_read_from_its_own_keys(theirs):
     assert told["Mask"] == ["dynamic, K 0.05 to 0.5, phases end at 0.333 and 0.667, renormalise"]
     assert told["Momentum variant"] == ["paper"]
     assert cautions(cells) == []
+
+
+def test_on_detectron2_loss_weights_are_compared_too(theirs):
+    def weigh(method, text):
+        for config in theirs.glob(f"runs/{THEIRS}/{method}/*/config.yaml"):
+            tree = yaml.safe_load(config.read_text())
+            tree["KD"] |= text
+            config.write_text(yaml.safe_dump(tree))
+
+    weigh("kd", {"TYPE": "DKD", "DKD": {"ALPHA": 1.0, "BETA": 0.25}})
+    ours = {"BASE": "DKD", "TASK_WEIGHT": 1.0, "TCG_WEIGHT": 1.0, "NCG_WEIGHT": 0.25, "MASK": MASK}
+    weigh("deepkd", {"DEEPKD": ours})
+    assert cautions(assemble(collect(theirs))) == []
+    weigh("deepkd", {"DEEPKD": ours | {"NCG_WEIGHT": 8.0}})
+    (said,) = cautions(assemble(collect(theirs)))
+    assert said.endswith(" are CE 1, TCKD 1, NCKD 8, of its base CE 1, TCKD 1, NCKD 0.25")
 
 
 def test_on_detectron2_runs_may_be_and_start_elsewhere_but_not_compute_something_else(theirs):

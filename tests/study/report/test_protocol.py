@@ -129,3 +129,32 @@ def test_cells_of_other_code_versions_or_teacher_are_cautioned_of(tmp_path, entr
 def test_a_gain_over_a_base_of_another_protocol_is_cautioned_of(tmp_path, key, value, what):
     (said,) = cautions(cells(tmp_path, runs={(PAIR, "deepkd"): {"settings": {key: value}}}))
     assert said.startswith(what)
+
+
+KD_WEIGHTS = {"KD.LOSS.CE_WEIGHT": 0.1, "KD.LOSS.KD_WEIGHT": 0.9, "SOLVER.WARMUP_UNIT": "epoch"}
+DEEPKD_WEIGHTS = KD_WEIGHTS | DECOUPLED
+DEEPKD_WEIGHTS |= {f"DeepKD.{name}": value for name, value in (("CE_WEIGHT", 0.1), ("WARMUP", 0))}
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({}, None),
+        ({"DeepKD.CE_WEIGHT": 0.5}, "CE 0.5, KD 0.9"),
+        ({"DeepKD.TCG_WEIGHT": 1.0, "DeepKD.NCG_WEIGHT": 1.0}, "CE 0.1, KD 1"),
+        ({"DeepKD.NCG_WEIGHT": 2.0}, "CE 0.1, TCKD 0.9, (1 − p) NCKD 2"),
+        ({"DeepKD.WARMUP": 20}, "CE 0.1, KD 0.9, epochs of warm-up 20"),
+        ({"DeepKD.WARMUP": 1}, None),
+        ({"DISTILLER.TYPE": "SomebodysDeepKD"}, "not known"),
+    ],
+)
+def test_loss_weights_that_differ_from_the_base_s_are_cautioned_of(tmp_path, changes, what):
+    settings = DEEPKD_WEIGHTS | {"DeepKD.TCG_WEIGHT": 0.9, "DeepKD.NCG_WEIGHT": 0.9} | changes
+    runs = {(PAIR, "kd"): {"settings": KD_WEIGHTS}, (PAIR, "deepkd"): {"settings": settings}}
+    line = f"Loss weights of KD + DeepKD + DTM are {what}, of its base CE 0.1, KD 0.9"
+    assert cautions(cells(tmp_path, runs=runs)) == ([line] if what else [])
+
+
+def test_epochs_that_differ_from_the_base_s_are_cautioned_of(tmp_path):
+    (said,) = cautions(cells(tmp_path, runs={(PAIR, "deepkd"): {"epochs": 8}}))
+    assert said == "Epochs of KD + DeepKD + DTM are 8, of its base 4"

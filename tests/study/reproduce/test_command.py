@@ -257,6 +257,15 @@ def test_a_gain_without_its_base_is_warned_of(reproduce, calls):
     assert "warning" not in out  # the call before has it
 
 
+def test_matched_bases_come_with_what_is_over_them(reproduce, calls):
+    code, out, _ = reproduce("reproduce", "glyphs100", "--methods", "kd", "deepkd", "--seeds", "1", "--matched")
+    assert code == 0
+    assert entry(out, "methods") == "kd kd_matched deepkd"
+    assert "warning" not in out
+    ((planned, *_),) = calls.executed
+    assert [run.method for run in planned] == ["kd", "kd_matched", "deepkd"]
+
+
 def test_deepkd_over_a_method_without_a_row_is_warned_of(reproduce, calls, tmp_path):
     """A folder of a user's own, with DeepKD over DKD, which no file of it trains by itself."""
     folder = tmp_path / "mine"
