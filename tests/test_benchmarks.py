@@ -458,6 +458,32 @@ def test_epochs_of_both_pipelines(run, data_root, tmp_path, amp, precision):
         assert row["steps"] == "eager"
 
 
+@pytest.mark.slow
+def test_distilling_from_an_empty_folder(script, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(script("distill"), "OPTIONS", ("DISTILLER.ANY_TEACHER", "True", "DATASET.NUM_WORKERS", "0"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    out = run("distill", "--seeds", 3, 4, "--epochs", 1, "--images", 3, "--write", tmp_path / "table.md")
+    assert (tmp_path / "table.md").read_text() == out.removesuffix("\n")
+    record = json.loads((tmp_path / "table.json").read_text())
+    assert record["title"] == (
+        "`deepkd distill` on made JPEGs of 12 classes, 36 to train on and as many to test on, from an empty folder"
+    )
+    assert "--compare" in record["settings"]["command"]
+    assert "SOLVER.SEED N" in record["settings"]["command"]
+    assert [row["seed"] for row in record["rows"]] == [3, 4]
+    for row in record["rows"]:
+        assert row["seconds"] > 1
+        assert row["seconds of processor"] > 1
+        assert row["gain"] == row["deepkd"] - row["alone"]
+        assert row["gain, best"] == row["deepkd, best"] - row["alone, best"]
+        assert all(0 <= row[name] <= row[f"{name}, best"] <= 100 for name in ("teacher", "deepkd", "alone"))
+    (gain,) = (part for part in record["parts"] if part["top-1"] == "gain")
+    gains = [row["gain"] for row in record["rows"]]
+    assert gain["n"] == 2
+    assert gain["last epoch"] == pytest.approx(sum(gains) / 2)
+    assert gain["± of the last"] == pytest.approx(abs(gains[0] - gains[1]) / 2**0.5)
+
+
 def test_reading_large_images(run, tmp_path):
     threads = torch.get_num_threads()
     try:
