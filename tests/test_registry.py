@@ -60,7 +60,8 @@ def test_a_foreign_config_key_is_kept_and_named(tree, expected):
 def test_the_builtin_host_is_complete():
     host = registry.BUILTIN
     registry.register(host)
-    assert {"NONE", "KD", "DKD", "DeepKD", "CRLD", "MLKD"} == set(host.distillers)
+    methods = {"KD", "DKD", "CRLD", "MLKD", "NKD", "RLD", "WTTM", "DIST"}
+    assert {"NONE", "DeepKD", *methods} == set(host.distillers)
     assert {"base", "DecoupledMomentumSGD", "DecoupledAdamW"} == set(host.trainers)
     assert "ResNet18" in host.models("imagenet")
     assert "resnet20" in host.models("cifar100")

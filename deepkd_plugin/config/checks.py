@@ -15,7 +15,9 @@ from ..topk import classes, count_classes, mask_size
 from .keys import ADAMW, FOLD_TEACHER, HOST_KEYS, TRAINER, TRAINERS, all_keys, known_streams
 from .meaning import (
     chunk,
+    in_terms,
     mixes,
+    modified,
     momenta,
     needs_workers,
     on_logits,
@@ -49,9 +51,10 @@ def check(cfg: CfgNode, origin: dict[str, str]) -> None:
     check_pipeline(cfg, origin)
     check_division(cfg, origin)
     check_augmentation(cfg, origin)
-    if cfg.EXPERIMENT.LOGIT_STAND and not on_logits(cfg):
-        allowed = f"False with DISTILLER.TYPE {cfg.DISTILLER.TYPE}, which has no distillation on logits"
-        raise wrong(origin, "EXPERIMENT.LOGIT_STAND", True, allowed)
+    if (modifier := modified(cfg)) and not in_terms(cfg):
+        default = next(key.default for key in ours if key.path == modifier)
+        allowed = f"{default} with DISTILLER.TYPE {cfg.DISTILLER.TYPE}, which has no distillation terms on logits"
+        raise wrong(origin, modifier, get(cfg, modifier), allowed)
     path, method = "DISTILLER.TEACHER_LOGITS", cfg.DISTILLER.TYPE
     kind = cfg.DISTILLER.TEACHER_LOGITS
     if kind != "compute" and method != "NONE" and not on_logits(cfg):
@@ -225,9 +228,9 @@ def check_kept(cfg: CfgNode, origin: dict[str, str], num_classes: int) -> None:
     if node.TEACHER_LOGITS != "stored" or node.TYPE == "NONE" or num_classes <= kept:
         return
     several = temperature(cfg) is None
-    if cfg.EXPERIMENT.LOGIT_STAND or several:
+    if several or modified(cfg):
         method = f"DeepKD.BASE {cfg.DeepKD.BASE}" if node.TYPE == "DeepKD" else f"DISTILLER.TYPE {node.TYPE}"
-        reason = f"{method}, which reads logits at several temperatures" if several else "EXPERIMENT.LOGIT_STAND"
+        reason = f"{method}, which reads logits at several temperatures" if several else modified(cfg)
         raise wrong(origin, "DISTILLER.LOGITS_K", kept, f"0, which keeps all {num_classes} classes, with {reason}")
     epochs = cfg.SOLVER.EPOCHS
     sizes = [mask_size(cfg.DeepKD.MASK, num_classes, epoch / max(epochs - 1, 1)) for epoch in range(epochs)]

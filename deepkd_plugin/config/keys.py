@@ -119,6 +119,13 @@ def all_keys() -> tuple[Key, ...]:
 _FIXED = (
     Key("EXPERIMENT.LOGIT_STAND", False, "standardised logits in every distillation term (Sun et al., 2024)", *FLAG),
     Key(
+        "DISTILLER.ENTROPY_WEIGHT",
+        "none",
+        "samples weighted by both networks' entropy in every distillation term (EA-KD); release: as its code bounds it",
+        *one_of("none", "formula", "release"),
+    ),
+    Key("DISTILLER.ENTROPY_TEMPERATURE", 3.0, "softmax temperature of these entropies", *TEMPERATURE),
+    Key(
         "SOLVER.DECOUPLED.VARIANT",
         "paper",
         "whose reading of the method: its momenta, dampening, decay stream and mask (docs/method.md)",

@@ -105,8 +105,20 @@ def plain_teacher(cfg: CfgNode) -> str:
 
 
 def on_logits(cfg: CfgNode) -> bool:
-    """Tell whether a config's method compares logits."""
+    """Tell whether logits are all that a config's method needs of the teacher."""
     return getattr(DISTILLERS.get(cfg.DISTILLER.TYPE), "on_logits", False)
+
+
+def in_terms(cfg: CfgNode) -> bool:
+    """Tell whether a config's method is a sum of distillation terms."""
+    return getattr(DISTILLERS.get(cfg.DISTILLER.TYPE), "in_terms", False)
+
+
+def modified(cfg: CfgNode) -> str:
+    """Return the key by which a config changes the distillation terms of its method, whatever that is; "" if none."""
+    if cfg.EXPERIMENT.LOGIT_STAND:
+        return "EXPERIMENT.LOGIT_STAND"
+    return "" if cfg.DISTILLER.ENTROPY_WEIGHT == "none" else "DISTILLER.ENTROPY_WEIGHT"
 
 
 def warmups(cfg: CfgNode, method: object) -> dict[str, int]:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import extensions
+from ..losses import DecoupledKD, decoupled_kd, kd_divergence
 from ..rules import Key
-from .terms import Term, View, cross_entropy, divergence, standardised
+from .terms import Term, View, classes, cross_entropy, prepared, total
 
 Losses = dict[str, Tensor]
 """Name -> scalar: what a training step minimises the sum of."""
@@ -53,7 +54,8 @@ class Distiller(Taught):
     views: how many views of an image it needs, 1 or 2 (weak and strong).
     streams: the streams that its losses are named after; () if they are named otherwise, and
         SOLVER.DECOUPLED.LOSS_STREAMS assigns them.
-    on_logits: whether it compares logits, which EXPERIMENT.LOGIT_STAND then standardises.
+    on_logits: whether logits are all that it needs of the teacher, so that they may be read from a file.
+    in_terms: whether its loss is a sum of terms, which EXPERIMENT.LOGIT_STAND and DISTILLER.ENTROPY_WEIGHT change.
     losses_of: what its losses are made of: "samples", if each is a mean over the batch of what a sample's logits and
         label say alone; "batch", if they need the batch's logits and labels together and get them by `compare`; "", if
         they read anything else, such as features or the index. A batch can be divided among processes and micro-batches
@@ -73,6 +75,7 @@ class Distiller(Taught):
     views: ClassVar[int] = 1
     streams: ClassVar[tuple[str, ...]] = ()
     on_logits: ClassVar[bool] = False
+    in_terms: ClassVar[bool] = False
     soft_labels: ClassVar[bool] = False
     warmup_key: ClassVar[str] = ""
     by_iteration: bool = False
@@ -89,7 +92,6 @@ class Distiller(Taught):
         self.student = student
         self.teacher = teacher
         self.cfg = cfg
-        self.standardise: bool = self.on_logits and cfg.EXPERIMENT.LOGIT_STAND
 
     @classmethod
     def config_keys(cls) -> tuple[Key, ...]:
@@ -128,7 +130,10 @@ class Distiller(Taught):
         if "constants" not in own and {"forward", "forward_train", *reads} & own.keys():
             # what the class above says of its own step does not hold for this one
             cls.constants = Distiller.constants  # type: ignore[method-assign]
-        if "temperature_of" not in own and {"compare", "forward", "forward_train", "terms", "task"} & own.keys():
+        if (
+            "temperature_of" not in own
+            and {"compare", "forward", "forward_train", "terms", "distance", "parts", "task"} & own.keys()
+        ):
             cls.temperature_of = Distiller.temperature_of  # type: ignore[method-assign]
         if "loss_weights" not in own and {"forward", "forward_train", "decoupled"} & own.keys():
             cls.loss_weights = Distiller.loss_weights  # type: ignore[method-assign]
@@ -136,7 +141,11 @@ class Distiller(Taught):
             cls.soft_labels = False
         if "losses_of" not in own and {"forward", "forward_train"} & own.keys():
             cls.losses_of = ""
-        elif "losses_of" not in own and cls.losses_of and {"terms", "task", "decoupled"} & own.keys():
+        elif (
+            "losses_of" not in own
+            and cls.losses_of
+            and {"terms", "distance", "parts", "task", "decoupled"} & own.keys()
+        ):
             cls.losses_of = "batch"
 
     def constants(self, epoch: float, num_classes: int) -> Hashable:
@@ -197,8 +206,9 @@ class Distiller(Taught):
 class Method(Distiller):
     """A method that compares logits, term by term; DeepKD can take its terms apart (DeepKD.BASE).
 
-    Its loss is weights[0] · CE + weights[1] · (the sum of its terms) + what `task` adds. A subclass gives `terms`,
-    and declares besides:
+    Its loss is weights[0] · CE + weights[1] · warm-up · (the sum of its terms) + what `task` adds; a term counts with
+    the batch's mean of weight · `distance`. A subclass gives `terms`. One whose distance is no KL gives `distance` too,
+    and `parts`, if it falls apart otherwise than KL. It declares besides:
 
     keeps_weight: whether NCKD keeps the teacher's (1 − p) of each sample when DeepKD takes the terms apart, as it
         has it in plain KD.
@@ -207,7 +217,7 @@ class Method(Distiller):
     published: what published tables call it; its name if it gives none.
     """
 
-    on_logits = soft_labels = True
+    on_logits = in_terms = soft_labels = True
     losses_of = "batch"
     keeps_weight: ClassVar[bool] = False
     on_proposals: ClassVar[bool] = False
@@ -220,6 +230,21 @@ class Method(Distiller):
         temperature: used in place of the method's own, by DeepKD; a method with several ignores it.
         """
         raise NotImplementedError(f"{cls.__name__} must define terms")
+
+    @classmethod
+    def distance(cls, term: Term, target: Tensor, cfg: Any) -> Tensor:
+        """Return how far the student is from the teacher in a term, for each sample: (B,). By default T² · KL.
+
+        target: the classes, (B,).
+        """
+        return kd_divergence(term.student, term.teacher, term.temperature)
+
+    @classmethod
+    def parts(
+        cls, term: Term, target: Tensor, cfg: Any, top_k: int | None = None, mask: str = "renormalise"
+    ) -> DecoupledKD:
+        """Return what a term falls into, for DeepKD's streams; arguments and result as losses.decoupled_kd has them."""
+        return decoupled_kd(term.student, term.teacher, target, term.temperature, top_k, mask)
 
     @classmethod
     def task(cls, views: Sequence[View], cfg: Any) -> Losses:
@@ -246,15 +271,20 @@ class Method(Distiller):
         return {"CE": ce, "KD": kd} | cls.term_weights(cfg) | warmup_epochs(cls, cfg)
 
     def constants(self, epoch: float, num_classes: int) -> Hashable:
-        return ()
+        return self.warmup(epoch)
+
+    def warmup(self, epoch: float) -> float:
+        """Return the factor of the terms in this epoch."""
+        return warmup_factor(epoch, value_at(self.cfg, self.warmup_key)) if self.warmup_key else 1.0
 
     def forward_train(self, image: Any, target: Tensor, epoch: float, **batch: Any) -> tuple[Tensor, Losses]:
-        views = self.compare(image)
+        views, labels = self.compare(image), classes(target)
         ce_weight, kd_weight = self.weights(self.cfg)
-        terms = standardised(self.terms(views, self.cfg), self.standardise)
+        terms = prepared(self.terms(views, self.cfg), self.cfg)
+        distance = total((term.weight * self.distance(term, labels, self.cfg)).mean() for term in terms)
         return views[0][0], {
             "loss_ce": ce_weight * cross_entropy(views, target),
-            "loss_kd": kd_weight * divergence(terms),
+            "loss_kd": kd_weight * self.warmup(epoch) * distance,
             **self.task(views, self.cfg),
         }
 

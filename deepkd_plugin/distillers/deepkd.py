@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..losses import MASKS, decoupled_kd
+from ..losses import MASKS
 from ..rules import NOT_NEGATIVE, TEMPERATURE, Key, Rule, one_of, whole
 from ..streams import STREAMS
 from ..topk import mask_size
 from .base import Distiller, Losses, bases, warmup_epochs, warmup_factor
-from .terms import Term, classes, cross_entropy, standardised, total
+from .terms import Term, classes, cross_entropy, prepared, total
 from .variants import BY_VARIANT, variant
 
 _CLASSES: Rule = (
@@ -34,7 +34,7 @@ class DeepKD(Distiller):
     """
 
     streams = STREAMS
-    on_logits = soft_labels = True
+    on_logits = in_terms = soft_labels = True
     warmup_key = "DeepKD.WARMUP"
     losses_of = "samples"
     keys = (
@@ -117,8 +117,8 @@ class DeepKD(Distiller):
         top_k = self.top_k(epoch, terms[0].student.shape[1])
         reading = variant(self.cfg).reading
         target_class, non_target = [], []
-        for term in standardised(terms, self.standardise):
-            tckd, nckd, p = decoupled_kd(term.student, term.teacher, target, term.temperature, top_k, reading)
+        for term in prepared(terms, self.cfg):
+            tckd, nckd, p = self.base.parts(term, target, self.cfg, top_k, reading)
             if self.base.keeps_weight:
                 nckd = (1.0 - p) * nckd
             target_class.append((term.weight * tckd).mean())

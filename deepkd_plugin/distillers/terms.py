@@ -5,13 +5,15 @@ which terms it has. Whether a term counts whole (KL) or falls into target and no
 then the same question for all of them.
 """
 
+import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..losses import kd_divergence, standardise_logits
+from ..losses import standardise_logits, wide
 
 View = tuple[Tensor, Tensor]
 """Student and teacher logits (B, C) of one view of the batch."""
@@ -27,16 +29,40 @@ class Term(NamedTuple):
     """Of each sample, (B,), or one number for all; it carries no graph."""
 
 
-def standardised(terms: Iterable[Term], enabled: bool) -> list[Term]:
-    """Return the terms on standardised logits if `enabled` (EXPERIMENT.LOGIT_STAND), else as they are."""
-    if not enabled:
-        return list(terms)
-    return [t._replace(student=standardise_logits(t.student), teacher=standardise_logits(t.teacher)) for t in terms]
+def prepared(terms: Iterable[Term], cfg: Any) -> list[Term]:
+    """Return a method's terms as a config changes those of any method.
+
+    DISTILLER.ENTROPY_WEIGHT: each sample's weight times entropy_weight of its logits. EXPERIMENT.LOGIT_STAND:
+    standardised logits; the weight is of the logits as they were.
+    """
+    terms, node = list(terms), cfg.DISTILLER
+    if node.ENTROPY_WEIGHT != "none":
+        literal = node.ENTROPY_WEIGHT == "release" and cfg.DATASET.TYPE != "imagenet"
+        terms = [
+            t._replace(weight=t.weight * entropy_weight(t.student, t.teacher, node.ENTROPY_TEMPERATURE, literal))
+            for t in terms
+        ]
+    if cfg.EXPERIMENT.LOGIT_STAND:
+        both = [(standardise_logits(t.student), standardise_logits(t.teacher)) for t in terms]
+        terms = [t._replace(student=student, teacher=teacher) for t, (student, teacher) in zip(terms, both)]
+    return terms
 
 
-def divergence(terms: Iterable[Term]) -> Tensor:
-    """Sum the terms' batch means of weight · T² · KL(teacher ‖ student): a scalar."""
-    return total((t.weight * kd_divergence(t.student, t.teacher, t.temperature)).mean() for t in terms)
+@torch.no_grad()
+def entropy_weight(student_logits: Tensor, teacher_logits: Tensor, temperature: float, literal: bool) -> Tensor:
+    """Weigh samples by how unsure the teacher is, and the student with it (EA-KD, arXiv 2311.13621).
+
+    Logits (B, C) each; returns (B,): H_t · (1 + H_s / H) / 2, with the entropies of the softmax at a temperature and
+    H = log C, the largest one. literal: H = 100, as the authors' code has it for every data set but ImageNet, so that
+    the student hardly counts.
+    """
+    of_teacher, of_student = (
+        torch.special.entr(F.softmax(wide(logits) / temperature, dim=1)).sum(1)
+        for logits in (teacher_logits, student_logits)
+    )
+    largest = 100.0 if literal else math.log(student_logits.shape[1])
+    weight: Tensor = of_teacher * (1 + of_student / largest) / 2
+    return weight
 
 
 def cross_entropy(views: Sequence[View], target: Tensor) -> Tensor:

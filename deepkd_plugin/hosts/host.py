@@ -67,11 +67,11 @@ class Host:
     def distiller(self, cfg: CfgNode) -> Any:
         """Return the class of DISTILLER.TYPE; the plugin's own if mdistiller's cannot do what is asked."""
         name = cfg.DISTILLER.TYPE
-        # mdistiller's KD and DKD standardise nothing, take no logits nor soft labels and fold nothing; its DKD divides
-        # by the warm-up
+        # mdistiller's KD and DKD modify no terms, take no logits nor soft labels and fold nothing; its DKD divides by
+        # the warm-up
         node = cfg.DISTILLER
         ours = node.TEACHER_LOGITS != "compute" or node.FOLD_TEACHER is True or config.softens(cfg)
-        ours = cfg.EXPERIMENT.LOGIT_STAND or (ours and name != "NONE")
+        ours = config.modified(cfg) or (ours and name != "NONE")
         if ours or (name == "DKD" and not cfg.DKD.WARMUP):
             return DISTILLERS[name]
         return self.distillers[name]

@@ -13,7 +13,7 @@ from torch import nn
 
 from deepkd_plugin import config, data, device, launch
 from deepkd_plugin.device import seed_everything
-from deepkd_plugin.errors import UserError
+from deepkd_plugin.errors import UserError, shown
 from deepkd_plugin.hosts import mdistiller as mdistiller_host
 from deepkd_plugin.hosts import registry
 from deepkd_plugin.hosts.networks import trained_network
@@ -397,9 +397,10 @@ class TestSettle:
         settle()
         assert asked == [True, False]
 
-    def test_standardised_logits_take_our_class_for_that_config_alone(self, settle, mdistiller):
+    @pytest.mark.parametrize("modifier", [{"EXPERIMENT__LOGIT_STAND": True}, {"DISTILLER__ENTROPY_WEIGHT": "formula"}])
+    def test_modified_terms_take_our_class_for_that_config_alone(self, settle, mdistiller, modifier):
         own = mdistiller.distillers["KD"]
-        settle(EXPERIMENT__LOGIT_STAND=True)
+        settle(**modifier)
         assert mdistiller.distillers["KD"].__module__ == "deepkd_plugin.distillers.kd"
         settle()
         assert mdistiller.distillers["KD"] is own
@@ -518,7 +519,19 @@ def test_logit_standardisation_reaches_mdistillers_methods(train, mdistiller, mo
     assert not torch.equal(*ends)
 
 
-def test_a_method_without_logits_has_no_standardisation(train):
-    code, _, err = train("vanilla", "EXPERIMENT.LOGIT_STAND", "True")
+@pytest.mark.parametrize(
+    ("method", "key", "value", "default"),
+    [
+        ("NONE", "EXPERIMENT.LOGIT_STAND", "True", "False"),
+        ("NONE", "DISTILLER.ENTROPY_WEIGHT", "formula", "none"),
+        ("DIST", "EXPERIMENT.LOGIT_STAND", "True", "False"),
+        ("DIST", "DISTILLER.ENTROPY_WEIGHT", "release", "none"),
+    ],
+)
+def test_a_method_without_terms_has_none_to_modify(train, method, key, value, default):
+    code, _, err = train("kd", "DISTILLER.TYPE", method, key, value)
     assert code == 2
-    assert "EXPERIMENT.LOGIT_STAND is True; it must be False with DISTILLER.TYPE NONE" in err
+    assert (
+        f"{key} is {value if default == 'False' else shown(value)}; it must be {default} with DISTILLER.TYPE {method}"
+        in err
+    )

@@ -132,6 +132,8 @@ def test_a_stored_table_of_something_else_is_refused(train, tmp_path):
             ("DISTILLER.LOGITS_K", "99", "EXPERIMENT.LOGIT_STAND", "True"),
             "0, which keeps all 100 classes, with EX",
         ),
+        (KD, ("DISTILLER.LOGITS_K", "9", "DISTILLER.ENTROPY_WEIGHT", "formula"), "classes, with DISTILLER.ENTROPY_WEI"),
+        (KD, ("DISTILLER.LOGITS_K", "9", "DISTILLER.TYPE", "RLD"), "DISTILLER.TYPE RLD, which reads logits at several"),
         (KD.replace("kd.", "crld."), ("DISTILLER.LOGITS_K", "9"), "DISTILLER.TYPE CRLD, which reads logits at several"),
         (KD.replace("kd.", "deepkd_mlkd."), ("DISTILLER.LOGITS_K", "9"), "DeepKD.BASE MLKD, which reads logits at sev"),
     ],

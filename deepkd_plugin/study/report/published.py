@@ -115,6 +115,8 @@ def find(
         notes.append(f"published for {network}, the network that mdistiller has under this name")
     if settings.get("EXPERIMENT.LOGIT_STAND"):
         notes.append("ours with standardised logits")
+    if settings.get("DISTILLER.ENTROPY_WEIGHT", "none") != "none":
+        notes.append("ours with samples weighted by entropy")
     if base == "MLKD" and settings.get("MLKD.VARIANT") == "formula":
         notes.append("ours with MLKD.VARIANT formula")
     if per_class := settings.get("DATASET.TRAIN_PER_CLASS"):

@@ -49,6 +49,7 @@ def test_rows_of_no_pair_belong_to_no_cell():
         ({"DeepKD.MASK.TYPE": "dynamic"}, "published without DTM, ours with it"),
         ({"DeepKD.MASK.TYPE": "none"}, ""),
         ({"DeepKD.MASK.TYPE": "none", "EXPERIMENT.LOGIT_STAND": True}, "ours with standardised logits"),
+        ({"DeepKD.MASK.TYPE": "none", "DISTILLER.ENTROPY_WEIGHT": "formula"}, "ours with samples weighted by entropy"),
     ],
 )
 def test_a_note_says_where_the_published_variant_differs(settings, note):

@@ -1,0 +1,58 @@
+"""Normalised knowledge distillation (Yang et al., 2023): a soft label's target and its other classes, by themselves."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..losses import DecoupledKD, wide
+from ..rules import NOT_NEGATIVE, TEMPERATURE, Key
+from .base import Method, warmup_epochs
+from .terms import Term, View
+
+
+class NKD(Method):
+    """CE_WEIGHT · CE − p_t · log p_s of the target + GAMMA · NCKD at TEMPERATURE, all from the config node NKD.
+
+    The target's probabilities are at temperature 1. The authors' code has the cross-entropy of the normalised
+    distributions for NCKD: the teacher's entropy, times T², is between them, and no gradient is. DeepKD over it: what
+    is said of the target is its target-class part.
+    """
+
+    losses_of = "samples"
+    keys = (
+        Key("NKD.CE_WEIGHT", 1.0, "weight of the cross-entropy", *NOT_NEGATIVE),
+        Key("NKD.GAMMA", 1.5, "weight of the non-target classes", *NOT_NEGATIVE),
+        Key("NKD.TEMPERATURE", 1.0, "softmax temperature of the non-target classes", *TEMPERATURE),
+    )
+
+    @classmethod
+    def terms(cls, views: Sequence[View], cfg: Any, temperature: float | None = None) -> list[Term]:
+        return [Term(*views[0], temperature or float(cfg.NKD.TEMPERATURE))]
+
+    @classmethod
+    def distance(cls, term: Term, target: Tensor, cfg: Any) -> Tensor:
+        of_target, of_others, _ = cls.parts(term, target, cfg)
+        distance: Tensor = of_target + cfg.NKD.GAMMA * of_others
+        return distance
+
+    @classmethod
+    def parts(
+        cls, term: Term, target: Tensor, cfg: Any, top_k: int | None = None, mask: str = "renormalise"
+    ) -> DecoupledKD:
+        log_s, log_t = (
+            F.log_softmax(wide(logits), dim=1).gather(1, target.long().unsqueeze(1)).squeeze(1)
+            for logits in (term.student, term.teacher)
+        )
+        whole = super().parts(term, target, cfg, top_k, mask)
+        return whole._replace(tckd=-log_t.exp() * log_s)
+
+    @classmethod
+    def weights(cls, cfg: Any) -> tuple[float, float]:
+        return cfg.NKD.CE_WEIGHT, 1.0
+
+    @classmethod
+    def loss_weights(cls, cfg: Any) -> dict[str, float]:
+        node = cfg.NKD
+        return {"CE": node.CE_WEIGHT, "TCKD": 1.0, "NCKD": node.GAMMA} | warmup_epochs(cls, cfg)
