@@ -59,9 +59,7 @@ def job(
     trained nothing: torch's threads for gradients, which this one may have started, do not survive a fork, and the
     first backward pass there would wait for them for good.
     """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     outputs, joined = ([folder / f"{name} {rank}" for rank in range(2)] for name in ("output", "joined"))
     for path in joined:
         path.unlink(missing_ok=True)
@@ -104,18 +102,32 @@ def _command(rank: int, port: int, work: Callable, output: Path, has_joined: Pat
         os._exit(code)
 
 
-def torchrun(words: Sequence[str], *flags: str) -> subprocess.Popen:
-    """Start two processes of a tool by torchrun, from the repository's root; words: the tool's file and its words."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *flags, *words]
+def free_port() -> int:
+    """Find a port of this machine that nobody listens to."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def torchrun(words: Sequence[str], *flags: str, port: int | None = None) -> subprocess.Popen:
+    """Start two processes of a tool by torchrun, from the repository's root; words: the tool's file and its words.
+
+    port: of this machine, at which two torchruns of one process each meet, as they do on two machines.
+    """
+    job = ["--standalone", "--nproc_per_node", "2"]
+    if port is not None:
+        job = ["--nnodes", "2", "--nproc_per_node", "1"]
+        job += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}"]
+    command = [sys.executable, "-m", "torch.distributed.run", *job, *flags, *words]
     return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def kill(launcher: subprocess.Popen, rank: int) -> None:
-    """Kill a process that torchrun has started, by its number, with -9. Needs /proc."""
+def kill(launchers: Sequence[subprocess.Popen], rank: int) -> None:
+    """Kill a process that one of these torchruns has started, by its number, with -9. Needs /proc."""
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == launcher.pid and f"\0RANK={rank}\0" in "\0" + (path / "environ").read_text():
+            if parent in [one.pid for one in launchers] and f"\0RANK={rank}\0" in "\0" + (path / "environ").read_text():
                 os.kill(int(path.name), signal.SIGKILL)
                 return
     raise AssertionError(f"torchrun has no process {rank}")

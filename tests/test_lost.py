@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import small
 import test_several as several
-from processes import job, kill, torchrun, wait_for
+from processes import free_port, job, kill, torchrun, wait_for
 
 from deepkd_plugin import launch, trainer
 from deepkd_plugin.distributed import collectives, process_group
@@ -138,34 +138,29 @@ def test_a_process_that_has_seen_the_signal_has_time_to_say_what_is_left(tmp_pat
 
 
 def words(folder, data_root):
-    pairs = [
-        "SOLVER.EPOCHS",
-        "3",
-        "DATASET.TRAIN_PER_CLASS",
-        "2",
-        "DATASET.HOLDOUT",
-        "0.02",
-        "DATASET.NUM_WORKERS",
-        "1",
-    ]
-    pairs += ["DISTILLER.FOLD_TEACHER", "False"]  # two runs that measure it may choose differently
-    pairs += ["DATASET.ROOT", str(data_root), "LOG.PREFIX", str(folder), "EXPERIMENT.NAME", "run"]
-    return ["tools/train.py", "--cfg", "configs/glyphs100/res20_res8/deepkd.yaml", *pairs]
+    # two runs that measure whether to fold may choose differently
+    pairs = "SOLVER.EPOCHS 3 DATASET.TRAIN_PER_CLASS 2 DATASET.HOLDOUT 0.02 DATASET.NUM_WORKERS 1 "
+    pairs += f"DISTILLER.FOLD_TEACHER False DATASET.ROOT {data_root} LOG.PREFIX {folder} EXPERIMENT.NAME run"
+    return ["tools/train.py", "--cfg", "configs/glyphs100/res20_res8/deepkd.yaml", *pairs.split()]
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
 def test_torchrun_trains_one_run_and_starts_it_again(tmp_path, data_root):
-    started = [torchrun(words(tmp_path / name, data_root), "--max-restarts", "2") for name in ("whole", "cut")]
+    """One torchrun starts both processes, or two a process each, as on two machines: of these one is killed."""
+    started = [torchrun(words(tmp_path / "whole", data_root))]
+    port = free_port()
+    started += [torchrun(words(tmp_path / "cut", data_root), "--max-restarts", "2", port=port) for _ in range(2)]
     wait_for((tmp_path / "cut/glyphs100/run/latest").exists, 300)
-    kill(started[1], 1)
+    kill(started[1:], 1)
     ended = [process.communicate(timeout=600) for process in started]
-    assert [process.returncode for process in started] == [0, 0], ended[1][1][-6000:]
+    assert [process.returncode for process in started] == [0, 0, 0], [err[-6000:] for _, err in ended]
     folders = [tmp_path / name / "glyphs100/run" for name in ("whole", "cut")]
     assert small.same(small.weights(folders[1]), small.weights(folders[0]))
     runs = [json.loads((folder / record.FILE).read_text()) for folder in folders]
     assert [run["processes"] for run in runs] == [2, 2]
     assert [len(run.get("resumed", [])) for run in runs] == [0, 1]
     assert runs[0]["command"].startswith("torchrun --nproc_per_node 2 tools/train.py --cfg ")
+    assert runs[1]["command"].startswith("torchrun --nproc_per_node 1 --nnodes 2 tools/train.py --cfg ")
     assert ended[0][0].count("BatchNorm takes its means over a process's share of 64 images") == 1
     # a run of another launcher is refused in every attempt, and told of once in each
     again = torchrun(words(tmp_path / "whole", data_root), "--max-restarts", "1")

@@ -60,7 +60,7 @@ def check_same(folder, whole, resumed):
 def test_a_job_that_loses_a_process_ends_with_one_line_and_goes_on(detect, whole):
     job, folder = detect("cut")
     wait_for((folder / "latest").exists, 600)
-    kill(job, 1)
+    kill([job], 1)
     begun = time.monotonic()
     _, err = job.communicate(timeout=600)
     assert time.monotonic() - begun < 25  # torchrun would kill what has not ended after 30
@@ -84,7 +84,7 @@ def test_a_job_that_loses_a_process_ends_with_one_line_and_goes_on(detect, whole
 def test_torchrun_starts_a_job_again_whose_first_process_is_killed(detect, whole):
     job, folder = detect("again", ["--max-restarts", "1"])
     wait_for((folder / "latest").exists, 600)
-    kill(job, 0)
+    kill([job], 0)
     _, err = job.communicate(timeout=900)
     assert job.returncode == 0, err
     check_same(folder, whole, 1)
