@@ -1,6 +1,7 @@
 """Processes of one run that are killed or find a mistake: the others end within seconds, and the run goes on."""
 
 import json
+import os
 import random
 import re
 import signal
@@ -16,7 +17,7 @@ from processes import free_port, job, kill, torchrun, wait_for
 from deepkd_plugin import launch, trainer
 from deepkd_plugin.distributed import collectives, process_group
 from deepkd_plugin.errors import UserError
-from deepkd_plugin.run import record
+from deepkd_plugin.run import lock, record
 
 pytestmark = pytest.mark.slow
 
@@ -98,6 +99,16 @@ def test_a_mistake_that_all_find_is_told_once(tmp_path):
     assert codes == [2, 2]
     assert outputs[0].splitlines()[-1] == "deepkd: error: the images are not what they were"
     assert outputs[1] == ""
+
+
+def test_a_second_job_in_one_folder_is_refused(tmp_path):
+    with lock.ours(tmp_path / "run"):
+        codes, outputs = job(partial(train, tmp_path), tmp_path)
+    assert codes[0] == 2
+    assert codes[1] in (1, 2)
+    assert re.fullmatch(rf"deepkd: error: .*run: process {os.getpid()} on .* is at work there; .*\n", outputs[0])
+    assert outputs[1] == ""
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
 
 
 def wait_for_one_that_does_not_come():
