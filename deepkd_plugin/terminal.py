@@ -282,6 +282,11 @@ def check_interruption() -> None:
         raise KeyboardInterrupt(128 + _arrived[0])
 
 
+def is_interrupted() -> bool:
+    """Tell whether a signal has asked this process to end, and Python has seen it."""
+    return bool(_arrived)
+
+
 def _stop(number: int, frame: Any) -> None:
     _arrived.append(number)
     raise KeyboardInterrupt(128 + number)

@@ -269,3 +269,10 @@ def test_the_simulated_steps_of_the_page_on_scale():
         sent, computing = f"{links[0]['MB sent a step']:.0f}", f"{links[0]['computing ms']:.1f}"
         expected.append(f"| {pair} | {cards} | {buffers} | {sent} | {computing} | {waits} |")
     assert table(page, "| pair | cards | buffers |") == expected
+    minutes = {key: f"{row['minutes an epoch']:.2f}" for key, row in rows.items() if key[0].endswith("ResNet18")}
+    few, many = ([minutes["ResNet34 → ResNet18", cards, 2, speed] for speed in (25.0, 400.0)] for cards in (8, 32))
+    sentence = (
+        f"An epoch of ResNet18 with 2 buffers takes {few[0]} minutes on 8 cards at 25 GB/s and {few[1]} at 400, and on "
+        f"32 cards {many[0]} and {many[1]};"
+    )
+    assert sentence in " ".join(page)

@@ -21,13 +21,16 @@ from torch.distributed.rendezvous import rendezvous
 
 from .. import device
 from ..errors import UserError
-from ..terminal import Stopped, process_share, spoken, world_size
+from ..terminal import Stopped, is_interrupted, process_share, spoken, world_size
 
 PATIENCE = datetime.timedelta(minutes=30)
 """How long a process waits for another, which may draw a data set or test a network alone."""
 
 GRACE = 5.0
 """Seconds from a signal to the end of a process that cannot see it, because it waits for a lost one."""
+
+LAST_WORDS = 15.0
+"""Seconds more for one that has seen it, to say what is left of the run; torchrun kills after 30 in all."""
 
 MEETING = ("MASTER_ADDR", "MASTER_PORT")
 """What a launcher sets in the environment for processes to find each other, beside their numbers."""
@@ -244,9 +247,10 @@ def _tell(here: _Processes, error: BaseException) -> None:
 
 @contextlib.contextmanager
 def _ending_in_time() -> Iterator[None]:
-    """End this process GRACE seconds after a signal has asked for it.
+    """End this process GRACE seconds after a signal has asked for it, or LAST_WORDS later if it is about to end.
 
-    Python sees no signal while it waits for a GPU, which may wait for a process that is gone.
+    Python sees no signal while it waits for a GPU, which may wait for a process that is gone. One that has seen it may
+    need a while on a busy machine, to look at the checkpoint and to end its loader's processes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -258,6 +262,8 @@ def _ending_in_time() -> Iterator[None]:
         while number := os.read(reader, 1):
             if number[0] in (signal.SIGTERM, signal.SIGINT):
                 time.sleep(GRACE)
+                if is_interrupted():
+                    time.sleep(LAST_WORDS)
                 os._exit(128 + number[0])
         os.close(reader)
 

@@ -88,3 +88,36 @@ def test_two_processes_train_as_one(tmp_path):
                 assert sum(missing) == 2
                 for name, value in whole.items():
                     torch.testing.assert_close(state[name], value, rtol=1e-12, atol=1e-12)
+
+
+def test_buckets_are_reduced_while_the_passes_go_on(monkeypatch):
+    """A layer is a bucket here; the second stream's pass begins while the first one's sums are on their way."""
+    monkeypatch.setattr(buckets, "BUCKET", 40)
+    events = []
+    monkeypatch.setattr(dist, "all_reduce", lambda flat, group, async_op: events.append((group, async_op)))
+    net = nn.Sequential(*(nn.Linear(3, 3).double() for _ in range(3)))
+    for number, layer in enumerate(net):
+        layer.weight.register_hook(lambda gradient, number=number: events.append(number))
+    opt = DecoupledMomentumSGD(net.parameters(), 0.05, {"tog": 0.9, "ncg": 0.5})
+    out = net(torch.ones(2, 3, dtype=torch.float64))
+    opt.backward({"tog": out.sum(), "ncg": out.sin().sum()}, sum_over="streams")
+    reduced = ("streams", True)
+    assert events == [2, reduced, 1, reduced, 0, reduced] * 2
+
+
+def test_sums_are_views_of_the_buckets(monkeypatch):
+    def doubled(flat, group, async_op):
+        flat.mul_(2)
+
+    monkeypatch.setattr(dist, "all_reduce", doubled)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last), nn.Linear(3, 2))
+    loss, params = net(torch.ones(1, 3, 5, 5)).square().sum(), list(net.parameters())
+    expected = torch.autograd.grad(loss, params, retain_graph=True)
+    sums = buckets.Summation(params, {})
+    with sums.following():
+        torch.autograd.grad(loss, params)
+    (bucket,) = sums.buckets
+    for p, summed, one in zip(params, sums.finish(), expected):
+        torch.testing.assert_close(summed, 2 * one)
+        assert summed.untyped_storage().data_ptr() == bucket.flat.untyped_storage().data_ptr()
+        assert summed.stride() == p.stride()
