@@ -146,10 +146,40 @@ def test_the_threads_of_a_process_are_the_task_s(monkeypatch):
     assert tasks.environment(2)["MASTER_PORT"] == "2"
 
 
+def test_the_first_task_does_not_end_before_the_others_have_come(monkeypatch):
+    helpers = pytest.importorskip("submitit.helpers", reason='pip install "deepkd_plugin[slurm]"')
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+
+    def exported(**how):
+        assert how == {"set_cuda_visible_devices": False, "overwrite": True}  # each takes its card by LOCAL_RANK
+        rank = int(threading.current_thread().name)
+        numbers = {"rank": rank, "world_size": 2, "local_world_size": 2}
+        return SimpleNamespace(master_addr="localhost", master_port=port, **numbers)
+
+    monkeypatch.setattr(helpers, "TorchDistributedEnvironment", lambda: SimpleNamespace(export=exported))
+    monkeypatch.setattr(module, "LOOK", 0.05)
+    heard = []
+
+    def task():
+        with joined((), "") as tasks:
+            heard.append(None if tasks.first else tasks.hear())
+
+    threads = [threading.Thread(target=task, name=str(rank), daemon=True) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.5)
+    for thread in threads:
+        thread.join(10)
+    assert heard == [None, None]
+
+
 def test_tasks_that_cannot_meet_say_so(monkeypatch):
     helpers = pytest.importorskip("submitit.helpers", reason='pip install "deepkd_plugin[slurm]"')
     with socket.create_server(("", 0)) as taken:
-        numbers = SimpleNamespace(master_addr="localhost", master_port=taken.getsockname()[1], rank=0)
+        port = taken.getsockname()[1]
+        numbers = SimpleNamespace(master_addr="localhost", master_port=port, rank=0, world_size=2)
         exported = SimpleNamespace(export=lambda **how: numbers)
         monkeypatch.setattr(helpers, "TorchDistributedEnvironment", lambda: exported)
         with (

@@ -42,6 +42,7 @@ def make(tmp_path, data_root, monkeypatch):
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules/a_plain_network.py").write_text(NETWORK)
     monkeypatch.syspath_prepend(tmp_path / "modules")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     monkeypatch.delenv("MDISTILLER_ROOT", raising=False)
     monkeypatch.setattr(device, "count", lambda: 0)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
