@@ -145,7 +145,8 @@ def joined(worker: Sequence[str], code: str) -> Iterator[Tasks]:
     environment = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     host, port, first = environment.master_addr, environment.master_port, environment.rank == 0
     try:
-        store = TCPStore(host, port, None, first, process_group.PATIENCE, wait_for_workers=False)
+        # it waits for all, lest the first be gone before another has come
+        store = TCPStore(host, port, environment.world_size, first, process_group.PATIENCE)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"Slurm: the tasks of this job cannot meet at {host}:{port} ({reason})") from None

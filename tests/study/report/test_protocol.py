@@ -1,5 +1,5 @@
 import pytest
-from made_up import DECOUPLED, DEEPKD, KD, VERSIONS, change, make_table
+from made_up import CODE, DECOUPLED, DEEPKD, KD, VERSIONS, change, make_table
 
 from deepkd_plugin.study.report.cells import assemble
 from deepkd_plugin.study.report.collect import collect
@@ -30,6 +30,7 @@ def test_everything_that_the_numbers_depend_on_is_told(tmp_path):
         "Momenta, last epoch": ["0.9 (KD)", "TOG 0.975, TCG 0.825, NCG 0.975 (KD + DeepKD + DTM)"],
         "Mask": ["dynamic, K 0.05 to 0.5, phases end at 0.333 and 0.667, renormalise"],
         "Execution": ["eager, sequential gradients"],
+        "Processes": ["1"],
         "Versions": ["python 3.11.7, torch 2.15.0, torchvision 0.29.2, numpy 2.4.6, deepkd_plugin 0.1.0"],
         "Hardware": ["NVIDIA H200; AMD EPYC"],
         "Commit": ["ae39fbd"],
@@ -104,6 +105,8 @@ def test_cells_that_were_made_alike_need_no_caution(tmp_path):
         ({"code": "other"}, "Code differ: c0de00000000c0de (KD); other (KD + DeepKD + DTM)"),
         ({"versions": VERSIONS | {"torch": "2.4.0"}}, "Versions differ: "),
         ({"teacher_acc": 70.0}, "Teacher differ: "),
+        ({"processes": 8}, "Processes differ: 1 (KD); 8 (KD + DeepKD + DTM)"),
+        ({"processes": 2, "resumed": [{"code": CODE}]}, "Processes differ: 1 (KD); 2, then 1 (KD + DeepKD + DTM)"),
     ],
 )
 def test_cells_of_other_code_versions_or_teacher_are_cautioned_of(tmp_path, entries, what):
@@ -113,6 +116,15 @@ def test_cells_of_other_code_versions_or_teacher_are_cautioned_of(tmp_path, entr
 
     (said,) = cautions(assemble(collect(folder)))
     assert said.startswith(what)
+
+
+def test_runs_of_one_seed_that_several_processes_trained_are_cautioned_of_too(tmp_path):
+    """All cells say the same then: each has a run of one process and one of four."""
+    folder = make_table(tmp_path / "table", ACCURACIES)
+    for run in folder.glob("runs/*/*/seed1-*"):
+        change(run / "run.json", {"processes": 4})
+
+    assert cautions(assemble(collect(folder))) == ["Processes differ: 1 and 4"]
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,7 @@ def test_runs_csv_has_a_row_for_each_planned_run(tmp_path):
         "3",
     )
     assert (counted["teacher_acc"], counted["code"], counted["reason"]) == ("79.42", "c0de00000000c0de", "")
+    assert (counted["processes"], missing["processes"]) == ("1", "")
     assert (folder / counted["folder"] / "run.json").is_file()
     assert (missing["status"], missing["last"]) == ("not started", "")
     assert other["status"] == "other config"

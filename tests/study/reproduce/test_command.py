@@ -28,8 +28,9 @@ class Calls:
         self.fail = ()
         self.interruption = None
 
-    def execute(self, planned, jobs, *, overwrite, display):
+    def execute(self, planned, jobs, *, overwrite, display, together):
         self.executed.append((tuple(planned), jobs, overwrite))
+        self.together = together
         if self.interruption:
             raise self.interruption
         return [Failure(run, 1, 3, ("first line", "last line")) for run in planned if run.name in self.fail]
@@ -329,6 +330,62 @@ def test_an_ablation_of_many_pairs_asks_for_some(reproduce, calls):
         "deepkd: error: command line: --pairs is missing; ablation-mask over kd on tiny_imagenet must name some of "
         "r18_mv2, r18_shuv2\n"
     )
+
+
+def test_runs_on_several_gpus_each(reproduce, calls, monkeypatch):
+    monkeypatch.setattr(device, "count", lambda: 9)
+    code, out, err = reproduce(*GLYPHS, "--gpus-per-run", "2")
+    assert (code, err) == (0, "")
+    ((_, jobs, _),) = calls.executed
+    assert (jobs, calls.together) == (4, 2)
+    assert entry(out, "on").startswith("9 x ")
+    assert entry(out, "on").endswith("; 4 at a time, each on 2 GPUs")
+    # 4 runs of 100 s on one GPU, side by side
+    assert entry(out, "time").startswith("about 50 seconds; ")
+    assert entry(out, "time").endswith(", each on GPUs of its own, as if 2 GPUs were 2 times as fast as one")
+    hashes = [run.hash for run in calls.executed[0][0]]
+    reproduce(*GLYPHS)
+    assert [run.hash for run in calls.executed[1][0]] == hashes
+    assert calls.together == 1
+
+
+@pytest.mark.parametrize(
+    ("count", "words", "line"),
+    [
+        (0, "--gpus-per-run 1", "command line: --gpus-per-run is 1; it must be at most 0, the GPUs here"),
+        (2, "--gpus-per-run 4", "command line: --gpus-per-run is 4; it must be at most 2, the GPUs here"),
+        (2, "--gpus-per-run 2 SOLVER.BATCH_SIZE 1", "SOLVER.BATCH_SIZE is 1; it must be at least 2, an image for each"),
+        (2, "--gpus-per-run 2 SOLVER.DATA_PARALLEL True", "SOLVER.DATA_PARALLEL is True; it must be False with 2 proc"),
+    ],
+)
+def test_runs_that_cannot_have_several_gpus_are_refused(reproduce, calls, monkeypatch, tmp_path, count, words, line):
+    monkeypatch.setattr(device, "count", lambda: count)
+    code, out, err = reproduce(*GLYPHS, *words.split())
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert line in err
+    assert (calls.executed, list(tmp_path.iterdir())) == ([], [])
+
+
+def test_tables_whose_runs_take_one_gpu_are_refused_several(reproduce, calls, monkeypatch):
+    monkeypatch.setattr(Classification, "several", False)
+    for words in ("--launcher slurm --slurm tasks_per_node=2", "--launcher slurm --gpus-per-run 2"):
+        code, _, err = reproduce(*GLYPHS, *words.split())
+        assert (code, err) == (
+            2,
+            "deepkd: error: command line: glyphs100 trains a run on one GPU, and is asked for 2\n",
+        )
+
+
+def test_slurm_gets_tasks_for_the_gpus_of_a_run(reproduce, calls):
+    words = "--launcher slurm --slurm nodes=2 slurm_partition=gpu --gpus-per-run 16"
+    code, out, _ = reproduce(*GLYPHS, *words.split())
+    assert code == 0
+    ((_, _, parameters, _),) = calls.submitted
+    assert parameters == {"nodes": 2, "tasks_per_node": 8, "gpus_per_node": 8, "slurm_partition": "gpu"}
+    assert "tasks_per_node 8" in entry(out, "on")
+    code, _, err = reproduce(*GLYPHS, "--launcher", "slurm", "--slurm", "gpus_per_node=8")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--slurm gpus_per_node is 8 and tasks_per_node 1; they must be equal, for each task trains on one GPU" in err
 
 
 def test_slurm_gets_one_array_job(reproduce, calls):

@@ -126,6 +126,23 @@ def test_finished_runs_tell_and_what_is_done_is_taken_off(timed, tmp_path):
     assert timed == []
 
 
+def test_runs_of_several_gpus_take_a_share_of_the_time_of_one(timed, monkeypatch, tmp_path):
+    monkeypatch.setattr(device, "count", lambda: 8)
+    made = plan(methods=("kd",), seeds=5)
+    runs = [dataclasses.replace(run, folder=tmp_path / run.name) for run in made.runs]
+    made, states = dataclasses.replace(made, runs=tuple(runs)), dict.fromkeys(runs, "new")
+    told = estimate.estimate(made, states, 2, 4)
+    assert told.seconds == pytest.approx(5 * KD / 4 / 2)
+    assert told.how.endswith("each on GPUs of its own, as if 4 GPUs were 4 times as fast as one")
+    assert estimate.estimate(made, states, 4, 4).seconds == pytest.approx(5 * KD / 4 / 2)  # two share four GPUs
+    for run, processes in zip(runs, (4, 1)):
+        run.folder.mkdir()
+        (run.folder / "run.json").write_text(json.dumps({"minutes": 60 / processes, "processes": processes}))
+        states[run] = "finished"
+    assert estimate.estimate(made, states, 1, 4).seconds == pytest.approx(3 * 15 * 60)
+    assert estimate.estimate(made, states, 1).seconds == pytest.approx(3 * 60 * 60)
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [(RuntimeError("CUDA out of memory.\nMore of it"), "CUDA out of memory."), (KeyError(), "KeyError")],

@@ -15,7 +15,7 @@ from deepkd_plugin.run import record
 from deepkd_plugin.run.lock import locked
 from deepkd_plugin.study.reproduce import runs as runs_module
 from deepkd_plugin.study.reproduce.runs import OtherCodeError, execute, state
-from deepkd_plugin.study.reproduce.slurm import Job, submit
+from deepkd_plugin.study.reproduce.slurm import Job, submit, tasks, with_tasks
 
 needs_submitit = pytest.mark.skipif(
     importlib.util.find_spec("submitit") is None,
@@ -33,12 +33,18 @@ def test_without_submitit(fake_run, tmp_path, monkeypatch):
         submit([fake_run()], tmp_path, {})
 
 
-def results(runs, folder, worker):
-    """What the jobs of these runs return, as submitit runs them here."""
+def submitted(runs, folder, worker, tasks=1):
+    """The jobs of these runs, as submitit runs them here."""
     import submitit
 
     executor = submitit.AutoExecutor(folder / "slurm", "local")
-    return [job.result() for job in executor.map_array(Job(record.code_hash(), False, worker), runs)]
+    executor.update_parameters(tasks_per_node=tasks, timeout_min=30)
+    return executor.map_array(Job(record.code_hash(), False, worker, tasks), runs)
+
+
+def results(runs, folder, worker):
+    """What these jobs return."""
+    return [job.result() for job in submitted(runs, folder, worker)]
 
 
 @needs_submitit
@@ -60,21 +66,22 @@ def test_jobs_train_their_runs(fake_run, tmp_path):
 @needs_submitit
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds the job's process in /proc")
 @pytest.mark.slow
-def test_a_job_whose_time_is_up_is_queued_again_and_goes_on(fake_run, tmp_path):
-    import submitit
-
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_a_job_whose_time_is_up_is_queued_again_and_goes_on(fake_run, tmp_path, tasks):
     run = fake_run(SECONDS="0.7")
-    executor = submitit.AutoExecutor(tmp_path / "slurm", "local")
-    (job,) = executor.map_array(Job(record.code_hash(), False, fake_run.worker), [run])
-    deadline = time.monotonic() + 60
+    (job,) = submitted([run], tmp_path, fake_run.worker, tasks)
+    deadline = time.monotonic() + 300
     while state(run) != "resumable":
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process = (run.folder / "lock").read_text().split()[1]
     with open(f"/proc/{process}/stat") as file:
         parent = int(file.read().rpartition(")")[2].split()[1])
-    os.kill(parent, signal.SIGUSR2)  # Slurm's, 90 seconds before the end
-    assert job.result() is None
+    if tasks == 1:
+        os.kill(parent, signal.SIGUSR2)  # Slurm's, 90 seconds before the end
+    else:
+        job._interrupt()  # to all tasks
+    assert job.results() == [None] * tasks
     assert state(run) == "finished"
     starts = [line for line in log(run).splitlines() if line.startswith("from epoch")]
     assert len(starts) == 2
@@ -110,6 +117,11 @@ def test_what_slurm_is_given(fake_run, tmp_path, cluster):
     given = (cluster / "submitted").read_text()
     assert "#SBATCH --time=60\n" in given
     assert "#SBATCH --job-name=table\n" in given
+    (cluster / "submitted").unlink()
+    submit(runs, tmp_path, with_tasks({"nodes": 2}, 16))
+    given = (cluster / "submitted").read_text().splitlines()
+    for line in ("nodes=2", "ntasks-per-node=8", "gpus-per-node=8"):
+        assert given.count(f"#SBATCH --{line}") == 1
 
 
 @needs_submitit
@@ -146,6 +158,50 @@ def test_a_machine_without_slurm(fake_run, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match='submitit refuses: Could not detect "srun"'):
         submit([fake_run()], tmp_path, {})
+
+
+@pytest.mark.parametrize(
+    ("given", "gpus", "expected", "count"),
+    [
+        ({}, None, {}, 1),
+        ({"gpus_per_node": 1}, None, {"gpus_per_node": 1}, 1),
+        ({"nodes": 2}, None, {"nodes": 2}, 2),
+        ({}, 4, {"tasks_per_node": 4, "gpus_per_node": 4}, 4),
+        ({"nodes": 2}, 8, {"nodes": 2, "tasks_per_node": 4, "gpus_per_node": 4}, 8),
+        ({"gpus_per_node": 4}, 4, {"tasks_per_node": 4, "gpus_per_node": 4}, 4),
+        ({"tasks_per_node": 2}, None, {"tasks_per_node": 2}, 2),  # on CPUs
+        *(({"nodes": 2, "tasks_per_node": 8, key: gpus}, None, {}, 16) for key, gpus in (
+            ("gpus_per_node", 8), ("slurm_gpus_per_node", "a100:8")
+        )),
+    ],
+)  # fmt: skip
+def test_a_job_has_a_task_for_each_gpu(given, gpus, expected, count):
+    made = with_tasks(given, gpus)
+    assert made in (expected, given)
+    assert tasks(made) == count
+
+
+@pytest.mark.parametrize(
+    ("given", "gpus", "expected"),
+    [
+        ({"gpus_per_node": 8}, None, "gpus_per_node is 8 and tasks_per_node 1; they must be equal"),
+        ({"gpus_per_node": 8, "slurm_tasks_per_node": 4}, None, "gpus_per_node is 8 and tasks_per_node 4"),
+        ({"tasks_per_node": 2}, 4, "tasks_per_node is 2; it must be 4 with --gpus-per-run 4, or be left out"),
+        ({"slurm_gpus_per_node": "a100:2", "nodes": 2}, 8, "gpus_per_node is 2; it must be 4 with --gpus-per-run 8"),
+        ({"nodes": 3}, 8, "--gpus-per-run is 8; it must be a multiple of --slurm nodes=3"),
+        ({"nodes": "two"}, None, "nodes is 'two'; it must be a whole number"),
+        ({"tasks_per_node": 0}, None, "tasks_per_node is 0; it must be a whole number"),
+        ({"tasks_per_node": True}, None, "tasks_per_node is True; it must be a whole number"),
+        ({"slurm_gpus_per_task": 1, "tasks_per_node": 2}, None, "slurm_gpus_per_task must be left out with several"),
+    ],
+)
+def test_tasks_that_do_not_fit_their_gpus_are_refused(given, gpus, expected):
+    with pytest.raises(UserError) as error:
+        with_tasks(given, gpus)
+    message = str(error.value)
+    assert message.startswith("command line: --")
+    assert expected in message
+    assert "\n" not in message
 
 
 def test_jobs_do_not_mix_code(fake_run, tmp_path):
