@@ -1,6 +1,6 @@
 """`deepkd distill` on made JPEGs, from an empty folder to its last line: how long it takes, what the teacher gains.
 
-    python benchmarks/distill.py [--seeds 0 1 2] [--epochs 25] [--images 40] [--write PATH.md]
+    python benchmarks/distill.py [--seeds 0 1 2] [--add FILE.json …] [--epochs 25] [--images 40] [--write PATH.md]
 
 12 letters that resemble each other, in 16 fonts, turned, sized and coloured at random on textured ground with noise,
 are written as JPEGs of 40 to 96 pixels a side: the same files for all seeds. Networks see 16 pixels of a side, so that
@@ -16,6 +16,7 @@ The defaults take some minutes on 2 cores of which nobody else wants anything.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import resource
 import shlex
@@ -24,12 +25,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import Rows, report
+from common import Rows, machine, report
 from PIL import Image
 
 from deepkd_plugin.commands.distill import ALONE, TEACHER
@@ -136,25 +138,44 @@ def summary(rows: Rows) -> Rows:
     return parts
 
 
+def added(files: Sequence[Path], title: str, settings: Mapping[str, str]) -> Rows:
+    """Return the rows of earlier calls; UserError for a file that is none, or was set up otherwise, or elsewhere."""
+    rows: Rows = []
+    for file in files:
+        try:
+            record = json.loads(file.read_text())
+            found = {"title": record["title"], "settings": record["settings"], "machine": record["machine"]}
+            rows += record["rows"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file}: --add must name what an earlier call wrote ({error})") from None
+        here = {"title": title, "settings": dict(settings), "machine": machine()}
+        other = [name for name in here if found[name] != here[name]]
+        if other:
+            raise UserError(f"{file}: --add names a record with another {other[0]}; all must be of one call's")
+    return rows
+
+
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--add", type=Path, nargs="+", default=[], help="records (.json) of calls for other seeds")
     parser.add_argument("--epochs", type=count, default=25, help="of each run (25)")
     parser.add_argument("--images", type=count, default=40, help="of each class to train on, and to test on (40)")
     parser.add_argument("--write", type=Path, help="Markdown file to write; a .json is written beside it")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        write_images(work / "images", args.images)
-        rows: Rows = []
-        for seed in args.seeds:
-            rows.append(measure(work / "images", work, args.epochs, seed))
-            print(f"seed {seed}: {rows[-1]['seconds']:.0f} s, gain {rows[-1]['gain']:+.2f}", file=sys.stderr)
     command = shlex.join(["deepkd", *words(Path("images"), Path("out"), args.epochs, 0)]).replace("SEED 0", "SEED N")
     number, classes = len(CHARACTERS) * args.images, len(CHARACTERS)
     title = f"`deepkd distill` on made JPEGs of {classes} classes, {number:,} to train on and as many to test on"
+    title += ", from an empty folder"
     settings = {"command": f"`{command}`", "threads": str(torch.get_num_threads())}
-    report(f"{title}, from an empty folder", rows, args.write, settings, summary(rows))
+    rows = added(args.add, title, settings)
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        write_images(work / "images", args.images)
+        for seed in args.seeds:
+            rows.append(measure(work / "images", work, args.epochs, seed))
+            print(f"seed {seed}: {rows[-1]['seconds']:.0f} s, gain {rows[-1]['gain']:+.2f}", file=sys.stderr)
+    report(title, sorted(rows, key=lambda row: row["seed"]), args.write, settings, summary(rows))
 
 
 if __name__ == "__main__":

@@ -482,6 +482,12 @@ def test_distilling_from_an_empty_folder(script, run, tmp_path, monkeypatch):
     assert gain["n"] == 2
     assert gain["last epoch"] == pytest.approx(sum(gains) / 2)
     assert gain["± of the last"] == pytest.approx(abs(gains[0] - gains[1]) / 2**0.5)
+    # rows of calls for some seeds each make one table
+    short = ("--epochs", 1, "--images", 3)
+    run("distill", "--seeds", "--add", tmp_path / "table.json", *short, "--write", tmp_path / "again.md")
+    assert (tmp_path / "again.md").read_text() == (tmp_path / "table.md").read_text()
+    with pytest.raises(UserError, match=r"table.json: --add names a record with another title"):
+        run("distill", "--seeds", "--add", tmp_path / "table.json", "--images", 4)
 
 
 def test_reading_large_images(run, tmp_path):

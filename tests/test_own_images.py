@@ -1,5 +1,7 @@
-"""Runs on a user's own images: any networks, every way to have the teacher's logits, and tests afterwards."""
+"""Runs on a user's own images: any networks, every way to have the teacher's logits, and what follows a run."""
 
+import importlib.util
+import json
 import re
 import sys
 from pathlib import Path
@@ -10,14 +12,16 @@ import torch
 import yaml
 from PIL import Image
 
-from deepkd_plugin import accuracy, launch
-from deepkd_plugin.commands import cache
+from deepkd_plugin import accuracy, launch, load_student
+from deepkd_plugin.commands import cache, cli
 from deepkd_plugin.commands import eval as evaluate
 from deepkd_plugin.config.tree import add_deepkd_config
 from deepkd_plugin.data import pairs
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.hosts import builtin, registry
 from deepkd_plugin.run.metrics import read_metrics
+from deepkd_plugin.students import formats
+from deepkd_plugin.students.images import files_of, prepared
 from deepkd_plugin.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
@@ -237,6 +241,64 @@ def test_any_two_networks(run, taught, student):
     code, _, err = run(*TAUGHT, *options, "DISTILLER.TYPE", "DeepKD", "SOLVER.TRAINER", "DecoupledMomentumSGD",
                        "SOLVER.EPOCHS", "1", "DeepKD.MASK.TYPE", "none")  # fmt: skip
     assert code == 0, err
+
+
+WHOLE = (
+    ("torchvision:resnet18", "torchvision:mobilenet_v3_small"),
+    ("timm:resnet10t", "timm:mobilenetv3_small_050"),
+    ("timm:resnet10t", "timm:vit_tiny_patch16_224"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("taught", "student"), WHOLE)
+def test_from_mixed_images_to_predictions_of_exported_files(images, tmp_path, taught, student, capsys):
+    """`deepkd distill`, export to all formats, and predict, of 7 classes: every form of the student says the same."""
+    for name in ("timm", "onnx", "onnxscript", "onnxruntime"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f'pip install -e ".[networks,onnx]" brings {name}')
+    words = ["--images", images, "--student", student, "--train-teacher", taught, "--out", tmp_path / "out"]
+    words += ["--epochs", 1, "--batch", 14, "--size", 64, "SOLVER.LR", 0.01, "DATASET.NUM_WORKERS", 0]
+    words += ["DISTILLER.ANY_TEACHER", True, "SOLVER.CHANNELS_LAST", False, "DISTILLER.FOLD_TEACHER", False]
+    assert cli.main(["distill", *map(str, words)]) == 0, capsys.readouterr().err
+    run = tmp_path / "out" / "deepkd"
+
+    network = load_student(run)
+    about = network.description
+    assert (about.architecture, about.size) == (student, 64)
+    assert about.class_names == tuple(str(10 * label) for label in range(CLASSES))
+    files = files_of([images / "train"])
+    batch = torch.stack([prepared(file, about) for file in files])
+    assert batch.shape == (6 * CLASSES, 3, 64, 64)
+    with torch.no_grad():
+        logits = network(batch)
+
+    def predicted(source, *flags):
+        capsys.readouterr()
+        assert cli.main(["predict", str(source), str(images / "train"), "--format", "json", *flags]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    told = predicted(run)
+    assert [one["file"] for one in told] == [str(file) for file in files]
+    assert [one["top"][0]["label"] for one in told] == logits.argmax(1).tolist()
+    assert {len(one["top"]) for one in told} == {5}
+    for to, suffix in formats.SUFFIXES.items():
+        out = tmp_path / f"exported{suffix}"
+        assert cli.main(["export", str(run), "--to", to, "--out", str(out)]) == 0, capsys.readouterr().err
+        read, exported = formats.opened(out, trust=True)
+        assert read == about
+        with torch.no_grad():
+            torch.testing.assert_close(exported(batch), logits, rtol=0, atol=1e-4)
+        for ours, theirs in zip(told, predicted(out, "--trust"), strict=True):
+            assert ours["file"] == theirs["file"]
+            shares = [{top["class"]: top["probability"] for top in one["top"]} for one in (ours, theirs)]
+            assert shares[0] == pytest.approx(shares[1], abs=1e-4)
+
+    # by onnxruntime alone, as somebody without this package has it
+    session = importlib.import_module("onnxruntime").InferenceSession(tmp_path / "exported.onnx")
+    assert json.loads(session.get_modelmeta().custom_metadata_map["class_names"]) == list(about.class_names)
+    alone = torch.from_numpy(session.run(["logits"], {"image": batch.numpy()})[0])
+    torch.testing.assert_close(alone, logits, rtol=0, atol=1e-4)
 
 
 def test_the_pages_config_and_its_function(images, tmp_path, monkeypatch):

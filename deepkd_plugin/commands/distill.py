@@ -255,9 +255,11 @@ def _train(one: Planned, overwrite: bool) -> None:
     """Train one run, go on with it, or leave it if it is finished."""
     folder = one.file.with_suffix("")
     begun = not overwrite and (folder / "latest").is_file()
-    if begun and record.find_run(folder).get("finished"):
+    run = record.find_run(folder)
+    if begun and run.get("finished"):
         print(f"\n{one.name}: finished before")
         return
+    overwrite = overwrite or (bool(run) and not begun)  # an interrupted first epoch leaves nothing to go on from
     print(f"\n== {one.name}")
     launch.train(str(one.file), [], resume=begun, overwrite=overwrite, command=_command(one.file))
 

@@ -69,7 +69,8 @@ def get_dataset(cfg: Any) -> tuple[Loader, Loader, int, int]:
 
 def get_test_set(cfg: Any) -> tuple[Loader, int]:
     """Return (test loader, number of classes), reading no training image unless DATASET.HOLDOUT asks for them."""
-    data_set, node = _source(cfg), cfg.DATASET
+    _source(cfg)  # which refuses what it cannot serve
+    data_set, node = source(cfg), cfg.DATASET  # as it is without AUGMENT, so that tests see one image whatever that is
     images = data_set.load(node, "train" if node.HOLDOUT else "test", data_set.test_transform())
     test, chosen = images, np.arange(len(images))
     if node.HOLDOUT:

@@ -19,13 +19,11 @@ from ..errors import UserError, shown
 from ..run import record
 from .folders import as_seen
 from .normalise import Normalise
+from .own import ShortSide
 from .sources import ZOOS, Source, source
 
 FEWEST, MOST_CLASSES, LARGEST = 2, 1_000_000, 4096
 """Classes and pixels of a side that a description may have: a file must not ask for all of a machine's memory."""
-
-_LONGEST = 20
-"""Of an image's long side to its short one; more of a longer one is cut off before it is resized."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +57,9 @@ class Description:
                 f"{self.dataset}: its test images are resized in a way that no file can hold, so others cannot be "
                 f"made like them; it must be a Resize, bilinear, and a CenterCrop"
             )
-        pixels = pil_to_tensor(as_seen(image))
-        height, width = pixels.shape[1:]
-        if max(height, width) > _LONGEST * min(height, width):
-            # the rest is far from the centre, and would be enlarged with it, to gigabytes for a line of pixels
-            longest = _LONGEST * min(height, width)
-            pixels = v2.functional.center_crop(pixels, [min(height, longest), min(width, longest)])
-        size = [self.resize] if isinstance(self.resize, int) else list(self.resize)
         # a side that is right already stays as it is
-        pixels = v2.functional.center_crop(v2.functional.resize(pixels, size), [self.size, self.size])
+        resize = ShortSide(self.resize) if isinstance(self.resize, int) else v2.Resize(self.resize)
+        pixels = v2.functional.center_crop(resize(pil_to_tensor(as_seen(image))), [self.size, self.size])
         return Normalise(self.mean, self.std, "cpu")(pixels)
 
     def strings(self) -> dict[str, str]:

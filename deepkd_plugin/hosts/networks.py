@@ -16,7 +16,7 @@ from .builtin import shipped_weights
 from .classes import KEY as CLASSES
 from .classes import choose_classes, read_names
 from .host import MDISTILLERS_OWN, Host
-from .libraries import Timm, find
+from .libraries import Outside, Timm, find
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {}
 """Users' own networks: name -> make(num_classes=C)."""
@@ -213,11 +213,10 @@ def trained_network(
     the data set's.
     """
     source, path = data.source(dataset), weights_file(host, dataset, name, weights)
-    batch = Input(source.side, source.mean, source.std)
     outside = None if name in NETWORKS else find(name)
     if choice is None:
         _check_classes(source, name, num_classes, key)
-    own = _input(given, (outside and not path and outside.input()) or batch)
+    batch, own = _inputs(source, outside, path, given)
     if path:
         made = _from_file(host, dataset, name, num_classes, path, key, own.side, choice is not None)
     elif outside is not None:
@@ -233,6 +232,31 @@ def trained_network(
             raise _other_classes(path or name, key, name, found, num_classes)
         feed(made, batch, own)
     return made.requires_grad_(False)
+
+
+def untrained_teacher(host: Host, cfg: Any, num_classes: int) -> nn.Module:
+    """Make the teacher that a config means, without its weights: it takes images as it would with them, in their time.
+
+    Raises UserError if it cannot be made, or cannot take these images.
+    """
+    node, source = cfg.DISTILLER, data.source(cfg)
+    name, path = node.TEACHER, weights_file(host, cfg, node.TEACHER, node.TEACHER_WEIGHTS)
+    batch, own = _inputs(source, None if name in NETWORKS else find(name), path, node.TEACHER_INPUT)
+    made = _fresh(host.models(source), source, name, own.side, num_classes=num_classes)
+    if own != batch:
+        made = adapt(made, name)
+    if isinstance(made, Adapter):
+        try_out(made, name, own.side, training=False)
+        feed(made, batch, own)
+    return made.requires_grad_(False)
+
+
+def _inputs(
+    source: data.Source, outside: Outside | None, path: str, given: Mapping[str, Any] | None
+) -> tuple[Input, Input]:
+    """Return what a data set's batches are, and what a network with weights of a file, or of its library, takes."""
+    batch = Input(source.side, source.mean, source.std)
+    return batch, _input(given, (outside and not path and outside.input()) or batch)
 
 
 def _check_classes(source: data.Source, name: str, num_classes: int, key: str) -> None:

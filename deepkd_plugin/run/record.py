@@ -67,7 +67,7 @@ def prepare_folder(
             "threads": torch.get_num_threads(),
             "processor": processor(),
             "python": platform.python_version(),
-            "versions": {name: version_of(name) for name in RECORDED} | device.settings(torch_device),
+            "versions": versions(cfg) | device.settings(torch_device),
             "commit": commit(),
             "package": str(PACKAGE),
             "code": code_hash(),
@@ -189,6 +189,14 @@ def commit(folder: Path = PACKAGE, file: str = "launch.py") -> str:
         return subprocess.run(describe, capture_output=True, check=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def versions(cfg: Any) -> dict[str, str]:
+    """Give the versions of what a run computes with: also of timm, if its config has a network of it or RandAugment."""
+    keys = config.flatten(cfg)
+    of_timm = any(str(keys.get(f"DISTILLER.{one}")).startswith("timm:") for one in ("STUDENT", "TEACHER"))
+    of_timm = of_timm or bool(keys.get("AUGMENT.RANDAUGMENT"))
+    return {name: version_of(name) for name in (*RECORDED, *(["timm"] if of_timm else []))}
 
 
 def processor() -> str:

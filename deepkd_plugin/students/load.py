@@ -1,6 +1,6 @@
 """Students from their files, and never any code from there."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from .. import config, data, extensions
+from ..config import file as config_file
 from ..data.description import Description, read
 from ..errors import UserError, shown
 from ..hosts.adapter import plain
@@ -19,6 +20,9 @@ BEST, LATEST = "student_best", "student_latest"
 """Names of a run's student files; each is there in two forms."""
 
 CONFIG = "config.yaml"
+
+DETECTORS = ("DETECTION", "MODEL")
+"""Nodes of the configs of runs that train detectors, ours and detectron2's."""
 
 KEY = "STUDENT"
 """What errors call the argument that names a student, in Python and on the command line."""
@@ -68,6 +72,7 @@ def find_student(path: str | Path, file: str = BEST, trust: bool = False) -> Fou
         places = [path / f"{file}{checkpoint.SAFE}", path / file]
         path = next((place for place in places if place.is_file()), places[0])
         if not path.is_file():
+            refuse_detector(path.parent)
             raise UserError(f"{path.parent}: holds no {file}, so it is no run that has finished an epoch")
     folder = path.parent if (path.parent / record.FILE).is_file() else None
     if not path.is_file():
@@ -78,6 +83,7 @@ def find_student(path: str | Path, file: str = BEST, trust: bool = False) -> Fou
     description = read(checkpoint.read_metadata(path, KEY), path)
     if description is not None:
         return Found(path, description, path, folder)
+    refuse_detector(path.parent)
     beside = path.parent / CONFIG
     if folder is None or not beside.is_file():
         raise UserError(
@@ -85,6 +91,19 @@ def find_student(path: str | Path, file: str = BEST, trust: bool = False) -> Fou
             f"{checkpoint.SAFE} file that a run or deepkd export wrote"
         )
     return Found(path, data.describe(read_config(beside.parent, trust=trust)), beside, folder)
+
+
+def refuse_detector(folder: Path) -> None:
+    """Raise UserError if the run of a folder trained a detector, which nothing here can describe or use."""
+    file = folder / CONFIG
+    if not (folder / record.FILE).is_file() or not file.is_file():
+        return
+    given = config_file.read(file)
+    if isinstance(given, Mapping) and any(node in given for node in DETECTORS):
+        raise UserError(
+            f"{folder}: its run trained a detector; {KEY} must be of a run that classifies images (deepkd detect-eval, "
+            f"or detectron2's --eval-only, tests a detector)"
+        )
 
 
 def make(

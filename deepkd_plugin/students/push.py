@@ -9,7 +9,7 @@ from ..hosts.adapter import reason_of
 from ..run.checkpoint import SAFE
 from ..run.folder import CARD
 from .formats import ONNX, TORCH
-from .load import BEST
+from .load import BEST, refuse_detector
 
 FILES = (CARD, *(f"{BEST}{suffix}" for suffix in (SAFE, ONNX, TORCH)))
 """What is uploaded of a run's folder if it is there; config.yaml and run.json name folders of this machine."""
@@ -18,8 +18,10 @@ FILES = (CARD, *(f"{BEST}{suffix}" for suffix in (SAFE, ONNX, TORCH)))
 def push(folder: Path, repository: str, private: bool = False) -> tuple[list[str], str]:
     """Upload the card and the best student of a run, with what was exported of it; returns the files and the address.
 
-    Raises UserError if the run has not ended, if huggingface_hub is missing, and for whatever the hub refuses.
+    Raises UserError if the run has not ended or trained a detector, if huggingface_hub is missing, and for whatever the
+    hub refuses.
     """
+    refuse_detector(folder)
     files = [name for name in FILES if (folder / name).is_file()]
     if files[:2] != list(FILES[:2]):
         raise UserError(f"{folder}: must hold {CARD} and {FILES[1]}, which a run leaves when it ends")

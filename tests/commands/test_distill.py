@@ -10,6 +10,7 @@ from PIL import Image
 from deepkd_plugin.commands.cli import main
 from deepkd_plugin.hosts.registry import find_host
 from deepkd_plugin.launch import read_config
+from deepkd_plugin.trainer import Trainer
 
 NETWORKS = ("--student", "resnet8", "--train-teacher", "resnet14")
 SHORT = ("--epochs", "2", "--batch", "16", "DATASET.NUM_WORKERS", "0", "SOLVER.CHANNELS_LAST", "False")
@@ -52,6 +53,27 @@ def test_one_command_trains_teacher_and_student_and_says_what_was_gained(images,
     # the same call finds everything done
     assert distil(images, "--compare") == 0
     assert capsys.readouterr().out.count("finished before") == 3
+
+
+@pytest.mark.parametrize(("stopped", "kept"), [(1, 0), (2, 1), (3, 0)])
+def test_the_same_call_goes_on_after_an_interruption(images, stopped, kept, capsys, monkeypatch):
+    """In the first epoch of a run, when there is nothing to go on from, and later."""
+    whole, epochs = Trainer.train_epoch, []
+
+    def stop(self, *arguments):
+        epochs.append(1)
+        if len(epochs) == stopped:
+            raise KeyboardInterrupt
+        return whole(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "train_epoch", stop)
+    assert distil(images) == 130
+    capsys.readouterr()
+    assert distil(images) == 0
+    assert len(epochs) == 5  # two runs of two epochs, and one that was begun twice
+    assert ("teacher: finished before" in capsys.readouterr().out) == (stopped == 3)
+    resumed = json.loads((images.parent / "out/teacher/run.json").read_text()).get("resumed", [])
+    assert len(resumed) == kept
 
 
 def test_its_configs_are_those_of_training_with_a_comment_for_each_key(images, capsys):

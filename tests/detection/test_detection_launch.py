@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from deepkd_plugin import device
+from deepkd_plugin.commands import cli
 from deepkd_plugin.detection import evaluate, launch
 from deepkd_plugin.detection.data import DETECTION_SETS
 from deepkd_plugin.errors import UserError
@@ -47,8 +48,10 @@ def test_what_the_terminal_shows(detect, any_teacher, capsys):
     assert yaml.safe_load((detect.folder / "config.yaml").read_text())["DETECTION"]["PROPOSALS"] == 8
 
 
-def test_a_student_of_a_run_is_a_teacher_of_another(detect, any_teacher):
+def test_a_student_of_a_run_is_a_teacher_of_another(detect, any_teacher, capsys):
     assert detect("NONE", name="teacher")[0] == 0
+    assert cli.main(["export", str(detect.folder), "--to", "torch"]) == 2  # it has no description
+    assert "its run trained a detector" in capsys.readouterr().err
     file = str(detect.folder / "student_latest")
     code, out, err = detect("KD", "DISTILLER.TEACHER_WEIGHTS", file)
     assert code == 0, err

@@ -21,7 +21,14 @@ from deepkd_plugin.hosts import mdistiller as mdistiller_host
 from deepkd_plugin.hosts.adapter import Adapter, Input, adapt, choose, feed, try_out
 from deepkd_plugin.hosts.classes import choose_classes
 from deepkd_plugin.hosts.libraries import find
-from deepkd_plugin.hosts.networks import check_features, network, student_network, teacher_network, trained_network
+from deepkd_plugin.hosts.networks import (
+    check_features,
+    network,
+    student_network,
+    teacher_network,
+    trained_network,
+    untrained_teacher,
+)
 from deepkd_plugin.hosts.registry import BUILTIN, register
 from deepkd_plugin.run import checkpoint
 from deepkd_plugin.trainer import DecoupledMomentumTrainer
@@ -464,6 +471,26 @@ def test_a_teacher_fed_otherwise_has_another_fingerprint(cfg):
     cfg.DISTILLER.TEACHER_CLASSES = [*range(99, -1, -1)]
     prints.append(checkpoint.fingerprint(teacher_network(BUILTIN, cfg, 100)))
     assert len(set(prints)) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "size", "side"),
+    [
+        ("torchvision:resnet18", "", 0, 224),  # its library's weights, which are not fetched
+        ("torchvision:resnet18", "mine.pt", 0, None),  # taken to be trained on the data set's 32 pixels
+        ("torchvision:resnet18", "mine.pt", 48, 48),
+        ("resnet20", GLYPHS, 40, 40),
+        ("resnet20", GLYPHS, 0, None),
+    ],
+)
+def test_a_teacher_without_its_weights_takes_images_as_it_would_with_them(cfg, name, weights, size, side):
+    node = cfg.DISTILLER
+    node.TEACHER, node.TEACHER_WEIGHTS, node.TEACHER_INPUT.SIZE = name, weights, size
+    made = untrained_teacher(BUILTIN, cfg, 100)
+    assert getattr(made, "deepkd_side", None) == side
+    assert made.eval()(torch.zeros(1, 3, 32, 32))[0].shape == (1, 100)
+    if weights == GLYPHS:
+        assert side == getattr(teacher_network(BUILTIN, cfg, 100), "deepkd_side", None)
 
 
 def test_a_teacher_of_more_classes_in_another_order_gives_the_data_sets(cfg, tmp_path):

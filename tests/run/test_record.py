@@ -81,6 +81,28 @@ def test_a_run_on_a_gpu_names_cuda_and_its_precisions(tmp_path, monkeypatch):
     assert versions["torch"]
 
 
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({}, False),
+        ({"DISTILLER.STUDENT": "timm:resnet10t"}, True),
+        ({"DISTILLER.TEACHER": "timm:resnet10t"}, True),
+        ({"DISTILLER.STUDENT": "torchvision:resnet18"}, False),
+        ({"AUGMENT.RANDAUGMENT": "rand-m9-mstd0.5-inc1"}, True),
+    ],
+)
+def test_timm_has_its_version_in_a_run_that_computes_with_it(tmp_path, keys, named):
+    cfg = builtin.CFG.clone()
+    config.add_deepkd_config(cfg)
+    for path, value in keys.items():
+        node, key = path.split(".")
+        cfg[node][key] = value
+    record.prepare_folder(tmp_path, cfg, torch.device("cpu"), "command", False, None, None, {})
+    versions = record.read_run(tmp_path)["versions"]
+    assert ("timm" in versions) == named
+    assert versions.get("timm") == (record.version_of("timm") if named else None)
+
+
 def test_the_hash_covers_the_whole_package_but_what_computes_nothing():
     """Counted here by the package's own folder, so that a moved record.py cannot hash less without a word."""
     apart = [PACKAGE / name for name in record.APART]

@@ -15,6 +15,7 @@ from torch import nn
 
 import deepkd_plugin
 from deepkd_plugin import data, extensions
+from deepkd_plugin.commands import cli
 from deepkd_plugin.data.glyphs import CHARACTERS, load_glyphs100
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.hosts import mdistiller as mdistiller_host
@@ -259,6 +260,43 @@ def test_files_that_are_no_student(run, tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             deepkd_plugin.load_student(path)
+
+
+@pytest.mark.parametrize(
+    ("words", "node", "files"),
+    [
+        (["export", "RUN", "--to", "onnx"], "DETECTION", ["student_best"]),
+        (["export", "RUN/student_best", "--to", "torch"], "DETECTION", ["student_best"]),
+        (["predict", "RUN", "IMAGE"], "DETECTION", ["student_best", "student_best.safetensors"]),
+        (["predict", "RUN/student_best.safetensors", "IMAGE"], "DETECTION", ["student_best.safetensors"]),
+        (["eval", "RUN"], "DETECTION", ["student_best"]),
+        (["push", "RUN", "me/detector"], "DETECTION", ["student_best"]),
+        (["export", "RUN", "--to", "safetensors"], "MODEL", ["model_final.pth"]),  # detectron2's
+        (["push", "RUN", "me/detector"], "MODEL", ["model_final.pth"]),
+    ],
+)
+def test_a_detector_s_run_is_refused_in_one_line(tmp_path, words, node, files, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "run.json").write_text("{}")
+    (folder / "config.yaml").write_text(f"{node}:\n  PROPOSALS: 8\n")
+    Image.new("RGB", (9, 9)).save(tmp_path / "image.png")
+    weights = {"backbone.body.conv1.weight": torch.ones(2, 3)}
+    for name in files:
+        if name.endswith(".safetensors"):
+            checkpoint.save_weights(weights, folder / name)
+        else:
+            torch.save({"model": weights}, folder / name)
+    before = sorted(folder.iterdir())
+    words = [word.replace("RUN", str(folder)).replace("IMAGE", str(tmp_path / "image.png")) for word in words]
+    assert cli.main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.err == (
+        f"deepkd: error: {folder}: its run trained a detector; STUDENT must be of a run that classifies images (deepkd "
+        f"detect-eval, or detectron2's --eval-only, tests a detector)\n"
+    )
+    assert captured.out == ""
+    assert sorted(folder.iterdir()) == before
 
 
 def test_mdistillers_students_load_under_it(mdistiller, tmp_path, monkeypatch):

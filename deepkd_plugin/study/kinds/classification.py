@@ -14,7 +14,7 @@ from ... import choice, config, data, device, launch
 from ...config.shipped import shipped
 from ...distillers.base import Distiller
 from ...errors import UserError
-from ...hosts.networks import network, teacher_network, weights_file
+from ...hosts.networks import network, teacher_network, untrained_teacher, weights_file
 from ...hosts.registry import find_host, register
 from ...rules import automatic
 from ...run import checkpoint
@@ -181,7 +181,7 @@ class Classification(Kind):
         at, before = device.pick(), torch.get_num_threads()
         node = cfg.DISTILLER
         student = self.network(cfg, node.STUDENT).to(at)
-        teacher = self.network(cfg, node.TEACHER).requires_grad_(False).eval().to(at) if node.TYPE != "NONE" else None
+        teacher = self.network(cfg, node.TEACHER, True).eval().to(at) if node.TYPE != "NONE" else None
         images = self.source(cfg).noise(cfg.SOLVER.BATCH_SIZE)[0].to(at)
         torch.set_num_threads(threads)
         try:
@@ -190,7 +190,9 @@ class Classification(Kind):
             torch.set_num_threads(before)
             device.release()
 
-    def network(self, cfg: Any, name: str) -> nn.Module:
+    def network(self, cfg: Any, name: str, teacher: bool = False) -> nn.Module:
+        if teacher:
+            return untrained_teacher(find_host(), cfg, data.num_classes(cfg))
         return network(find_host(), cfg, name, data.num_classes(cfg))
 
     def trainer(self, cfg: Any, networks: Sequence[nn.Module], loader: Any) -> Trainer:

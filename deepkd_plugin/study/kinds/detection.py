@@ -56,7 +56,7 @@ class Detection(Classification):
         name, weights = cfg.DISTILLER.TEACHER, cfg.DISTILLER.TEACHER_WEIGHTS
         return trained_network(name, self.source(cfg).num_classes, cfg.DETECTION, weights, TEACHER_KEY)
 
-    def network(self, cfg: Any, name: str) -> nn.Module:
+    def network(self, cfg: Any, name: str, teacher: bool = False) -> nn.Module:
         from ...detection.networks import network
 
         return network(name, self.source(cfg).num_classes, cfg.DETECTION)

@@ -32,8 +32,8 @@ class Timed(Protocol):
     def source(self, cfg: Any) -> Any:
         """Return the data set of a config."""
 
-    def network(self, cfg: Any, name: str) -> nn.Module:
-        """Make an untrained network."""
+    def network(self, cfg: Any, name: str, teacher: bool = False) -> nn.Module:
+        """Make an untrained network, of the config's images. teacher: of images as its teacher takes them."""
 
     def trainer(self, cfg: Any, networks: Sequence[nn.Module], loader: Any) -> Any:
         """Make the trainer of a run over a loader of which it asks the length only. networks: student, teacher."""
@@ -120,7 +120,7 @@ class Timer:
 
     def test(self, cfg: Any, part: tuple[str, str]) -> None:
         """Make the student or the teacher, and time its pass by batches as a test takes them."""
-        made = self.kind.network(cfg, part[1]).requires_grad_(part[0] == "student").eval()
+        made = self.kind.network(cfg, part[1], part[0] == "teacher").requires_grad_(part[0] == "student").eval()
         network = self.networks[part] = device.place(made, self.device, cfg.SOLVER.CHANNELS_LAST)
         batch = self.kind.source(cfg).test_batch(cfg)
 

@@ -88,11 +88,11 @@ def seconds(*cfgs, threads=1, runs=None):
     return Timer(KINDS["classification"], cfgs, threads, runs or [1] * len(cfgs)).seconds()
 
 
-def passes(name):
+def passes(name, side=8):
     """Operations of a network's forward pass of 8 images, and of the backward pass."""
     network = cifar_model_dict[name][0](num_classes=4)
     with FlopCounterMode(display=False) as counter:
-        logits, _ = network(torch.randn(8, 3, 8, 8))
+        logits, _ = network(torch.randn(8, 3, side, side))
     forward = counter.get_total_flops()
     with FlopCounterMode(display=False) as counter:
         logits.sum().backward()
@@ -121,6 +121,16 @@ def test_a_run_costs_its_steps_and_its_tests(clock, method, options, views, back
     expected = 10 * (STEPS * step + tested * student) + tested * teacher
     (taken,) = seconds(cfg(method, *options))
     assert taken == pytest.approx(expected, rel=5e-3)  # relations of classes, angles of gradients are counted too
+
+
+def test_a_teacher_costs_what_it_does_at_its_own_size(clock):
+    student, back = passes("resnet8")
+    teacher = passes("resnet20", 16)[0]
+    assert teacher > 3.9 * passes("resnet20")[0]
+    tested = TESTED / 8
+    expected = 10 * (STEPS * (teacher + student + back) + tested * student) + tested * teacher
+    (taken,) = seconds(cfg("kd", "DISTILLER.TEACHER_INPUT.SIZE", "16"))
+    assert taken == pytest.approx(expected, rel=5e-3)
 
 
 @pytest.mark.parametrize(("method", "computed"), [("kd", 0), ("mlkd", 1)])
