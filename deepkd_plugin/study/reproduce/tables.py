@@ -16,7 +16,7 @@ from ...streams import STREAMS
 from ..kinds import KINDS
 from ..kinds.kind import Kind
 from ..measures import CLASSIFICATION, DETECTRON2
-from ..table import Cell, row_name, title
+from ..table import NOMASK, Cell, row_name, title
 
 TEACHER = "teacher"
 """The config in a pair's folder that makes its teacher and is no row."""
@@ -232,9 +232,10 @@ def _source(what: str, word: str, known: Sequence[str]) -> str:
 
 
 def _rows(kind: Kind, source: str) -> tuple[Row, ...]:
-    """Make a row of each config in the pairs' folders: the student alone, base methods, DeepKD over them, others."""
+    """Make a row of each config in the pairs' folders: the student alone, bases, DeepKD over them, others."""
     files = kind.configs(source) - {TEACHER}
-    order = ["vanilla", *map(row_name, bases()), *(row_name(base, deepkd=True) for base in bases())]
+    over = [row_name(base, deepkd=True) for base in bases()]
+    order = ["vanilla", *map(row_name, bases()), *over, *(f"{name}{NOMASK}" for name in over)]
     ordered = [name for name in order if name in files] + sorted(files - set(order))
     return tuple(Row(name, config=name) for name in ordered)
 

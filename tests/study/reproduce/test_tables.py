@@ -15,6 +15,7 @@ from deepkd_plugin.study.reproduce.plan import make_plan
 from deepkd_plugin.topk import mask_size
 
 EIGHT = ["kd", "dkd", "mlkd", "crld", "deepkd", "deepkd_dkd", "deepkd_mlkd", "deepkd_crld"]
+TWELVE = [*EIGHT, "deepkd_nomask", "deepkd_dkd_nomask", "deepkd_mlkd_nomask", "deepkd_crld_nomask"]
 DATASETS = ["cifar100", "cifar100_cpu", "glyphs100", "imagenet", "tiny_imagenet"]
 DETECTION = ["coco_torchvision", "glyph_canvas"]
 
@@ -66,9 +67,9 @@ def test_the_tables_are_the_folders_of_configs_and_the_ablations():
 @pytest.mark.parametrize(
     ("name", "pairs", "methods"),
     [
-        ("cifar100", 17, EIGHT),
-        ("imagenet", 4, EIGHT),
-        ("tiny_imagenet", 2, EIGHT),
+        ("cifar100", 17, TWELVE),
+        ("imagenet", 4, TWELVE),
+        ("tiny_imagenet", 2, TWELVE),
         ("glyphs100", 1, ["vanilla", *EIGHT]),
         ("cifar100_cpu", 1, ["vanilla", "kd", "dkd", "deepkd", "deepkd_dkd", "deepkd_release"]),
     ],
