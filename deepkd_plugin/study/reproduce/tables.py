@@ -262,6 +262,10 @@ def _momenta(variant: str, allocation: str = "fixed") -> list[str]:
     return ["SOLVER.DECOUPLED.VARIANT", variant, "SOLVER.DECOUPLED.ALLOCATION", allocation]
 
 
+def _steps(dampening: str, decay: str = "variant") -> list[str]:
+    return ["SOLVER.DECOUPLED.DAMPENING", dampening, "SOLVER.DECOUPLED.WEIGHT_DECAY_STREAM", decay]
+
+
 def _deltas(size: float, cfg: Any) -> list[str]:
     """Give every delta of a config this size, and leave its sign."""
     return [word for path in _DELTAS for word in (path, str(_sign(get(cfg, path)) * size + 0.0))]
@@ -322,6 +326,16 @@ ABLATIONS: dict[str, tuple[tuple[str, ...], Sequence[Row]]] = {
             Row("paper", "fixed, paper", options=fixed(*_momenta("paper"))),
             Row("release", "fixed, release", options=fixed(*_momenta("release"))),
             Row("gsnr", "by GSNR", None, lambda cfg: _momenta("paper", "gsnr") + _bounds(cfg), _windows),
+        ],
+    ),
+    "ablation-steps": (
+        ("SOLVER.DECOUPLED.DAMPENING", "SOLVER.DECOUPLED.WEIGHT_DECAY_STREAM"),
+        [
+            Row("none", "one momentum", options=lambda cfg: _steps("none") + _deltas(0.0, cfg)),
+            Row("plain", "step length, decay and smoothing", options=fixed(*_steps("none"))),
+            Row("decay", "decay matched: step length and smoothing", options=fixed(*_steps("none", "matched"))),
+            Row("matched", "both matched: smoothing alone", options=fixed(*_steps("matched", "matched"))),
+            Row("ema", "ema: steps of 1 - momentum", options=fixed(*_steps("ema"))),
         ],
     ),
     "ablation-mask": (
