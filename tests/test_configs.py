@@ -548,6 +548,14 @@ def test_sizes_of_the_release_s_deltas(release):
     assert "Of the release's 72 recipes 11 have one size of Δ, 51 two and 10 three" in page
 
 
+def test_how_far_the_recipes_over_crld_are_crld_s_own():
+    """docs/published.md counts: CRLD's own has steps, and WV 2 everywhere."""
+    own = Counter((row["schedule"].split()[0], row["wv_weight"] == "2.0") for row in ROWS if row["base"] == "CRLD")
+    assert own == {("step", True): 4, ("cosine", True): 6, ("cosine", False): 6}
+    page = " ".join((ROOT / "docs" / "published.md").read_text().split())
+    assert "Of DeepKD's 16 recipes over it 12 are cosine, 6 with another WV too; four on CIFAR-100" in page
+
+
 def test_protocol_and_deltas_are_those_of_the_release(release):
     _, files = release
     for file, theirs in files.items():

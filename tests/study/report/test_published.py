@@ -104,7 +104,7 @@ def test_the_published_variant_with_the_mask_is_taken_where_there_is_one():
     held = published.find("imagenet", TOP1, "ResNet34", "ResNet18", "deepkd_crld")
     without = published.find("imagenet", TOP1, "ResNet34", "ResNet18", "deepkd_crld", {"DeepKD.MASK.TYPE": "none"})
 
-    how = "published: over CRLD under another schedule and other weights than CRLD's own"
+    how = "published: over CRLD under another schedule than CRLD's own, and another weight of NCG"
     assert (held.method, held.value, held.note) == ("CRLD+DeepKD+DTM", 74.23, how)
     assert without.note == f"published with DTM, ours without it; {how}"
 
