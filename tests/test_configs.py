@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from deepkd_plugin import config, data
 from deepkd_plugin.data.draws import Draw
+from deepkd_plugin.distillers import DISTILLERS
 from deepkd_plugin.hosts import builtin, registry
 from deepkd_plugin.hosts.networks import network, student_network
 from deepkd_plugin.launch import read_config, trainers
@@ -30,12 +31,16 @@ DEIT = CONFIGS / "imagenet" / "regnety160_deit_tiny"
 """The pair whose student is a transformer, which takes images of 224 x 224 alone."""
 
 TWINS = {"kd": "deepkd", "dkd": "deepkd_dkd", "mlkd": "deepkd_mlkd", "crld": "deepkd_crld"}
-METHODS = sorted([*TWINS, *TWINS.values()])
+NOMASK = {f"{twin}_nomask": twin for twin in TWINS.values()}
+"""DeepKD without its mask -> with it."""
+
+DEEPKD = [*TWINS.values(), *NOMASK]
+METHODS = sorted([*TWINS, *DEEPKD])
 PAIRS = sorted(folder for dataset in DATASETS for folder in (CONFIGS / dataset).iterdir())
 FILES = [file for folder in PAIRS for file in sorted(folder.glob("*"))]
 
 LOSSES = {"kd": ["loss_ce", "loss_kd"], "mlkd": ["loss_ce", "loss_kd", "loss_cc", "loss_bc"]}
-LOSSES |= {"dkd": LOSSES["kd"], "crld": LOSSES["kd"]} | {name: ["tog", "tcg", "ncg"] for name in TWINS.values()}
+LOSSES |= {"dkd": LOSSES["kd"], "crld": LOSSES["kd"]} | {name: ["tog", "tcg", "ncg"] for name in DEEPKD}
 
 TEACHERS = {"resnet110": "res110", "resnet32x4": "res32x4", "resnet56": "res56", "wrn_40_2": "wrn40_2"}
 TEACHERS |= {"vgg13": "vgg13", "ResNet50": "res50", "ResNet34": "r34"}
@@ -52,6 +57,12 @@ def label(path):
 
 def read(file):
     return read_config(registry.BUILTIN, file, [])[0]
+
+
+def base_of(method):
+    """The base that a method is, or that it is DeepKD over: kd, dkd, mlkd or crld."""
+    twin = NOMASK.get(method, method)
+    return next((base for base, over in TWINS.items() if over == twin), method)
 
 
 def load(file):
@@ -116,7 +127,7 @@ def test_the_files_that_there_are():
         assert len(folders) == pairs, dataset
         for folder in folders:
             assert sorted(file.stem for file in folder.iterdir()) == METHODS, folder
-    assert len(FILES) == 17 * 8 + 4 * 8 + 2 * 8
+    assert len(FILES) == 12 * (17 + 4 + 2)
 
 
 def trains_a_step(file, student, teacher):
@@ -137,7 +148,7 @@ def trains_a_step(file, student, teacher):
     assert all(0 < loss.item() < math.inf for loss in named.values()), named
     momentum, _ = config.momenta(cfg)
     assert entry["momentum"] == momentum
-    assert set(entry["loss"]) == ({"tog", "tcg", "ncg"} if method in TWINS.values() else {"tog"})
+    assert set(entry["loss"]) == ({"tog", "tcg", "ncg"} if method in DEEPKD else {"tog"})
     assert math.isfinite(entry["train_loss"])
     assert ("top_k" in entry) == (method in TWINS.values())
     assert not any(torch.equal(p, old) for p, old in zip(student.parameters(), before))
@@ -191,13 +202,13 @@ def test_what_every_file_of_a_pair_says(folder):
         assert ("DecoupledAdamW" if folder == DEIT else "DecoupledMomentumSGD") == cfg.SOLVER.TRAINER
         tag, teacher, student = cfg.EXPERIMENT.TAG.split(",")
         assert (tag, f"{teacher}_{student}") == (method, folder.name)
-        assert config.views(cfg) == (2 if method.endswith(("mlkd", "crld")) else 1)
+        assert config.views(cfg) == (2 if base_of(method) in ("mlkd", "crld") else 1)
         shorts.add((cfg.DISTILLER.TEACHER, teacher, cfg.DISTILLER.STUDENT, student))
-        base = method.removeprefix("deepkd_").upper()
-        if method in TWINS.values():
+        base = base_of(method).upper()
+        if method in DEEPKD:
             assert cfg.DISTILLER.TYPE == "DeepKD"
-            assert ("KD" if method == "deepkd" else base) == cfg.DeepKD.BASE
-            assert load(file)["DeepKD"]["MASK"]["TYPE"] == "dynamic"
+            assert base == cfg.DeepKD.BASE
+            assert load(file)["DeepKD"]["MASK"]["TYPE"] == ("none" if method in NOMASK else "dynamic")
             assert load(file)["SOLVER"]["DECOUPLED"]["VARIANT"] == "paper"
         else:
             assert base == cfg.DISTILLER.TYPE
@@ -215,6 +226,66 @@ def test_a_baseline_has_the_protocol_of_its_twin(folder, method):
     assert config.flatten(ours.SOLVER) == config.flatten(theirs.SOLVER)
     assert config.flatten(ours.DATASET) == config.flatten(theirs.DATASET)
     assert config.flatten(ours.AUGMENT) == config.flatten(theirs.AUGMENT)
+
+
+EQUAL = {
+    "kd": {"glyphs100/res20_res8", "cifar100_cpu/res20_res8"},
+    "dkd": {
+        "glyphs100/res20_res8",
+        *(f"cifar100/{pair}" for pair in ("res110_res20", "res32x4_res8x4", "res32x4_shuv1", "res32x4_shuv2")),
+        *(f"cifar100/{pair}" for pair in ("res32x4_vgg8", "res32x4_wrn_16_2", "res32x4_wrn_40_2", "vgg13_vgg8")),
+        *(f"cifar100/{pair}" for pair in ("wrn40_2_res8x4", "wrn40_2_shuv1")),
+        *(f"imagenet/{pair}" for pair in ("r50_mv1", "r50_mv2", "regnety160_deit_tiny")),
+        *(f"tiny_imagenet/{pair}" for pair in ("r18_mv2", "r18_shuv2")),
+    },
+    "mlkd": set(),  # both keep (1 - p) in NCKD, which DeepKD over them does not
+    "crld": set(),
+}
+"""The pairs of classification whose twins have equal loss weights; docs/configs.md counts them."""
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("method", TWINS)
+def test_which_twins_have_equal_loss_weights(method):
+    def weights(file):
+        cfg = read(file)
+        stated = DISTILLERS[cfg.DISTILLER.TYPE].loss_weights(cfg)
+        assert stated["CE"] > 0
+        return stated
+
+    embedded = [CONFIGS / "glyphs100" / "res20_res8", CONFIGS / "cifar100_cpu" / "res20_res8"]
+    there = [folder for folder in (*PAIRS, *embedded) if (folder / f"{method}.yaml").is_file()]
+    equal = {
+        label(folder)
+        for folder in there
+        if weights(folder / f"{method}.yaml") == weights(folder / f"{TWINS[method]}.yaml")
+    }
+    assert equal == EQUAL[method]
+
+
+def test_the_docs_count_the_twins_of_equal_loss_weights():
+    page = " ".join((ROOT / "docs" / "configs.md").read_text().split())
+    equal = sum(name.split("/")[0] in DATASETS for name in EQUAL["dkd"])
+    assert f"KD's differ in {len(PAIRS)} of {len(PAIRS)} pairs" in page
+    assert f"DKD's in {len(PAIRS) - equal} of {len(PAIRS)}" in page
+
+
+@pytest.mark.parametrize("folder", PAIRS, ids=label)
+@pytest.mark.parametrize("method", NOMASK)
+def test_without_a_mask_a_file_is_its_twin_but_for_the_mask(folder, method):
+    ours, twin = (load(folder / f"{name}.yaml") for name in (method, NOMASK[method]))
+    assert twin["DeepKD"].pop("MASK") == {"TYPE": "dynamic"}
+    assert ours["DeepKD"].pop("MASK") == {"TYPE": "none"}
+    assert ours["EXPERIMENT"].pop("TAG").replace("_nomask", "") == twin["EXPERIMENT"].pop("TAG")
+    assert ours == twin
+
+
+@pytest.mark.parametrize("folder", PAIRS, ids=label)
+def test_twins_have_one_temperature(folder):
+    for base, key in (("kd", "KD.TEMPERATURE"), ("dkd", "DKD.T"), ("crld", "CRLD.TEMPERATURE")):
+        ours, twin = (read(folder / f"{name}.yaml") for name in (base, TWINS[base]))
+        assert config.get(ours, key) == twin.DeepKD.TEMPERATURE
+    assert len({str(read(folder / f"{name}.yaml").MLKD.TEMPERATURES) for name in ("mlkd", TWINS["mlkd"])}) == 1
 
 
 def test_the_pair_of_deit_has_deits_recipe():
@@ -350,7 +421,7 @@ def test_the_numbers_of_a_recipe(row):
 def test_the_recipes_reach_every_file_that_does_not_say_where_its_numbers_are_from():
     reached = {(folder, base.lower()) for folders, base, _ in map(destination, ROWS) for folder in folders}
     for file in FILES:
-        base = "kd" if file.stem == "deepkd" else file.stem.removeprefix("deepkd_")
+        base = base_of(file.stem)
         borrowed = re.search("The release has no recipe|No recipe is published", file.read_text())
         assert ((file.parent, base) in reached) != bool(borrowed), file
 
@@ -454,6 +525,35 @@ def test_a_file_says_where_the_release_is_wrong(release):
         said = "\n".join(line for line in ours.read_text().splitlines() if line.startswith("# Release: "))
         assert all(name in said for name in wrong), (ours, wrong)
         assert bool(said) == bool(wrong) or label(ours) in numbers_alone, ours
+
+
+def test_the_release_s_recipes_have_no_mask(release):
+    """Its default is none either; what says so of itself is a file of ours without one."""
+    root, files = release
+    assert re.search(r"^CFG\.SOLVER\.DEEPKD\.TOPK = 0$", (root / "mdistiller/engine/cfg.py").read_text(), re.M)
+    ours = {file.with_name(f"{file.stem}_nomask.yaml"): theirs for file, theirs in files.items()}
+    for file in FILES:
+        if file.stem in NOMASK and file.parent.name != "r50_mv1":  # which is the release's r50_mv2
+            assert ("which has no mask" in file.read_text()) == (file in ours), file
+    assert not any("TOPK" in key for theirs in files.values() for key in keys(theirs))
+
+
+def test_sizes_of_the_release_s_deltas(release):
+    """The article has one; docs/configs.md counts."""
+    sizes = Counter(len({abs(float(row[f"delta_{stream}"])) for stream in ("tog", "tcg", "ncg")}) for row in ROWS)
+    assert sizes == {1: 11, 2: 51, 3: 10}
+    below = [row for row in ROWS if float(row["delta_ncg"]) < 0]
+    assert [(row["base"], row["teacher"], row["student"]) for row in below] == [("KD", "resnet110", "resnet20")]
+    page = " ".join((ROOT / "docs" / "configs.md").read_text().split())
+    assert "Of the release's 72 recipes 11 have one size of Δ, 51 two and 10 three" in page
+
+
+def test_how_far_the_recipes_over_crld_are_crld_s_own():
+    """docs/published.md counts: CRLD's own has steps, and WV 2 everywhere."""
+    own = Counter((row["schedule"].split()[0], row["wv_weight"] == "2.0") for row in ROWS if row["base"] == "CRLD")
+    assert own == {("step", True): 4, ("cosine", True): 6, ("cosine", False): 6}
+    page = " ".join((ROOT / "docs" / "published.md").read_text().split())
+    assert "Of DeepKD's 16 recipes over it 12 are cosine, 6 with another WV too; four on CIFAR-100" in page
 
 
 def test_protocol_and_deltas_are_those_of_the_release(release):

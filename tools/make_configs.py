@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).parents[1]
 BASES = ("KD", "DKD", "MLKD", "CRLD")
 METHODS = ("kd", "dkd", "mlkd", "crld", "deepkd", "deepkd_dkd", "deepkd_mlkd", "deepkd_crld")
+NOMASK = "_nomask"
+METHODS += tuple(f"{method}{NOMASK}" for method in METHODS if method.startswith("deepkd"))
 
 
 class Pair(NamedTuple):
@@ -210,7 +212,7 @@ FAULTS = (
         "cifar100",
         "deepkd",
         ("res110_res20",),
-        "DELTA_NCG -0.05, the only one below 0.",
+        "three sizes of delta, 0.075, -0.1 and -0.05, and the only DELTA_NCG below 0.",
         "as released.",
     ),
     Fault(
@@ -403,13 +405,14 @@ class Configs:
             tree["AUGMENT"] = DEIT_MIXING | ({} if base in TWO_VIEWS else DEIT_IMAGES)
         if pair.dataset == "imagenet":
             tree["LOG"] = {"SAVE_CHECKPOINT_FREQ": 10}
-        tree |= deepkd_nodes(recipe, base) if is_deepkd(method) else baseline_nodes(recipe, pair, base)
+        tree |= deepkd_nodes(recipe, base, masked(method)) if is_deepkd(method) else baseline_nodes(recipe, pair, base)
         return "\n".join([*self.header(pair, method), *render(tree), ""])
 
     def header(self, pair: Pair, method: str) -> list[str]:
         """Write the comment lines at the top of a file."""
         base, ours = base_of(method), is_deepkd(method)
-        what = f"{base} + DeepKD with the dynamic top-K mask" if ours else TITLES[base]
+        mask = "with the dynamic top-K mask" if masked(method) else "without a mask"
+        what = f"{base} + DeepKD {mask}" if ours else TITLES[base]
         teacher, student = (PAPERS_NAME.get(name, name) for name in (pair.teacher, pair.student))
         lines = [f"{what}, {teacher} to {student}. Made by tools/make_configs.py."]
         if (pair.dataset, pair.folder) == ("imagenet", "r50_mv2"):
@@ -434,13 +437,17 @@ class Configs:
         sibling = SIBLINGS.get((pair.dataset, base, pair.folder))
         if sibling:
             lines.append(f"The release has no recipe for {base} on this pair; these are the numbers of {sibling}.")
+        own = not sibling and pair.dataset != "tiny_imagenet" and (pair.dataset, pair.folder) != DEIT
+        if ours and own and not masked(method):
+            lines.append("As the release's recipe, which has no mask; its momenta: SOLVER.DECOUPLED.VARIANT release.")
         otherwise = None if ours else self.otherwise(pair, base)
         if otherwise:
             lines.append(f"Published with {otherwise}; here as {twin_of(base)}.yaml.")
         lines += [
             f"Release: {fault.release} Here: {fault.ours}"
             for fault in FAULTS
-            if (fault.dataset, fault.method) == (pair.dataset, method) and pair.folder in fault.folders
+            if pair.folder in fault.folders
+            and (fault.dataset, fault.method) == (pair.dataset, method.removesuffix(NOMASK))
         ]
         return [f"# {line}" for line in lines]
 
@@ -547,7 +554,7 @@ def baseline_nodes(recipe: Recipe, pair: Pair, base: str) -> dict[str, Any]:
     return {"CRLD": {"CE_WEIGHT": recipe.ce} | views | {"TEMPERATURE": recipe.temperature}}
 
 
-def deepkd_nodes(recipe: Recipe, base: str) -> dict[str, Any]:
+def deepkd_nodes(recipe: Recipe, base: str, mask: bool) -> dict[str, Any]:
     """Make the node DeepKD, and what it reads of its base's node."""
     node = {
         "BASE": base,
@@ -559,7 +566,7 @@ def deepkd_nodes(recipe: Recipe, base: str) -> dict[str, Any]:
         node["TEMPERATURE"] = recipe.temperature
     if recipe.warmup:
         node["WARMUP"] = recipe.warmup
-    nodes: dict[str, Any] = {"DeepKD": node | {"MASK": {"TYPE": "dynamic"}}}
+    nodes: dict[str, Any] = {"DeepKD": node | {"MASK": {"TYPE": "dynamic" if mask else "none"}}}
     if base == "MLKD":
         nodes["MLKD"] = mlkd_node(recipe)
     if base == "CRLD":
@@ -588,7 +595,13 @@ def is_deepkd(method: str) -> bool:
 
 def base_of(method: str) -> str:
     """Return the base that a method is, or that it is DeepKD over."""
-    return "KD" if method == "deepkd" else method.removeprefix("deepkd_").upper()
+    plain = method.removesuffix(NOMASK)
+    return "KD" if plain == "deepkd" else plain.removeprefix("deepkd_").upper()
+
+
+def masked(method: str) -> bool:
+    """Say whether DeepKD has its mask."""
+    return not method.endswith(NOMASK)
 
 
 def twin_of(base: str) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from .. import extensions
 from ..terminal import Parser
 
 
@@ -14,6 +15,7 @@ def main(words: Sequence[str]) -> int:
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="where reproduce put a table")
     folder = parser.parse(words).folder
+    extensions.load()  # users' own methods say what they weigh
     from ..study.report import report
 
     for path in report(folder):

@@ -15,8 +15,8 @@ def main(words: Sequence[str]) -> int:
         description="Plan the runs of a table (pair x method x seed), show the plan and an estimate of its time, "
         "run what is not finished yet, and report. The same command goes on after an interruption. Tables: the "
         "folders of configs/ and of configs/detection/, coco (mdistiller's detectors, on detectron2), "
-        "ablation-momentum, ablation-mask, ablation-delta and ablation-phases, and your own: a folder of configs "
-        "PAIR/METHOD.yaml.",
+        "ablation-momentum, ablation-steps, ablation-mask, ablation-delta and ablation-phases, and your own: a folder "
+        "of configs PAIR/METHOD.yaml.",
         argument_default=argparse.SUPPRESS,  # Request has the defaults
     )
     add = parser.add_argument

@@ -71,6 +71,10 @@ class Run:
         return f"{self.pair} {self.method} seed {self.seed}"
 
 
+NOMASK = "_nomask"
+"""How the row of a DeepKD without its mask is called, behind the name of the one with it."""
+
+
 def row_name(base: str, deepkd: bool = False) -> str:
     """Name the row of a base method, or of DeepKD over it, as its config file is called."""
     plain = base.lower()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...distillers import bases
-from ..table import row_name
+from ..table import NOMASK, row_name
 
 FILE = Path(__file__).with_name("published.csv")
 
@@ -93,15 +93,16 @@ def find(
     config file.
     """
     teacher, student = (LIBRARYS_NAME.get(name, name) for name in (teacher, student))
-    settings = {"DeepKD.MASK.TYPE": "dynamic"} | dict(settings or {})
+    settings = {"DeepKD.MASK.TYPE": "none" if method.endswith(NOMASK) else "dynamic"} | dict(settings or {})
     masked = settings["DeepKD.MASK.TYPE"] == "dynamic"
     network = SAME_NETWORK.get((dataset, student), student)
     there = {row["method"]: row for row in _of_pair(dataset, metric, teacher, network) if row.get("table") != CONTEXT}
-    base = next((name for name in bases() if method in (row_name(name), row_name(name, deepkd=True))), None)
+    rows_over = {name: (row_name(name, deepkd=True), f"{row_name(name, deepkd=True)}{NOMASK}") for name in bases()}
+    base = next((name for name in bases() if method in (row_name(name), *rows_over[name])), None)
     if base is None:
         return None
     names = [bases()[base].published or base]
-    over = method == row_name(base, deepkd=True)
+    over = method in rows_over[base]
     if over:  # whose mask is the dynamic one
         names = [f"{names[0]}+DeepKD+DTM", f"{names[0]}+DeepKD"]
         names = names if masked else names[::-1]

@@ -16,7 +16,7 @@ from ...streams import STREAMS
 from ..kinds import KINDS
 from ..kinds.kind import Kind
 from ..measures import CLASSIFICATION, DETECTRON2
-from ..table import Cell, row_name, title
+from ..table import NOMASK, Cell, row_name, title
 
 TEACHER = "teacher"
 """The config in a pair's folder that makes its teacher and is no row."""
@@ -232,9 +232,10 @@ def _source(what: str, word: str, known: Sequence[str]) -> str:
 
 
 def _rows(kind: Kind, source: str) -> tuple[Row, ...]:
-    """Make a row of each config in the pairs' folders: the student alone, base methods, DeepKD over them, others."""
+    """Make a row of each config in the pairs' folders: the student alone, bases, DeepKD over them, others."""
     files = kind.configs(source) - {TEACHER}
-    order = ["vanilla", *map(row_name, bases()), *(row_name(base, deepkd=True) for base in bases())]
+    over = [row_name(base, deepkd=True) for base in bases()]
+    order = ["vanilla", *map(row_name, bases()), *over, *(f"{name}{NOMASK}" for name in over)]
     ordered = [name for name in order if name in files] + sorted(files - set(order))
     return tuple(Row(name, config=name) for name in ordered)
 
@@ -259,6 +260,10 @@ _ON_DETECTRON2 = (
 
 def _momenta(variant: str, allocation: str = "fixed") -> list[str]:
     return ["SOLVER.DECOUPLED.VARIANT", variant, "SOLVER.DECOUPLED.ALLOCATION", allocation]
+
+
+def _steps(dampening: str, decay: str = "variant") -> list[str]:
+    return ["SOLVER.DECOUPLED.DAMPENING", dampening, "SOLVER.DECOUPLED.WEIGHT_DECAY_STREAM", decay]
 
 
 def _deltas(size: float, cfg: Any) -> list[str]:
@@ -321,6 +326,16 @@ ABLATIONS: dict[str, tuple[tuple[str, ...], Sequence[Row]]] = {
             Row("paper", "fixed, paper", options=fixed(*_momenta("paper"))),
             Row("release", "fixed, release", options=fixed(*_momenta("release"))),
             Row("gsnr", "by GSNR", None, lambda cfg: _momenta("paper", "gsnr") + _bounds(cfg), _windows),
+        ],
+    ),
+    "ablation-steps": (
+        ("SOLVER.DECOUPLED.DAMPENING", "SOLVER.DECOUPLED.WEIGHT_DECAY_STREAM"),
+        [
+            Row("none", "one momentum", options=lambda cfg: _steps("none") + _deltas(0.0, cfg)),
+            Row("plain", "step length, decay and smoothing", options=fixed(*_steps("none"))),
+            Row("decay", "decay matched: step length and smoothing", options=fixed(*_steps("none", "matched"))),
+            Row("matched", "both matched: smoothing alone", options=fixed(*_steps("matched", "matched"))),
+            Row("ema", "ema: steps of 1 - momentum", options=fixed(*_steps("ema"))),
         ],
     ),
     "ablation-mask": (

@@ -225,7 +225,7 @@ def _masked(cfg: Any) -> bool:
 
 def _deltas(cfg: Any) -> dict[str, float]:
     """Return the deltas of a config that are not 0, by stream; none under a trainer that has one momentum."""
-    if cfg.SOLVER.TRAINER != config.TRAINER:
+    if cfg.SOLVER.TRAINER not in config.TRAINERS:
         return {}
     return {stream: delta for stream, delta in get(cfg, DELTAS).items() if delta}
 

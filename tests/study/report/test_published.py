@@ -25,7 +25,18 @@ def test_our_methods_have_their_published_number_with_source_and_certainty(metho
     assert held.source
 
 
-@pytest.mark.parametrize("method", ["crld", "deepkd_dkd", "vanilla", "dot", "none", "delta0.05"])
+@pytest.mark.usefixtures("vouched")
+def test_a_row_without_a_mask_is_over_its_base_and_taken_to_be_so():
+    held = published.find(*CIFAR, "deepkd_nomask")
+    assert (held.method, held.note) == ("KD+DeepKD", "")
+    with_mask = published.find("imagenet", TOP1, "ResNet34", "ResNet18", "deepkd_crld_nomask")
+    assert with_mask.method == "CRLD+DeepKD+DTM"
+    assert with_mask.note.startswith("published with DTM, ours without it")
+
+
+@pytest.mark.parametrize(
+    "method", ["crld", "deepkd_dkd", "vanilla", "dot", "none", "delta0.05", "kd_matched", "kd_nomask"]
+)
 def test_a_method_without_a_published_number_has_none(method):
     assert published.find(*CIFAR, method) is None
 
@@ -94,7 +105,7 @@ def test_the_published_variant_with_the_mask_is_taken_where_there_is_one():
     held = published.find("imagenet", TOP1, "ResNet34", "ResNet18", "deepkd_crld")
     without = published.find("imagenet", TOP1, "ResNet34", "ResNet18", "deepkd_crld", {"DeepKD.MASK.TYPE": "none"})
 
-    how = "published: over CRLD under another schedule and other weights than CRLD's own"
+    how = "published: over CRLD under another schedule than CRLD's own, and another weight of NCG"
     assert (held.method, held.value, held.note) == ("CRLD+DeepKD+DTM", 74.23, how)
     assert without.note == f"published with DTM, ours without it; {how}"
 

@@ -1,5 +1,6 @@
 """Bases under the loss weights of DeepKD over them: their rows, what they compute, and what is refused."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from deepkd_plugin import config
 from deepkd_plugin.config.shipped import shipped
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.hosts import registry
+from deepkd_plugin.launch import read_config
 from deepkd_plugin.study.reproduce import matched, tables
 from deepkd_plugin.study.reproduce.plan import make_plan
 from deepkd_plugin.study.table import Table
@@ -94,6 +96,21 @@ def test_kd_and_dkd_are_themselves_under_other_weights(base, weights, tmp_path):
     )
     assert loss(ours).item() == pytest.approx(loss(rewritten).item(), rel=1e-6)
     assert loss(ours).item() != pytest.approx(loss(as_it_is).item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_the_docs_options_for_a_single_run_make_the_same_of_the_file_without_a_mask(base, tmp_path):
+    page = (CONFIGS.parent / "docs" / "configs.md").read_text()
+    command = re.search(r"/deepkd_nomask.yaml \\\n(.+)", page).group(1)
+    pair, twin = "wrn40_2_mv2", tables.row_name(base, deepkd=True)
+    ours = planned(tmp_path, with_matched("cifar100"), pair, [f"{base}_matched"]).cfgs[pair, f"{base}_matched"]
+    file = CONFIGS / "cifar100" / pair / f"{twin}_nomask.yaml"
+    alone = read_config(registry.BUILTIN, str(file), command.split())[0]
+    alone = alone.clone()
+    alone.defrost()
+    alone.SOLVER.CHANNELS_LAST = ours.SOLVER.CHANNELS_LAST  # a plan settles what a file leaves open
+    assert (ours.SOLVER, ours.DATASET, ours.DeepKD) == (alone.SOLVER, alone.DATASET, alone.DeepKD)
+    assert loss(ours) == loss(alone)
 
 
 def test_a_table_holds_both_under_names_of_their_own(tmp_path):

@@ -4,17 +4,20 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from deepkd_plugin import config
 from deepkd_plugin.config.shipped import shipped
 from deepkd_plugin.data import source
 from deepkd_plugin.distillers import DISTILLERS, KD
 from deepkd_plugin.errors import UserError
+from deepkd_plugin.optim import DecoupledMomentumSGD
 from deepkd_plugin.study.reproduce import tables
 from deepkd_plugin.study.reproduce.plan import make_plan
 from deepkd_plugin.topk import mask_size
 
 EIGHT = ["kd", "dkd", "mlkd", "crld", "deepkd", "deepkd_dkd", "deepkd_mlkd", "deepkd_crld"]
+TWELVE = [*EIGHT, "deepkd_nomask", "deepkd_dkd_nomask", "deepkd_mlkd_nomask", "deepkd_crld_nomask"]
 DATASETS = ["cifar100", "cifar100_cpu", "glyphs100", "imagenet", "tiny_imagenet"]
 DETECTION = ["coco_torchvision", "glyph_canvas"]
 
@@ -59,16 +62,16 @@ def bases(folder, *methods):
 
 
 def test_the_tables_are_the_folders_of_configs_and_the_ablations():
-    ablations = ["ablation-momentum", "ablation-mask", "ablation-delta", "ablation-phases"]
+    ablations = ["ablation-momentum", "ablation-steps", "ablation-mask", "ablation-delta", "ablation-phases"]
     assert tables.names() == [*DATASETS, *DETECTION, "coco", *ablations]
 
 
 @pytest.mark.parametrize(
     ("name", "pairs", "methods"),
     [
-        ("cifar100", 17, EIGHT),
-        ("imagenet", 4, EIGHT),
-        ("tiny_imagenet", 2, EIGHT),
+        ("cifar100", 17, TWELVE),
+        ("imagenet", 4, TWELVE),
+        ("tiny_imagenet", 2, TWELVE),
         ("glyphs100", 1, ["vanilla", *EIGHT]),
         ("cifar100_cpu", 1, ["vanilla", "kd", "dkd", "deepkd", "deepkd_dkd", "deepkd_release"]),
     ],
@@ -214,6 +217,33 @@ def test_momentum_none_fixed_and_measured():
     allocation = {row: cfg.SOLVER.DECOUPLED.ALLOCATION for row, cfg in held.items()}
     assert allocation == {"none": "fixed", "paper": "fixed", "release": "fixed", "gsnr": "gsnr"}
     assert {(cfg.DeepKD.MASK.TYPE, cfg.SOLVER.LR) for cfg in held.values()} == {("dynamic", 0.1)}
+
+
+def test_steps_decay_and_smoothing_one_after_another():
+    """What a constant gradient, and the weight decay, come to in the long run beside plain SGD's: 1 is as long."""
+    held = configs(tables.find("ablation-steps"))
+    momenta = {row: config.momenta(cfg)[0] for row, cfg in held.items()}
+    assert set(momenta.pop("none").values()) == {0.9}
+    assert all(of == pytest.approx({"tog": 0.975, "tcg": 0.825, "ncg": 0.975}) for of in momenta.values())
+    came = {}
+    for row, cfg in held.items():
+        of, decays = config.momenta(cfg)
+        weight = torch.nn.Parameter(torch.zeros(1))
+        optimizer = DecoupledMomentumSGD(
+            [weight], 1.0, momentum=of, weight_decay=cfg.SOLVER.WEIGHT_DECAY, weight_decay_stream=decays,
+            **config.dampening(cfg),
+        )  # fmt: skip
+        group = optimizer.param_groups[0]
+        reach = {name: c.gain / (1 - c.momentum) * 0.1 for name, c in optimizer._coefficients(group).items()}
+        decay = optimizer._decay(group) / cfg.SOLVER.WEIGHT_DECAY * reach[decays]
+        came[row] = [round(number, 3) for number in (reach["tog"], reach["tcg"], decay)]
+    assert came == {
+        "none": [1, 1, 1],
+        "plain": [4, 0.571, 0.571],
+        "decay": [4, 0.571, 1],
+        "matched": [1, 1, 1],
+        "ema": [0.1, 0.1, 0.1],
+    }
 
 
 def test_a_measured_allocation_takes_bounds_that_are_momenta_both_ways():

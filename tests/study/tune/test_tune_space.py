@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from deepkd_plugin import config
 from deepkd_plugin.config.tree import get
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.study.kinds import KINDS
@@ -77,6 +78,12 @@ def test_every_point_is_a_config(name, ends):
         if point["mask"] == "dynamic":
             first, second = cfg.DeepKD.MASK.PHASES
             assert (first, (second - first) / (1 - first)) == pytest.approx((point["easy"], point["middle"]), abs=5e-3)
+
+
+def test_deltas_are_searched_under_every_trainer_of_momenta_by_stream():
+    trainers = {name: of("deepkd", options=("SOLVER.TRAINER", name))["deepkd"].ranges for name in config.TRAINERS}
+    assert all("delta" in ranges for ranges in trainers.values())
+    assert "delta" not in of("kd")["kd"].ranges
 
 
 def test_deltas_keep_their_proportions():
