@@ -77,6 +77,7 @@ setup(
         "hub": ["huggingface_hub"],  # deepkd push
         "tune": ["optuna>=5"],  # brings SQLAlchemy and alembic
         "wandb": ["wandb"],
+        "completion": ["shtab>=1.7"],  # deepkd --print-completion; not everybody's shell asks for it
         "slurm": ["submitit"],
         "examples": ["lightning>=2.6", "accelerate>=1.15", "transformers>=5.24", "timm>=1.0.31"],
         "test": [
@@ -92,6 +93,7 @@ setup(
             "optuna>=5",
             "timm>=1.0.31",
             "datasets>=3",
+            "shtab>=1.7",
         ],
     },
     entry_points={"console_scripts": ["deepkd = deepkd_plugin.commands.cli:entry"]},

@@ -88,8 +88,33 @@ class Parser(argparse.ArgumentParser):
             args.options = [*pairs, *args.options]
         return args
 
+    def parse_args(self, *args: Any, **options: Any) -> Any:  # typeshed's has overloads
+        if _building:
+            raise _Built(self)
+        return super().parse_args(*args, **options)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"command line: {message}; see {self.prog} --help")
+
+
+_building: list[bool] = []
+
+
+class _Built(Exception):  # noqa: N818 (no error: `built` asks for it)
+    """Carries a command's parser out of it."""
+
+
+def built(command: Callable[[], Any]) -> Parser:
+    """Return the parser that a command makes, and do nothing else of the command."""
+    _building.append(True)
+    try:
+        command()
+    except _Built as end:
+        parser: Parser = end.args[0]
+        return parser
+    finally:
+        _building.pop()
+    raise AssertionError("the command has parsed nothing")
 
 
 def count(text: str) -> int:

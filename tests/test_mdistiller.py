@@ -1,7 +1,9 @@
 """mdistiller's own scripts after `deepkd apply`, as processes, in a copy of the real checkout."""
 
+import json
 import os
 import pickle
+import shlex
 import shutil
 import subprocess
 import sys
@@ -116,6 +118,40 @@ def test_deepkd_trains_resumes_and_is_read_by_eval(checkout):
     read = python("tools/eval.py", "-m", "resnet8", "-c", folder / "student_best", cwd=checkout)
     assert read.returncode == 0, read.stderr
     assert "Top-1:" in read.stderr
+
+
+GLYPHS = ROOT / "deepkd_plugin/hosts/builtin/weights/glyphs100_resnet20.pt"
+
+
+@pytest.mark.slow
+def test_what_apply_says_is_next_and_eval_of_what_it_trains(checkout, data_root, tmp_path):
+    """`tools/eval.py -d glyphs100`, which mdistiller's own list of data sets does not have."""
+    root = tmp_path / "the check out"
+    shutil.copytree(checkout, root, ignore=shutil.ignore_patterns("output", "data"))
+    shutil.copytree(data_root, root / "data")
+    said = python("-m", "deepkd_plugin", "apply", root, cwd=tmp_path)
+    (line,) = [line for line in said.stdout.splitlines() if line.startswith("next      ")]
+    words = shlex.split(line)
+    assert words[1:5] == ["cd", str(root), "&&", "python"]
+    short = ("SOLVER.EPOCHS", "1", "DATASET.TRAIN_PER_CLASS", "4", "DATASET.HOLDOUT", "0.02", "EXPERIMENT.NAME", "run")
+    done = python(*words[5:], *short, cwd=root)
+    assert done.returncode == 0, done.stderr
+    (student,) = root.glob("output/glyphs100/*/student_best")
+    best = json.loads((student.parent / "run.json").read_text())["result"]["best"]
+    words = ("tools/eval.py", "-m", "resnet8", "-c", student, "-d", "glyphs100")
+    read = python(*words, "DATASET.HOLDOUT", "0.02", cwd=root)
+    assert read.returncode == 0, read.stderr
+    assert f"resnet8 on glyphs100: top-1 {best:.2f} %" in read.stdout
+
+
+def test_eval_of_data_sets_that_mdistiller_lacks(checkout, data_root, tmp_path):
+    words = (checkout / "tools/eval.py", "-m", "resnet20", "-c", GLYPHS, "--dataset=glyphs100", "--root", data_root)
+    read = python(*words, cwd=tmp_path)
+    assert read.returncode == 0, read.stderr
+    assert "resnet20 on glyphs100: top-1 96.52 %" in read.stdout
+    read = python(*words[:-3], "-d", "glyphs10", cwd=tmp_path)
+    assert read.returncode == 2
+    assert "invalid choice: 'glyphs10'" in read.stderr
 
 
 @pytest.mark.parametrize("method", ["dkd", *(pytest.param(name, marks=pytest.mark.slow) for name in ("crld", "mlkd"))])

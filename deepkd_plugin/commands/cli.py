@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from ..terminal import Parser, guarded
+from . import completion
 
 GROUPS = {
     "train": {
@@ -66,15 +67,22 @@ def _run(words: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"deepkd_plugin {_version()}")
+    parser.add_argument(
+        "--print-completion",
+        action=completion.Print,
+        commands=COMMANDS,
+        choices=completion.SHELLS,
+        help="print the script by which a shell completes commands and flags",
+    )
     parser.add_argument("command", metavar="COMMAND", help=argparse.SUPPRESS)
     if not words:
         parser.print_help()
         return 0
-    command = parser.parse_args(words[:1]).command
+    command = parser.parse_args(words[: 1 + words[0].startswith("--")]).command
     if command not in COMMANDS:
         near = get_close_matches(command[:100], COMMANDS, n=1)
         parser.error(f"there is no command {command[:100]!r}" + (f"; did you mean {near[0]}?" if near else ""))
-    code: int = import_module(f".{command.replace('-', '_')}", __package__).main(words[1:])
+    code: int = import_module(f".{completion.module_of(command)}", __package__).main(words[1:])
     return code
 
 

@@ -27,6 +27,7 @@ OPTIONAL = {
     "huggingface_hub": "deepkd push",
     "scipy": "mdistiller imports it",
     "wandb": "LOG.WANDB True",
+    "shtab": "deepkd --print-completion",
 }
 
 

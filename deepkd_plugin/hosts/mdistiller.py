@@ -4,6 +4,7 @@ This is the only module that knows mdistiller's inside (commit a08d46f, its last
 replaces three of its functions, in place and wherever they were imported by name.
 """
 
+import argparse
 import importlib
 import importlib.util
 import os
@@ -51,6 +52,24 @@ _LAUNCHED = (
 
 Replaced = tuple[dict[str, Any], str, Any]
 """A registry, a name in it, and its entry before."""
+
+
+EVALUATION = "tools/eval.py"
+"""mdistiller's script that tests a student file."""
+
+_EVALUATES = ("cifar100", "imagenet", "tiny_imagenet")
+"""The data sets that this script takes."""
+
+
+def tests_for_us(root: Path) -> bool:
+    """Tell whether mdistiller's tools/eval.py is running, and is asked for a data set that only the plugin has."""
+    script = Path(getattr(sys.modules.get("__main__"), "__file__", None) or ".").resolve()
+    if script != root / EVALUATION:
+        return False
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("-d", "--dataset", default=_EVALUATES[0])
+    asked = parser.parse_known_args()[0].dataset
+    return asked in data.names() and asked not in _EVALUATES
 
 
 def locate() -> Path | None:

@@ -1,5 +1,7 @@
 """deepkd COMMAND: the exit codes that its commands and its mistakes get."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -286,6 +288,54 @@ def test_the_version(capsys):
         cli.main(["--version"])
     assert ended.value.code == 0
     assert capsys.readouterr().out == f"deepkd_plugin {deepkd_plugin.__version__}\n"
+
+
+@pytest.fixture(scope="module")
+def completion(tmp_path_factory):
+    """The file of bash's completion script, made by the command."""
+    pytest.importorskip("shtab")
+    out = io.StringIO()
+    with pytest.raises(SystemExit) as ended, contextlib.redirect_stdout(out):
+        cli.main(["--print-completion", "bash"])
+    assert ended.value.code == 0
+    file = tmp_path_factory.mktemp("completion") / "deepkd.bash"
+    file.write_text(out.getvalue())
+    return file
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("re", {"reproduce", "report"}),
+        ("--v", {"--version"}),
+        ("train --r", {"--resume"}),
+        ("eval --da", {"--dataset"}),
+        ("detect-eval --", {"--help", "--cfg", "--ckpt", "--model"}),
+        ("export --to ", {"safetensors", "onnx", "torch"}),
+        ("distill --method deepkd", {"deepkd", "deepkd_dkd"}),
+        ("predict stu", {"student_best"}),
+        ("train --cfg stu", {"student_best"}),
+    ],
+)
+def test_a_shell_completes_commands_flags_their_values_and_files(completion, tmp_path, words, offered):
+    (tmp_path / "student_best").touch()
+    line = ["deepkd", *words.split(" ")]
+    code = (
+        f"source {completion}; COMP_WORDS=({' '.join(word or chr(39) * 2 for word in line)}); "
+        f"COMP_CWORD={len(line) - 1}; _shtab_deepkd; printf '%s\\n' ${{COMPREPLY[@]}}"
+    )
+    done = subprocess.run(["bash", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == offered
+
+
+def test_zsh_s_script_and_completion_without_shtab(capsys, monkeypatch):
+    with pytest.raises(SystemExit):
+        cli.main(["--print-completion=zsh"])
+    assert capsys.readouterr().out.startswith("#compdef deepkd\n")
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert cli.main(["--print-completion", "bash"]) == 2
+    assert 'shtab, which is not installed: pip install "deepkd_plugin[completion]"' in capsys.readouterr().err
+    assert cli.main(["--print-completion", "csh"]) == 2
 
 
 def test_configs_lists_what_ships_and_each_is_found_from_anywhere(capsys, tmp_path, monkeypatch):
