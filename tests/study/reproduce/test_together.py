@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_runs import Told, command, ended, is_free, read, tiny_runs, wait_for
+from test_slurm import interrupt
 
 from deepkd_plugin import device, launch
 from deepkd_plugin.run import checkpoint, record
@@ -137,7 +138,7 @@ def test_two_tasks_of_a_job_train_a_run_as_one_process(make, alone, tmp_path):
     executor.update_parameters(tasks_per_node=2, timeout_min=30)
     job = executor.submit(Job(record.code_hash(), False, make.worker, 2), run)
     wait_for(lambda: read_metrics(run.folder), 300)
-    job._interrupt()
+    interrupt(job)
     assert job.results() == [None, None]
     assert sessions(run) == 2
     assert not processes(run)
