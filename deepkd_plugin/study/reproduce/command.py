@@ -1,7 +1,6 @@
 """`deepkd reproduce` from its arguments to its exit code."""
 
 import ast
-import contextlib
 import shlex
 import sys
 import textwrap
@@ -177,8 +176,8 @@ def check_together(plan: Plan, together: int, local: bool) -> None:
         return
     if not plan.table.kind.several:
         raise UserError(f"command line: {plan.table.name} trains a run on one GPU, and is asked for {together}")
-    with process_group.planned(together) if local else contextlib.nullcontext():
-        for run in {run.cell: run for run in plan.runs}.values():
+    with process_group.planned(together):
+        for run in {run.cell: run for run in plan.runs}.values() if local else ():
             plan.table.kind.read(run.config, run.options)
 
 

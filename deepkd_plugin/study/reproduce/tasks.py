@@ -61,9 +61,19 @@ class Tasks:
         try:
             while not self.store.check([key]):
                 time.sleep(LOOK)
-            return json.loads(self.store.get(key))
+            told = json.loads(self.store.get(key))
+            if told is None:
+                self.store.add("ended", 1)
+            return told
         except RuntimeError:  # the first task has ended, and the store with it
             return None
+
+    def end(self) -> None:
+        """Tell the others that nothing more comes, and wait a moment until they have heard it."""
+        self.say(None)
+        late = time.monotonic() + distributed.GRACE
+        while self.store.add("ended", 0) < self.size - 1 and time.monotonic() < late:
+            time.sleep(LOOK / 10)
 
     def environment(self, port: int) -> dict[str, str]:
         """Make the environment of this task's process; each sees all GPUs of its node, and takes one by LOCAL_RANK."""
@@ -155,4 +165,4 @@ def joined(worker: Sequence[str], code: str) -> Iterator[Tasks]:
         yield tasks
     finally:
         if first:
-            tasks.say(None)
+            tasks.end()

@@ -1,5 +1,6 @@
 """A table as an array job: on submitit's local executor, and as what Slurm would be given."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -7,6 +8,7 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +44,14 @@ def submitted(runs, folder, worker, tasks=1):
     return executor.map_array(Job(record.code_hash(), False, worker, tasks), runs)
 
 
+def interrupt(job):
+    """Tell all tasks of a job that its time is up, as Slurm does 90 seconds before."""
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if int((path / "stat").read_text().rpartition(")")[2].split()[1]) == job._process.pid:
+                os.kill(int(path.name), signal.SIGUSR2)
+
+
 def results(runs, folder, worker):
     """What these jobs return."""
     return [job.result() for job in submitted(runs, folder, worker)]
@@ -74,13 +84,7 @@ def test_a_job_whose_time_is_up_is_queued_again_and_goes_on(fake_run, tmp_path, 
     while state(run) != "resumable":
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process = (run.folder / "lock").read_text().split()[1]
-    with open(f"/proc/{process}/stat") as file:
-        parent = int(file.read().rpartition(")")[2].split()[1])
-    if tasks == 1:
-        os.kill(parent, signal.SIGUSR2)  # Slurm's, 90 seconds before the end
-    else:
-        job._interrupt()  # to all tasks
+    interrupt(job)
     assert job.results() == [None] * tasks
     assert state(run) == "finished"
     starts = [line for line in log(run).splitlines() if line.startswith("from epoch")]

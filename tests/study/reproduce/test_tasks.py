@@ -51,7 +51,7 @@ def job(fake_run, monkeypatch):
         try:
             return Job(record.code_hash(), False, fake_run.worker, 2).train(run, first.crew)
         finally:
-            first.say(None)
+            first.end()
             follower.join(30)
             assert not follower.is_alive()
 

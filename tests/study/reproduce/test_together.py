@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from test_runs import Told, command, ended, is_free, read, tiny_runs, wait_for
+from test_slurm import interrupt
 
-from deepkd_plugin import device, launch
+from deepkd_plugin import device, extensions, launch
 from deepkd_plugin.run import checkpoint, record
 from deepkd_plugin.run.metrics import read_metrics
 from deepkd_plugin.study.reproduce.runs import WORKER, execute
@@ -43,6 +44,9 @@ def make(tmp_path, data_root, monkeypatch):
     (tmp_path / "modules/a_plain_network.py").write_text(NETWORK)
     monkeypatch.syspath_prepend(tmp_path / "modules")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    monkeypatch.delitem(sys.modules, "a_plain_network", raising=False)
+    monkeypatch.setattr(extensions, "_contents", {})
+    monkeypatch.setenv(extensions.VARIABLE, "")
     monkeypatch.delenv("MDISTILLER_ROOT", raising=False)
     monkeypatch.setattr(device, "count", lambda: 0)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -137,7 +141,7 @@ def test_two_tasks_of_a_job_train_a_run_as_one_process(make, alone, tmp_path):
     executor.update_parameters(tasks_per_node=2, timeout_min=30)
     job = executor.submit(Job(record.code_hash(), False, make.worker, 2), run)
     wait_for(lambda: read_metrics(run.folder), 300)
-    job._interrupt()
+    interrupt(job)
     assert job.results() == [None, None]
     assert sessions(run) == 2
     assert not processes(run)
