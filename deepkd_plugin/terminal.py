@@ -42,6 +42,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **options: Any) -> None:
         # a flag that is cut short may be another one tomorrow
         super().__init__(*args, allow_abbrev=False, **options)
+        self.register("type", Path, _path)
 
     def add_pairs(self) -> None:
         """Take the KEY VALUE pairs, or KEY=VALUE, that stand anywhere between the flags, as `options`."""
@@ -95,6 +96,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"command line: {message}; see {self.prog} --help")
+
+
+def _path(text: str) -> Path:
+    """Read a path: no shell expands the ~ of --flag=~/x and KEY=~/x, nor a config's."""
+    return Path(os.path.expanduser(text))
 
 
 _building: list[bool] = []
