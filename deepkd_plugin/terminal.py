@@ -136,7 +136,7 @@ def guarded(work: Callable[[], int | None]) -> int:
     What the system refuses (a full disk, too many open files, …) is one line and 2, too; a reader of stdout that has
     gone is 141, as for a process that SIGPIPE ends.
     """
-    _open_streams()
+    open_streams()
     try:
         with _terminable(), _quiet_threads():
             code = work() or 0
@@ -243,7 +243,7 @@ def one_process() -> None:
         )
 
 
-def _open_streams() -> None:
+def open_streams() -> None:
     """Let a terminal that cannot show a character show "?", and what was closed lead nowhere.
 
     The next file that is opened would otherwise take the place of a closed stdout, and get its output.
