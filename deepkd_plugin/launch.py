@@ -28,7 +28,7 @@ from .rules import LONGEST_NAME
 from .run import folder as run_folder
 from .run import record
 from .run.metrics import weights_and_biases
-from .terminal import Parser, Stopped, check_interruption, exit_code, guarded, spoken, used_up
+from .terminal import Parser, Stopped, check_interruption, exit_code, guarded, open_streams, spoken, used_up
 from .trainer import Trainer
 
 EXAMPLE = "configs/glyphs100/res20_res8/kd.yaml"
@@ -111,6 +111,7 @@ class Result(NamedTuple):
 
 def train_from_python(file: str, resume: bool, overwrite: bool, sections: Mapping[str, Any]) -> Result:
     """Train under a config, as deepkd_plugin.train says; sections: of the config, nested as there."""
+    open_streams()
     options = [word for path, value in config.flatten(dict(sections)).items() for word in (path, str(value))]
     path = find_config(file)
     command = shlex.join(["deepkd", "train", "--cfg", path, *options])

@@ -11,6 +11,7 @@ from types import TracebackType
 from .errors import UserError
 from .hosts.mdistiller import EVALUATION, tests_for_us
 from .hosts.registry import find_host, register
+from .terminal import open_streams
 
 _show = sys.excepthook
 
@@ -33,6 +34,7 @@ def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackT
 
 
 sys.excepthook = _one_line
+open_streams()
 host = find_host()
 if host.root is None:
     raise UserError("deepkd_plugin.mdistiller: mdistiller is not here; MDISTILLER_ROOT must name its checkout")

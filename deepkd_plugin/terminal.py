@@ -42,6 +42,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **options: Any) -> None:
         # a flag that is cut short may be another one tomorrow
         super().__init__(*args, allow_abbrev=False, **options)
+        self.register("type", Path, _path)
 
     def add_pairs(self) -> None:
         """Take the KEY VALUE pairs, or KEY=VALUE, that stand anywhere between the flags, as `options`."""
@@ -97,6 +98,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"command line: {message}; see {self.prog} --help")
 
 
+def _path(text: str) -> Path:
+    """Read a path: no shell expands the ~ of --flag=~/x and KEY=~/x, nor a config's."""
+    return Path(os.path.expanduser(text))
+
+
 _building: list[bool] = []
 
 
@@ -130,7 +136,7 @@ def guarded(work: Callable[[], int | None]) -> int:
     What the system refuses (a full disk, too many open files, …) is one line and 2, too; a reader of stdout that has
     gone is 141, as for a process that SIGPIPE ends.
     """
-    _open_streams()
+    open_streams()
     try:
         with _terminable(), _quiet_threads():
             code = work() or 0
@@ -237,7 +243,7 @@ def one_process() -> None:
         )
 
 
-def _open_streams() -> None:
+def open_streams() -> None:
     """Let a terminal that cannot show a character show "?", and what was closed lead nowhere.
 
     The next file that is opened would otherwise take the place of a closed stdout, and get its output.

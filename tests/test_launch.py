@@ -14,8 +14,11 @@ import pytest
 import torch
 import yaml
 
-from deepkd_plugin import device, launch
+from deepkd_plugin import data, device, launch
+from deepkd_plugin.commands import cli
 from deepkd_plugin.commands import eval as evaluate
+from deepkd_plugin.detection import evaluate as detection_evaluate
+from deepkd_plugin.detection import launch as detection_launch
 from deepkd_plugin.hosts import registry
 from deepkd_plugin.hosts.builtin.models import cifar_model_dict
 from deepkd_plugin.launch import main
@@ -176,6 +179,27 @@ def mistake(train, config, *options, flags=()):
 )
 def test_mistakes_in_one_line(train, options, expected):
     assert expected in mistake(train, "deepkd", *options)
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "detect", "detect-eval"])
+@pytest.mark.parametrize("weights", ["builtin:nope", "builtin:none", "nowhere.pt"])
+def test_weights_that_are_not_there_are_found_before_images_are_read(command, weights, tmp_path, monkeypatch, capsys):
+    """Of classifiers and of detectors; builtin: says what ships."""
+    for place in (data, detection_launch, detection_evaluate):
+        for reader in ("get_dataset", "get_test_set", "get_detection_sets"):
+            monkeypatch.setattr(place, reader, None, raising=False)
+    monkeypatch.chdir(tmp_path)
+    pair = "detection/glyph_canvas/res20_res8/kd" if "detect" in command else "glyphs100/res20_res8/kd"
+    how = {
+        "eval": ["-m", "resnet8", "-d", "glyphs100", "-c", weights],
+        "detect-eval": ["--cfg", pair, "--ckpt", weights],
+    }.get(command, ["--cfg", pair, "DISTILLER.TEACHER_WEIGHTS", weights])
+    assert cli.main([command, *how]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    ours = "do not ship with the package; these do: builtin:glyph_canvas_resnet20, builtin:glyphs100_resnet20"
+    assert (ours if "builtin" in weights else "nowhere.pt: no such file") in err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_data_that_is_missing(train, tmp_path):

@@ -1,5 +1,6 @@
 """What a command says should be run next runs as printed, from the same folder."""
 
+import io
 import shlex
 import subprocess
 import sys
@@ -118,6 +119,41 @@ def test_distill_and_init(here, capsys):
     follow(capsys, both)
     (predict,) = deepkd(capsys, "distill", *words, *more)
     assert follow(capsys, [predict]) == []
+
+
+def test_a_terminal_of_ascii_and_names_of_others_need_no_traceback(here, monkeypatch):
+    """From images to answers; what cannot be shown is a question mark, and the files have their names."""
+    written = []
+    for name in ("stdout", "stderr"):
+        written.append(io.BytesIO())
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(written[-1], encoding="ascii", write_through=True))
+    Path("my images/dark ones").rename("my images/暗的 ×")
+    words = ("--images", "my images", "--student", "resnet8", "--train-teacher", "resnet8", "--epochs", "1")
+    words += ("DATASET.NUM_WORKERS", "0", "SOLVER.CHANNELS_LAST", "False", "DISTILLER.ANY_TEACHER", "True")
+    run = "输出/deepkd"
+    for command in (
+        ("distill", *words, "--out", "输出", "--compare"),
+        ("train", "--cfg", "输出/alone.yaml", "EXPERIMENT.NAME", "另一个"),
+        ("eval", run),
+        ("predict", run, "my images"),
+        ("export", run, "--to", "torch"),
+        ("configs", "folder"),
+        ("keys",),
+        ("networks", "resnet1"),
+        ("doctor",),
+    ):
+        assert cli.main(list(command)) == 0, (command, written[1].getvalue())
+    for command in (
+        ("eval", "输出/no"),
+        ("report", "输出"),
+        ("train", "--cfg", "输出.yaml"),
+        ("predict", run, "×.png"),
+    ):
+        assert cli.main(list(command)) == 2
+    out, err = (one.getvalue() for one in written)
+    assert b"Traceback" not in out + err
+    assert b"?? ?" in out
+    assert "暗的 ×" in Path(run, "eval_best.csv").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

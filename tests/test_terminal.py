@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from deepkd_plugin import terminal
+from deepkd_plugin.commands import cli
 from deepkd_plugin.errors import UserError
+from deepkd_plugin.study.reproduce import tables
 
 ROOT = Path(__file__).parents[1]
 
@@ -130,3 +132,52 @@ thread.join()"""
     done = run(work, capture_output=True, text=True)
     assert done.returncode == 0
     assert ("Traceback" in done.stderr) == shown
+
+
+PATHS = {
+    "apply": ["~/x"],
+    "cache": ["list", "~/x"],
+    "export": ["~/x", "--to=torch"],
+    "push": ["~/x", "me/mine"],
+    "report": ["~/x"],
+    "eval": ["~/x"],
+    "eval -m": ["-m", "resnet8", "-d", "glyphs100", "-c=~/x"],
+    "predict": ["~/x", "~/x"],
+    "shrink": ["~/x"],
+    "train": ["--cfg=~/x"],
+    "gsnr": ["--cfg=~/x"],
+    "gsnr --runs": ["--runs=~/x", "--out=~/x"],
+    "detect": ["--cfg=~/x"],
+    "detect-eval": ["--cfg=detection/glyph_canvas/res20_res8/kd", "--ckpt=~/x"],
+    "tune": ["--cfg=~/x", "--budget=1"],
+    "distill": ["--images=~/x", "--student=resnet8", "--teacher=resnet8"],
+    "doctor": ["~/x"],
+    "train LOG": ["--cfg=glyphs100/res20_res8/kd", "DISTILLER.TEACHER_WEIGHTS=~/x"],
+}
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_home_s_sign_is_read_in_every_path_of_the_command_line(name, tmp_path, monkeypatch, capsys, data_root):
+    """Where nothing is the home, that is what the one line tells of."""
+    monkeypatch.setenv("HOME", str(tmp_path / "nobody"))
+    monkeypatch.chdir(data_root.parent)
+    code = cli.main([name.split()[0], *PATHS[name]])
+    out, err = capsys.readouterr()
+    assert (code, err.count("\n")) == (2, 1), out + err
+    assert str(tmp_path / "nobody" / "x") in err
+    assert "~" not in err
+
+
+def test_a_home_s_sign_in_the_name_of_a_table(tmp_path, monkeypatch):
+    (tmp_path / "table" / "pair").mkdir(parents=True)
+    (tmp_path / "table" / "pair" / "kd.yaml").touch()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert tables._source("TABLE", "~/table", ()) == str(tmp_path / "table")
+
+
+@pytest.mark.parametrize("module", ["launch", "detection.launch", "detection.evaluate"])
+def test_a_launcher_s_module_is_the_launcher(module):
+    command = [sys.executable, "-m", f"deepkd_plugin.{module}", "--cfg", "nowhere.yaml", "--ckpt", "none"]
+    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("deepkd: error: ")

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from ..config.shipped import find_config
 from ..errors import UserError
 from ..terminal import Parser, process_share
 
@@ -31,7 +32,7 @@ def main(words: Sequence[str]) -> int:
     if args.action == "fill":
         if args.paths:
             parser.error("fill takes no PATH; DISTILLER.LOGITS_DIR says where its table is")
-        return _fill(args.cfg, args.options)
+        return _fill(find_config(args.cfg), args.options)
     if args.action == "delete":
         if not args.paths:
             parser.error("delete needs PATH")

@@ -13,6 +13,7 @@ import yaml
 
 from .. import config, data, extensions, launch
 from ..config import file as config_file
+from ..config import theirs
 from ..data.folders import is_image, visible_files
 from ..errors import UserError
 from ..hosts.libraries import FORMS
@@ -154,7 +155,7 @@ def _distill(args: argparse.Namespace, only_write: bool) -> None:
 
 
 def _request(args: argparse.Namespace) -> Request:
-    images = args.images.expanduser()
+    images = args.images
     if not images.is_dir():
         raise UserError(f"command line: --images is {str(images)!r}; it must be a folder of images")
     small = all(":" not in name for name in (args.student, args.teacher or args.train_teacher))
@@ -173,7 +174,7 @@ def _request(args: argparse.Namespace) -> Request:
         args.batch,
         args.size or (32 if small else 224),
         holdout,
-        (args.out or Path("output") / images.resolve().name).expanduser().resolve(),
+        (args.out or Path("output") / images.resolve().name).resolve(),
     )
 
 
@@ -208,7 +209,7 @@ def _write(planned: Sequence[Planned], options: Sequence[str], overwrite: bool) 
 
 def commented(settings: Mapping[str, Any]) -> str:
     """Write a config as YAML, with the meaning of each key that the package adds beside it."""
-    meanings = {key.path: key.meaning for key in (*config.HOST_KEYS, *config.all_keys())}
+    meanings = theirs.MEANINGS | {key.path: key.meaning for key in (*config.HOST_KEYS, *config.all_keys())}
     return "\n".join(_lines(_nested(settings), meanings)) + "\n"
 
 

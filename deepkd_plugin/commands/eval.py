@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +14,9 @@ from .. import config, data, device
 from ..errors import UserError
 from ..hosts.host import settle_input
 from ..hosts.libraries import FORMS
-from ..hosts.networks import trained_network
+from ..hosts.networks import trained_network, weights_file
 from ..hosts.registry import find_host, register
-from ..run import record
+from ..run import checkpoint, record
 from ..students.confusion import Confusion, measure, worst, write
 from ..students.load import find_student, make, read_config
 from ..terminal import Parser, guarded
@@ -39,11 +40,14 @@ def _arguments(words: Sequence[str] | None, tool: str) -> argparse.Namespace:
     parser.add_argument("--trust", action="store_true", help="let the run's config name a module to import")
     parser.add_argument("-m", "--model", help=f"network, for example resnet8, or {FORMS}")
     parser.add_argument(
-        "-c", "--ckpt", default="pretrain", help="student file; builtin:NAME; pretrain for the zoo's weights"
+        *("-c", "--ckpt"),
+        default="pretrain",
+        type=os.path.expanduser,
+        help="student file; builtin:NAME; pretrain for the zoo's weights",
     )
     parser.add_argument("-d", "--dataset", default="cifar100", help=", ".join(data.names()))
     parser.add_argument("-bs", "--batch-size", type=int, default=64)
-    parser.add_argument("--root", default="./data", help="folder of the data sets")
+    parser.add_argument("--root", default="./data", type=os.path.expanduser, help="folder of the data sets")
     parser.add_argument("--download", action="store_true", help="fetch CIFAR-100 if it is missing")
     parser.add_pairs()
     args = parser.parse(sys.argv[1:] if words is None else words)
@@ -116,8 +120,10 @@ def _of_weights(args: argparse.Namespace) -> tuple[Confusion, str, str]:
     if isinstance(data.source(cfg), data.OwnImages):
         side, mean, std = data.source(cfg).side, cfg.INPUT.MEAN, cfg.INPUT.STD
         print(f"input     {side} x {side}, mean {mean}, std {std} (INPUT.SIZE, MEAN and STD must be as in training)")
-    loader, num_classes = data.get_test_set(cfg)
     weights = "" if args.ckpt == "pretrain" else args.ckpt
+    if file := weights_file(host, cfg, args.model, weights):
+        checkpoint.there(file, "-c")  # before images are read
+    loader, num_classes = data.get_test_set(cfg)
     network = trained_network(host, cfg, args.model, num_classes, weights, "-c")
     found = _measured(network, loader, data.describe(cfg).class_names, cfg, args.ckpt)
     return found, args.model.replace(":", "_"), f"{args.model} on {args.dataset}"

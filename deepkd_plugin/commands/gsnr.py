@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..config.shipped import find_config
 from ..terminal import Parser
 
 
@@ -32,9 +33,10 @@ def main(words: Sequence[str]) -> int:
     if args.runs:
         print(report(args.runs, args.out))
         return 0
-    command = shlex.join(["deepkd", "gsnr", "--cfg", args.cfg, *args.options])
+    file = find_config(args.cfg)
+    command = shlex.join(["deepkd", "gsnr", "--cfg", file, *args.options])
     # a key without a value stays the last word, for the message that names it
     measure = [] if len(args.options) % 2 else ["GSNR.MEASURE", "True"]
-    folder = launch.train(args.cfg, [*args.options, *measure], args.resume, args.overwrite, command)
+    folder = launch.train(file, [*args.options, *measure], args.resume, args.overwrite, command)
     print(f"\n{report([folder], folder)}")
     return 0

@@ -2,8 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 
-from .. import config
-from ..hosts.registry import find_host
+from .. import config, data
+from ..config import theirs
+from ..detection.keys import DETECTION_KEYS
+from ..hosts.host import Host
+from ..hosts.libraries import FORMS
+from ..hosts.registry import find_host, register
 from .listing import show
 
 
@@ -13,14 +17,30 @@ def main(words: Sequence[str]) -> int:
 
 
 def _lines() -> Iterator[str]:
-    """Yield a line for each key of the host's tree; of keys that only the host knows, the default."""
+    """Yield a line for each key of the host's tree and of detectors; of one that only a fork has, the default."""
     host = find_host()
+    register(host)
     tree = host.cfg.clone()
-    config.add_deepkd_config(tree)
-    known = {key.path: key for key in (*config.HOST_KEYS, *config.all_keys())}
-    for path, default in sorted(config.flatten(tree).items()):
-        key = known.get(path)
-        if key is None:
-            yield f"{path} = {default!r} ({host.name}'s)"
-        else:
+    of_detectors = {key.path: key for key in DETECTION_KEYS}
+    known = of_detectors | {key.path: key for key in (*config.HOST_KEYS, *config.all_keys())}
+    named = _names(host)
+    for path, default in sorted((dict.fromkeys(of_detectors) | config.flatten(tree)).items()):
+        if key := known.get(path):
             yield f"{path} = {key.default!r}: {key.meaning}. It must be {key.allowed}."
+        elif meaning := theirs.MEANINGS.get(path):
+            yield f"{path} = {default!r}: {meaning}. It must be {named.get(path) or theirs.allowed(path, default)}."
+        else:
+            yield f"{path} = {default!r} ({host.name}'s)"
+
+
+def _names(host: Host) -> dict[str, str]:
+    """Return what the keys take that name something of a host, in words."""
+    network = f"a name of `deepkd networks`, or {FORMS}"
+    return {
+        "DATASET.TYPE": f"one of {', '.join(data.names())}",
+        "DISTILLER.TYPE": f"one of {', '.join(host.distillers)}",
+        "DISTILLER.TEACHER": network,
+        "DISTILLER.STUDENT": network,
+        "SOLVER.TRAINER": f"one of {', '.join(host.trainers)}",
+        "SOLVER.LR_DECAY_STAGES": "a list of epochs in ascending order",
+    }

@@ -38,7 +38,7 @@ from .meaning import (
     views,
     warmups,
 )
-from .tree import add_deepkd_config, add_keys, check_tree, flatten, get, load, merge, set_default, wrong
+from .tree import add_deepkd_config, add_keys, check_tree, expand, flatten, get, load, merge, set_default, wrong
 
 __all__ = [
     "ADAMW",
@@ -68,6 +68,7 @@ __all__ = [
     "compared",
     "computes",
     "dampening",
+    "expand",
     "flatten",
     "get",
     "known_streams",

@@ -301,6 +301,12 @@ _FIXED = (
 BEFORE = {CHANNELS_LAST: False, FOLD_TEACHER: False}
 """What runs did that are older than a key, if that is not its default."""
 
+PATHS = (
+    *("LOG.PREFIX", "DATASET.ROOT", "DISTILLER.TEACHER_WEIGHTS", "DISTILLER.STUDENT_WEIGHTS", "DISTILLER.LOGITS_DIR"),
+    *("DISTILLER.TEACHER_CLASSES", "DETECTION.STUDENT_BACKBONE", "MODEL.WEIGHTS", "OUTPUT_DIR"),
+)
+"""Keys that name files and folders, in which ~ is the user's home; the last two are detectron2's."""
+
 MIXED = ("SOLVER.AMP", "KD.TEMPERATURE")
 """Keys that take values of several types."""
 

@@ -1,6 +1,7 @@
 """The folders of files that come with the package and are no Python: configs/ and patches/."""
 
 import difflib
+import os
 from pathlib import Path
 
 from ..errors import UserError, shown
@@ -31,11 +32,11 @@ def find_config(name: str) -> str:
 
     Raises UserError if there is neither, but a name that is near. Any other comes back for its reader to refuse.
     """
+    name = os.path.expanduser(name)
     try:
-        path = Path(name).expanduser()
-        if path.exists():
-            return str(path)
-    except (OSError, RuntimeError, ValueError):  # no name of a file, or of a user
+        if Path(name).exists():
+            return name
+    except (OSError, ValueError):  # no name of a file
         return name
     short = name.removesuffix(".yaml").removeprefix("./").removeprefix("configs/")
     names = config_names()

@@ -7,6 +7,7 @@ ours. `load` names the file in its errors and remembers each value's origin, so 
 import ast
 import contextlib
 import difflib
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from yacs.config import CfgNode
 from ..errors import UserError, shown
 from ..rules import AUTO, Key, plain
 from . import file as config_file
-from .keys import CHOICES, MIXED, REMOVED, all_keys
+from .keys import CHOICES, MIXED, PATHS, REMOVED, all_keys
 
 
 def add_deepkd_config(cfg: CfgNode) -> list[str]:
@@ -74,6 +75,13 @@ def check_tree(cfg: CfgNode, name: str) -> None:
                 f"{name}: its config key {key.path} is {shown(value)}; the plugin's of that name is like "
                 f"{key.default!r}"
             )
+
+
+def expand(cfg: CfgNode) -> None:
+    """Put the user's home where a path of a tree begins with ~, in a tree that yacs has merged."""
+    for path, value in flatten(cfg).items():
+        if path in PATHS and isinstance(value, str):
+            set_default(cfg, path, os.path.expanduser(value))
 
 
 def set_default(cfg: CfgNode, path: str, value: Any) -> None:
@@ -190,6 +198,8 @@ def _set(node: CfgNode, leaf: str, value: Any, path: str, source: str) -> None:
         with failures, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Python's about its own grammar
             value = ast.literal_eval(value)
+    if path in PATHS and isinstance(value, str):
+        value = os.path.expanduser(value)
     if isinstance(old, float) and type(value) is int and plain(value):
         value = float(value)
     if isinstance(old, (list, tuple)) and isinstance(value, (list, tuple)):

@@ -1,5 +1,6 @@
 """Measure the AP of a detector's weights on a data set's test images."""
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -10,7 +11,7 @@ from ..terminal import Parser, guarded
 from .average_precision import import_pycocotools
 from .data import get_detection_sets
 from .launch import EXAMPLE, read_config
-from .networks import NETWORKS, trained_network
+from .networks import NETWORKS, trained_network, weights_file
 from .trainer import evaluate
 
 
@@ -22,7 +23,9 @@ def main(argv: Sequence[str] | None = None, tool: str = "tools/eval_detection.py
 def _main(words: list[str], tool: str) -> None:
     parser = Parser(tool, description="Test a student file or a teacher under a config.")
     parser.add_argument("--cfg", required=True, metavar="FILE", help=f"for example {EXAMPLE}")
-    parser.add_argument("--ckpt", required=True, metavar="FILE", help="a run's student_best; builtin:NAME")
+    parser.add_argument(
+        "--ckpt", required=True, metavar="FILE", type=os.path.expanduser, help="a run's student_best; builtin:NAME"
+    )
     parser.add_argument("--model", metavar="NAME", help="the network; by default the config's DISTILLER.STUDENT")
     parser.add_pairs()
     args = parser.parse(words)
@@ -30,6 +33,7 @@ def _main(words: list[str], tool: str) -> None:
     name = args.model or cfg.DISTILLER.STUDENT
     if name not in NETWORKS:
         raise wrong({"--model": "command line"}, "--model", name, f"one of {', '.join(NETWORKS)}")
+    weights_file(name, args.ckpt, "--ckpt")  # before images are read
     import_pycocotools()
     _, loader, _, classes = get_detection_sets(cfg)
     torch_device = device.pick()
@@ -37,3 +41,7 @@ def _main(words: list[str], tool: str) -> None:
     results = evaluate(device.place(detector, torch_device, False), loader, torch_device)
     numbers = ", ".join(f"{measure} {results[f'test_{measure.lower()}']:.2f} %" for measure in ("AP", "AP50", "AP75"))
     print(f"{name} on {cfg.DATASET.TYPE}: {numbers} over {len(loader.dataset)} images")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

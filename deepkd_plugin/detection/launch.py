@@ -191,3 +191,7 @@ def _planned(file: str, options: Sequence[str]) -> tuple[Any, Path]:
     cfg = read_config(file, options)[0]
     check_files(cfg)
     return cfg, Path(cfg.LOG.PREFIX) / experiment_name(cfg, options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -84,7 +84,7 @@ def locate() -> Path | None:
     script = Path(getattr(sys.modules.get("__main__"), "__file__", None) or ".").resolve()
     if script.parent.name == "tools" and _is_root(script.parents[1]):
         return script.parents[1]
-    named = os.environ.get(ENVIRONMENT)
+    named = os.path.expanduser(os.environ.get(ENVIRONMENT, ""))
     if named:
         if not _is_root(Path(named)):
             raise UserError(f"environment: {ENVIRONMENT} is {named!r}; it must name a checkout of mdistiller")
@@ -182,6 +182,7 @@ def settle(host: Host, cfg: Any, replaced: list[Replaced]) -> None:
         registry[name] = value
 
     origin = dict.fromkeys(config.flatten(cfg), "config")  # mdistiller merged it, so nobody knows the file
+    config.expand(cfg)
     host.check(cfg, origin)
     check_launcher(host, cfg, origin)
     check_trainer(cfg, origin, host.trainers[cfg.SOLVER.TRAINER])

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import subprocess
 import sys
 import types
@@ -14,6 +15,7 @@ import deepkd_plugin
 from deepkd_plugin import config, launch
 from deepkd_plugin.commands import cli
 from deepkd_plugin.config.shipped import find_config
+from deepkd_plugin.detection.keys import DETECTION_KEYS
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.terminal import Parser
 
@@ -353,9 +355,16 @@ def test_configs_lists_what_ships_and_each_is_found_from_anywhere(capsys, tmp_pa
 def test_keys_says_default_meaning_and_values_of_every_key(capsys):
     assert cli.main(["keys"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    for key in config.all_keys():
+    for key in (*config.all_keys(), *config.HOST_KEYS, *DETECTION_KEYS):
         assert key.meaning
         assert f"{key.path} = {key.default!r}: {key.meaning}. It must be {key.allowed}." in lines
+    assert [line for line in lines if not re.fullmatch(r"[\w.]+ = .+: .+\. It must be .+\.", line)] == []
+    assert cli.main(["keys", "REVIEWKD_WEIGHT"]) == 0
+    assert capsys.readouterr().out == (
+        "REVIEWKD.REVIEWKD_WEIGHT = 1.0: weight of the loss on features. It must be a number from 0 on.\n"
+    )
+    assert cli.main(["keys", "DISTILLER.TYPE"]) == 0
+    assert ": the method; NONE trains the student alone. It must be one of NONE, KD, DKD" in capsys.readouterr().out
     assert cli.main(["keys", "mask.k"]) == 0
     assert capsys.readouterr().out.startswith("DeepKD.MASK.K = 0.5: ")
 

@@ -5,7 +5,9 @@ import yaml
 from yacs.config import CfgNode
 
 from deepkd_plugin import config
+from deepkd_plugin.config.keys import PATHS
 from deepkd_plugin.config.tree import nest
+from deepkd_plugin.detection.keys import DETECTION_KEYS
 from deepkd_plugin.distillers.variants import variant
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.hosts import builtin
@@ -81,6 +83,24 @@ def test_no_config_of_ours_warms_up_in_vain(cfg, path, capsys):
 def test_the_unit_of_warm_up_is_one_of_two(cfg, tmp_path):
     line = "some.yaml: SOLVER.WARMUP_UNIT is 'step'; it must be one of epoch, iteration"
     assert message(cfg, tmp_path, "SOLVER: {WARMUP_UNIT: step}") == line
+
+
+def test_a_home_is_put_in_the_place_of_its_sign_in_every_path(cfg, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/学 生")
+    config.add_keys(cfg, DETECTION_KEYS)
+    files = [key.path for key in (*config.all_keys(), *config.HOST_KEYS, *DETECTION_KEYS) if "path of a" in key.allowed]
+    assert sorted(files) == sorted(path for path in PATHS if path not in ("MODEL.WEIGHTS", "OUTPUT_DIR"))
+    merged = cfg.clone()
+    checked(cfg, tmp_path, "LOG: {PREFIX: ~/out}\nDATASET: {ROOT: ./~/x}")
+    assert (cfg.LOG.PREFIX, cfg.DATASET.ROOT) == ("/home/学 生/out", "./~/x")
+    for path in files:
+        config.load(cfg, tmp_path / "some.yaml", [path, "~/a b"])
+        assert config.get(cfg, path) == "/home/学 生/a b"
+        config.set_default(merged, path, "~/a b")
+    config.expand(merged)
+    assert {config.get(merged, path) for path in files} == {"/home/学 生/a b"}
+    config.load(cfg, tmp_path / "some.yaml", ["EXPERIMENT.TAG", "~/a"])
+    assert cfg.EXPERIMENT.TAG == "~/a"
 
 
 def test_adding_keys_is_idempotent_and_keeps_what_is_there():

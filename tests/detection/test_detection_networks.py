@@ -167,7 +167,7 @@ def test_torchvisions_coco_files_keep_the_columns_of_the_80_classes(saved, node)
     [
         ("", "DISTILLER.TEACHER_WEIGHTS names no file; it must name a checkpoint of fasterrcnn_resnet8_fpn"),
         ("none.pth", "none.pth: no such file; DISTILLER.TEACHER_WEIGHTS must name a checkpoint"),
-        ("builtin:none", "none.pt: no such file; DISTILLER.TEACHER_WEIGHTS must name a checkpoint"),
+        ("builtin:none", "'builtin:none' do not ship with the package; these do: builtin:glyph_canvas_resnet20"),
     ],
 )
 def test_no_file(node, weights, message):

@@ -220,7 +220,7 @@ def _source(what: str, word: str, known: Sequence[str]) -> str:
     """Find a folder of configs by a word of the command line: a name of `known`, or the path of a user's own."""
     if word in known:
         return word
-    path = Path(os.path.abspath(word))
+    path = Path(os.path.abspath(os.path.expanduser(word)))
     if not path.is_dir():
         raise UserError(
             f"command line: {what} is {word!r}; it must be one of {', '.join(known)}, or a folder of configs "
