@@ -71,7 +71,7 @@ class Tasks:
     def end(self) -> None:
         """Tell the others that nothing more comes, and wait a moment until they have heard it."""
         self.say(None)
-        late = time.monotonic() + distributed.GRACE
+        late = time.monotonic() + process_group.GRACE
         while self.store.add("ended", 0) < self.size - 1 and time.monotonic() < late:
             time.sleep(LOOK / 10)
 
