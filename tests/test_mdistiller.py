@@ -268,7 +268,7 @@ def test_the_doctor_on_mdistiller(checkout, tmp_path):
     done = python("-m", "deepkd_plugin.registry", cwd=tmp_path, MDISTILLER_ROOT=str(checkout))
     assert done.returncode == 0, done.stderr
     assert f"mdistiller in {checkout}" in done.stdout
-    assert "REVIEWKD DKD +MLKD +CRLD +DeepKD" in done.stdout
+    assert "REVIEWKD DKD +MLKD +CRLD +NKD +RLD +WTTM +DIST +DeepKD" in done.stdout
     assert "crd_dot +DecoupledMomentumSGD" in done.stdout
     assert "cifar100 images        in place, 100 test images" in done.stdout
 

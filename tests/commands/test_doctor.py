@@ -16,7 +16,7 @@ def test_what_is_here(capsys, monkeypatch, tmp_path, cifar_root):
     out = capsys.readouterr().out
     for words in (
         "host                   built-in (no mdistiller",
-        "+MLKD +CRLD +DeepKD",
+        "+MLKD +CRLD +NKD +RLD +WTTM +DIST +DeepKD",
         "cifar100 teachers      missing: resnet56, resnet110",
         "cifar100 images        missing: data: DATASET.ROOT holds no CIFAR-100",
         "glyphs100 images       built in",

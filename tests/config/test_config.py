@@ -189,7 +189,10 @@ def test_values_come_from_the_file_and_then_from_the_options(cfg, tmp_path):
             "DeepKD: {MASK: {PHASES: [0.6, 0.4]}}",
             "some.yaml: DeepKD.MASK.PHASES is (0.6, 0.4); it must be two ends in order, 0 <= phi1 < phi2 <= 1",
         ),
-        ("DeepKD: {BASE: CRDD}", "some.yaml: DeepKD.BASE is 'CRDD'; it must be one of KD, DKD, MLKD, CRLD"),
+        (
+            "DeepKD: {BASE: CRDD}",
+            "some.yaml: DeepKD.BASE is 'CRDD'; it must be one of KD, DKD, MLKD, CRLD, NKD, RLD, WTTM",
+        ),
         (
             "DeepKD: {MASK: {K: 0}}",
             "some.yaml: DeepKD.MASK.K is 0.0; it must be a fraction of the classes in (0, 1), or a whole "

@@ -134,9 +134,9 @@ class FirstCrew(Crew):
 
     tasks: Tasks = field(kw_only=True)
 
-    def launcher(self) -> list[str]:
+    def command(self, tool: str) -> list[str]:
         nodes, each = self.tasks.size // self.tasks.local_size, self.tasks.local_size
-        return ["torchrun", "--nnodes", str(nodes), "--nproc_per_node", str(each)]
+        return process_group.by_torchrun(tool, "--nnodes", str(nodes), "--nproc_per_node", str(each))
 
     def begin(self, run: Run, how: str, lock: int, log: IO[bytes], slot: int) -> subprocess.Popen[bytes]:
         environment = self.tasks.environment(self.tasks.say(how))

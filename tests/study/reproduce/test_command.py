@@ -128,8 +128,9 @@ def test_a_dry_run_starts_and_writes_nothing(reproduce, calls, tmp_path):
     assert "no CIFAR-100" in missing[0]
     assert "TEACHER_WEIGHTS" in missing[1]
     assert entry(out, "protocol") == (
-        "240 epochs in batches of 64 images (kd dkd crld deepkd deepkd_dkd deepkd_crld); 480 epochs in batches of "
-        "64 images (mlkd deepkd_mlkd)"
+        "240 epochs in batches of 64 images (kd dkd crld deepkd deepkd_dkd deepkd_crld deepkd_nomask "
+        "deepkd_dkd_nomask deepkd_crld_nomask); 480 epochs in batches of 64 images (mlkd deepkd_mlkd "
+        "deepkd_mlkd_nomask)"
     )
     assert list(tmp_path.iterdir()) == []
 

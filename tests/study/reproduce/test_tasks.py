@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from torch.distributed import TCPStore
 
-from deepkd_plugin import distributed
+from deepkd_plugin.distributed import process_group
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.run import record
 from deepkd_plugin.run.lock import locked
@@ -95,7 +95,7 @@ def test_a_mistake_that_another_process_finds_is_final(job, fake_run, capsys):
 
 
 def test_a_process_that_does_not_see_that_another_has_failed_is_ended(job, fake_run, monkeypatch):
-    monkeypatch.setattr(distributed, "GRACE", 0.2)
+    monkeypatch.setattr(process_group, "GRACE", 0.2)
     run = fake_run(OTHER="2:9", BLIND="", SECONDS="20")
     started = time.monotonic()
     assert job(run).code == 2
