@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch.distributed import run as distributed_run
 
+from deepkd_plugin import device
 from deepkd_plugin.commands import cli
 from deepkd_plugin.commands import eval as evaluate
 from deepkd_plugin.detection import evaluate as detection_evaluate
@@ -72,6 +73,8 @@ def test_commands(command, train, data_root, cifar_root, capsys, monkeypatch, re
         if words[1] == "output/tune/res20_res8/tuned":  # as `deepkd tune` leaves it
             (tmp_path / "tuned").symlink_to(ROOT / "configs/glyphs100")
             words[1] = str(tmp_path / "tuned")
+        if "--gpus-per-run" in words:
+            monkeypatch.setattr(device, "count", lambda: 8)
         if "--reuse" in words:
             (tmp_path / "other").mkdir()
             (tmp_path / "other" / "table.json").write_text(json.dumps(EMPTY_TABLE))

@@ -155,7 +155,7 @@ def test_who_defines_a_step_inherits_no_word_on_its_constants():
         def forward_train(self, image, target, epoch, **batch):
             return super().forward_train(image, target, 1, **batch)
 
-    kinds = {Louder: 7, Other: 7, Named: (), Sure: "none"}
+    kinds = {Louder: 7, Other: 7, Named: 1.0, Sure: "none"}
     assert {kind: kind.constants(object.__new__(kind), 7, 100) for kind in kinds} == kinds
 
 
