@@ -340,7 +340,7 @@ def test_distributed_checkpoint_goes_on_alike(momenta, full, flatten, tmp_path):
 
 def test_wrapper_without_our_optimizer_is_refused():
     net, _ = problem()
-    with pytest.raises(TypeError, match="takes a DecoupledMomentumSGD or its wrapper"):
+    with pytest.raises(TypeError, match="takes a DecoupledMomentumSGD, a DecoupledAdamW or a wrapper of one"):
         backward_of_wrapper(torch.optim.SGD(net.parameters(), 0.1), losses(net))
 
 

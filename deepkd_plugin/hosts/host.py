@@ -8,6 +8,7 @@ from yacs.config import CfgNode
 
 from .. import config, data
 from ..distillers import DISTILLERS
+from ..distributed import process_group
 from ..errors import UserError, shown
 from ..teacher_logits.tables import count_views
 from .libraries import FORMS, find
@@ -67,10 +68,11 @@ class Host:
     def distiller(self, cfg: CfgNode) -> Any:
         """Return the class of DISTILLER.TYPE; the plugin's own if mdistiller's cannot do what is asked."""
         name = cfg.DISTILLER.TYPE
-        # mdistiller's KD and DKD modify no terms, take no logits nor soft labels and fold nothing; its DKD divides by
-        # the warm-up
+        # mdistiller's KD and DKD modify no terms, take no logits nor soft labels, fold nothing and do not say that a
+        # batch may be divided; its DKD divides by the warm-up
         node = cfg.DISTILLER
         ours = node.TEACHER_LOGITS != "compute" or node.FOLD_TEACHER is True or config.softens(cfg)
+        ours = ours or (name in ("KD", "DKD") and (process_group.size() > 1 or cfg.SOLVER.ACCUMULATE > 1))
         ours = config.modified(cfg) or (ours and name != "NONE")
         if ours or (name == "DKD" and not cfg.DKD.WARMUP):
             return DISTILLERS[name]

@@ -397,7 +397,14 @@ class TestSettle:
         settle()
         assert asked == [True, False]
 
-    @pytest.mark.parametrize("modifier", [{"EXPERIMENT__LOGIT_STAND": True}, {"DISTILLER__ENTROPY_WEIGHT": "formula"}])
+    @pytest.mark.parametrize(
+        "modifier",
+        [
+            {"EXPERIMENT__LOGIT_STAND": True},
+            {"DISTILLER__ENTROPY_WEIGHT": "formula"},
+            {"SOLVER__ACCUMULATE": 2, "SOLVER__TRAINER": config.TRAINER},
+        ],
+    )
     def test_modified_terms_take_our_class_for_that_config_alone(self, settle, mdistiller, modifier):
         own = mdistiller.distillers["KD"]
         settle(**modifier)
