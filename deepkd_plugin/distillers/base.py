@@ -207,8 +207,8 @@ class Method(Distiller):
     """A method that compares logits, term by term; DeepKD can take its terms apart (DeepKD.BASE).
 
     Its loss is weights[0] · CE + weights[1] · warm-up · (the sum of its terms) + what `task` adds; a term counts with
-    the batch's mean of weight · `distance`. A subclass gives `terms`. One whose distance is no KL gives `distance` too,
-    and `parts`, if it falls apart otherwise than KL. It declares besides:
+    the batch's mean of weight · `distance`. A subclass gives `terms`; one that weighs the two parts of KL by themselves
+    `part_weights`; one whose term is no KL `parts` or `distance`, or both. It declares besides:
 
     keeps_weight: whether NCKD keeps the teacher's (1 − p) of each sample when DeepKD takes the terms apart, as it
         has it in plain KD.
@@ -233,11 +233,20 @@ class Method(Distiller):
 
     @classmethod
     def distance(cls, term: Term, target: Tensor, cfg: Any) -> Tensor:
-        """Return how far the student is from the teacher in a term, for each sample: (B,). By default T² · KL.
+        """Return how far the student is from the teacher in a term, for each sample: (B,).
 
-        target: the classes, (B,).
+        target: the classes, (B,). T² · KL, or the sum of `parts` under `part_weights` if the method has these.
         """
-        return kd_divergence(term.student, term.teacher, term.temperature)
+        if (weights := cls.part_weights(cfg)) is None:
+            return kd_divergence(term.student, term.teacher, term.temperature)
+        tckd, nckd, _ = cls.parts(term, target, cfg)
+        distance: Tensor = weights[0] * tckd + weights[1] * nckd
+        return distance
+
+    @classmethod
+    def part_weights(cls, cfg: Any) -> tuple[float, float] | None:
+        """Return the weights of the target-class and the non-target-class part; None if a term counts whole."""
+        return None
 
     @classmethod
     def parts(
@@ -267,8 +276,9 @@ class Method(Distiller):
 
     @classmethod
     def loss_weights(cls, cfg: Any) -> dict[str, float]:
-        ce, kd = cls.weights(cfg)
-        return {"CE": ce, "KD": kd} | cls.term_weights(cfg) | warmup_epochs(cls, cfg)
+        (ce, kd), apart = cls.weights(cfg), cls.part_weights(cfg)
+        whole = {"KD": kd} if apart is None else {"TCKD": kd * apart[0], "NCKD": kd * apart[1]}
+        return {"CE": ce} | whole | cls.term_weights(cfg) | warmup_epochs(cls, cfg)
 
     def constants(self, epoch: float, num_classes: int) -> Hashable:
         return self.warmup(epoch)

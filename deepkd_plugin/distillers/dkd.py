@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
-from .base import Method, warmup_epochs
+from .base import Method
 from .terms import Term, View
 
 
@@ -21,12 +19,6 @@ class DKD(Method):
         return [Term(*views[0], temperature or cls.temperature_of(cfg))]
 
     @classmethod
-    def distance(cls, term: Term, target: Tensor, cfg: Any) -> Tensor:
-        tckd, nckd, _ = cls.parts(term, target, cfg)
-        distance: Tensor = cfg.DKD.ALPHA * tckd + cfg.DKD.BETA * nckd
-        return distance
-
-    @classmethod
     def temperature_of(cls, cfg: Any) -> float:
         return float(cfg.DKD.T)
 
@@ -35,6 +27,5 @@ class DKD(Method):
         return cfg.DKD.CE_WEIGHT, 1.0
 
     @classmethod
-    def loss_weights(cls, cfg: Any) -> dict[str, float]:
-        node = cfg.DKD
-        return {"CE": node.CE_WEIGHT, "TCKD": node.ALPHA, "NCKD": node.BETA} | warmup_epochs(cls, cfg)
+    def part_weights(cls, cfg: Any) -> tuple[float, float]:
+        return cfg.DKD.ALPHA, cfg.DKD.BETA

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..losses import DecoupledKD, wide
 from ..rules import NOT_NEGATIVE, TEMPERATURE, Key
-from .base import Method, warmup_epochs
+from .base import Method
 from .terms import Term, View
 
 
@@ -32,12 +32,6 @@ class NKD(Method):
         return [Term(*views[0], temperature or float(cfg.NKD.TEMPERATURE))]
 
     @classmethod
-    def distance(cls, term: Term, target: Tensor, cfg: Any) -> Tensor:
-        of_target, of_others, _ = cls.parts(term, target, cfg)
-        distance: Tensor = of_target + cfg.NKD.GAMMA * of_others
-        return distance
-
-    @classmethod
     def parts(
         cls, term: Term, target: Tensor, cfg: Any, top_k: int | None = None, mask: str = "renormalise"
     ) -> DecoupledKD:
@@ -53,6 +47,5 @@ class NKD(Method):
         return cfg.NKD.CE_WEIGHT, 1.0
 
     @classmethod
-    def loss_weights(cls, cfg: Any) -> dict[str, float]:
-        node = cfg.NKD
-        return {"CE": node.CE_WEIGHT, "TCKD": 1.0, "NCKD": node.GAMMA} | warmup_epochs(cls, cfg)
+    def part_weights(cls, cfg: Any) -> tuple[float, float]:
+        return 1.0, cfg.NKD.GAMMA

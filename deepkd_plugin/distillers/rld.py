@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..losses import DecoupledKD, decoupled_kd
 from ..rules import NOT_NEGATIVE, TEMPERATURE, Key, whole
-from .base import Method, warmup_epochs
+from .base import Method
 from .terms import Term, View
 
 
@@ -35,12 +35,6 @@ class RLD(Method):
         return [Term(*views[0], temperature or float(cfg.RLD.T))]
 
     @classmethod
-    def distance(cls, term: Term, target: Tensor, cfg: Any) -> Tensor:
-        scd, mcd, _ = cls.parts(term, target, cfg)
-        distance: Tensor = cfg.RLD.ALPHA * scd + cfg.RLD.BETA * mcd
-        return distance
-
-    @classmethod
     def parts(
         cls, term: Term, target: Tensor, cfg: Any, top_k: int | None = None, mask: str = "renormalise"
     ) -> DecoupledKD:
@@ -58,6 +52,5 @@ class RLD(Method):
         return cfg.RLD.CE_WEIGHT, 1.0
 
     @classmethod
-    def loss_weights(cls, cfg: Any) -> dict[str, float]:
-        node = cfg.RLD
-        return {"CE": node.CE_WEIGHT, "TCKD": node.ALPHA, "NCKD": node.BETA} | warmup_epochs(cls, cfg)
+    def part_weights(cls, cfg: Any) -> tuple[float, float]:
+        return cfg.RLD.ALPHA, cfg.RLD.BETA

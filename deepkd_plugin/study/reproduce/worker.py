@@ -62,11 +62,11 @@ def lead(processes: int, argv: Sequence[str]) -> int:
         except SignalException as interruption:
             return 128 + interruption.sigval
         except ChildFailedError as error:
-            rank, first = error.get_first_failure()
             codes = [failure.exitcode for failure in error.failures.values()]
-            # what is left of the others may have ended by itself before torchrun saw that one was killed
-            killed = [pair for pair in error.failures.items() if pair[1].exitcode < 0]
-            rank, first = next((pair for pair in killed if pair[1].exitcode != -signal.SIGTERM), (rank, first))
+            # another may have ended by itself before torchrun saw that one was killed; SIGTERM is torchrun's own
+            ends = error.failures.items()
+            killed = ((rank, one) for rank, one in ends if one.exitcode < 0 and one.exitcode != -signal.SIGTERM)
+            rank, first = next(killed, error.get_first_failure())
             if first.exitcode < 0:
                 print(f"deepkd: process {rank} of {processes} was {ending(first.exitcode)}", file=sys.stderr)
                 return 128 - first.exitcode
