@@ -20,6 +20,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start; pytest-xdist fills the cores
 
+# Autograd counts devices at its first backward pass and forbids forks for good if it sees one, which some mutated
+# config brings about. small.command forks.
+torch.ones(1, requires_grad=True).backward()
+
 DATA = Path(__file__).parent / "data"
 MDISTILLER = mdistiller_host.locate()
 """The folder of an installed mdistiller or of the checkout that MDISTILLER_ROOT names; None without one."""

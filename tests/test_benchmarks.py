@@ -563,7 +563,8 @@ def test_the_rows_of_a_gpu_by_stand_ins(checks, monkeypatch):
     module = checks.module
     for name in BY_STAND_INS:
         monkeypatch.setitem(module.ROWS, name, module.ROWS[name]._replace(needs_cuda=False))
-    for name, value in {"LARGE": module.SMALL, "ROUNDS": 1, "REPEAT": 1}.items():
+    small = importlib.import_module("gpu_case").SMALL
+    for name, value in {"LARGE": small, "ROUNDS": 1, "REPEAT": 1}.items():
         monkeypatch.setattr(module, name, value)
     _, lines, printed = checks("--device", "cpu", "--rows", *BY_STAND_INS)
     times = lines.pop("step_times")["measured"]
