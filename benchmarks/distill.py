@@ -1,6 +1,6 @@
 """`deepkd distill` on made JPEGs, from an empty folder to its last line: how long it takes, what the teacher gains.
 
-    python benchmarks/distill.py [--seeds 0 1 2] [--add FILE.json …] [--epochs 25] [--images 40] [--write PATH.md]
+    python benchmarks/distill.py [--seeds 0 1 2] [--add FILE.json …] [--epochs 20] [--images 40] [--write PATH.md]
 
 12 letters that resemble each other, in 16 fonts, turned, sized and coloured at random on textured ground with noise,
 are written as JPEGs of 40 to 96 pixels a side: the same files for all seeds. Networks see 16 pixels of a side, so that
@@ -159,7 +159,7 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--add", type=Path, nargs="+", default=[], help="records (.json) of calls for other seeds")
-    parser.add_argument("--epochs", type=count, default=25, help="of each run (25)")
+    parser.add_argument("--epochs", type=count, default=20, help="of each run (20)")
     parser.add_argument("--images", type=count, default=40, help="of each class to train on, and to test on (40)")
     parser.add_argument("--write", type=Path, help="Markdown file to write; a .json is written beside it")
     args = parser.parse_args()
