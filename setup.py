@@ -79,6 +79,7 @@ setup(
         "wandb": ["wandb"],
         "completion": ["shtab>=1.7"],  # deepkd --print-completion; not everybody's shell asks for it
         "slurm": ["submitit"],
+        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],  # the site
         "examples": ["lightning>=2.6", "accelerate>=1.15", "transformers>=5.24", "timm>=1.0.31"],
         "test": [
             "pytest>=8",
