@@ -95,6 +95,7 @@ setup(
             "timm>=1.0.31",
             "datasets>=3",
             "shtab>=1.7",
+            "mkdocs>=1.6",  # what is generated of the site
         ],
     },
     entry_points={"console_scripts": ["deepkd = deepkd_plugin.commands.cli:entry"]},

@@ -220,7 +220,7 @@ def test_code(code):
     written_out(code, 100)
 
 
-LOOPS = [block for block in blocks("python") if "schedule(" in block]
+LOOPS = [block for block in blocks("python") if "for epoch in range(epochs)" in block]
 
 
 @pytest.mark.parametrize("code", LOOPS)
