@@ -156,7 +156,9 @@ def draw_result(numbers: Numbers) -> Figure:
             axis.plot([low, high], [at, at], color=colour, linewidth=2.5)
             axis.plot(row["gain"], at, "o", color=colour)
             text = f"{row['gain']:+.1f}".replace("-", "−")
-            axis.annotate(text, (row["gain"], at), (0, 6), textcoords="offset points", ha="center", color=colour)
+            ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+            place = {"textcoords": "offset points", "ha": "center", "bbox": ground}
+            axis.annotate(text, (row["gain"], at), (0, 6), color=colour, **place)
             ticks[at] = f"over {row['base']}, {row['runs']} seeds"
             at += 1
         axis.annotate(TABLES[table], (0.01, (first + at - 1) / 2), xycoords=("axes fraction", "data"), va="center")
