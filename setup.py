@@ -79,6 +79,7 @@ setup(
         "wandb": ["wandb"],
         "completion": ["shtab>=1.7"],  # deepkd --print-completion; not everybody's shell asks for it
         "slurm": ["submitit"],
+        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],  # the site
         "examples": ["lightning>=2.6", "accelerate>=1.15", "transformers>=5.24", "timm>=1.0.31"],
         "test": [
             "pytest>=8",
@@ -94,6 +95,7 @@ setup(
             "timm>=1.0.31",
             "datasets>=3",
             "shtab>=1.7",
+            "mkdocs>=1.6",  # what is generated of the site
         ],
     },
     entry_points={"console_scripts": ["deepkd = deepkd_plugin.commands.cli:entry"]},

@@ -47,7 +47,7 @@ BATCH = ("image", "target", "index", "contrastive_index")
 class Trainer:
     """Trains a distiller under mdistiller's protocol: `Trainer(name, distiller, loaders…, cfg).train(resume)`.
 
-    Losses are summed and take one momentum, SOLVER.MOMENTUM: mdistiller's base trainer. docs/design.md lists what a
+    Losses are summed and take one momentum, SOLVER.MOMENTUM: mdistiller's base trainer. docs/files.md lists what a
     run leaves in LOG.PREFIX/name. What is particular to classification is in prepare, hits, top_k, test and
     test_teacher.
     """

@@ -1,4 +1,4 @@
-"""The package's extension points, by the files that docs/extending.md shows: each works from outside the package."""
+"""The package's extension points, by the files that docs/extending*.md show: each works from outside the package."""
 
 import hashlib
 import json
@@ -26,7 +26,8 @@ from deepkd_plugin.run.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```python\n# (\w+)\.py\n(.*?)^```", re.MULTILINE | re.DOTALL)
-FILES = dict(BLOCK.findall((ROOT / "docs/extending.md").read_text(encoding="utf-8")))
+PAGES = [ROOT / "docs" / name for name in ("extending.md", "extending_data.md")]
+FILES = dict(BLOCK.findall("".join(page.read_text(encoding="utf-8") for page in PAGES)))
 LONGEST = 25
 
 RUN = {
@@ -47,7 +48,7 @@ WHOLE = ("DATASET.TRAIN_PER_CLASS", "0", "DATASET.HOLDOUT", "0.0")
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder on Python's path with the files of docs/extending.md."""
+    """A folder on Python's path with the files of these pages."""
     for name, code in FILES.items():
         (tmp_path / f"{name}.py").write_text(code)
     return tmp_path

@@ -37,3 +37,8 @@ def test_lines_are_at_most_120_characters_long(page):
     """Except rows of a table, which cannot be broken."""
     lines = page.read_text(encoding="utf-8").splitlines()
     assert [line for line in lines if len(line) > 120 and not line.startswith("|")] == []
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_pages_are_at_most_150_lines_long(page):
+    assert len(page.read_text(encoding="utf-8").splitlines()) <= 150

@@ -1,4 +1,4 @@
-"""Write configs/{cifar100,imagenet,tiny_imagenet} and the tables of docs/configs.md.
+"""Write configs/{cifar100,imagenet,tiny_imagenet} and the tables of docs/configs.md and docs/release.md.
 
 python tools/make_configs.py           writes what differs
 python tools/make_configs.py --check   writes nothing, names what differs and exits 1 if anything does
@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).parents[1]
 BASES = ("KD", "DKD", "MLKD", "CRLD")
 METHODS = ("kd", "dkd", "mlkd", "crld", "deepkd", "deepkd_dkd", "deepkd_mlkd", "deepkd_crld")
+PAGES = {"configs.md": ("baselines",), "release.md": ("faults", "siblings")}
+"""Pages of docs/ with the tables that are written into them."""
 NOMASK = "_nomask"
 METHODS += tuple(f"{method}{NOMASK}" for method in METHODS if method.startswith("deepkd"))
 
@@ -467,7 +469,7 @@ class Configs:
         return f"{', '.join(had)} ({theirs.source})" if had else None
 
     def tables(self) -> dict[str, str]:
-        """Write the generated tables of docs/configs.md, by name."""
+        """Write the generated tables of PAGES, by name."""
         return {
             "faults": table(
                 ("Ours", "The release's file", "Here"),
@@ -649,7 +651,7 @@ def fill(page: str, tables: dict[str, str]) -> str:
         before, mark, rest = page.partition(f"<!-- table: {name} -->\n")
         _, end, after = rest.partition("<!-- end -->")
         if not mark or not end:
-            raise ValueError(f"docs/configs.md: has no table marked {name}")
+            raise ValueError(f"the page of docs/ has no table marked {name}")
         page = f"{before}{mark}{text}\n{end}{after}"
     return page
 
@@ -661,8 +663,10 @@ def main(argv: Sequence[str], root: Path = ROOT) -> int:
         return 2
     configs = Configs(read_recipes(Path(__file__).with_name("recipes.csv")))
     wanted = {root / "configs" / name: text for name, text in configs.files().items()}
-    page = root / "docs" / "configs.md"
-    wanted[page] = fill(page.read_text(encoding="utf-8"), configs.tables())
+    tables = configs.tables()
+    for name, marks in PAGES.items():
+        page = root / "docs" / name
+        wanted[page] = fill(page.read_text(encoding="utf-8"), {mark: tables[mark] for mark in marks})
     there = {f for dataset in DATASETS for f in (root / "configs" / dataset).rglob("*.yaml")}
     strange = sorted(there - wanted.keys())
     differing = [f for f, t in wanted.items() if not f.is_file() or f.read_text(encoding="utf-8") != t]

@@ -1,6 +1,7 @@
 """`deepkd keys`: every config key, its default, what it means and what it takes."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from .. import config, data
 from ..config import theirs
@@ -19,6 +20,15 @@ def main(words: Sequence[str]) -> int:
 def _lines() -> Iterator[str]:
     """Yield a line for each key of the host's tree and of detectors; of one that only a fork has, the default."""
     host = find_host()
+    for path, default, meaning, allowed in rows(host):
+        if meaning:
+            yield f"{path} = {default!r}: {meaning}. It must be {allowed}."
+        else:
+            yield f"{path} = {default!r} ({host.name}'s)"
+
+
+def rows(host: Host) -> Iterator[tuple[str, Any, str, str]]:
+    """Yield path, default, meaning and allowed values of each key; the last two are empty for one that a fork has."""
     register(host)
     tree = host.cfg.clone()
     of_detectors = {key.path: key for key in DETECTION_KEYS}
@@ -26,11 +36,11 @@ def _lines() -> Iterator[str]:
     named = _names(host)
     for path, default in sorted((dict.fromkeys(of_detectors) | config.flatten(tree)).items()):
         if key := known.get(path):
-            yield f"{path} = {key.default!r}: {key.meaning}. It must be {key.allowed}."
+            yield path, key.default, key.meaning, key.allowed
         elif meaning := theirs.MEANINGS.get(path):
-            yield f"{path} = {default!r}: {meaning}. It must be {named.get(path) or theirs.allowed(path, default)}."
+            yield path, default, meaning, named.get(path) or theirs.allowed(path, default)
         else:
-            yield f"{path} = {default!r} ({host.name}'s)"
+            yield path, default, "", ""
 
 
 def _names(host: Host) -> dict[str, str]:

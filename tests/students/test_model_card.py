@@ -12,7 +12,8 @@ from deepkd_plugin.commands import cli
 from deepkd_plugin.students import push
 
 ROOT = Path(__file__).parents[2]
-TEXT = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "README.md", ROOT / "docs/after_training.md"))
+PAGES = (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 COMMANDS = sorted(set(re.findall(r"^deepkd (?:eval|export|predict|push) .*", TEXT, re.MULTILINE)))
 
 
@@ -21,6 +22,8 @@ def here(run, pictures, tmp_path, monkeypatch):
     """A working folder that has what the page speaks of."""
     (tmp_path / "output" / "glyphs100").mkdir(parents=True)
     run.rename(tmp_path / "output" / "glyphs100" / "run")
+    (tmp_path / "output" / "flowers").mkdir()
+    (tmp_path / "output" / "flowers" / "deepkd").symlink_to(tmp_path / "output" / "glyphs100" / "run")
     Image.open(pictures / "a.png").save(tmp_path / "image.png")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(push, "_api", Hub)
