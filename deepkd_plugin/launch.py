@@ -31,7 +31,7 @@ from .run.metrics import weights_and_biases
 from .terminal import Parser, Stopped, check_interruption, exit_code, guarded, open_streams, spoken, used_up
 from .trainer import Trainer
 
-EXAMPLE = "configs/glyphs100/res20_res8/kd.yaml"
+EXAMPLE = "glyphs100/res20_res8/deepkd"
 
 
 def main(argv: Sequence[str] | None = None, tool: str = "tools/train.py") -> int:
@@ -49,8 +49,12 @@ def _main(words: list[str], tool: str) -> None:
 
 def read_words(words: Sequence[str], tool: str, description: str, example: str) -> dict[str, Any]:
     """Read the arguments of `train` from the command line of `tool`."""
-    parser = Parser(tool, description=description)
-    parser.add_argument("--cfg", dest="file", required=True, metavar="FILE", help=f"for example {example}")
+    parser = Parser(
+        tool, description=description, examples=(f"--cfg {example}", f"--cfg {example} SOLVER.EPOCHS 2 SOLVER.SEED 1")
+    )
+    parser.add_argument(
+        "--cfg", dest="file", required=True, metavar="FILE", help="a YAML file, or a name of `deepkd configs`"
+    )
     parser.add_run()
     args = parser.parse(words)
     args.file = find_config(args.file)

@@ -26,7 +26,7 @@ from .trainer import TRAINERS, measure_teacher
 TOOL = "tools/train_detection.py"
 EVALUATION = {TOOL: "tools/eval_detection.py", "deepkd detect": "deepkd detect-eval"}
 """What tests a detector, by what has trained it."""
-EXAMPLE = "configs/detection/glyph_canvas/res20_res8/deepkd.yaml"
+EXAMPLE = "detection/glyph_canvas/res20_res8/deepkd"
 
 
 def main(argv: Sequence[str] | None = None, tool: str = TOOL) -> int:
