@@ -265,8 +265,14 @@ def one_process() -> None:
         )
 
 
+def version() -> str:
+    """Return the package's version, of this very code; what is installed may be another one's."""
+    text: str = sys.modules[__package__ or ""].__version__
+    return text
+
+
 def open_streams() -> None:
-    """Let a terminal that cannot show a character show "?", and what was closed lead nowhere.
+    """Let a terminal that cannot show a character show "?", lines reach a file at once, and what was closed nothing.
 
     The next file that is opened would otherwise take the place of a closed stdout, and get its output.
     """
@@ -279,7 +285,7 @@ def open_streams() -> None:
                 os.close(nowhere)
             setattr(sys, name, os.fdopen(number, "w"))
         elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors="replace", line_buffering=True)
 
 
 @contextlib.contextmanager

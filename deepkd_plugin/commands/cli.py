@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
 
-from ..terminal import Parser, guarded, nearest
+from ..terminal import Parser, guarded, nearest, version
 from . import completion
 
 GROUPS = {
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int:
     parser = _Root("deepkd", usage="deepkd COMMAND …")
-    parser.add_argument("--version", action="version", version=f"deepkd_plugin {_version()}")
+    parser.add_argument("--version", action="version", version=f"deepkd_plugin {version()}")
     parser.add_argument(
         "--print-completion",
         action=completion.Print,
@@ -99,8 +99,3 @@ def _meant(word: str) -> str:
     """Name the commands that a wrong word may mean: those that say it of what they do, or one that is written alike."""
     doing = [name for name, what in COMMANDS.items() if word.lower() in what.replace(",", "").split()]
     return f"; did you mean {' or '.join(doing[:3])}?" if doing else nearest(word, COMMANDS)
-
-
-def _version() -> str:
-    text: str = sys.modules[__name__.partition(".")[0]].__version__
-    return text
