@@ -79,7 +79,18 @@ setup(
         "wandb": ["wandb"],
         "completion": ["shtab>=1.7"],  # deepkd --print-completion; not everybody's shell asks for it
         "slurm": ["submitit"],
-        "examples": ["lightning>=2.6", "accelerate>=1.15", "transformers>=5.24", "timm>=1.0.31"],
+        "examples": [
+            "lightning>=2.6",
+            "accelerate>=1.15",
+            "transformers>=5.24",
+            "timm>=1.0.31",
+            "nbclient>=0.10",  # docs/tutorial.ipynb
+            "ipykernel",
+        ],
+        "browser": [
+            "playwright>=1.45",
+            "axe-playwright-python>=0.1.4",
+        ],  # tests of a table's page; Chromium itself is apt's
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.2",
@@ -94,6 +105,7 @@ setup(
             "timm>=1.0.31",
             "datasets>=3",
             "shtab>=1.7",
+            "pyte",  # what a terminal would show
         ],
     },
     entry_points={"console_scripts": ["deepkd = deepkd_plugin.commands.cli:entry"]},
