@@ -80,7 +80,18 @@ setup(
         "completion": ["shtab>=1.7"],  # deepkd --print-completion; not everybody's shell asks for it
         "slurm": ["submitit"],
         "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],  # the site
-        "examples": ["lightning>=2.6", "accelerate>=1.15", "transformers>=5.24", "timm>=1.0.31"],
+        "examples": [
+            "lightning>=2.6",
+            "accelerate>=1.15",
+            "transformers>=5.24",
+            "timm>=1.0.31",
+            "nbclient>=0.10",  # docs/tutorial.ipynb
+            "ipykernel",
+        ],
+        "browser": [
+            "playwright>=1.45",
+            "axe-playwright-python>=0.1.4",
+        ],  # tests of a table's page; Chromium itself is apt's
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.2",
@@ -96,6 +107,7 @@ setup(
             "datasets>=3",
             "shtab>=1.7",
             "mkdocs>=1.6",  # what is generated of the site
+            "pyte",  # what a terminal would show
         ],
     },
     entry_points={"console_scripts": ["deepkd = deepkd_plugin.commands.cli:entry"]},

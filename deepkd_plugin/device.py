@@ -102,7 +102,8 @@ def describe(device: torch.device) -> str:
     """Name the device, for the record of a run."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def place(module: nn.Module, device: torch.device, channels_last: Any) -> nn.Module:

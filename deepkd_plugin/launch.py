@@ -28,10 +28,10 @@ from .rules import LONGEST_NAME
 from .run import folder as run_folder
 from .run import record
 from .run.metrics import weights_and_biases
-from .terminal import Parser, Stopped, check_interruption, exit_code, guarded, open_streams, spoken, used_up
+from .terminal import Parser, Stopped, check_interruption, exit_code, guarded, open_streams, spoken, used_up, version
 from .trainer import Trainer
 
-EXAMPLE = "configs/glyphs100/res20_res8/kd.yaml"
+EXAMPLE = "glyphs100/res20_res8/deepkd"
 
 
 def main(argv: Sequence[str] | None = None, tool: str = "tools/train.py") -> int:
@@ -49,8 +49,12 @@ def _main(words: list[str], tool: str) -> None:
 
 def read_words(words: Sequence[str], tool: str, description: str, example: str) -> dict[str, Any]:
     """Read the arguments of `train` from the command line of `tool`."""
-    parser = Parser(tool, description=description)
-    parser.add_argument("--cfg", dest="file", required=True, metavar="FILE", help=f"for example {example}")
+    parser = Parser(
+        tool, description=description, examples=(f"--cfg {example}", f"--cfg {example} SOLVER.EPOCHS 2 SOLVER.SEED 1")
+    )
+    parser.add_argument(
+        "--cfg", dest="file", required=True, metavar="FILE", help="a YAML file, or a name of `deepkd configs`"
+    )
     parser.add_run()
     args = parser.parse(words)
     args.file = find_config(args.file)
@@ -76,10 +80,7 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
         device.seed_everything(cfg.SOLVER.SEED)
         with collectives.in_turn():
             train_loader, val_loader, num_data, num_classes = data.get_dataset(cfg)
-        print(
-            f"{name}: {cfg.DISTILLER.TYPE} on {cfg.DATASET.TYPE}, {num_data} images, {device.describe(target_device)}; "
-            f"by {record.PACKAGE}"
-        )
+        announce(name, cfg, num_data, target_device)
         distiller = make_distiller(host, cfg, num_data, num_classes)
         distiller = device.place(distiller, target_device, cfg.SOLVER.CHANNELS_LAST)
         if not issubclass(make, Trainer):
@@ -97,7 +98,8 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
         trainer.teacher_acc = teacher_acc
         result = run(trainer, resume, overwrite, command)
         if not process_group.rank():
-            summarise(cfg, folder, teacher_acc, result)
+            gained = gains(file, options, result, _planned)
+            summarise(cfg, folder, teacher_acc, result, gained)
         return folder
 
 
@@ -214,8 +216,16 @@ def experiment_name(cfg: Any, options: Sequence[str] = ()) -> str:
     return "/".join([node.PROJECT, *above, f"{last}-{digest}"])
 
 
-def summarise(cfg: Any, folder: Path, teacher_acc: float | None, result: dict[str, Any]) -> None:
-    """Print the end of a run: how good it is, the files, what to do next."""
+def announce(name: str, cfg: Any, count: int, torch_device: Any) -> None:
+    """Print what a run will be, of how many training images, and by which code on which device."""
+    print(
+        f"{name}: {cfg.DISTILLER.TYPE} on {cfg.DATASET.TYPE}, {count} images, {cfg.SOLVER.EPOCHS} epochs\n"
+        f"by        deepkd_plugin {version()} in {record.PACKAGE}; {device.describe(torch_device)}"
+    )
+
+
+def summarise(cfg: Any, folder: Path, teacher_acc: float | None, result: dict[str, Any], gained: str) -> None:
+    """Print the end of a run: how good it is, what it gained (see `gains`), the files, what to do next."""
     teacher = "none" if teacher_acc is None else f"{cfg.DISTILLER.TEACHER} {teacher_acc:.2f} % top-1"
     minutes = record.read_run(folder)["minutes"]
     trust = ["--trust"] if any(map(extensions.asked_by, (cfg.DISTILLER.STUDENT, cfg.DATASET.TYPE))) else []
@@ -223,6 +233,7 @@ def summarise(cfg: Any, folder: Path, teacher_acc: float | None, result: dict[st
         f"\nteacher   {teacher}\n"
         f"student   {cfg.DISTILLER.STUDENT}: best {result['best']:.2f} % (epoch {result['best_epoch']}), last "
         f"{result['last']:.2f} % (epoch {result['epochs']}), in {minutes:.1f} minutes\n"
+        f"gain      {gained}\n"
         f"files     {folder}/ (student_best, student_latest, README.md, metrics.jsonl, train.events)\n"
         f"next      {shlex.join([*spoken('deepkd eval'), str(folder), *trust])}"
     )
@@ -238,29 +249,75 @@ def show_sibling(file: str, options: Sequence[str], tool: str, planned: Planned)
     It has this run's options, for they may say where the images are. A config whose run is there already, that names a
     file which is not, or that would import a module which this run has not is passed over; there may be none.
     """
-    given = [word for pair in zip(options[::2], options[1::2]) if pair[0] not in UNSHARED for word in pair]
-    silent = contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO())
-    with silent[0], silent[1]:  # warnings are for who runs it
+    given = _given(options)
+    with _silent():
         ours = planned(file, options)
-        others = sorted(path for path in Path(file).parent.glob("*.yaml") if path.name != Path(file).name)
-        others.sort(key=lambda path: path.stem not in ("kd", "dkd"))
-        found = next((path for path in others if _trains(path, given, ours, planned)), None)
+        found = next((path for path in _beside(file) if _trains(path, given, ours, planned)), None)
     if found:
         print(f"          {shlex.join([*process_group.command(tool), '--cfg', str(found), *given])}")
+
+
+def gains(file: str, options: Sequence[str], result: Mapping[str, Any], planned: Planned) -> str:
+    """Say how far a run's last epoch is above those of its student's finished runs under other configs of the folder.
+
+    They have this run's options, so also its seed and its epochs. Those that are not there are passed over.
+    """
+    with _silent():
+        ours = planned(file, options)[0]
+        found = {}
+        for path in _beside(file):
+            with contextlib.suppress(UserError):
+                if _would_import(path):
+                    continue
+                cfg, folder = planned(str(path), _given(options))
+                there = record.find_run(folder)
+                alike = all(config.get(cfg, key) == config.get(ours, key) for key in ALIKE)
+                if alike and there.get("finished") and "last" in (there.get("result") or {}):
+                    found[path.stem] = result["last"] - there["result"]["last"]
+    if not found:
+        return "not known: no run of this student under another config is there yet"
+    words = ", ".join(f"{gain:+.2f} over {name}".replace("-", "−", gain < 0) for name, gain in found.items())
+    return f"{words} (last epoch, one run each; `deepkd reproduce` tells how sure)"
+
+
+ALIKE = ("DATASET.TYPE", "DISTILLER.STUDENT", "SOLVER.EPOCHS", "SOLVER.SEED")
+"""What runs must share, for the difference of their accuracies to be a gain."""
 
 
 UNSHARED = ("EXPERIMENT.NAME", "EXPERIMENT.TAG", "DISTILLER.TYPE", "SOLVER.TRAINER")
 """Options of a run that are not for another config: its folder's name and its method."""
 
 
+def _given(options: Sequence[str]) -> list[str]:
+    return [word for pair in zip(options[::2], options[1::2]) if pair[0] not in UNSHARED for word in pair]
+
+
+def _beside(file: str) -> list[Path]:
+    """List the other configs of a config's folder, the bases first."""
+    others = sorted(path for path in Path(file).parent.glob("*.yaml") if path.name != Path(file).name)
+    return sorted(others, key=lambda path: path.stem not in ("kd", "dkd"))
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Let nothing be said: warnings of another config are for who runs it."""
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def _would_import(path: Path) -> bool:
+    """Tell whether a config names a module that this run has not imported."""
+    tree = config_file.read(path)
+    settings = config.flatten(tree) if isinstance(tree, dict) else {}
+    named = [settings.get(key) for key in ("DISTILLER.STUDENT", "DISTILLER.TEACHER", "DATASET.TYPE")]
+    asked = {extensions.asked_by(name) for name in named if isinstance(name, str)} - {None}
+    return not all(map(extensions.is_named, asked))
+
+
 def _trains(path: Path, options: Sequence[str], ours: tuple[Any, Path], planned: Planned) -> bool:
     """Tell whether a config trains the student of `ours`, or is taught by it, on the same images, as things are."""
     try:
-        tree = config_file.read(path)
-        settings = config.flatten(tree) if isinstance(tree, dict) else {}
-        named = [settings.get(key) for key in ("DISTILLER.STUDENT", "DISTILLER.TEACHER", "DATASET.TYPE")]
-        asked = {extensions.asked_by(name) for name in named if isinstance(name, str)} - {None}
-        if not all(map(extensions.is_named, asked)):
+        if _would_import(path):
             return False
         cfg, folder = planned(str(path), options)
     except UserError:

@@ -6,13 +6,16 @@ import errno
 import functools
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
+from textwrap import wrap
 from typing import Any, NoReturn
 
 from .errors import UserError, shown
@@ -34,15 +37,31 @@ SCRIPTS = {
 """The scripts of a checkout of this package, and the commands that are the same."""
 
 
+def nearest(word: str, names: Iterable[str]) -> str:
+    """Return "; did you mean NAME?" of the name that is most like a word; "" if none is."""
+    near = get_close_matches(word[:100], list(names), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 class Parser(argparse.ArgumentParser):
-    """Tells of a mistake in one line, as everything else does."""
+    """Tells of a mistake in one line, as everything else does. examples: words behind the command, for its help."""
 
     takes_pairs = False
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    def __init__(self, *args: Any, examples: Sequence[str] = (), **options: Any) -> None:
         # a flag that is cut short may be another one tomorrow
         super().__init__(*args, allow_abbrev=False, **options)
         self.register("type", Path, _path)
+        self.examples = examples
+
+    def format_help(self) -> str:
+        command = shlex.join(spoken(self.prog))
+        wrapped = [
+            wrap(f"{command} {words}", 74, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+            for words in self.examples
+        ]
+        lines = [" \\\n  ".join(["  " + first, *rest]) for first, *rest in wrapped]
+        return "\n".join([super().format_help(), "examples:", *lines, ""]) if lines else super().format_help()
 
     def add_pairs(self) -> None:
         """Take the KEY VALUE pairs, or KEY=VALUE, that stand anywhere between the flags, as `options`."""
@@ -83,6 +102,9 @@ class Parser(argparse.ArgumentParser):
                 flags.append(word)
             else:
                 free.append(word)
+        for name in (word.partition("=")[0] for word in flags if word.startswith("--")):
+            if name not in self._option_string_actions:
+                self.error(f"unrecognized arguments: {name[:100]}{nearest(name, self._option_string_actions)}")
         args = self.parse_args([*free, *flags])
         if self.takes_pairs:
             # what is neither is at the end, where a word without its value is told of
@@ -243,8 +265,14 @@ def one_process() -> None:
         )
 
 
+def version() -> str:
+    """Return the package's version, of this very code; what is installed may be another one's."""
+    text: str = sys.modules[__package__ or ""].__version__
+    return text
+
+
 def open_streams() -> None:
-    """Let a terminal that cannot show a character show "?", and what was closed lead nowhere.
+    """Let a terminal that cannot show a character show "?", lines reach a file at once, and what was closed nothing.
 
     The next file that is opened would otherwise take the place of a closed stdout, and get its output.
     """
@@ -257,7 +285,7 @@ def open_streams() -> None:
                 os.close(nowhere)
             setattr(sys, name, os.fdopen(number, "w"))
         elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors="replace", line_buffering=True)
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from .optim import StreamOptimizer
 from .run import checkpoint, record
 from .run import folder as run_folder
 from .run.metrics import RunLog, Sums, check_lines, weights_and_biases
-from .run.progress import EpochBar, epoch_line, step_text
+from .run.progress import EpochBar, clock, epoch_line, step_text
 from .run.resume import check_model, check_optimizer, check_within, read_state, settled, take_up
 from .run.schedule import make_scheduler, set_epoch, set_rate, warmup_point
 from .speed import make_step
@@ -117,6 +117,8 @@ class Trainer:
         self.within: dict[str, Any] | None = None
         """What a checkpoint inside an epoch, which is gone on from, says of that epoch."""
         self.saved = time.monotonic()
+        self.told = False
+        """Whether the terminal has been told how long the run takes."""
         self.best_acc = -1.0
         self.best_epoch = 0
 
@@ -251,7 +253,10 @@ class Trainer:
                         self.save_within(step, {"sums": sums.state_dict(), "seconds": seconds, "waited": waited})
                     top_k = self.top_k(outcome.logits, epoch, parts)
                     left = seconds / step * (steps * (epochs - epoch + 1) - step)
-                    bar.update(step, step_text(means, top_k, sums.count / seconds, left))
+                    if not self.told and not process_group.rank():
+                        bar.say(f"time      about {clock(left)} left, by the first {step} of {steps} steps an epoch")
+                        self.told = True
+                    bar.update(step, step_text(means, top_k, sums.count / seconds, left, bar.room))
         seconds = time.perf_counter() - start
         hits = {name: means.pop(name) for name in list(means) if name.startswith("train_")}
         momenta = dict(self.optimizer.param_groups[0]["momentum"])
@@ -493,7 +498,7 @@ class Trainer:
             checkpoint.save_weights(weights, self.folder / f"{student_name}{checkpoint.SAFE}", about)
             checkpoint.save(self.state(), self.folder / name)
         run_folder.settle_new(self.folder)
-        print(epoch_line(entry, self.metric, self.shown, self.best_acc))
+        print(epoch_line(entry, self.cfg.SOLVER.EPOCHS, self.metric, self.shown, self.best_acc))
 
     def _stateful(self) -> dict[str, Any]:
         """Return what has a state beside the networks, by its name in a checkpoint."""

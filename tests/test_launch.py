@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+import deepkd_plugin
 from deepkd_plugin import data, device, launch
 from deepkd_plugin.commands import cli
 from deepkd_plugin.commands import eval as evaluate
@@ -22,7 +23,7 @@ from deepkd_plugin.detection import launch as detection_launch
 from deepkd_plugin.hosts import registry
 from deepkd_plugin.hosts.builtin.models import cifar_model_dict
 from deepkd_plugin.launch import main
-from deepkd_plugin.run import checkpoint
+from deepkd_plugin.run import checkpoint, record
 from deepkd_plugin.run.metrics import read_metrics
 from deepkd_plugin.trainer import DecoupledMomentumTrainer
 
@@ -34,6 +35,15 @@ def test_a_run_from_the_command_line(train, data_root):
     code, out, err = train("deepkd")
     assert code == 0, err
     lines = out.strip().splitlines()
+    assert re.fullmatch(r"\S+: DeepKD on glyphs100, \d+ images, 2 epochs", lines[0])
+    assert lines[1].startswith(
+        f"by        deepkd_plugin {deepkd_plugin.__version__} in {ROOT / 'deepkd_plugin'}; CPU, 1 thread"
+    )
+    assert sum(bool(re.match(r"time      about \d\d:\d\d left, by the first ", line)) for line in lines) == 1
+    epochs = [line for line in lines if line.startswith("epoch ")]
+    assert [line.split()[1] for line in epochs] == ["1/2", "2/2"]
+    assert max(map(len, epochs)) <= 80
+    assert "gain      not known: no run of this student under another config is there yet" in lines
     assert any(line.startswith("teacher   resnet20 ") for line in lines)
     assert any(line.startswith("student   resnet8: best ") and " last " in line for line in lines)
     assert any(line.startswith("files     ") and str(train.folder) in line for line in lines)
@@ -51,6 +61,19 @@ def test_a_run_from_the_command_line(train, data_root):
     assert resolved["DeepKD"]["BASE"] == "KD"
     records = read_metrics(train.folder)
     assert [r["top_k"] for r in records] == [50, 99]
+
+
+def test_the_gain_over_the_runs_beside_it_that_are_alike(train, tmp_path):
+    named = ("EXPERIMENT.NAME", "", "SOLVER.EPOCHS", "1")
+    assert train("vanilla", *named)[0] == 0
+    (folder,) = (tmp_path / "output" / "glyphs100").iterdir()
+    record.note(folder, {"result": {"last": 200.0}})
+    _, out, err = train("kd", *named)
+    assert out, err
+    (gain,) = re.findall(r"^gain      −(\d+\.\d\d) over vanilla \(last epoch, one run each; ", out, re.MULTILINE)
+    last = re.search(r", last (\S+) %", out).group(1)
+    assert float(gain) == pytest.approx(200 - float(last), abs=0.011), err
+    assert "gain      not known" in train("dkd", *named, "SOLVER.SEED", "1")[1]
 
 
 def test_the_student_file_is_read_by_eval(train, data_root, capsys):

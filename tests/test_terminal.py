@@ -43,6 +43,13 @@ def test_a_terminal_without_such_characters_shows_others():
     assert (ended.returncode, ended.stdout, ended.stderr) == (2, b"a ? b\n", b"deepkd: error: ?\n")
 
 
+def test_a_line_reaches_a_log_when_it_is_said(tmp_path):
+    """`deepkd train > log` is looked at while it trains."""
+    log = tmp_path / "log"
+    ended = run(f"print('epoch 1'); print(open({str(log)!r}).read(), file=sys.stderr)", stdout=log.open("w"), stderr=-1)
+    assert ended.stderr == b"epoch 1\n\n"
+
+
 def test_a_reader_that_has_gone_is_one_line():
     read_end, write_end = os.pipe()
     os.close(read_end)

@@ -70,6 +70,7 @@ def main(words: Sequence[str]) -> int:
         "deepkd apply",
         description="Put the plugin into a checkout of mdistiller: two lines on top of tools/train.py and of "
         "tools/eval.py, and the plugin's configs beside mdistiller's own. All or nothing.",
+        examples=("../mdistiller", "../mdistiller --check", "../mdistiller --revert"),
     )
     parser.add_argument("path", metavar="PATH", type=Path, help="the checkout's root folder")
     how = parser.add_mutually_exclusive_group()

@@ -17,6 +17,11 @@ def main(words: Sequence[str]) -> int:
         "deepkd cache",
         description="List the tables of teacher logits, fill one with all its views of all images (in several "
         "processes under torchrun), look for damage, or delete them. PATH is a table, or a folder of tables.",
+        examples=(
+            "list",
+            "fill --cfg glyphs100/res20_res8/deepkd",
+            "delete data/teacher_logits --yes",
+        ),
     )
     parser.add_argument("action", choices=("list", "fill", "check", "delete"))
     parser.add_argument("paths", metavar="PATH", type=Path, nargs="*", help=f"default of list and check: {DEFAULT}")

@@ -3,42 +3,41 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 from importlib import import_module
 from typing import NoReturn
 
-from ..terminal import Parser, guarded
+from ..terminal import Parser, guarded, nearest, version
 from . import completion
 
 GROUPS = {
     "train": {
-        "train": "train a student under a config",
         "distill": "train a student on a folder of images, from nothing",
+        "train": "train a student under a config",
         "init": "write the configs that distill trains under",
-        "tune": "choose learning rate, warm-up, deltas and mask on held-out images",
+        "tune": "choose learning rate, warm-up, deltas and mask by search",
         "detect": "train a detector under a config",
-        "detect-eval": "test a detector",
+        "cache": "list, fill, check and delete tables of teacher logits",
+        "shrink": "resize a folder of images once, before training",
     },
     "compare": {
         "reproduce": "train what a table compares, and compare it",
         "report": "compare what reproduce has trained so far",
-        "eval": "test what a run trained, or any file of weights",
-        "gsnr": "measure and draw the gradient signal-to-noise ratio of the streams",
     },
-    "look up": {
+    "inspect": {
+        "eval": "test what a run trained, or any file of weights",
+        "detect-eval": "test a detector",
+        "gsnr": "measure and draw the gradients' signal-to-noise ratio",
         "configs": "list the configs that ship",
         "keys": "list config keys: default, meaning, allowed values",
         "networks": "list networks for teachers and students",
-        "doctor": "look for what would keep a run from working",
     },
     "ship": {
-        "export": "write a student as safetensors, ONNX or torch.export's program",
         "predict": "print what a student says of images",
-        "push": "upload a student with its model card to the Hugging Face hub",
+        "export": "write a student as safetensors, ONNX or a torch program",
+        "push": "upload a student to the Hugging Face hub",
     },
-    "prepare": {
-        "cache": "list, fill, check and delete tables of teacher logits",
-        "shrink": "resize a folder of images once, before it is trained on",
+    "host": {
+        "doctor": "look for what would keep a run from working",
         "apply": "put the plugin into a checkout of mdistiller",
         "merge-detector-weights": "make the start file of mdistiller's detection",
     },
@@ -46,6 +45,21 @@ GROUPS = {
 """Commands by what people want. Each is a module beside this one, whose `main` takes the words behind its name."""
 
 COMMANDS = {name: what for group in GROUPS.values() for name, what in group.items()}
+
+
+class _Root(Parser):
+    """The parser of what is in front of a command; its help is a line for each command, and fits a terminal."""
+
+    def format_help(self) -> str:
+        lines = [f"usage: {self.prog} COMMAND …"]
+        for group, commands in GROUPS.items():
+            names = [group, *[""] * (len(commands) - 1)]
+            lines += [f"{group:8} {name:11} {what}" for group, (name, what) in zip(names, commands.items())]
+        return "\n".join([*lines, f"{self.prog} COMMAND --help has examples. {_flags(self)}", ""])
+
+
+def _flags(parser: Parser) -> str:
+    return "Also: " + ", ".join(name for name in parser._option_string_actions if name.startswith("--"))
 
 
 def entry() -> NoReturn:
@@ -59,14 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    parser = Parser(
-        "deepkd",
-        usage="deepkd COMMAND …",
-        description="Knowledge distillation with DeepKD. `deepkd COMMAND --help` says more.",
-        epilog=_overview(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"deepkd_plugin {_version()}")
+    parser = _Root("deepkd", usage="deepkd COMMAND …")
+    parser.add_argument("--version", action="version", version=f"deepkd_plugin {version()}")
     parser.add_argument(
         "--print-completion",
         action=completion.Print,
@@ -75,24 +83,19 @@ def _run(words: list[str]) -> int:
         help="print the script by which a shell completes commands and flags",
     )
     parser.add_argument("command", metavar="COMMAND", help=argparse.SUPPRESS)
+    if words[:1] == ["help"]:
+        words = [*words[1:2], "--help"]
     if not words:
         parser.print_help()
         return 0
-    command = parser.parse_args(words[: 1 + words[0].startswith("--")]).command
+    command = parser.parse(words[: 1 + words[0].startswith("--")]).command
     if command not in COMMANDS:
-        near = get_close_matches(command[:100], COMMANDS, n=1)
-        parser.error(f"there is no command {command[:100]!r}" + (f"; did you mean {near[0]}?" if near else ""))
+        parser.error(f"there is no command {command[:100]!r}{_meant(command)}")
     code: int = import_module(f".{completion.module_of(command)}", __package__).main(words[1:])
     return code
 
 
-def _version() -> str:
-    text: str = sys.modules[__name__.partition(".")[0]].__version__
-    return text
-
-
-def _overview() -> str:
-    lines = []
-    for group, commands in GROUPS.items():
-        lines += [f"{group}:", *(f"    {name:24}{what}" for name, what in commands.items())]
-    return "\n".join(lines)
+def _meant(word: str) -> str:
+    """Name the commands that a wrong word may mean: those that say it of what they do, or one that is written alike."""
+    doing = [name for name, what in COMMANDS.items() if word.lower() in what.replace(",", "").split()]
+    return f"; did you mean {' or '.join(doing[:3])}?" if doing else nearest(word, COMMANDS)

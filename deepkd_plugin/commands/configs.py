@@ -8,4 +8,4 @@ from .listing import show
 
 def main(words: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
-    return show(words, "configs", "List the configs that ship, as --cfg takes them from anywhere.", config_names)
+    return show(words, "configs", "List the configs that ship, as --cfg takes them from anywhere.", "r34", config_names)

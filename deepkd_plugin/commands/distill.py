@@ -112,7 +112,9 @@ def main(words: Sequence[str], only_write: bool = False) -> int:
 
 
 def _arguments(words: Sequence[str], name: str, description: str) -> argparse.Namespace:
-    parser = Parser(f"deepkd {name}", description=description)
+    small = "--images pictures --student resnet8 --train-teacher resnet20"
+    large = "--images pictures --student timm:mobilenetv3_small_100 --teacher torchvision:resnet34 --epochs 30"
+    parser = Parser(f"deepkd {name}", description=description, examples=(f"{small} --compare", large))
     add = parser.add_argument
     add("--images", metavar="DIR", type=Path, required=True, help="{train,val}/<class>/*, or <class>/*")
     add("--student", metavar="NAME", required=True, help=f"the network to train, for example resnet8, or {FORMS}")

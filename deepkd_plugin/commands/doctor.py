@@ -33,7 +33,8 @@ OPTIONAL = {
 
 def main(words: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
-    parser = Parser("deepkd doctor", description="Look for what would keep a run from working.")
+    what = "Look for what would keep a run from working."
+    parser = Parser("deepkd doctor", description=what, examples=("", "../mdistiller"))
     parser.add_argument("path", metavar="PATH", type=Path, nargs="?", help="a checkout of mdistiller to look into")
     doctor(parser.parse(words).path)
     return 0

@@ -32,6 +32,7 @@ def _arguments(words: Sequence[str] | None, tool: str) -> argparse.Namespace:
         tool,
         description="Test what a run trained, by its own config and on the images that it was tested on, and write "
         "accuracy by class and a picture of what is taken for what into its folder. Or test any file of weights by -m.",
+        examples=("output/glyphs100/RUN", "-m resnet20 -d glyphs100 -c builtin:glyphs100_resnet20"),
     )
     parser.add_argument("run", metavar="RUN", type=Path, nargs="?", help="a run's folder, or a student file in it")
     parser.add_argument(

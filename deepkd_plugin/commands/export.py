@@ -13,6 +13,10 @@ def main(words: Sequence[str]) -> int:
         description="Write a student as safetensors, ONNX or torch.export's program, with its classes' names, "
         "normalisation and size inside. STUDENT is a run's folder or a student's file. What the file gives is compared "
         "with the network on noise and on test images of the run (KEY VALUE overrides its config), or on --images.",
+        examples=(
+            "output/glyphs100/RUN --to onnx",
+            "output/glyphs100/RUN/student_latest --to safetensors --out student.safetensors",
+        ),
     )
     parser.add_argument("student", metavar="STUDENT", type=Path)
     parser.add_argument("--to", required=True, choices=("safetensors", "onnx", "torch"))

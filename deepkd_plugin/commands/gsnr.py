@@ -14,6 +14,10 @@ def main(words: Sequence[str]) -> int:
         "deepkd gsnr",
         description="Train with GSNR.MEASURE True, as tools/train.py does, and draw what was measured into the "
         "run's folder; or draw runs that were measured, which are seeds of one experiment.",
+        examples=(
+            "--cfg glyphs100/res20_res8/deepkd SOLVER.EPOCHS 10",
+            "--runs output/glyphs100/RUN1 output/glyphs100/RUN2 --out output/gsnr",
+        ),
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--cfg", metavar="FILE", help="train under this config")

@@ -14,7 +14,7 @@ from .listing import show
 
 def main(words: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
-    return show(words, "keys", "List config keys: default, meaning, and which values they take.", _lines)
+    return show(words, "keys", "List config keys: default, meaning, and which values they take.", "mask", _lines)
 
 
 def _lines() -> Iterator[str]:

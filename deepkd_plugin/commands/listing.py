@@ -6,15 +6,18 @@ from ..errors import UserError, shown
 from ..terminal import Parser, guarded
 
 
-def show(words: Sequence[str], name: str, description: str, lines: Callable[[], Iterable[str]]) -> int:
-    """Print the lines that have the word of the command line, in capitals or not; returns the exit code."""
-    return guarded(lambda: _show(words, name, description, lines))
+def show(words: Sequence[str], name: str, description: str, word: str, lines: Callable[[], Iterable[str]]) -> int:
+    """Print the lines that have the word of the command line, in capitals or not; returns the exit code.
+
+    word: one for the example of the help.
+    """
+    return guarded(lambda: _show(words, name, description, word, lines))
 
 
-def _show(words: Sequence[str], name: str, description: str, lines: Callable[[], Iterable[str]]) -> None:
-    parser = Parser(f"deepkd {name}", description=description)
+def _show(words: Sequence[str], name: str, description: str, example: str, lines: Callable[[], Iterable[str]]) -> None:
+    parser = Parser(f"deepkd {name}", description=description, examples=("", example))
     parser.add_argument("word", metavar="WORD", nargs="?", default="", help="only what has this in it")
-    word = parser.parse_args(words).word
+    word = parser.parse(words).word
     found = [line for line in lines() if word.lower() in line.lower()]
     if not found:
         raise UserError(f"command line: no line of `deepkd {name}` has {shown(word)}; without a word it lists all")

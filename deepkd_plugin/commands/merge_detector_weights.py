@@ -12,6 +12,7 @@ def main(words: Sequence[str]) -> int:
         "deepkd merge-detector-weights",
         description="Put a teacher's detector and a student's ImageNet backbone into one file, which "
         "MODEL.WEIGHTS of mdistiller's detection configs names.",
+        examples=("R-101.pkl resnet18.pth r18-r101.pth",),
     )
     parser.add_argument(
         "teacher", metavar="TEACHER", type=Path, help="a Faster R-CNN with FPN of detectron2, .pth or .pkl"

@@ -16,6 +16,7 @@ def main(words: Sequence[str]) -> int:
         "networks",
         "List the networks of the host's zoos, of torchvision, and of timm if it is installed. Yours is "
         "package.module:constructor.",
+        "resnet18",
         _lines,
     )
 

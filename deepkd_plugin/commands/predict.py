@@ -13,6 +13,7 @@ def main(words: Sequence[str]) -> int:
         "deepkd predict",
         description="Print the most likely classes of images, by name. STUDENT is a run's folder, a student's file or "
         "what deepkd export wrote; IMAGE is a file, or a folder with all images below it, which gives CSV.",
+        examples=("output/glyphs100/RUN photo.jpg --top 3", "output/glyphs100/RUN photos --out classes.csv"),
     )
     parser.add_argument("student", metavar="STUDENT", type=Path)
     parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+")

@@ -12,6 +12,7 @@ def main(words: Sequence[str]) -> int:
         "deepkd push",
         description="Upload README.md and the best student of a run, with what was exported of it, to a repository of "
         "the Hugging Face hub, which is made if it is not there. `hf auth login` must have been run once.",
+        examples=("output/glyphs100/RUN me/my-student --private",),
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="the folder of a run that has ended")
     parser.add_argument("repository", metavar="REPOSITORY", help="for example me/my-student")

@@ -12,6 +12,7 @@ def main(words: Sequence[str]) -> int:
     parser = Parser(
         "deepkd report",
         description="Write report.md, report.csv and report.html, which needs no other file, from the runs of a table.",
+        examples=("output/glyphs100",),
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="where reproduce put a table")
     folder = parser.parse(words).folder

@@ -17,6 +17,10 @@ def main(words: Sequence[str]) -> int:
         "folders of configs/ and of configs/detection/, coco (mdistiller's detectors, on detectron2), "
         "ablation-momentum, ablation-steps, ablation-mask, ablation-delta and ablation-phases, and your own: a folder "
         "of configs PAIR/METHOD.yaml.",
+        examples=(
+            "glyphs100 --methods vanilla kd deepkd --seeds 3",
+            "ablation-mask --seeds 3 --dry-run",
+        ),
         argument_default=argparse.SUPPRESS,  # Request has the defaults
     )
     add = parser.add_argument

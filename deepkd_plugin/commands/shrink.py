@@ -50,6 +50,7 @@ def main(words: Sequence[str]) -> int:
         description="Resize every image below DIR to a short side of --side pixels, into a new folder with the same "
         "names. Smaller images stay as they are. JPEGs are written with 4:2:0 subsampling, all others as PNG. The same "
         "command goes on after an interruption.",
+        examples=("imagenet/train --side 256",),
     )
     parser.add_argument("folder", metavar="DIR", type=Path)
     parser.add_argument("--to", metavar="OUT", type=Path, help="default: DIR-SIDE, beside DIR")

@@ -16,6 +16,7 @@ def main(words: Sequence[str]) -> int:
         "the mask, on a held-out share of the training images, every method with as many trials and seeds; then write "
         "the chosen configs. Test images are not read. The same command goes on after an interruption. A KEY VALUE "
         "pair holds for every trial, and what it sets is not searched.",
+        examples=("--cfg glyphs100/res20_res8/deepkd --budget 10 SOLVER.EPOCHS 20",),
         argument_default=argparse.SUPPRESS,  # Request has the defaults
     )
     add = parser.add_argument

@@ -21,8 +21,15 @@ def main(argv: Sequence[str] | None = None, tool: str = "tools/eval_detection.py
 
 
 def _main(words: list[str], tool: str) -> None:
-    parser = Parser(tool, description="Test a student file or a teacher under a config.")
-    parser.add_argument("--cfg", required=True, metavar="FILE", help=f"for example {EXAMPLE}")
+    parser = Parser(
+        tool,
+        description="Test a student file or a teacher under a config.",
+        examples=(
+            f"--cfg {EXAMPLE} --ckpt output/glyph_canvas/RUN/student_best",
+            f"--cfg {EXAMPLE} --ckpt builtin:glyph_canvas_resnet20 --model fasterrcnn_resnet20_fpn",
+        ),
+    )
+    parser.add_argument("--cfg", required=True, metavar="FILE", help="a YAML file, or a name of `deepkd configs`")
     parser.add_argument(
         "--ckpt", required=True, metavar="FILE", type=os.path.expanduser, help="a run's student_best; builtin:NAME"
     )

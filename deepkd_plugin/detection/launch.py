@@ -11,7 +11,7 @@ from yacs.config import CfgNode
 from .. import config, device
 from ..distributed import collectives, process_group
 from ..hosts import builtin
-from ..launch import experiment_name, read_words, run, show_sibling
+from ..launch import announce, experiment_name, gains, read_words, run, show_sibling
 from ..run import checkpoint, record
 from ..run import folder as run_folder
 from ..terminal import guarded, spoken
@@ -26,7 +26,7 @@ from .trainer import TRAINERS, measure_teacher
 TOOL = "tools/train_detection.py"
 EVALUATION = {TOOL: "tools/eval_detection.py", "deepkd detect": "deepkd detect-eval"}
 """What tests a detector, by what has trained it."""
-EXAMPLE = "configs/detection/glyph_canvas/res20_res8/deepkd.yaml"
+EXAMPLE = "detection/glyph_canvas/res20_res8/deepkd"
 
 
 def main(argv: Sequence[str] | None = None, tool: str = TOOL) -> int:
@@ -63,7 +63,7 @@ def train(
         with collectives.in_turn():
             train_loader, test_loader, count, classes = get_detection_sets(cfg)
         config.check_mask(cfg, origin, len(classes) + 1)
-        print(f"{name}: {cfg.DISTILLER.TYPE} on {cfg.DATASET.TYPE}, {count} images, {device.describe(torch_device)}")
+        announce(name, cfg, count, torch_device)
         if DETECTION_SETS[cfg.DATASET.TYPE].pretrained and not cfg.DETECTION.STUDENT_BACKBONE:
             print("student   starts from random numbers: DETECTION.STUDENT_BACKBONE names no file")
         distiller = device.place(make_distiller(cfg, len(classes)), torch_device, False)
@@ -74,7 +74,8 @@ def train(
         result = run(trainer, resume, overwrite, command)
         if not process_group.rank():
             again = ["--cfg", file, "--ckpt", str(folder / "student_best"), *options]
-            summarise(cfg, folder, teacher_ap, result, shlex.join([*spoken(test), *again]))
+            gained = gains(file, options, result, _planned)
+            summarise(cfg, folder, teacher_ap, result, gained, shlex.join([*spoken(test), *again]))
 
 
 def make_distiller(cfg: Any, num_classes: int) -> Detector:
@@ -174,14 +175,15 @@ ONLY = {
 """Keys that are for classification only, and their value here. (Warm-up is DETECTION.WARMUP_ITERATIONS.)"""
 
 
-def summarise(cfg: Any, folder: Path, teacher_ap: float | None, result: dict[str, Any], then: str) -> None:
-    """Print the end of a run: how good it is, where its files are, what to do next (then: the command)."""
+def summarise(cfg: Any, folder: Path, teacher_ap: float | None, result: dict[str, Any], gained: str, then: str) -> None:
+    """Print the end of a run: how good it is, what it gained, its files, what to do next (then: the command)."""
     teacher = "none" if teacher_ap is None else f"{cfg.DISTILLER.TEACHER} AP {teacher_ap:.2f} %"
     minutes = record.read_run(folder)["minutes"]
     print(
         f"\nteacher   {teacher}\n"
         f"student   {cfg.DISTILLER.STUDENT}: AP best {result['best']:.2f} % (epoch {result['best_epoch']}), last "
         f"{result['last']:.2f} % (epoch {result['epochs']}), in {minutes:.1f} minutes\n"
+        f"gain      {gained}\n"
         f"files     {folder}/ (student_best, student_latest, metrics.jsonl with AP50 and AP75, train.events)\n"
         f"next      {then}"
     )

@@ -18,16 +18,20 @@ class EpochBar:
 
     def __init__(self, title: str, steps: int) -> None:
         terminal = sys.stderr.isatty()
+        console = Console(stderr=True, force_terminal=terminal)
+        bar = 16 if console.width >= 100 else 8
+        self.room = console.width - len(title) - bar - 2 * len(str(steps)) - 5
+        """Characters for the text of `update`, with which a line fits the terminal."""
         columns = (
             TextColumn("{task.description}", markup=False),
-            BarColumn(16),
+            BarColumn(bar),
             MofNCompleteColumn(),
             TextColumn("{task.fields[text]}", markup=False),
         )
         # drawn by update alone: a thread of its own would be in the way of the loader's forks
         self._progress = Progress(
             *columns,
-            console=Console(stderr=True, force_terminal=terminal),
+            console=console,
             auto_refresh=False,
             transient=True,
             redirect_stdout=False,
@@ -46,30 +50,52 @@ class EpochBar:
         """Show that so many steps are done, with a text behind them."""
         self._progress.update(self._task, completed=step, text=text, refresh=True)
 
+    def say(self, line: str) -> None:
+        """Print a line on stdout, above the bar."""
+        self._progress.stop()
+        print(line)
+        self._progress.start()
 
-def step_text(means: Mapping[str, float], top_k: int | None, rate: float, seconds_left: float) -> str:
+
+def step_text(means: Mapping[str, float], top_k: int | None, rate: float, seconds_left: float, room: int = 80) -> str:
     """Say how an epoch goes: losses, accuracy, K, images a second, and the time until the last epoch ends.
 
-    means: losses by stream, and train_acc if it is measured.
+    means: losses by stream, and train_acc if it is measured. room: characters that there are; where they are few the
+    losses are summed, and what is less worth is left out.
     """
-    losses = " ".join(f"{name} {value:.3f}" for name, value in means.items() if not name.startswith("train_"))
-    accuracy = f" top-1 {means['train_acc']:.2f}" if "train_acc" in means else ""
-    mask = "" if top_k is None else f" K {top_k}"
-    minutes, seconds = divmod(int(seconds_left), 60)
+    by_stream = {name: value for name, value in means.items() if not name.startswith("train_")}
+    losses = " ".join(f"{name} {value:.3f}" for name, value in by_stream.items())
+    total = f"loss {sum(by_stream.values()):.3f}"
+    accuracy = [f"top-1 {means['train_acc']:.2f}"] if "train_acc" in means else []
+    mask = [] if top_k is None else [f"K {top_k}"]
+    speed, left = f"{rate:.0f} images/s", f"{clock(seconds_left)} left"
+    forms = (
+        [losses, *accuracy, *mask, speed, left],
+        [total, *accuracy, *mask, speed, left],
+        [total, *accuracy, *mask, left],
+        [total, *accuracy, left],
+        [total, left],
+    )
+    texts = [" ".join(form) for form in forms]
+    return next((text for text in texts if len(text) <= room), texts[-1])
+
+
+def clock(seconds: float) -> str:
+    """Write a time as a clock does: 02:05, 10:02:05."""
+    minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    time_left = f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes:02}:{seconds:02}"
-    return f"{losses}{accuracy}{mask} {rate:.0f} images/s {time_left} left"
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes:02}:{seconds:02}"
 
 
-def epoch_line(entry: Mapping[str, Any], measure: str, name: str, best: float) -> str:
-    """Say what an epoch brought.
+def epoch_line(entry: Mapping[str, Any], epochs: int, measure: str, name: str, best: float) -> str:
+    """Say what an epoch brought, in a line of a terminal of 80 columns.
 
-    entry: its line of metrics.jsonl. measure: what the best epoch is chosen by, such as test_acc; name: what the
-    line calls it. best: the best epoch's.
+    entry: its line of metrics.jsonl. epochs: how many there are. measure: what the best epoch is chosen by, such as
+    test_acc; name: what the line calls it. best: the best epoch's.
     """
     trained = f"  train {entry['train_acc']:.2f}" if "train_acc" in entry else ""
     mask = f"  K {entry['top_k']}" if "top_k" in entry else ""
     return (
-        f"epoch {entry['epoch']:3d}  loss {entry['train_loss']:.4f}{trained}  {name} {entry[measure]:.2f}  "
-        f"best {best:.2f}{mask}  lr {entry['lr']:.4g}  {entry['images_per_second']:.0f} images/s"
+        f"epoch {entry['epoch']:{len(str(epochs))}}/{epochs}  loss {entry['train_loss']:.4g}{trained}  "
+        f"{name} {entry[measure]:.2f}  best {best:.2f}{mask}  lr {entry['lr']:.3g}"
     )

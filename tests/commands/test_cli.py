@@ -4,9 +4,12 @@ import contextlib
 import io
 import json
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import types
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -14,10 +17,11 @@ import pytest
 import deepkd_plugin
 from deepkd_plugin import config, launch
 from deepkd_plugin.commands import cli
+from deepkd_plugin.commands.completion import module_of
 from deepkd_plugin.config.shipped import find_config
 from deepkd_plugin.detection.keys import DETECTION_KEYS
 from deepkd_plugin.errors import UserError
-from deepkd_plugin.terminal import Parser
+from deepkd_plugin.terminal import Parser, built
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,6 +29,12 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
+        (["upload"], "there is no command 'upload'; did you mean push?; see deepkd --help"),
+        (["test"], "there is no command 'test'; did you mean eval or detect-eval?; see deepkd --help"),
+        (["help", "trian"], "there is no command 'trian'; did you mean train?"),
+        (["--versoin"], "unrecognized arguments: --versoin; did you mean --version?"),
+        (["train", "--config", "a"], "unrecognized arguments: --config; did you mean --cfg?; see deepkd train --help"),
+        (["keys", "--hlep"], "unrecognized arguments: --hlep; did you mean --help?"),
         (["aply"], "there is no command 'aply'; did you mean apply?; see deepkd --help"),
         (["keys", "nothing of that name"], "no line of `deepkd keys` has 'nothing of that name'"),
         (["train", "--cfg", "glyphs100/res20_res8/deepk"], "no such file; did you mean glyphs100/res20_res8/deepkd"),
@@ -42,7 +52,7 @@ ROOT = Path(__file__).parents[2]
         (["gsnr", "--runs", "a", "--out", "b", "--resume"], "KEY VALUE go with --cfg, not with --runs"),
         (["gsnr", "--runs", "a", "--overwrite", "--out", "b"], "KEY VALUE go with --cfg, not with --runs"),
         (["gsnr", "--runs=a", "SOLVER.SEED", "1", "--out", "b"], "KEY VALUE go with --cfg, not with --runs"),
-        (["gsnr", "--run", "a", "--out", "b"], "one of the arguments --cfg --runs is required"),
+        (["gsnr", "--run", "a", "--out", "b"], "unrecognized arguments: --run; did you mean --runs?; see"),
         (["gsnr", "--cfg", "a.yaml", "--fast"], "unrecognized arguments: --fast"),
         (["reproduce"], "the following arguments are required: TABLE; see deepkd reproduce --help"),
         (["reproduce", "glyphs"], "TABLE is 'glyphs'; it must be one of cifar100, cifar100_cpu, glyphs100, "),
@@ -57,7 +67,7 @@ ROOT = Path(__file__).parents[2]
         (["reproduce", "glyphs100", "--seeds=-1"], "--seeds: is '-1'; it must be a whole number from 1 to 10,000"),
         (["reproduce", "glyphs100", "--jobs", "2x"], "--jobs: is '2x'; it must be a whole number from 1 to 10,000"),
         (["reproduce", "glyphs100", "--launcher", "k8s"], "invalid choice: 'k8s' (choose from "),
-        (["reproduce", "glyphs100", "--seed", "1"], "unrecognized arguments: --seed"),
+        (["reproduce", "glyphs100", "--seed", "1"], "arguments: --seed; did you mean --seeds?"),
         (["reproduce", "glyphs100", "cifar100"], "options come in pairs KEY VALUE, 'cifar100' has no value"),
         (["report"], "the following arguments are required: DIR; see deepkd report --help"),
         (
@@ -120,24 +130,41 @@ def test_python_m_is_the_same_command(tmp_path):
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
-def test_every_command_has_help(capsys, name):
+def test_every_command_s_help_has_examples_that_it_takes(capsys, monkeypatch, name):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/deepkd", name, "--help"])
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     with pytest.raises(SystemExit) as ended:
         cli.main([name, "--help"])
     assert ended.value.code == 0
-    assert capsys.readouterr().out.startswith(f"usage: deepkd {name} ")
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: deepkd {name} ")
+    assert max(map(len, shown.splitlines())) <= 80
+    examples = shown.partition("\nexamples:\n")[2].replace("\\\n", "").splitlines()
+    assert examples
+    module = import_module(f"deepkd_plugin.commands.{module_of(name)}")
+    for example in examples:
+        program, command, *words = shlex.split(example)
+        assert (program, command) == ("deepkd", name)
+        args = vars(built(lambda: module.main([])).parse(words))
+        if file := args.get("file") or args.get("cfg"):
+            for config in [file] if isinstance(file, str) else file:
+                assert Path(find_config(str(config))).is_file()
 
 
-def test_help_names_every_command(capsys):
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["--help"])
-    assert ended.value.code == 0
-    out = capsys.readouterr().out
-    assert "\n    apply " in out
-    assert "\n    doctor " in out
-    assert "\n    gsnr " in out
-    assert "\n    reproduce" in out
-    assert "\n    report " in out
-    assert "\n    merge-detector-weights" in out
+@pytest.mark.parametrize("words", [[], ["--help"], ["help"]])
+def test_help_is_a_line_for_each_command_and_fits_a_screen(capsys, words):
+    with contextlib.suppress(SystemExit):
+        assert cli.main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= len(cli.COMMANDS) + 3 <= 30
+    assert max(map(len, lines)) <= 80
+    first = {line.split()[0] for line in lines if not line.startswith((" ", "usage:", "deepkd"))}
+    assert first == {"train", "compare", "inspect", "ship", "host"}
+    for name, what in cli.COMMANDS.items():
+        assert any(line[9:] == f"{name:11} {what}" for line in lines)
+    for flag in ("--help", "--version", "--print-completion"):
+        assert flag in lines[-1]
 
 
 WINDOW = {
@@ -282,7 +309,7 @@ def test_a_table_is_made_by_one_process(monkeypatch, capsys):
 
 def test_a_bare_command_shows_the_help(capsys):
     assert cli.main([]) == 0
-    assert "compare:" in capsys.readouterr().out
+    assert "\ncompare " in capsys.readouterr().out
 
 
 def test_the_version(capsys):

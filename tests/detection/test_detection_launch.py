@@ -11,6 +11,7 @@ import yaml
 
 from deepkd_plugin import device
 from deepkd_plugin.commands import cli
+from deepkd_plugin.config.shipped import find_config
 from deepkd_plugin.detection import evaluate, launch
 from deepkd_plugin.detection.data import DETECTION_SETS
 from deepkd_plugin.errors import UserError
@@ -25,18 +26,22 @@ def test_what_the_terminal_shows(detect, any_teacher, capsys):
     assert code == 0, err
     assert all(line.startswith("deepkd: warning: ") for line in err.splitlines())
     lines = out.splitlines()
-    assert lines[0].startswith("tiny/run: DeepKD on tiny, 6 images, CPU")
-    assert lines[1].startswith("teacher   fasterrcnn_resnet8_fpn AP ")
-    assert [line.split()[:2] for line in lines[2:4]] == [["epoch", "1"], ["epoch", "2"]]
-    assert all(" K " in line and " lr " in line for line in lines[2:4])
-    assert lines[5].startswith("teacher   fasterrcnn_resnet8_fpn AP ")
-    assert lines[6].startswith("student   fasterrcnn_resnet8_fpn: AP best ")
-    assert " (epoch " in lines[6]
-    assert ", last " in lines[6]
-    assert lines[7].startswith(f"files     {detect.folder}/ (")
-    assert lines[8].startswith("next      python tools/eval_detection.py --cfg ")
-    assert lines[9:] == []  # there is no other config beside
-    assert evaluate.main(shlex.split(lines[8])[3:]) == 0
+    assert lines[0] == "tiny/run: DeepKD on tiny, 6 images, 2 epochs"
+    assert lines[1].startswith("by        deepkd_plugin ")
+    assert "; CPU, 1 thread" in lines[1]
+    assert lines[2].startswith("teacher   fasterrcnn_resnet8_fpn AP ")
+    assert lines[3].startswith("time      about ")
+    assert [line.split()[:2] for line in lines[4:6]] == [["epoch", "1/2"], ["epoch", "2/2"]]
+    assert all(" K " in line and " lr " in line for line in lines[4:6])
+    assert lines[7].startswith("teacher   fasterrcnn_resnet8_fpn AP ")
+    assert lines[8].startswith("student   fasterrcnn_resnet8_fpn: AP best ")
+    assert " (epoch " in lines[8]
+    assert ", last " in lines[8]
+    assert lines[9].startswith("gain      not known: ")
+    assert lines[10].startswith(f"files     {detect.folder}/ (")
+    assert lines[11].startswith("next      python tools/eval_detection.py --cfg ")
+    assert lines[12:] == []  # there is no other config beside
+    assert evaluate.main(shlex.split(lines[11])[3:]) == 0
     assert "AP50" in capsys.readouterr().out
     assert "top-1" not in out
     for file in ("student_best", "student_latest", "metrics.jsonl", "config.yaml", "latest"):
@@ -44,7 +49,7 @@ def test_what_the_terminal_shows(detect, any_teacher, capsys):
     run = json.loads((detect.folder / "run.json").read_text())
     assert run["finished"]
     assert run["command"].startswith("python tools/train_detection.py --cfg ")
-    assert run["teacher_acc"] == pytest.approx(float(lines[1].split()[3]), abs=0.01)
+    assert run["teacher_acc"] == pytest.approx(float(lines[2].split()[3]), abs=0.01)
     assert yaml.safe_load((detect.folder / "config.yaml").read_text())["DETECTION"]["PROPOSALS"] == 8
 
 
@@ -223,7 +228,7 @@ def test_exit_codes_of_the_command_line(config_file, capsys, monkeypatch):
         launch.main(["--help"])
     assert stopped.value.code == 0
     assert "configs/detection/glyph_canvas/res20_res8/deepkd.yaml" in "".join(capsys.readouterr().out.split())
-    assert (ROOT / launch.EXAMPLE).is_file()
+    assert Path(find_config(launch.EXAMPLE)).is_file()
 
     def interrupted(**words):
         raise Stopped("interrupted", 143)

@@ -16,7 +16,7 @@ Words = tuple[str, ...]
 class Column:
     """A column: its heading, what it says of a cell, and its kind.
 
-    kind: "number", "words", or "prose", which needs room.
+    kind: "number", "runs", which are a number too, "words", or "prose", which needs room.
     """
 
     title: str
@@ -51,7 +51,7 @@ def columns(cells: Sequence[Cell], number: str) -> list[Column]:
 
     shown = [
         Column("Method", lambda cell: (cell.method.label,), "words"),
-        Column("Runs", lambda cell: (f"{len(cell.records)}\u00a0of\u00a0{len(cell.planned)}",)),
+        Column("Runs", lambda cell: (f"{len(cell.records)}\u00a0of\u00a0{len(cell.planned)}",), "runs"),
         Column(f"Ours, {number} {step}", ours),
         *map(further, measures.further),
     ]

@@ -72,6 +72,8 @@ def notes(cells: Sequence[Cell]) -> list[str]:
     said = [
         f"Last {step}: the {noun} at the end of training. Best {step}: the highest of all {step}s, chosen "
         "on the test images, so it flatters. It is shown because papers often print it.",
+        "First: the row with the highest mean. Its test against the next knows nothing of their having been picked "
+        "among all rows, so it says too often that the first is higher.",
         "Mean ± sample standard deviation (n − 1) over the seeds that count; differences are in percentage points.",
         "Gain: our mean minus the base method's in this table, each under its protocol above, with the "
         f"{CONFIDENCE} interval and the p value of Welch's t-test, which treats all runs as independent. "
@@ -89,7 +91,7 @@ def notes(cells: Sequence[Cell]) -> list[str]:
             f"p value ({best} for the best {step}): read by it, the chance that any of them is called higher or "
             f"lower by mistake stays below {100 * (1 - LEVEL):g} %."
         )
-        said.insert(3, holm)
+        said.insert(4, holm)
     if any(cell.published is not None for cell in cells):
         said.append(
             "Published numbers stand with their source and how sure they are; 'inferred' ones were worked out from "

@@ -14,6 +14,7 @@ from .formats import CONFIDENCE, interval, paired, signed
 from .notes import left_out, notes, others, published_without_pair, what_was_run
 from .protocol import cautions, protocol
 from .statistics import EQUAL, HIGHER, LOWER
+from .winners import facts, winner, winners
 
 SIGNS = {HIGHER: "▲\u00a0", LOWER: "▼\u00a0", EQUAL: "≈\u00a0"}
 """Before a verdict, for those who do not see its colour; a screen reader reads the word."""
@@ -89,7 +90,7 @@ _HTML.globals |= {
     for function in (
         *(agreement, by_base, cautions, columns, compared, curves, dot_plot, headline, interval),
         *(left_out, notes, number_name, others, paired, panels, protocol, published_without_pair, signed, title),
-        *(verdict, what_was_run),
+        *(facts, verdict, what_was_run, winner, winners),
     )
 }
 _MARKDOWN = _HTML.overlay(autoescape=False, finalize=plain)
