@@ -172,7 +172,7 @@ def make_distiller(host: Host, cfg: Any, num_data: int, num_classes: int) -> nn.
         return make(student)
     teacher = teacher_network(host, cfg, num_classes)
     check_features(cfg.DISTILLER.TYPE, (student, teacher))
-    rest = (num_data,) if cfg.DISTILLER.TYPE == "CRD" else ()
+    rest = (num_data,) if cfg.DISTILLER.TYPE == "CRD" or config.feature(cfg) == "CRD" else ()
     return make(student, teacher, cfg, *rest)
 
 
