@@ -22,7 +22,7 @@ from .distributed import collectives, process_group
 from .errors import UserError
 from .hosts.host import Host
 from .hosts.mdistiller import check_trainer
-from .hosts.networks import check_features, check_files, student_network, teacher_network
+from .hosts.networks import check_files, settle_features, student_network, teacher_network
 from .hosts.registry import find_host, register
 from .rules import LONGEST_NAME
 from .run import folder as run_folder
@@ -171,7 +171,7 @@ def make_distiller(host: Host, cfg: Any, num_data: int, num_classes: int) -> nn.
     if cfg.DISTILLER.TYPE == "NONE":
         return make(student)
     teacher = teacher_network(host, cfg, num_classes)
-    check_features(cfg.DISTILLER.TYPE, (student, teacher))
+    settle_features(cfg, (student, teacher))
     rest = (num_data,) if cfg.DISTILLER.TYPE == "CRD" or config.feature(cfg) == "CRD" else ()
     return make(student, teacher, cfg, *rest)
 
