@@ -327,6 +327,11 @@ def settle_features(cfg: Any, networks: Iterable[nn.Module]) -> None:
     for one in networks:
         if isinstance(one, Adapter) and needed == "feats" and "feats" not in one.deepkd_features:
             offer_maps(one, data.source(cfg).side)
+            if "feats" in one.deepkd_features and cfg.SOLVER.EXECUTION != "eager":
+                raise UserError(
+                    f"config: SOLVER.EXECUTION is {cfg.SOLVER.EXECUTION!r}; it must be 'eager' with features of a "
+                    f"{type(one).__name__}, which are taken from its layers"
+                )
         if isinstance(one, Adapter) and needed not in one.deepkd_features:
             asked = f"DeepKD.FEATURE is {feature!r}" if feature else f"DISTILLER.TYPE is {method!r}"
             other = "none" if feature else "a method on logits"

@@ -320,6 +320,10 @@ def test_methods_on_features_are_refused_with_networks_that_give_none(own):
     assert bare.deepkd_features == flat.deepkd_features == frozenset()
     settle_features(asking("DeepKD", "AT"), [bare, zoo])
     assert [maps.shape[2] for maps in bare(torch.zeros(2, 3, 32, 32))[1]["feats"]] == [15, 4]
+    compiled, fresh = asking("DeepKD", "AT"), network(BUILTIN, "glyphs100", "mine:Bare", 7)
+    compiled.SOLVER.EXECUTION = "compile"
+    words = ("SOLVER.EXECUTION is 'compile'; it must be 'eager' with features of a Bare",)
+    refused(lambda: settle_features(compiled, [fresh, zoo]), *words)
 
 
 LAYERS = {
