@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from . import extensions
+from . import config, extensions
 from .data import Description
 from .run import record
 from .run.checkpoint import write_text
@@ -92,7 +92,8 @@ def _method(cfg: Any) -> str:
     name = cfg.DISTILLER.TYPE
     if name == "NONE":
         return "trained on labels alone"
-    return f"DeepKD over {cfg.DeepKD.BASE} (arXiv 2505.15133)" if name == "DeepKD" else name
+    feature = f" and features by {config.feature(cfg)}" if config.feature(cfg) else ""
+    return f"DeepKD over {cfg.DeepKD.BASE}{feature} (arXiv 2505.15133)" if name == "DeepKD" else name
 
 
 def _accuracy(epoch: Mapping[str, Any]) -> str:

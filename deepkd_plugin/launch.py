@@ -22,7 +22,7 @@ from .distributed import collectives, process_group
 from .errors import UserError
 from .hosts.host import Host
 from .hosts.mdistiller import check_trainer
-from .hosts.networks import check_features, check_files, student_network, teacher_network
+from .hosts.networks import check_files, settle_features, student_network, teacher_network
 from .hosts.registry import find_host, register
 from .rules import LONGEST_NAME
 from .run import folder as run_folder
@@ -169,13 +169,18 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
 def make_distiller(host: Host, cfg: Any, num_data: int, num_classes: int) -> nn.Module:
     """Make the student, first, so that a seed gives one student whatever the teacher is; then the teacher."""
     student = student_network(host, cfg, num_classes)
+    teacher = () if cfg.DISTILLER.TYPE == "NONE" else (teacher_network(host, cfg, num_classes),)
+    return put_together(host, cfg, (student, *teacher), num_data)
+
+
+def put_together(host: Host, cfg: Any, networks: Sequence[nn.Module], num_data: int) -> nn.Module:
+    """Make a config's distiller of student and teacher, or of the student alone; num_data: of training images."""
     make = host.distiller(cfg)
     if cfg.DISTILLER.TYPE == "NONE":
-        return make(student)
-    teacher = teacher_network(host, cfg, num_classes)
-    check_features(cfg.DISTILLER.TYPE, (student, teacher))
-    rest = (num_data,) if cfg.DISTILLER.TYPE == "CRD" else ()
-    return make(student, teacher, cfg, *rest)
+        return make(*networks)
+    settle_features(cfg, networks)
+    rest = (num_data,) if cfg.DISTILLER.TYPE == "CRD" or config.feature(cfg) == "CRD" else ()
+    return make(*networks, cfg, *rest)
 
 
 def trainers(host: Host) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def decoupled_adamw(student: nn.Module, params: Iterable[nn.Parameter], cfg: Any
     """
     solver, node = cfg.SOLVER, cfg.SOLVER.ADAMW
     params = list(params)
-    spared = undecayed(student) if node.DECAY == "weights" else set()
+    spared = {*undecayed(student), *(p for p in params if p.ndim < 2)} if node.DECAY == "weights" else set()
     groups = [
         {"params": [p for p in params if p not in spared], "weight_decay": solver.WEIGHT_DECAY},
         {"params": [p for p in params if p in spared], "weight_decay": 0.0},
@@ -71,8 +71,9 @@ def make_monitor(module: nn.Module, optimizer: StreamOptimizer, cfg: Any, steps:
         return None
     check_window(cfg, steps)
     node = cfg.GSNR
-    names = {p: name.removeprefix("student.") for name, p in module.named_parameters()}
-    params = [(names[p], p) for group in optimizer.param_groups for p in group["params"]]
+    # of the student alone: a method's connectors are no part of it, and not every stream reaches them
+    names = {p: name for name, p in module.student.named_parameters()}
+    params = [(names[p], p) for group in optimizer.param_groups for p in group["params"] if p in names]
     return GradientMonitor(params, optimizer.streams, node.EVERY, node.WINDOW, node.COORDINATES, node.LAYERS)
 
 

@@ -28,7 +28,9 @@ from deepkd_plugin.run.metrics import read_metrics
 from deepkd_plugin.trainer import DecoupledMomentumTrainer
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted(p for name in ("glyphs100", "cifar100_cpu") for p in (ROOT / "configs" / name).rglob("*.yaml"))
+CONFIGS = sorted(
+    p for name in ("glyphs100", "glyphs100_feature", "cifar100_cpu") for p in (ROOT / "configs" / name).rglob("*.yaml")
+)
 
 
 def test_a_run_from_the_command_line(train, data_root):

@@ -15,6 +15,8 @@ from ..topk import classes, count_classes, mask_size
 from .keys import ADAMW, FOLD_TEACHER, HOST_KEYS, TRAINER, TRAINERS, all_keys, known_streams
 from .meaning import (
     chunk,
+    contrasts,
+    feature,
     in_terms,
     mixes,
     modified,
@@ -58,10 +60,12 @@ def check(cfg: CfgNode, origin: dict[str, str]) -> None:
     path, method = "DISTILLER.TEACHER_LOGITS", cfg.DISTILLER.TYPE
     kind = cfg.DISTILLER.TEACHER_LOGITS
     if kind != "compute" and method != "NONE" and not on_logits(cfg):
-        allowed = f"'compute' with DISTILLER.TYPE {method}, which needs more of the teacher than its logits"
+        asked = f"DeepKD.FEATURE {feature(cfg)}" if feature(cfg) else f"DISTILLER.TYPE {method}"
+        allowed = f"'compute' with {asked}, which needs more of the teacher than its logits"
         raise wrong(origin, path, kind, allowed)
     if cfg.DISTILLER.FOLD_TEACHER is True and method != "NONE" and (reason := plain_teacher(cfg)):
         raise wrong(origin, FOLD_TEACHER, True, f"auto or False: {reason}")
+    check_feature(cfg, origin)
     check_momenta(cfg, origin)
     check_warmups(cfg, origin)
     check_schedules(cfg, origin)
@@ -95,6 +99,22 @@ def check_keys(cfg: CfgNode, origin: dict[str, str], keys: Sequence[Key]) -> Non
             raise wrong(
                 origin, path, value, {float: "a finite number", int: "a number of 64 bits"}.get(type(value), PLAIN)
             )
+
+
+def check_feature(cfg: CfgNode, origin: dict[str, str]) -> None:
+    """Raise UserError if a loss on features is asked of a method or a training that cannot have it."""
+    path, asked = "DeepKD.FEATURE", cfg.DeepKD.FEATURE
+    if asked != "none" and not feature(cfg):
+        allowed = f"'none' with DISTILLER.TYPE {cfg.DISTILLER.TYPE}; DeepKD has a stream for it"
+        raise wrong(origin, path, asked, allowed)
+    if feature(cfg) and cfg.SOLVER.ACCUMULATE > 1:
+        allowed = f"1 with {path} {asked}, which compares more of a batch than logits"
+        raise wrong(origin, "SOLVER.ACCUMULATE", cfg.SOLVER.ACCUMULATE, allowed)
+    if feature(cfg) and process_group.size() > 1:
+        raise wrong(origin, path, asked, f"'none' in {process_group.size()} processes, which exchange logits alone")
+    if feature(cfg) and contrasts(cfg) and softens(cfg):
+        allowed = "another with mixed images or soft labels, whose contrast is of one image and its class"
+        raise wrong(origin, path, asked, allowed)
 
 
 def check_momenta(cfg: CfgNode, origin: dict[str, str]) -> None:

@@ -333,6 +333,8 @@ HOST_KEYS = (
     Key("DKD.BETA", 8.0, "weight of the non-target-class loss", *NOT_NEGATIVE),
     Key("DKD.T", 4.0, "temperature", *TEMPERATURE),
     Key("DKD.WARMUP", 20, "W epochs of linear warm-up: epoch e has min(e/W, 1) of it, so 1 is none", *whole(0)),
+    Key("AT.P", 2, "power that activations are raised to before their mean over channels", *whole(1, 16)),
+    Key("FITNET.HINT_LAYER", 2, "which of the features, from 0 on, is compared", *whole(0, 1000)),
     Key("CRD.MODE", "exact", "the positive sample", *one_of("exact", "relax")),
     Key("CRD.NCE.K", 16384, "negative samples", *WHOLE),
 )

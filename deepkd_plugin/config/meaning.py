@@ -8,7 +8,7 @@ from yacs.config import CfgNode
 
 from ..distillers import DISTILLERS
 from ..distillers.variants import MATCHED, VARIANTS, resolved, variant
-from ..streams import STREAMS
+from ..streams import EXTRA_STREAMS, STREAMS
 from .tree import get
 
 HOW = (
@@ -39,7 +39,20 @@ def streams(cfg: CfgNode) -> tuple[str, ...]:
     """Return the streams of a run: those that its distiller declares, else DeepKD's, then those of LOSS_STREAMS."""
     declared = getattr(DISTILLERS.get(cfg.DISTILLER.TYPE), "streams", ()) or STREAMS
     assigned = (pair.split(":")[1] for pair in cfg.SOLVER.DECOUPLED.LOSS_STREAMS)
-    return tuple(dict.fromkeys((*declared, *assigned)))
+    return tuple(dict.fromkeys((*declared, *(EXTRA_STREAMS if feature(cfg) else ()), *assigned)))
+
+
+def feature(cfg: CfgNode) -> str:
+    """Return the loss on features that a config adds to its method, the stream `feat`; "" without one."""
+    asked = getattr(DISTILLERS.get(cfg.DISTILLER.TYPE), "feature_of", None)
+    return "" if asked is None else asked(cfg)
+
+
+def contrasts(cfg: CfgNode) -> str:
+    """Return the key, and its value, that asks for CRD's contrast indices of each image; "" if none does."""
+    if feature(cfg) == "CRD":
+        return "DeepKD.FEATURE CRD"
+    return f"DISTILLER.TYPE {cfg.DISTILLER.TYPE}" if cfg.DISTILLER.TYPE in ("CRD", "CRDKD") else ""
 
 
 def momenta(cfg: CfgNode) -> tuple[dict[str, float], str]:
@@ -98,7 +111,8 @@ def plain_teacher(cfg: CfgNode) -> str:
     if method == "NONE":
         return "there is no teacher"
     if not on_logits(cfg):
-        return f"DISTILLER.TYPE {method} needs more of the teacher than its logits"
+        asked = f"DeepKD.FEATURE {feature(cfg)}" if feature(cfg) else f"DISTILLER.TYPE {method}"
+        return f"{asked} needs more of the teacher than its logits"
     if not asks_teacher(cfg):
         return f"DISTILLER.TEACHER_LOGITS {cfg.DISTILLER.TEACHER_LOGITS} keeps the plain teacher's logits"
     return "SOLVER.AMP rounds to fewer bits, folded weights too" if cfg.SOLVER.AMP else ""
@@ -106,7 +120,7 @@ def plain_teacher(cfg: CfgNode) -> str:
 
 def on_logits(cfg: CfgNode) -> bool:
     """Tell whether logits are all that a config's method needs of the teacher."""
-    return getattr(DISTILLERS.get(cfg.DISTILLER.TYPE), "on_logits", False)
+    return getattr(DISTILLERS.get(cfg.DISTILLER.TYPE), "on_logits", False) and not feature(cfg)
 
 
 def in_terms(cfg: CfgNode) -> bool:
@@ -156,6 +170,5 @@ def needs_workers(cfg: CfgNode) -> str | None:
     for path in ("AUGMENT.RANDAUGMENT", "AUGMENT.ERASING"):
         if get(cfg, path):
             return f"{path}: it is drawn image by image"
-    if method in ("CRD", "CRDKD"):
-        return f"DISTILLER.TYPE {method}: its contrast indices are drawn image by image"
-    return None
+    contrast = contrasts(cfg)
+    return f"{contrast}: its contrast indices are drawn image by image" if contrast else None

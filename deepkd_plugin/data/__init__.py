@@ -59,7 +59,7 @@ def get_dataset(cfg: Any) -> tuple[Loader, Loader, int, int]:
     chosen, _ = _choose(data_set, images, cfg.DATASET)
     make = data_set.training_views(config.views(cfg))
     train: Dataset = Training(images, chosen, make, cfg.SOLVER.SEED, weak_views(cfg))
-    if cfg.DISTILLER.TYPE in ("CRD", "CRDKD"):
+    if config.contrasts(cfg):
         labels = np.asarray(images.targets)[chosen]
         train = Contrast(train, labels, cfg.CRD.NCE.K, cfg.CRD.MODE == "relax")
     test_loader, num_classes = get_test_set(cfg)

@@ -171,6 +171,7 @@ ONLY = {
     "DISTILLER.TEACHER_INPUT.MEAN": [],
     "DISTILLER.TEACHER_INPUT.STD": [],
     "DISTILLER.TEACHER_CLASSES": None,
+    "DeepKD.FEATURE": "none",
 }
 """Keys that are for classification only, and their value here. (Warm-up is DETECTION.WARMUP_ITERATIONS.)"""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import reduce
 from typing import Any, ClassVar, TypeVar
 
@@ -17,6 +17,9 @@ from .terms import Term, View, classes, cross_entropy, prepared, total
 
 Losses = dict[str, Tensor]
 """Name -> scalar: what a training step minimises the sum of."""
+
+Said = tuple[Tensor, Mapping[str, Any]]
+"""What a network says of a batch: logits (B, C) and features by name, of mdistiller's names."""
 
 
 def _as_it_is(logits: Tensor) -> Tensor:
@@ -104,6 +107,11 @@ class Distiller(Taught):
         return cls.views
 
     @classmethod
+    def feature_of(cls, cfg: Any) -> str:
+        """Return the loss on features that a config adds to the method, the stream `feat`; "" without one."""
+        return ""
+
+    @classmethod
     def temperature_of(cls, cfg: Any) -> float | None:
         """Return the one temperature at which the method reads the teacher's logits under a config.
 
@@ -183,6 +191,24 @@ class Distiller(Taught):
         image: (B, 3, H, W), or a list of views, weak before strong. Raises ValueError for another number of
         views than the method needs.
         """
+        known = [*self.known, *[None] * self.views_of(self.cfg)]
+        return [self._view(one, logits) for one, logits in zip(self._images(image), known)]
+
+    def compare_features(self, image: Tensor | Sequence[Tensor], names: Sequence[str]) -> tuple[list[View], Said, Said]:
+        """Do as `compare`, and return what student and teacher said of the first view, with features of these names.
+
+        Each network passes an image once. The teacher's features carry no graph.
+        """
+        first, *others = self._images(image)
+        logits, features = self._teach(self.teacher, first)
+        given = features if isinstance(features, Mapping) else {}
+        taught = logits, _own({name: given[name] for name in names if name in given})
+        learned = self.student(first)
+        view = self.whole(learned[0]), self.whole(logits)
+        return [view, *(self._view(one, None) for one in others)], learned, taught
+
+    def _images(self, image: Tensor | Sequence[Tensor]) -> list[Tensor]:
+        """Return a batch's views; ValueError for another number of them than the method needs."""
         images = [image] if isinstance(image, Tensor) else list(image)
         count = self.views_of(self.cfg)
         if len(images) != count:
@@ -190,17 +216,28 @@ class Distiller(Taught):
                 f"{type(self).__name__} needs {count} view(s) of each image, the batch has {len(images)}; "
                 f"get_dataset gives as many as the config's method needs"
             )
-        known = [*self.known, *[None] * count]
-        return [self._view(one, logits) for one, logits in zip(images, known)]
+        return images
 
     def _view(self, image: Tensor, teacher_logits: Tensor | None) -> View:
         if teacher_logits is None:
-            teacher = self.teacher if self.folded is None else self.folded
-            with torch.inference_mode():  # without autograd's bookkeeping
-                teacher_logits = teacher(image)[0]
-            # an ordinary tensor again, and before the student's pass: compiled networks may use the memory again
-            teacher_logits = teacher_logits.clone()
+            teacher_logits = self._teach(self.teacher if self.folded is None else self.folded, image)[0]
         return self.whole(self.student(image)[0]), self.whole(teacher_logits)
+
+    @staticmethod
+    def _teach(teacher: nn.Module, image: Tensor) -> tuple[Tensor, Any]:
+        with torch.inference_mode():  # without autograd's bookkeeping
+            logits, features = teacher(image)
+        # an ordinary tensor again, and before the student's pass: compiled networks may use the memory again
+        return logits.clone(), features
+
+
+def _own(value: Any) -> Any:
+    """Copy tensors of inference mode, in lists and by name, to ordinary ones."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, Mapping):
+        return {name: _own(part) for name, part in value.items()}
+    return [_own(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 class Method(Distiller):

@@ -11,6 +11,7 @@ from ..rules import NOT_NEGATIVE, TEMPERATURE, Key, Rule, one_of, whole
 from ..streams import STREAMS
 from ..topk import mask_size
 from .base import Distiller, Losses, bases, warmup_epochs, warmup_factor
+from .features import FEATURES, KEY, THEIRS, FeatureLoss
 from .terms import Term, classes, cross_entropy, prepared, total
 from .variants import BY_VARIANT, variant
 
@@ -31,6 +32,9 @@ class DeepKD(Distiller):
     such as MLKD's temperatures or CRLD's thresholds, comes from its own node. The trainer DecoupledMomentumSGD
     gives each loss a momentum of its own. Under a trainer that sums the losses this is the base method with
     the top-K mask: the ablation without decoupling.
+
+    With DeepKD.FEATURE there is a fourth loss, `feat`: FEAT_WEIGHT times a loss on the features of the weak view
+    (features.py), whose connectors are trained with the student and are no part of it.
     """
 
     streams = STREAMS
@@ -41,6 +45,8 @@ class DeepKD(Distiller):
         Key("DeepKD.CE_WEIGHT", 1.0, "alpha, weight of the cross-entropy (TOG)", *NOT_NEGATIVE),
         Key("DeepKD.TCG_WEIGHT", 1.0, "beta, weight of the target-class loss (TCG)", *NOT_NEGATIVE),
         Key("DeepKD.NCG_WEIGHT", 1.0, "gamma, weight of the non-target-class loss (NCG)", *NOT_NEGATIVE),
+        Key(KEY, "none", "a loss on features as a fourth stream, FEAT", *one_of("none", "AT", "FITNET", *THEIRS)),
+        Key("DeepKD.FEAT_WEIGHT", 1.0, "weight of that loss, times the method's own", *NOT_NEGATIVE),
         Key("DeepKD.TEMPERATURE", 4.0, "softmax temperature (over MLKD: MLKD.TEMPERATURES)", *TEMPERATURE),
         Key(
             "DeepKD.WARMUP",
@@ -69,12 +75,18 @@ class DeepKD(Distiller):
         ),
     )
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any) -> None:
+    feature: FeatureLoss | None
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, cfg: Any, num_data: int | None = None) -> None:
+        """num_data: the number of training images, which the feature loss CRD needs."""
         super().__init__(student, teacher, cfg)
         self.base = bases()[cfg.DeepKD.BASE]
         self.by_iteration = cfg.DeepKD.MASK.UNIT == "iteration" and cfg.DeepKD.MASK.TYPE == "dynamic"
         if self.losses_of == "samples":
             self.losses_of = self.base.losses_of
+        self.feature = None
+        if name := self.feature_of(cfg):
+            self.feature, self.losses_of = FEATURES[name](student, teacher, cfg, num_data), ""
 
     @classmethod
     def config_keys(cls) -> tuple[Key, ...]:
@@ -84,6 +96,10 @@ class DeepKD(Distiller):
     @classmethod
     def views_of(cls, cfg: Any) -> int:
         return bases()[cfg.DeepKD.BASE].views
+
+    @classmethod
+    def feature_of(cls, cfg: Any) -> str:
+        return "" if cfg.DeepKD.FEATURE == "none" else str(cfg.DeepKD.FEATURE)
 
     @classmethod
     def temperature_of(cls, cfg: Any) -> float | None:
@@ -97,20 +113,37 @@ class DeepKD(Distiller):
         parts = {"CE": ce, "TCKD": tckd, "(1 − p) NCKD" if base.keeps_weight else "NCKD": nckd}
         if base.keeps_weight and tckd == nckd:
             parts = {"CE": ce, "KD": tckd}
-        return parts | base.term_weights(cfg) | warmup_epochs(cls, cfg)
+        feature = {f"FEAT ({name})": node.FEAT_WEIGHT} if (name := cls.feature_of(cfg)) else {}
+        return parts | base.term_weights(cfg) | feature | warmup_epochs(cls, cfg)
 
     def constants(self, epoch: float, num_classes: int) -> Hashable:
-        return self.warmup(epoch), self.top_k(epoch, num_classes)
+        by_epoch = self.feature is not None and self.feature.by_epoch
+        return self.warmup(epoch), self.top_k(epoch, num_classes), epoch if by_epoch else None
+
+    def get_learnable_parameters(self) -> list[nn.Parameter]:
+        connectors = [] if self.feature is None else self.feature.get_learnable_parameters()
+        return [*super().get_learnable_parameters(), *connectors]
+
+    def get_extra_parameters(self) -> int:
+        return sum(p.numel() for p in self.get_learnable_parameters()[len(list(self.student.parameters())) :])
 
     def forward_train(
         self, image: Tensor | Sequence[Tensor], target: Tensor, epoch: float, **batch: Any
     ) -> tuple[Tensor, Losses]:
-        node, views = self.cfg.DeepKD, self.compare(image)
+        node, feat = self.cfg.DeepKD, {}
+        if self.feature is None:
+            views = self.compare(image)
+        else:
+            views, learned, taught = self.compare_features(image, self.feature.needs)
+            weak = image if isinstance(image, Tensor) else image[0]
+            whole = {**batch, "image": weak, "target": target, "epoch": epoch}
+            feat = {"feat": node.FEAT_WEIGHT * self.feature(learned, taught, whole)}
         task = self.base.task(views, self.cfg)
         tog = total([node.CE_WEIGHT * cross_entropy(views, target), *task.values()])
         tcg, ncg = self.decoupled(self.base.terms(views, self.cfg, float(node.TEMPERATURE)), classes(target), epoch)
         warmup = self.warmup(epoch)
-        return views[0][0], {"tog": tog, "tcg": warmup * node.TCG_WEIGHT * tcg, "ncg": warmup * node.NCG_WEIGHT * ncg}
+        losses = {"tog": tog, "tcg": warmup * node.TCG_WEIGHT * tcg, "ncg": warmup * node.NCG_WEIGHT * ncg}
+        return views[0][0], losses | feat
 
     def decoupled(self, terms: Sequence[Term], target: Tensor, epoch: float) -> tuple[Tensor, Tensor]:
         """Return the target-class and the non-target-class parts of the terms, two scalars."""

@@ -1,7 +1,9 @@
 """Anybody's network under mdistiller's protocol: `network(image) -> (logits, features)`."""
 
+import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,21 +39,40 @@ class Adapter(nn.Module):
     """Whether the network's parts give what its classifier takes, (B, D), beside the same logits."""
     deepkd_features: frozenset[str] = frozenset()
     """Names of the features that it gives."""
+    deepkd_blocks: tuple[int, ...] = ()
+    """Of timm's forward_intermediates, which maps it gives as `feats`."""
+    deepkd_layers: tuple[str, ...] = ()
+    """Layers whose outputs it gives as `feats`, if it has no such method."""
 
     def forward(self, image: Tensor) -> tuple[Tensor, Any]:
+        image = self.deepkd_converted(image)
+        with outputs(self, self.deepkd_layers) as maps:
+            if self.deepkd_blocks:
+                final, between = self.forward_intermediates(image, indices=list(self.deepkd_blocks))
+                maps += between
+            elif self.deepkd_pools:
+                final = self.forward_features(image)
+            if self.deepkd_pools:
+                pooled = self.forward_head(final, pre_logits=True)
+                logits, features = self.get_classifier()(pooled), {"pooled_feat": pooled}
+            elif self.deepkd_blocks:
+                logits, features = self.forward_head(final), {}
+            else:
+                logits, features = _protocol(super().forward(image))
+        if maps:
+            features = {**features, "feats": maps}
+        if self.deepkd_classes is not None:
+            logits = logits.index_select(1, self.deepkd_classes)
+        return logits, features
+
+    def deepkd_converted(self, image: Tensor) -> Tensor:
+        """Return a batch's images as the network's own are."""
         if self.deepkd_scale is not None and self.deepkd_shift is not None:
             image = image * self.deepkd_scale + self.deepkd_shift
         if self.deepkd_side is not None:
             side = (self.deepkd_side, self.deepkd_side)
             image = F.interpolate(image, side, mode="bilinear", antialias=True)
-        if self.deepkd_pools:
-            pooled = self.forward_head(self.forward_features(image), pre_logits=True)
-            logits, features = self.get_classifier()(pooled), {"pooled_feat": pooled}
-        else:
-            logits, features = _protocol(super().forward(image))
-        if self.deepkd_classes is not None:
-            logits = logits.index_select(1, self.deepkd_classes)
-        return logits, features
+        return image
 
     def deepkd_changes(self) -> dict[str, Tensor]:
         """Return what the logits depend on beside image and weights, for the network's fingerprint."""
@@ -163,6 +184,102 @@ def try_out(network: nn.Module, name: str, side: int, training: bool) -> int:
     network.deepkd_pools = pools
     network.deepkd_features = frozenset({"pooled_feat"} if pools else features if isinstance(features, Mapping) else ())
     return logits.shape[1]
+
+
+@contextlib.contextmanager
+def outputs(network: nn.Module, layers: Sequence[str]) -> Iterator[list[Any]]:
+    """Collect what some layers of a network return while it passes a batch, in the order in which they are done."""
+    collected: list[Any] = []
+    # of this pass alone: a copy of the network has its own
+    hooks = [
+        network.get_submodule(layer).register_forward_hook(lambda *call: collected.append(call[-1])) for layer in layers
+    ]
+    try:
+        yield collected
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def offer_maps(network: Any, side: int) -> None:
+    """Let an adapted network give `feats`, the last map (B, C, H, W) of each size, if it has two of them.
+
+    Of one whose maps are all of one size, such as a transformer, they are the first and the last. They are timm's
+    forward_intermediates, or else outputs of the network's layers. side: pixels of the batch's images. The logits stay
+    what they are, bit for bit, in training too, or it is left as it was.
+    """
+    image = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    mode = network.training
+    before = {part: buffer.clone() for part, buffer in network.named_buffers()}
+
+    def say(training: bool) -> Tensor:
+        logits: Tensor = _seeded(network.train(training), image)[0]
+        for part, buffer in network.named_buffers():
+            buffer.copy_(before[part])
+        return logits
+
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        plain = say(False), say(True)
+        for find in (_blocks, _layers):
+            try:
+                network.deepkd_blocks, network.deepkd_layers = find(network.eval(), image)
+                found = bool(network.deepkd_blocks or network.deepkd_layers)
+                if found and all(map(torch.equal, (say(False), say(True)), plain)):
+                    network.deepkd_features |= {"feats"}
+                    break
+            except Exception:  # anybody's network may fail in any way
+                pass
+            network.deepkd_blocks, network.deepkd_layers = (), ()
+        for part, buffer in network.named_buffers():
+            buffer.copy_(before[part])
+    network.train(mode)
+
+
+def _blocks(network: Any, image: Tensor) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Choose maps of timm's forward_intermediates, by number."""
+    if not hasattr(network, "forward_intermediates"):
+        return (), ()
+    maps = network.forward_intermediates(network.deepkd_converted(image))[1]
+    return tuple(_stages(list(range(len(maps))), maps)), ()
+
+
+def _layers(network: nn.Module, image: Tensor) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Choose layers in the network's chain, by name: its parts, and those of Sequential ones."""
+    chain: list[str] = []
+    for name, part in network.named_children():
+        inner = part.named_children() if isinstance(part, nn.Sequential) else ()
+        chain += [name, *(f"{name}.{one}" for one, _ in inner)]
+    done: list[tuple[str, Any]] = []
+    hooks = [
+        network.get_submodule(name).register_forward_hook(lambda *call, name=name: done.append((name, call[-1])))
+        for name in chain
+    ]
+    try:
+        network(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    times = Counter(name for name, _ in done)  # one that is passed twice would give a map too many
+    found = [(name, out) for name, out in done if isinstance(out, Tensor) and _is_map(out) and times[name] == 1]
+    return (), tuple(_stages([name for name, _ in found], [out for _, out in found]))
+
+
+def _is_map(value: Tensor) -> bool:
+    return value.ndim == 4 and len(value) == 2 and value.shape[2] == value.shape[3] > 1
+
+
+def _stages(names: list[Any], maps: Sequence[Tensor]) -> list[Any]:
+    """Return the names of the last map of each size, from large to small, and of the first if all are of one size."""
+    if not maps or not all(map(_is_map, maps)):
+        return []
+    last: dict[int, Any] = {}
+    for name, one in zip(names, maps):
+        if one.shape[2] <= min(last, default=one.shape[2]):
+            last[one.shape[2]] = name
+    chosen = list(last.values())
+    if len(chosen) == 1 and names[0] != chosen[0]:
+        return [names[0], *chosen]
+    return chosen if len(chosen) > 1 else []
 
 
 def _seeded(network: nn.Module, image: Tensor) -> Any:

@@ -8,13 +8,14 @@ from yacs.config import CfgNode
 
 from .. import config, data
 from ..distillers import DISTILLERS
+from ..distillers.features import FEATURES, PROBED, THEIRS
 from ..distributed import process_group
 from ..errors import UserError, shown
 from ..teacher_logits.tables import count_views
 from .libraries import FORMS, find
 
 MDISTILLERS_OWN = {
-    "DISTILLER.TYPE": ["AT", "OFD", "RKD", "FITNET", "KDSVD", "CRD", "NST", "PKT", "SP", "VID", "REVIEWKD"],
+    "DISTILLER.TYPE": ["AT", "FITNET", *THEIRS],
     "SOLVER.TRAINER": ["crd", "dot", "crd_dot"],
 }
 """What only mdistiller has, so that a config that asks for it elsewhere can be told so."""
@@ -88,6 +89,7 @@ class Host:
                 where = f"; {value} is mdistiller's, which is not here: install it or set MDISTILLER_ROOT"
             raise config.wrong(origin, path, value, f"one of {', '.join(names)}{where}")
         config.check(cfg, origin)
+        self.check_feature(cfg, origin)
         for path in ("DISTILLER.STUDENT", "DISTILLER.TEACHER")[: 1 if cfg.DISTILLER.TYPE == "NONE" else 2]:
             name = config.get(cfg, path)
             self.check_network(cfg, name, f"{origin.get(path, 'default')}: {path}")
@@ -96,6 +98,19 @@ class Host:
         config.check_kept(cfg, origin, data.num_classes(cfg))
         if cfg.DISTILLER.TEACHER_LOGITS == "table":
             count_views(cfg)
+
+    def check_feature(self, cfg: CfgNode, origin: dict[str, str]) -> None:
+        """Raise UserError if a loss on features is mdistiller's and that is not here, or of images of another size."""
+        name = config.feature(cfg)
+        if name in THEIRS and (self.root is None or name not in FEATURES):
+            allowed = (
+                f"none, AT or FITNET; {name} is mdistiller's, which is not here: install it or set MDISTILLER_ROOT"
+            )
+            raise config.wrong(origin, "DeepKD.FEATURE", name, allowed)
+        side = data.source(cfg).side
+        if name in PROBED and tuple(cfg[name].INPUT_SIZE) != (side, side):
+            allowed = f"[{side}, {side}], the size of the images, with DeepKD.FEATURE {name}"
+            raise config.wrong(origin, f"{name}.INPUT_SIZE", cfg[name].INPUT_SIZE, allowed)
 
 
 def settle_input(cfg: CfgNode, origin: dict[str, str]) -> None:

@@ -22,6 +22,7 @@ from ..run import checkpoint
 from ..trainer import Trainer
 from . import builtin
 from .host import Host
+from .mdistiller_features import offer
 from .networks import trained_network, weights_file
 
 ENVIRONMENT = "MDISTILLER_ROOT"
@@ -144,6 +145,7 @@ def mend(host: Host) -> list[str]:
     _replace(dataset.get_dataset, _settled_reader(host, dataset.get_dataset))
     _measure_teachers(host.trainers["base"])
     device.tolerate_cuda_calls()
+    offer(host.distillers)
     replaced = ["get_dataset", "load_checkpoint", "the base trainer's constructor"]
     if "ShuffleV2" in host.tiny_imagenet_models:  # mdistiller's pools 4 x 4 and cannot take 64 x 64 images
         host.tiny_imagenet_models["ShuffleV2"] = builtin.tiny_imagenet_model_dict["ShuffleV2"]
@@ -205,6 +207,9 @@ def check_launcher(host: Host, cfg: Any, origin: dict[str, str]) -> None:
         name = config.get(cfg, path)
         if name not in host.models(cfg):
             raise config.wrong(origin, path, name, f"a network of mdistiller's zoo {reason}")
+    if config.feature(cfg) == "CRD":
+        allowed = "another under mdistiller's own launcher, which tells DeepKD no number of images; ours does"
+        raise config.wrong(origin, "DeepKD.FEATURE", "CRD", allowed)
     for key in config.all_keys():
         if key.path.startswith(_LAUNCHED) and config.get(cfg, key.path) != key.default:
             raise config.wrong(origin, key.path, config.get(cfg, key.path), f"{key.default!r} {reason}")

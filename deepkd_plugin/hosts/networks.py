@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import data, extensions
+from .. import config, data, extensions
 from ..errors import UserError, shown
 from ..run import checkpoint
 from ..terminal import warn
-from .adapter import Adapter, Input, adapt, choose, feed, plain, reason_of, try_out
+from .adapter import Adapter, Input, adapt, choose, feed, offer_maps, plain, reason_of, try_out
 from .builtin import shipped_weights
 from .classes import KEY as CLASSES
 from .classes import choose_classes, read_names
@@ -315,16 +315,29 @@ def _other_classes(source: str, key: str, name: str, theirs: int, ours: int) -> 
     return UserError(f"{source}: {key} holds a {name} of {theirs} classes; this run has {ours}{more}")
 
 
-def check_features(method: str, networks: Iterable[nn.Module]) -> None:
-    """Raise UserError if a method of mdistiller's compares features that an adapted network does not give."""
-    if method not in MDISTILLERS_OWN["DISTILLER.TYPE"]:
+def settle_features(cfg: Any, networks: Iterable[nn.Module]) -> None:
+    """Let adapted networks give the features that a config's method compares; UserError if one cannot.
+
+    Of DeepKD's own losses on features each says itself what it lacks.
+    """
+    method, feature = cfg.DISTILLER.TYPE, config.feature(cfg)
+    if not feature and method not in MDISTILLERS_OWN["DISTILLER.TYPE"]:
         return
-    needed = "pooled_feat" if method in ("RKD", "PKT", "CRD") else "feats"
+    needed = "pooled_feat" if (feature or method) in ("RKD", "PKT", "CRD") else "feats"
     for one in networks:
+        if isinstance(one, Adapter) and needed == "feats" and "feats" not in one.deepkd_features:
+            offer_maps(one, data.source(cfg).side)
+            if "feats" in one.deepkd_features and cfg.SOLVER.EXECUTION != "eager":
+                raise UserError(
+                    f"config: SOLVER.EXECUTION is {cfg.SOLVER.EXECUTION!r}; it must be 'eager' with features of a "
+                    f"{type(one).__name__}, which are taken from its layers"
+                )
         if isinstance(one, Adapter) and needed not in one.deepkd_features:
+            asked = f"DeepKD.FEATURE is {feature!r}" if feature else f"DISTILLER.TYPE is {method!r}"
+            other = "none" if feature else "a method on logits"
             raise UserError(
-                f"config: DISTILLER.TYPE is {method!r}, which compares the features {needed!r}, and a "
-                f"{type(one).__name__} does not give them; it must be a method on logits, or networks of the zoo"
+                f"config: {asked}, which compares the features {needed!r}, and a {type(one).__name__} does not give "
+                f"them; it must be {other}, or networks of the zoo"
             )
 
 

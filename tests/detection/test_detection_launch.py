@@ -134,6 +134,10 @@ def test_there_are_configs_of_the_embedded_set():
             ("SOLVER.CHANNELS_LAST", "True"),
             "SOLVER.CHANNELS_LAST is True; it must be False for detection",
         ),
+        (
+            ("DISTILLER.TYPE", "DeepKD", "DeepKD.FEATURE", "AT"),
+            "DeepKD.FEATURE is 'AT'; it must be 'none' for detection",
+        ),
         (("SOLVER.WARMUP_EPOCHS", "1"), "SOLVER.WARMUP_EPOCHS is 1; it must be 0 for detection"),
         (
             ("DATASET.PIPELINE", "device"),

@@ -1,6 +1,8 @@
 """Networks from outside the zoo, as teachers and students: their protocol, weights, inputs and classes."""
 
+import copy
 import importlib.util
+import json
 import os
 import pickle
 import sys
@@ -18,12 +20,12 @@ from deepkd_plugin.commands import eval as evaluate
 from deepkd_plugin.data.glyphs import CHARACTERS
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.hosts import mdistiller as mdistiller_host
-from deepkd_plugin.hosts.adapter import Adapter, Input, adapt, choose, feed, try_out
+from deepkd_plugin.hosts.adapter import Adapter, Input, adapt, choose, feed, offer_maps, try_out
 from deepkd_plugin.hosts.classes import choose_classes
 from deepkd_plugin.hosts.libraries import find
 from deepkd_plugin.hosts.networks import (
-    check_features,
     network,
+    settle_features,
     student_network,
     teacher_network,
     trained_network,
@@ -97,6 +99,13 @@ class Halved(Bare):
 class Text(Bare):
     def forward(self, image):
         return "logits"
+
+
+class Flat(Bare):
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.body, self.pool = nn.Flatten(), nn.Identity()
+        self.head = nn.LazyLinear(num_classes)
 
 
 class Small(Bare):
@@ -289,13 +298,89 @@ def test_names_of_timm_that_mean_nothing():
     refused(lambda: network(BUILTIN, "glyphs100", "timm:inception_v3", 7), "cannot take images of 32 x 32 pixels")
 
 
+def asking(method, feature="none"):
+    register(BUILTIN)
+    cfg = BUILTIN.cfg.clone()
+    cfg.DATASET.TYPE, cfg.DISTILLER.TYPE, cfg.DeepKD.FEATURE = "glyphs100", method, feature
+    return cfg
+
+
 def test_methods_on_features_are_refused_with_networks_that_give_none(own):
-    bare, pair = (network(BUILTIN, "glyphs100", f"mine:{name}", 7) for name in ("Bare", "Pair"))
+    flat, pair, bare = (network(BUILTIN, "glyphs100", f"mine:{name}", 7) for name in ("Flat", "Pair", "Bare"))
     zoo = network(BUILTIN, "glyphs100", "resnet8", 7)
-    check_features("KD", [bare, zoo])
-    check_features("FITNET", [pair, zoo])
-    refused(lambda: check_features("FITNET", [zoo, bare]), "DISTILLER.TYPE is 'FITNET'", "'feats'", "a Bare does not")
-    refused(lambda: check_features("RKD", [pair, zoo]), "the features 'pooled_feat', and a Pair does not give them")
+    settle_features(asking("KD"), [flat, zoo])
+    settle_features(asking("FITNET"), [pair, zoo])
+    words = ("DISTILLER.TYPE is 'FITNET'", "'feats'", "a Flat does not")
+    refused(lambda: settle_features(asking("FITNET"), [zoo, flat]), *words)
+    words = ("the features 'pooled_feat', and a Pair does not give them",)
+    refused(lambda: settle_features(asking("RKD"), [pair, zoo]), *words)
+    words = ("DeepKD.FEATURE is 'AT'", "a Flat does not give them; it must be none, or networks of the zoo")
+    refused(lambda: settle_features(asking("DeepKD", "AT"), [flat, zoo]), *words)
+    settle_features(asking("DeepKD"), [flat, bare])
+    assert bare.deepkd_features == flat.deepkd_features == frozenset()
+    settle_features(asking("DeepKD", "AT"), [bare, zoo])
+    assert [maps.shape[2] for maps in bare(torch.zeros(2, 3, 32, 32))[1]["feats"]] == [15, 4]
+    compiled, fresh = asking("DeepKD", "AT"), network(BUILTIN, "glyphs100", "mine:Bare", 7)
+    compiled.SOLVER.EXECUTION = "compile"
+    words = ("SOLVER.EXECUTION is 'compile'; it must be 'eager' with features of a Bare",)
+    refused(lambda: settle_features(compiled, [fresh, zoo]), *words)
+
+
+LAYERS = {
+    "torchvision:resnet18": [(64, 16), (64, 8), (128, 4), (256, 2)],
+    "torchvision:mobilenet_v2": [(16, 16), (24, 8), (32, 4), (96, 2)],
+    "torchvision:vgg11_bn": [(64, 32), (128, 16), (256, 8), (512, 4), (512, 2)],
+    "timm:resnet18": [(64, 16), (64, 8), (128, 4), (256, 2)],
+    "timm:vit_tiny_patch16_224": [(192, 14), (192, 14)],
+}
+"""Channels and sides of the maps that networks of the libraries give."""
+
+
+@TIMM
+@pytest.mark.parametrize("name", LAYERS)
+def test_networks_of_the_libraries_give_maps_of_features(name):
+    side = 224 if "vit" in name else 32
+    made = find(name).make(7, side)
+    plain, made = copy.deepcopy(made), adapt(made, name)
+    try_out(made, name, side, training=True)
+    before = copy.deepcopy(made.state_dict())
+    offer_maps(made, side)
+    assert made.training
+    assert all(torch.equal(before[part], value) for part, value in made.state_dict().items())
+    torch.manual_seed(0)
+    image = torch.randn(2, 3, side, side)
+    plain.eval()
+    said = copy.deepcopy(made).eval()(image)  # a copy gives its own
+    assert torch.equal(said[0], plain(image))
+    assert [(maps.shape[1], maps.shape[2]) for maps in said[1]["feats"]] == LAYERS[name]
+    # the pass is one, and the maps have its graph
+    features = made(image)[1]
+    assert features["feats"][-1].requires_grad
+    norms = [module for module in made.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert all(norm.num_batches_tracked.item() == 1 for norm in norms)
+    if name == "torchvision:resnet18":
+        # they are the stages' own outputs
+        x = plain.maxpool(plain.relu(plain.bn1(plain.conv1(image))))
+        assert torch.equal(said[1]["feats"][1], x := plain.layer1(x))
+        assert torch.equal(said[1]["feats"][2], plain.layer2(x))
+
+
+@TIMM
+def test_maps_are_of_the_images_that_a_network_is_fed():
+    made = adapt(find("timm:vit_tiny_patch16_224").make(7, 224), "vit")
+    feed(made, Input(32, (0.5,) * 3, (0.5,) * 3), Input(224, (0.4,) * 3, (0.2,) * 3))
+    offer_maps(made, 32)
+    assert [maps.shape for maps in made(torch.zeros(2, 3, 32, 32))[1]["feats"]] == [(2, 192, 14, 14)] * 2
+
+
+@TIMM
+def test_networks_of_the_libraries_have_a_fourth_stream(train):
+    networks = ("DISTILLER.STUDENT", "torchvision:shufflenet_v2_x0_5", "DeepKD.FEATURE", "AT")
+    code, _, err = train("deepkd", *networks, "DATASET.TRAIN_PER_CLASS", "1")
+    assert (code, err) == (0, ""), err
+    line = json.loads((train.folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["loss"]["feat"] > 0
+    assert line["execution"] == "eager"
 
 
 # ---------------------------------------------------------------- weights

@@ -191,7 +191,8 @@ def _as_classification(cfg: CfgNode) -> CfgNode:
     delta = {name.upper(): 0.0 for name in config.known_streams()} | cfg.SOLVER.DECOUPLED.DELTA
     decoupled = {**cfg.SOLVER.DECOUPLED, "DELTA": delta, "ALLOCATION": "fixed", "LOSS_STREAMS": assigned}
     solver = {"TRAINER": config.TRAINER, "MOMENTUM": cfg.SOLVER.MOMENTUM, "DECOUPLED": decoupled}
-    return CfgNode({"SOLVER": solver, "DISTILLER": {"TYPE": "DeepKD"}, "DeepKD": {"MASK": cfg.KD.DEEPKD.MASK.clone()}})
+    deepkd = {"MASK": cfg.KD.DEEPKD.MASK.clone(), "FEATURE": "none"}
+    return CfgNode({"SOLVER": solver, "DISTILLER": {"TYPE": "DeepKD"}, "DeepKD": deepkd})
 
 
 def _check_momenta(cfg: CfgNode, origin: Mapping[str, str]) -> None:

@@ -152,7 +152,8 @@ def _title(runs: Sequence[Run]) -> str:
     settings = runs[0].settings
     kind, student = settings["DISTILLER.TYPE"], settings["DISTILLER.STUDENT"]
     pair = student if kind == "NONE" else f"{settings['DISTILLER.TEACHER']} → {student}"
-    method = {"NONE": "no distillation", "DeepKD": f"DeepKD over {settings['DeepKD.BASE']}"}.get(kind, kind)
+    feature = "" if settings["DeepKD.FEATURE"] == "none" else f" and features by {settings['DeepKD.FEATURE']}"
+    method = {"NONE": "no distillation", "DeepKD": f"DeepKD over {settings['DeepKD.BASE']}{feature}"}.get(kind, kind)
     seeds = f"seed {runs[0].seed}" if len(runs) == 1 else f"mean of {len(runs)} seeds"
     return (
         f"{settings['DATASET.TYPE']}, {pair}, {method}\n"

@@ -197,8 +197,7 @@ class Classification(Kind):
 
     def trainer(self, cfg: Any, networks: Sequence[nn.Module], loader: Any) -> Trainer:
         """Ours, if a config asks for one of mdistiller's."""
-        rest = [] if cfg.DISTILLER.TYPE == "NONE" else [cfg]
-        distiller = find_host().distiller(cfg)(*networks, *rest)
+        distiller = launch.put_together(find_host(), cfg, networks, data.source(cfg).train)
         make = launch.trainers(find_host())[cfg.SOLVER.TRAINER]
         return (make if issubclass(make, Trainer) else Trainer)("", distiller, loader, loader, cfg)
 

@@ -156,7 +156,8 @@ def label(method: Row, cfg: Any) -> str:
         return cfg.DISTILLER.TYPE
     mask = {"none": "", "static": " + static mask", "dynamic": " + DTM"}[cfg.DeepKD.MASK.TYPE]
     variant = ", release's momenta" if cfg.SOLVER.DECOUPLED.VARIANT == "release" else ""
-    return f"{cfg.DeepKD.BASE} + {cfg.DISTILLER.TYPE}{mask}{variant}"
+    feature = f" + {cfg.DeepKD.FEATURE}" if cfg.DeepKD.FEATURE != "none" else ""
+    return f"{cfg.DeepKD.BASE} + {cfg.DISTILLER.TYPE}{mask}{feature}{variant}"
 
 
 def taken_apart(method: Row, cfg: Any) -> str | None:

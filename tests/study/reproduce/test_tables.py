@@ -18,7 +18,7 @@ from deepkd_plugin.topk import mask_size
 
 EIGHT = ["kd", "dkd", "mlkd", "crld", "deepkd", "deepkd_dkd", "deepkd_mlkd", "deepkd_crld"]
 TWELVE = [*EIGHT, "deepkd_nomask", "deepkd_dkd_nomask", "deepkd_mlkd_nomask", "deepkd_crld_nomask"]
-DATASETS = ["cifar100", "cifar100_cpu", "glyphs100", "imagenet", "tiny_imagenet"]
+DATASETS = ["cifar100", "cifar100_cpu", "glyphs100", "glyphs100_feature", "imagenet", "tiny_imagenet"]
 DETECTION = ["coco_torchvision", "glyph_canvas"]
 
 
@@ -73,6 +73,7 @@ def test_the_tables_are_the_folders_of_configs_and_the_ablations():
         ("imagenet", 4, TWELVE),
         ("tiny_imagenet", 2, TWELVE),
         ("glyphs100", 1, ["vanilla", *EIGHT]),
+        ("glyphs100_feature", 1, ["kd", "deepkd", "deepkd_at", "deepkd_fitnet"]),
         ("cifar100_cpu", 1, ["vanilla", "kd", "dkd", "deepkd", "deepkd_dkd", "deepkd_release"]),
     ],
 )
@@ -124,6 +125,7 @@ def test_a_gain_is_over_the_method_that_deepkd_takes_apart():
     over = {"deepkd": "kd", "deepkd_dkd": "dkd", "deepkd_mlkd": "mlkd", "deepkd_crld": "crld"}
     assert bases("glyphs100") == dict.fromkeys(["vanilla", "kd", "dkd", "mlkd", "crld"]) | over
     assert bases("cifar100_cpu")["deepkd_release"] == "kd"
+    assert bases("glyphs100_feature") == {"kd": None} | dict.fromkeys(("deepkd", "deepkd_at", "deepkd_fitnet"), "kd")
 
 
 def test_a_base_is_what_the_configs_say_whatever_files_are_called(folder):
@@ -163,6 +165,7 @@ def test_labels_say_what_the_configs_are():
     assert labels("glyphs100") == {"vanilla": "student alone"} | plain | masked
     assert labels("glyphs100", "DeepKD.MASK.TYPE", "none") == {"vanilla": "student alone"} | plain | deep
     assert labels("glyphs100", "DeepKD.MASK.TYPE", "static")["deepkd"] == "KD + DeepKD + static mask"
+    assert labels("glyphs100_feature")["deepkd_at"] == "KD + DeepKD + DTM + AT"
     assert labels("cifar100_cpu")["deepkd_release"] == "KD + DeepKD + DTM, release's momenta"
 
 
