@@ -18,7 +18,17 @@ from deepkd_plugin.topk import mask_size
 
 EIGHT = ["kd", "dkd", "mlkd", "crld", "deepkd", "deepkd_dkd", "deepkd_mlkd", "deepkd_crld"]
 TWELVE = [*EIGHT, "deepkd_nomask", "deepkd_dkd_nomask", "deepkd_mlkd_nomask", "deepkd_crld_nomask"]
-DATASETS = ["cifar100", "cifar100_cpu", "glyphs100", "glyphs100_feature", "imagenet", "tiny_imagenet"]
+READINGS = [f"deepkd_{name}" for name in ("article", "matched", "matched_nomask", "multiply", "release")]
+VARIANTS = ["vanilla", *EIGHT, *TWELVE[8:], *READINGS]
+DATASETS = [
+    "cifar100",
+    "cifar100_cpu",
+    "glyphs100",
+    "glyphs100_feature",
+    "glyphs100_variants",
+    "imagenet",
+    "tiny_imagenet",
+]
 DETECTION = ["coco_torchvision", "glyph_canvas"]
 
 
@@ -74,6 +84,7 @@ def test_the_tables_are_the_folders_of_configs_and_the_ablations():
         ("tiny_imagenet", 2, TWELVE),
         ("glyphs100", 1, ["vanilla", *EIGHT]),
         ("glyphs100_feature", 1, ["kd", "deepkd", "deepkd_at", "deepkd_fitnet"]),
+        ("glyphs100_variants", 1, VARIANTS),
         ("cifar100_cpu", 1, ["vanilla", "kd", "dkd", "deepkd", "deepkd_dkd", "deepkd_release"]),
     ],
 )
