@@ -170,6 +170,7 @@ ONLY = {
     "DISTILLER.TEACHER_INPUT.MEAN": [],
     "DISTILLER.TEACHER_INPUT.STD": [],
     "DISTILLER.TEACHER_CLASSES": None,
+    "DISTILLER.MORE_TEACHERS": [],
 }
 """Keys that are for classification only, and their value here. (Warm-up is DETECTION.WARMUP_ITERATIONS.)"""
 
