@@ -1,5 +1,6 @@
 """Runs with several teachers: equal ones are one, everything names each, and what cannot be mixed is refused."""
 
+import functools
 import json
 
 import pytest
@@ -169,8 +170,9 @@ def test_a_file_that_is_not_there_is_told_before_images_are_read(train):
     entry = [{"TEACHER": "resnet8", "TEACHER_WEIGHTS": "nothing"}]
     code, _, err = train("kd", KEY, str(entry))
     assert code == 2
-    assert err.endswith("DISTILLER.MORE_TEACHERS, entry 1: nothing: no such file; DISTILLER.TEACHER_WEIGHTS must name a "
-                        "checkpoint\n")  # fmt: skip
+    assert err.endswith(
+        "MORE_TEACHERS, entry 1: nothing: no such file; DISTILLER.TEACHER_WEIGHTS must name a checkpoint\n"
+    )
 
 
 def test_teachers_take_images_of_their_own_size_and_kind(other):
@@ -220,7 +222,8 @@ def test_a_divided_batch_is_mixed_by_the_labels_of_all(base):
         teacher = Teachers(nets[1:], [1.0, 2.0], "target", 4.0)
         distiller = DISTILLERS["DeepKD"](nets[0], teacher, cfg).train()
         optimizer = small.DecoupledMomentumTrainer.make_optimizer(nets[0].parameters(), cfg)
-        arguments = (distiller, optimizer, lambda losses: assign_losses(losses, optimizer.streams, {}), False)
+        by_stream = functools.partial(assign_losses, streams=optimizer.streams, assignment={})
+        arguments = (distiller, optimizer, by_stream, False)
         step = Step(*arguments, torch.device("cpu")) if chunk is None else DividedStep(*arguments, torch.device("cpu"))
         step.chunk = chunk
         views = [torch.randn(10, 3, 2, 2, generator=torch.Generator().manual_seed(n)) for n in range(2)]

@@ -209,7 +209,7 @@ class Distiller(Taught):
             # an ordinary tensor again, and before the student's pass: compiled networks may use the memory again
             teacher_logits = teacher_logits.clone()
         student, taught = self.whole(self.student(image)[0]), self.whole(teacher_logits)
-        return student, self.teacher.mix(taught, self.labels) if several else taught
+        return student, self.teacher.mix(taught, self.labels) if isinstance(self.teacher, Teachers) else taught
 
 
 class Method(Distiller):
