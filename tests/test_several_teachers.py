@@ -152,7 +152,7 @@ def test_a_teacher_that_knows_nothing_is_refused_by_name(train, other):
         ("kd", ("DISTILLER.TEACHER_MIX", "target"), "TEACHER_MIX is 'target'; it must be 'fixed' with one teacher"),
         ("kd", ("DISTILLER.TEACHER_SHARE", "2"), "TEACHER_SHARE is 2.0; it must be 1.0 with one teacher"),
         ("kd", (KEY, "[{'TEACHER': 'resnet21'}]"), "MORE_TEACHERS, entry 1: command line: DISTILLER.TEACHER is 're"),
-        ("kd", (KEY, "[{'TEACHER': 'resnet8', 'WEIGHT': 2}]"), "MORE_TEACHERS is [{'TEACHER': 'resnet8', 'WEIGHT': 2}]"),
+        ("kd", (KEY, "[{'TEACHER': 'resnet8', 'WEIGHT': 2}]"), "MORE_TEACHERS is [{'TEACHER': 'resnet8', 'WEIGHT': 2}]"),  # noqa: E501
         ("kd", (KEY, "['resnet8']"), "MORE_TEACHERS is ['resnet8']; it must be a list of at most 7 sections"),
         ("kd", (KEY, "[{'TEACHER': 'resnet8', 'TEACHER_SHARE': -1}]"), "entry 1: command line: DISTILLER.TEACHER_SHARE "
          "is -1; it must be a number above 0"),
