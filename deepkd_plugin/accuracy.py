@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import config
 from .device import autocast, classify_in_float32, place_batch, refusals
 from .distributed.collectives import total
 from .errors import UserError
+from .mixture import Teachers, members
 from .run.metrics import Sums
 from .terminal import warn
 
@@ -42,17 +44,28 @@ def measure_teacher(distiller: nn.Module, loader: Any, cfg: Any, source: str = "
 
     Raises UserError, naming `source`, if that is no better than chance, unless DISTILLER.ANY_TEACHER: less than 1 % of
     the way from chance to perfect above it, or less than three standard errors. Fewer than `FEW` images cannot tell the
-    second, so it is a warning with them.
+    second, so it is a warning with them. Several teachers are tested each, and then their mixture, without its weights
+    by the labels; run/record.py gets each one's accuracy from `tested`.
     """
     teacher = getattr(distiller, "teacher", None)
     if teacher is None:
         return None
+    if not isinstance(teacher, Teachers):
+        return _measure(teacher, loader, cfg, cfg.DISTILLER.TEACHER, source)
+    teacher.tested = []
+    for number, (one, of_one) in enumerate(zip(members(teacher), config.by_teacher(cfg))):
+        with config.naming(number):
+            teacher.tested.append(_measure(one, loader, of_one, of_one.DISTILLER.TEACHER, source))
+    return _measure(teacher, loader, cfg, "mixture of them", source)
+
+
+def _measure(teacher: nn.Module, loader: Any, cfg: Any, name: str, source: str) -> float:
     if cfg.SOLVER.AMP:  # as in a training step
-        classify_in_float32(teacher)
+        for one in members(teacher):
+            classify_in_float32(one)
     alone = Alone(teacher)
     device = next(teacher.parameters()).device
     accuracy = evaluate(alone, loader, device, cfg.SOLVER)["test_acc"]
-    name = cfg.DISTILLER.TEACHER
     chance = 1.0 / alone.num_classes
     error = math.sqrt(chance * (1.0 - chance) / len(loader.dataset))
     above, count = accuracy / 100.0 - chance, len(loader.dataset)

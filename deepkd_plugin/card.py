@@ -48,10 +48,12 @@ def text(
     distilled = node.TYPE != "NONE"
     split = "train" if data.HOLDOUT else "test"
     best, last = epochs[result["best_epoch"] - 1], epochs[-1]
-    title = f"{about.architecture} on {about.dataset}" + (f", distilled from {node.TEACHER}" if distilled else "")
+    title = f"{about.architecture} on {about.dataset}" + (
+        f", distilled from {config.teacher_name(cfg)}" if distilled else ""
+    )
     rows = {
         "student": f"`{about.architecture}`, {parameters:,} parameters",
-        "teacher": f"`{node.TEACHER}`, {run['teacher_acc']:.2f} % top-1" if distilled else "none",
+        "teacher": _teacher(cfg, run) if distilled else "none",
         "method": _method(cfg),
         "data": f"{about.dataset}, {about.num_classes} classes, {images[0]:,} training and {images[1]:,} test images",
         "best epoch": f"{_accuracy(best)} (epoch {result['best_epoch']} of {result['epochs']})",
@@ -86,6 +88,16 @@ def text(
         f"{run['minutes']:.1f} minutes.\n",
     )
     return "\n".join(lines)
+
+
+def _teacher(cfg: Any, run: Mapping[str, Any]) -> str:
+    """Name a run's teacher, or each of several with its accuracy and then their mixture's."""
+    accuracy = f"{run['teacher_acc']:.2f} % top-1"
+    each = run.get("teachers")
+    if not each:
+        return f"`{cfg.DISTILLER.TEACHER}`, {accuracy}"
+    parts = ", ".join(f"`{one['name']}` ({one['accuracy']:.2f} %)" for one in each)
+    return f"mixture of {parts}: {accuracy}"
 
 
 def _method(cfg: Any) -> str:

@@ -122,7 +122,7 @@ def _fold(cfg: Any, distiller: Distiller, samples: Callable[[int], Tensor]) -> C
         folded = fold(teacher, images[:2])
     except CannotFoldError as error:
         if not auto:
-            raise _refused(f"the teacher {cfg.DISTILLER.TEACHER}: {error}") from None
+            raise _refused(f"the teacher {config.teacher_name(cfg)}: {error}") from None
         return Choice(False, str(error))
     with torch.inference_mode(), device.whole_float32():
         different = differences(teacher(images)[0], folded(images)[0])

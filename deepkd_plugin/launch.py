@@ -231,7 +231,7 @@ def announce(name: str, cfg: Any, count: int, torch_device: Any) -> None:
 
 def summarise(cfg: Any, folder: Path, teacher_acc: float | None, result: dict[str, Any], gained: str) -> None:
     """Print the end of a run: how good it is, what it gained (see `gains`), the files, what to do next."""
-    teacher = "none" if teacher_acc is None else f"{cfg.DISTILLER.TEACHER} {teacher_acc:.2f} % top-1"
+    teacher = "none" if teacher_acc is None else f"{config.teacher_name(cfg)} {teacher_acc:.2f} % top-1"
     minutes = record.read_run(folder)["minutes"]
     trust = ["--trust"] if any(map(extensions.asked_by, (cfg.DISTILLER.STUDENT, cfg.DATASET.TYPE))) else []
     print(

@@ -35,13 +35,15 @@ def whole(low: int, high: int = 1_000_000) -> Rule:
 
 
 def plain(value: Any, levels: int = 3) -> bool:
-    """Tell whether a config may hold a value at all: text, numbers, flags and small lists of them.
+    """Tell whether a config may hold a value at all: text, numbers, flags and small lists and sections of them.
 
     Numbers are finite and fit into 64 bits. Text has no control characters and no lone surrogates, which names of files
     cannot have or a run's config.yaml cannot keep.
     """
     if isinstance(value, str):
         return len(value) <= 4096 and not any(unicodedata.category(c) in ("Cc", "Cs") for c in value)
+    if isinstance(value, dict):  # in a list, such as one of teachers
+        return len(value) <= 20 and all(plain(part, levels) for pair in value.items() for part in pair)
     if isinstance(value, list | tuple):
         return levels > 0 and len(value) <= 1000 and all(plain(part, levels - 1) for part in value)
     if isinstance(value, int):

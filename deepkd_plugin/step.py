@@ -11,6 +11,7 @@ from torch.nn.utils import clip_grad_norm_
 from .device import autocast_within, classify_in_float32, precision
 from .distributed.process_group import ProcessGroup
 from .gsnr import GradientMonitor
+from .mixture import members
 from .optim import StreamOptimizer
 
 Batch = Mapping[str, Any]
@@ -65,7 +66,8 @@ class Step:
         if amp:
             autocast_within(self.module, device, amp)
             if hasattr(self.module, "teacher"):
-                classify_in_float32(self.module.teacher)
+                for teacher in members(self.module.teacher):
+                    classify_in_float32(teacher)
         if precision(amp) == "float16":
             self.scaler = GradScaler(device.type)
 

@@ -1,6 +1,7 @@
 """The epoch loop: batches through a distiller, losses into streams, streams into the optimizer."""
 
 import copy
+import hashlib
 import math
 import shlex
 import sys
@@ -24,6 +25,7 @@ from .distributed import collectives, process_group, sharding
 from .divided import DividedStep, check_divisible
 from .errors import UserError
 from .gsnr import GradientMonitor
+from .mixture import Teachers
 from .optim import StreamOptimizer
 from .run import checkpoint, record
 from .run import folder as run_folder
@@ -34,7 +36,7 @@ from .run.schedule import make_scheduler, set_epoch, set_rate, warmup_point
 from .speed import make_step
 from .step import Batch, Outcome
 from .streams import assign_losses
-from .teacher_logits import TeacherLogits, open_logits
+from .teacher_logits import SeveralTeachersLogits, TeacherLogits, open_logits
 from .terminal import check_interruption
 
 READ_EVERY = 20
@@ -110,7 +112,7 @@ class Trainer:
         """Of the student's logits, once it has been tried."""
         self.described: data.Description | None = None
         """What the student's files say of it."""
-        self.logits: TeacherLogits | None = None
+        self.logits: TeacherLogits | SeveralTeachersLogits | None = None
         """Where training batches get the teacher's logits of their weak view, if not from the distiller."""
         self.epoch = self.steps_done = 0
         """Epochs that ended, and steps of the next, in the last checkpoint."""
@@ -152,7 +154,8 @@ class Trainer:
                 f"{self.folder}: --resume finds all {self.epoch} epochs done; the results are in run.json there"
             )
         self.logits = self.open_logits()
-        facts = {"code": record.code_hash(), "config": record.config_hash(self.cfg), "teacher": self.teacher or "0"}
+        teacher = hashlib.sha256((self.teacher or "").encode()).hexdigest()[:16]
+        facts = {"code": record.code_hash(), "config": record.config_hash(self.cfg), "teacher": teacher}
         collectives.check_alike(**{name: int(value, 16) >> 1 for name, value in facts.items()})
         collectives.spread(self.module.student)
         command = command or shlex.join(["python", *sys.argv])
@@ -188,6 +191,11 @@ class Trainer:
         )
         if chosen and not resume:
             record.note(self.folder, {"chosen": chosen})
+        if isinstance(teacher := getattr(self.module, "teacher", None), Teachers) and not resume:
+            names = config.teacher_name(self.cfg).split(" + ")
+            rows = zip(names, (self.teacher or "").split("+"), teacher.tested)
+            each = [{"name": name, "weights": weights, "accuracy": accuracy} for name, weights, accuracy in rows]
+            record.note(self.folder, {"teachers": each})
         if process_group.size() > 1 and any(isinstance(m, _BatchNorm) for m in self.module.student.modules()):
             whole, synchronised = config.chunk(self.cfg), self.cfg.SOLVER.SYNC_BATCHNORM
             of = f"{whole} images" if synchronised else f"a process's share of {whole} images"
@@ -395,7 +403,7 @@ class Trainer:
         """Return the teacher's own number of `metric` in percent; UserError for one that knows nothing."""
         return measure_teacher(self.module, self.val_loader, self.cfg)
 
-    def open_logits(self) -> TeacherLogits | None:
+    def open_logits(self) -> TeacherLogits | SeveralTeachersLogits | None:
         """Open the table of DISTILLER.TEACHER_LOGITS; None if every step computes the teacher's logits, or has none."""
         if self.teacher is None or self.cfg.DISTILLER.TEACHER_LOGITS == "compute":
             return None

@@ -99,17 +99,21 @@ def _fill(file: str, options: Sequence[str]) -> int:
     device.tune(cfg.SOLVER.DETERMINISTIC)
     at = device.pick()
     samples = data.get_dataset(cfg)[0].dataset
-    teacher = teacher_network(host, cfg, data.num_classes(cfg)).eval().to(at)
-    if automatic(cfg.SOLVER.CHANNELS_LAST):
-        images = data.source(cfg).noise(cfg.SOLVER.BATCH_SIZE)[0].to(at)
-        faster = choice.channels_last(None, teacher, images, cfg.SOLVER.AMP).value
-        cfg = choice.resolved(cfg, config.CHANNELS_LAST, faster)
-    teacher = device.place(teacher, at, cfg.SOLVER.CHANNELS_LAST)
-    logits = fill(cfg, teacher, fingerprint(teacher), samples, at, (number, processes))
-    if logits.table is None or not logits.table.writable:
-        return 1
-    print(describe(logits.table.path))
-    return 0
+    code = 0
+    for turn, one in enumerate(config.by_teacher(cfg)):
+        with config.naming(turn):
+            teacher = teacher_network(host, one, data.num_classes(one)).eval().to(at)
+        if automatic(one.SOLVER.CHANNELS_LAST):
+            images = data.source(one).noise(one.SOLVER.BATCH_SIZE)[0].to(at)
+            faster = choice.channels_last(None, teacher, images, one.SOLVER.AMP).value
+            one = choice.resolved(one, config.CHANNELS_LAST, faster)
+        teacher = device.place(teacher, at, one.SOLVER.CHANNELS_LAST)
+        logits = fill(one, teacher, fingerprint(teacher), samples, at, (number, processes))
+        if logits.table is None or not logits.table.writable:
+            code = 1
+        else:
+            print(describe(logits.table.path))
+    return code
 
 
 def _delete(paths: Iterable[Path], yes: bool) -> int:

@@ -12,8 +12,9 @@ from ..errors import UserError
 from ..rules import NOT_NEGATIVE, PLAIN, Key, plain
 from ..terminal import warn
 from ..topk import classes, count_classes, mask_size
-from .keys import ADAMW, FOLD_TEACHER, HOST_KEYS, TRAINER, TRAINERS, all_keys, known_streams
+from .keys import ADAMW, FOLD_TEACHER, HOST_KEYS, OF_A_TEACHER, TRAINER, TRAINERS, all_keys, known_streams
 from .meaning import (
+    by_teacher,
     chunk,
     contrasts,
     feature,
@@ -21,6 +22,7 @@ from .meaning import (
     mixes,
     modified,
     momenta,
+    naming,
     needs_workers,
     on_logits,
     plain_teacher,
@@ -66,6 +68,7 @@ def check(cfg: CfgNode, origin: dict[str, str]) -> None:
     if cfg.DISTILLER.FOLD_TEACHER is True and method != "NONE" and (reason := plain_teacher(cfg)):
         raise wrong(origin, FOLD_TEACHER, True, f"auto or False: {reason}")
     check_feature(cfg, origin)
+    check_teachers(cfg, origin)
     check_momenta(cfg, origin)
     check_warmups(cfg, origin)
     check_schedules(cfg, origin)
@@ -115,6 +118,37 @@ def check_feature(cfg: CfgNode, origin: dict[str, str]) -> None:
     if feature(cfg) and contrasts(cfg) and softens(cfg):
         allowed = "another with mixed images or soft labels, whose contrast is of one image and its class"
         raise wrong(origin, path, asked, allowed)
+
+
+def check_teachers(cfg: CfgNode, origin: dict[str, str]) -> None:
+    """Raise UserError for teachers that are described wrongly, or whose mixture the method cannot be given."""
+    node, keys = cfg.DISTILLER, {key.path: key for key in all_keys()}
+    path = "DISTILLER.MORE_TEACHERS"
+    if not node.MORE_TEACHERS or node.TYPE == "NONE":
+        for name in ("TEACHER_SHARE", "TEACHER_MIX", "TEACHER_POOL"):
+            default = keys[f"DISTILLER.{name}"].default
+            if node[name] != default and node.TYPE != "NONE":
+                raise wrong(
+                    origin, f"DISTILLER.{name}", node[name], f"{default!r} with one teacher; {path} adds others"
+                )
+        return
+    said = dict.fromkeys(keys, origin.get(path, "default"))
+    own = [key for key in keys.values() if key.path.split(".")[1] in OF_A_TEACHER]
+    for number, one in enumerate(by_teacher(cfg)[1:], 1):
+        with naming(number):
+            check_keys(one, said, own)
+    method = f"DeepKD.BASE {cfg.DeepKD.BASE}" if node.TYPE == "DeepKD" else f"DISTILLER.TYPE {node.TYPE}"
+    if not on_logits(cfg):
+        raise wrong(
+            origin, path, node.MORE_TEACHERS, f"[] with {method}, which needs more of a teacher than its logits"
+        )
+    if node.TEACHER_POOL == "probabilities" and (temperature(cfg) is None or modified(cfg)):
+        # softmax(z / T) is the mean of the teachers' at one T alone
+        reason = modified(cfg) or f"{method}, which reads logits at several temperatures"
+        raise wrong(origin, "DISTILLER.TEACHER_POOL", node.TEACHER_POOL, f"'logits' with several teachers and {reason}")
+    if node.TEACHER_LOGITS == "stored" and node.LOGITS_K:
+        allowed = "0 with several teachers: their tables keep different classes, of which there is no mixture"
+        raise wrong(origin, "DISTILLER.LOGITS_K", node.LOGITS_K, allowed)
 
 
 def check_momenta(cfg: CfgNode, origin: dict[str, str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..distillers import DISTILLERS
 from ..distillers.variants import BY_VARIANT, MATCHED, VARIANTS
+from ..mixture import MIXES, POOLS
 from ..rules import (
     ABOVE_ONE,
     AUTO,
@@ -71,6 +72,26 @@ _SIDE: Rule = (
 _AREA: Rule = (
     "a list of two numbers, 0 < low <= high <= 1, or []",
     lambda value: len(value) in (0, 2) and (not value or 0 < value[0] <= value[1] <= 1),
+)
+OF_A_TEACHER = ("TEACHER", "TEACHER_WEIGHTS", "TEACHER_INPUT", "TEACHER_CLASSES", "TEACHER_SHARE")
+"""Keys of DISTILLER that say of one teacher which it is; each of DISTILLER.MORE_TEACHERS has its own."""
+
+MOST_TEACHERS = 8
+"""A mean of more has no use that we know of; each costs a pass in every step."""
+
+_TEACHERS: Rule = (
+    f"a list of at most {MOST_TEACHERS - 1} sections, each with the key TEACHER and, as it needs them, "
+    f"{', '.join(OF_A_TEACHER[1:])}, whose section has SIZE, MEAN and STD",
+    lambda value: (
+        len(value) < MOST_TEACHERS
+        and all(
+            isinstance(one, dict)
+            and isinstance(one["TEACHER"], str)
+            and one.keys() <= set(OF_A_TEACHER)
+            and one.get("TEACHER_INPUT", {}).keys() <= {"SIZE", "MEAN", "STD"}
+            for one in value
+        )
+    ),
 )
 _DELTA: Rule = ("a number in (-1, 1)", lambda value: -1 < value < 1)
 
@@ -209,6 +230,26 @@ _FIXED = (
     Key("GSNR.COORDINATES", 500_000, "coordinates followed, drawn once; 0: all", *whole(0, 10**9)),
     Key("GSNR.LAYERS", False, "also by layer", *FLAG),
     Key("DISTILLER.TEACHER_WEIGHTS", "", "teacher file; empty: the zoo's; builtin:NAME: one we ship", *FILE_OR_NONE),
+    Key(
+        "DISTILLER.MORE_TEACHERS",
+        [],
+        "teachers beside the first, which these keys describe: for each a section of the same keys",
+        *_TEACHERS,
+    ),
+    Key("DISTILLER.TEACHER_SHARE", 1.0, "weight of the teacher among several, over the sum of all", *POSITIVE),
+    Key(
+        "DISTILLER.TEACHER_MIX",
+        "fixed",
+        "several teachers' weights: fixed: their shares; or also each sample's, by the teacher's probability of the "
+        "target (CA-MKD) or its entropy (see mixture.py)",
+        *one_of(*MIXES),
+    ),
+    Key(
+        "DISTILLER.TEACHER_POOL",
+        "probabilities",
+        "what is averaged: probabilities, at the one temperature of the method, or logits, for methods of several",
+        *one_of(*POOLS),
+    ),
     Key("DISTILLER.ANY_TEACHER", False, "go on with a teacher that is at chance on the test images", *FLAG),
     Key(
         "DISTILLER.STUDENT_WEIGHTS",

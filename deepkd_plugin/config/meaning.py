@@ -1,14 +1,18 @@
 """What a checked config asks for: momenta by stream, views of an image, and which keys compute."""
 
+import contextlib
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from yacs.config import CfgNode
 
 from ..distillers import DISTILLERS
 from ..distillers.variants import MATCHED, VARIANTS, resolved, variant
+from ..errors import UserError
 from ..streams import EXTRA_STREAMS, STREAMS
+from .keys import OF_A_TEACHER
 from .tree import get
 
 HOW = (
@@ -25,14 +29,56 @@ AUTO = {"DATASET.PIPELINE": "workers"}
 compared as, so that a run's hash is the same on every machine. (Runs had that value before there was `auto`.)"""
 
 
+MORE_TEACHERS = "DISTILLER.MORE_TEACHERS"
+
+
 def compared(path: str, value: Any) -> Any:
-    """Return a key's value as runs are compared by it."""
+    """Return a key's value as runs are compared by it; of a list of teachers without their files, as of the first."""
+    if path == MORE_TEACHERS and isinstance(value, list) and all(isinstance(one, dict) for one in value):
+        return [{name: part for name, part in one.items() if name != "TEACHER_WEIGHTS"} for one in value]
     return AUTO[path] if path in AUTO and isinstance(value, str) and value == "auto" else value
 
 
 def comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return what of a flat config computes, as runs are compared by it: what VARIANT decides is written out."""
     return {path: compared(path, value) for path, value in resolved(settings).items() if computes(path)}
+
+
+def by_teacher(cfg: CfgNode) -> list[CfgNode]:
+    """Return a config for each teacher of a config, whose DISTILLER is as if that were its only one."""
+    if not cfg.DISTILLER.MORE_TEACHERS:
+        return [cfg]
+    cfgs = []
+    for one in ({}, *cfg.DISTILLER.MORE_TEACHERS):
+        own = cfg.clone()
+        own.defrost()
+        own.DISTILLER.MORE_TEACHERS = []
+        if one:
+            fed = {"SIZE": 0, "MEAN": [], "STD": []} | one.get("TEACHER_INPUT", {})
+            of_one = {"TEACHER_WEIGHTS": "", "TEACHER_CLASSES": None, "TEACHER_SHARE": 1.0} | one
+            for name in OF_A_TEACHER:
+                value = CfgNode(fed) if name == "TEACHER_INPUT" else of_one[name]
+                # PATHS are expanded as they are read; these stand in a list
+                own.DISTILLER[name] = os.path.expanduser(value) if isinstance(value, str) else value
+        own.freeze()
+        cfgs.append(own)
+    return cfgs
+
+
+def teacher_name(cfg: CfgNode) -> str:
+    """Name the teacher of a config, or all of them."""
+    return " + ".join([cfg.DISTILLER.TEACHER, *(one["TEACHER"] for one in cfg.DISTILLER.MORE_TEACHERS)])
+
+
+@contextlib.contextmanager
+def naming(number: int) -> Iterator[None]:
+    """Let errors about teacher `number`, counted from 0, say that it is one of MORE_TEACHERS."""
+    try:
+        yield
+    except UserError as error:
+        if not number:
+            raise
+        raise UserError(f"{MORE_TEACHERS}, entry {number}: {error}") from None
 
 
 def streams(cfg: CfgNode) -> tuple[str, ...]:

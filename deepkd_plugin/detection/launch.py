@@ -172,6 +172,7 @@ ONLY = {
     "DISTILLER.TEACHER_INPUT.STD": [],
     "DISTILLER.TEACHER_CLASSES": None,
     "DeepKD.FEATURE": "none",
+    "DISTILLER.MORE_TEACHERS": [],
 }
 """Keys that are for classification only, and their value here. (Warm-up is DETECTION.WARMUP_ITERATIONS.)"""
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import extensions
 from ..losses import DecoupledKD, decoupled_kd, kd_divergence
+from ..mixture import EACH, Teachers
 from ..rules import Key
 from .terms import Term, View, classes, cross_entropy, prepared, total
 
@@ -48,7 +49,8 @@ class Distiller(Taught):
     In training, `forward(image=, target=, epoch=, …)` returns `(logits, {name: scalar loss})`. With teacher_logits=,
     those of the first view, `compare` does not compute them. In evaluation, `forward(image=)` returns the student's
     logits. Both networks map images (B, 3, H, W) to
-    `(logits (B, C), features)`.
+    `(logits (B, C), features)`. The teacher may be several (mixture.Teachers): then teacher_logits are (B, M, C), and
+    `compare` gives those of their mixture.
 
     A subclass declares what the rest of the package reads of it:
 
@@ -85,6 +87,8 @@ class Distiller(Taught):
     losses_of: str = ""
     known: Sequence[Tensor] = ()
     """The teacher's logits of the first views of the batch that is passed, (B, C) each, if somebody knows them."""
+    labels: Tensor | None = None
+    """The target classes of the batch that is passed, (B,)."""
     whole: Callable[[Tensor], Tensor] = staticmethod(_as_it_is)
     """Makes the logits of a whole batch of those of a part that is passed, in a step of divided.py."""
     folded: nn.Module | None = None
@@ -178,6 +182,8 @@ class Distiller(Taught):
     def forward(self, **batch: Any) -> Any:
         known = batch.pop("teacher_logits", ())
         self.known = [known] if isinstance(known, Tensor) else known
+        target = batch.get("target")
+        self.labels = None if target is None else classes(target)
         if self.training:
             return self.forward_train(**batch)
         return self.student(batch["image"])[0]
@@ -220,8 +226,10 @@ class Distiller(Taught):
 
     def _view(self, image: Tensor, teacher_logits: Tensor | None) -> View:
         if teacher_logits is None:
-            teacher_logits = self._teach(self.teacher if self.folded is None else self.folded, image)[0]
-        return self.whole(self.student(image)[0]), self.whole(teacher_logits)
+            said, features = self._teach(self.teacher if self.folded is None else self.folded, image)
+            teacher_logits = features[EACH].clone() if isinstance(self.teacher, Teachers) else said
+        student, taught = self.whole(self.student(image)[0]), self.whole(teacher_logits)
+        return student, self.teacher.mix(taught, self.labels) if isinstance(self.teacher, Teachers) else taught
 
     @staticmethod
     def _teach(teacher: nn.Module, image: Tensor) -> tuple[Tensor, Any]:

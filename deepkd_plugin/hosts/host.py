@@ -73,6 +73,7 @@ class Host:
         # batch may be divided; its DKD divides by the warm-up
         node = cfg.DISTILLER
         ours = node.TEACHER_LOGITS != "compute" or node.FOLD_TEACHER is True or config.softens(cfg)
+        ours = ours or bool(node.MORE_TEACHERS)
         ours = ours or (name in ("KD", "DKD") and (process_group.size() > 1 or cfg.SOLVER.ACCUMULATE > 1))
         ours = config.modified(cfg) or (ours and name != "NONE")
         if ours or (name == "DKD" and not cfg.DKD.WARMUP):
@@ -91,8 +92,10 @@ class Host:
         config.check(cfg, origin)
         self.check_feature(cfg, origin)
         for path in ("DISTILLER.STUDENT", "DISTILLER.TEACHER")[: 1 if cfg.DISTILLER.TYPE == "NONE" else 2]:
-            name = config.get(cfg, path)
-            self.check_network(cfg, name, f"{origin.get(path, 'default')}: {path}")
+            for number, one in enumerate(config.by_teacher(cfg) if path.endswith("TEACHER") else [cfg]):
+                where = origin.get("DISTILLER.MORE_TEACHERS" if number else path, "default")
+                with config.naming(number):
+                    self.check_network(cfg, config.get(one, path), f"{where}: {path}")
         settle_input(cfg, origin)
         config.check_mask(cfg, origin, data.num_classes(cfg))
         config.check_kept(cfg, origin, data.num_classes(cfg))

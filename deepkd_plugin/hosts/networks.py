@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import config, data, extensions
 from ..errors import UserError, shown
+from ..mixture import PROBABILITIES, Teachers
 from ..run import checkpoint
 from ..terminal import warn
 from .adapter import Adapter, Input, adapt, choose, feed, offer_maps, plain, reason_of, try_out
@@ -172,8 +173,14 @@ def student_network(host: Host, cfg: Any, num_classes: int) -> nn.Module:
 
 def check_files(host: Host, cfg: Any) -> None:
     """Raise UserError if a file that a config names for its networks is not there; none is read as a whole."""
+    _check_files(host, cfg, ("STUDENT", "TEACHER")[: 1 if cfg.DISTILLER.TYPE == "NONE" else 2])
+    for number, one in enumerate(config.by_teacher(cfg)[1:], 1):
+        with config.naming(number):
+            _check_files(host, one, () if cfg.DISTILLER.TYPE == "NONE" else ("TEACHER",))
+
+
+def _check_files(host: Host, cfg: Any, used: Iterable[str]) -> None:
     node = cfg.DISTILLER
-    used = ("STUDENT", "TEACHER")[: 1 if node.TYPE == "NONE" else 2]
     for one in used:
         name, weights, key = node[one], node[f"{one}_WEIGHTS"], f"DISTILLER.{one}_WEIGHTS"
         if one == "STUDENT" and weights in ("", "pretrained"):
@@ -188,7 +195,27 @@ def check_files(host: Host, cfg: Any) -> None:
 
 
 def teacher_network(host: Host, cfg: Any, num_classes: int) -> nn.Module:
-    """Make the teacher that a config means: with weights, its input by TEACHER_INPUT, classes by TEACHER_CLASSES."""
+    """Make the teacher that a config means: with weights, its input by TEACHER_INPUT, classes by TEACHER_CLASSES.
+
+    Of several, it is their mixture (mixture.py).
+    """
+    return _one_of_all(cfg, lambda one: _teacher(host, one, num_classes))
+
+
+def _one_of_all(cfg: Any, make: Callable[[Any], nn.Module]) -> nn.Module:
+    """Make each teacher of a config, by a config of its own, and one of all."""
+    node, made = cfg.DISTILLER, []
+    for number, one in enumerate(config.by_teacher(cfg)):
+        with config.naming(number):
+            made.append(make(one))
+    if len(made) == 1:
+        return made[0]
+    shares = [one.DISTILLER.TEACHER_SHARE for one in config.by_teacher(cfg)]
+    temperature = config.temperature(cfg) if node.TEACHER_POOL == PROBABILITIES else None
+    return Teachers(made, shares, node.TEACHER_MIX, temperature)
+
+
+def _teacher(host: Host, cfg: Any, num_classes: int) -> nn.Module:
     node, key = cfg.DISTILLER, "DISTILLER.TEACHER_WEIGHTS"
     named = (node.TEACHER, num_classes, node.TEACHER_WEIGHTS, key)
     choice = partial(choose_classes, node.TEACHER_CLASSES, data.source(cfg), cfg.DATASET.ROOT)
@@ -239,6 +266,10 @@ def untrained_teacher(host: Host, cfg: Any, num_classes: int) -> nn.Module:
 
     Raises UserError if it cannot be made, or cannot take these images.
     """
+    return _one_of_all(cfg, lambda one: _untrained_teacher(host, one, num_classes))
+
+
+def _untrained_teacher(host: Host, cfg: Any, num_classes: int) -> nn.Module:
     node, source = cfg.DISTILLER, data.source(cfg)
     name, path = node.TEACHER, weights_file(host, cfg, node.TEACHER, node.TEACHER_WEIGHTS)
     batch, own = _inputs(source, None if name in NETWORKS else find(name), path, node.TEACHER_INPUT)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..mixture import Teachers, members
 from ..terminal import warn
 from . import array_pickle
 
@@ -412,8 +413,11 @@ def outline(state: Any) -> str:
 def fingerprint(module: nn.Module) -> str:
     """Hash a network's weights: the same for the same numbers, whatever file they came from.
 
-    A network that is fed otherwise than it would be itself (hosts/adapter.py) has another hash.
+    A network that is fed otherwise than it would be itself (hosts/adapter.py) has another hash. Of several teachers it
+    is theirs, in their order, with a + between.
     """
+    if isinstance(module, Teachers):
+        return "+".join(map(fingerprint, members(module)))
     changes = module.deepkd_changes() if hasattr(module, "deepkd_changes") else {}
     return hash_weights(module.state_dict() | changes)
 

@@ -194,7 +194,9 @@ def commit(folder: Path = PACKAGE, file: str = "launch.py") -> str:
 def versions(cfg: Any) -> dict[str, str]:
     """Give the versions of what a run computes with: also of timm, if its config has a network of it or RandAugment."""
     keys = config.flatten(cfg)
-    of_timm = any(str(keys.get(f"DISTILLER.{one}")).startswith("timm:") for one in ("STUDENT", "TEACHER"))
+    networks = [keys.get("DISTILLER.STUDENT"), keys.get("DISTILLER.TEACHER")]
+    networks += [one["TEACHER"] for one in keys.get("DISTILLER.MORE_TEACHERS", ())]
+    of_timm = any(str(name).startswith("timm:") for name in networks)
     of_timm = of_timm or bool(keys.get("AUGMENT.RANDAUGMENT"))
     return {name: version_of(name) for name in (*RECORDED, *(["timm"] if of_timm else []))}
 

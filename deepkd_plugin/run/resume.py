@@ -65,11 +65,18 @@ def read_state(folder: Path, cfg: Any, teacher: str | None) -> tuple[Path, dict[
             f"more"
         )
     if state["teacher"] != teacher:
-        raise UserError(
-            f"{path}: --resume needs the run's own teacher: its weights had the fingerprint {state['teacher']}, "
-            f"those of DISTILLER.TEACHER_WEIGHTS have {teacher}"
-        )
+        raise UserError(f"{path}: --resume needs the run's own teacher{_others(cfg, state['teacher'], teacher)}")
     return path, dict(state), changes
+
+
+def _others(cfg: Any, before: str | None, now: str | None) -> str:
+    """Say whose weights are others than they were."""
+    was, have = ([] if teacher is None else teacher.split("+") for teacher in (before, now))
+    if len(have) > 1 and len(was) == len(have):
+        names = config.teacher_name(cfg).split(" + ")
+        parts = [f"{name}'s weights had the fingerprint {b}, now {n}" for name, b, n in zip(names, was, have) if b != n]
+        return f"s: {'; '.join(parts)}"
+    return f": its weights had the fingerprint {before}, those of DISTILLER.TEACHER_WEIGHTS have {now}"
 
 
 def settled(path: Path, cfg: Any, before: Mapping[str, Any]) -> dict[str, bool]:

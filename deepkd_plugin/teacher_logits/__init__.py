@@ -3,7 +3,7 @@
 `table` has the file, `lookup` what a step asks for, `tables` which table a config means and what is in a folder.
 """
 
-from .lookup import TeacherLogits
+from .lookup import SeveralTeachersLogits, TeacherLogits
 from .tables import open_logits
 
-__all__ = ["TeacherLogits", "open_logits"]
+__all__ = ["SeveralTeachersLogits", "TeacherLogits", "open_logits"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,24 @@ class TeacherLogits:
     def close(self) -> None:
         if self.table is not None:
             self.table.close()
+
+
+class SeveralTeachersLogits:
+    """The logits of several teachers, each from its own table: `logits(image, index, epoch)`, (B, M, C)."""
+
+    def __init__(self, each: Sequence[TeacherLogits]) -> None:
+        self.each = each
+
+    def __call__(self, image: Any, index: Tensor, epoch: int) -> Tensor:
+        return torch.stack([logits(image, index, epoch) for logits in self.each], dim=1)
+
+    def share_computed(self) -> float:
+        """Return the mean of the teachers' share_computed."""
+        return sum(logits.share_computed() for logits in self.each) / len(self.each)
+
+    def close(self) -> None:
+        for logits in self.each:
+            logits.close()
 
 
 def check_teacher(teacher: nn.Module, image: Tensor) -> None:

@@ -18,20 +18,30 @@ from ..data.arrays import Training, passes
 from ..data.own import LOGITS_FOLDER
 from ..data.resident import Batchwise, known, view_count, view_index
 from ..errors import UserError
-from .lookup import TeacherLogits, check_teacher
+from ..mixture import Teachers, members
+from .lookup import SeveralTeachersLogits, TeacherLogits, check_teacher
 from .table import SUFFIX, Damaged, Key, Table, gigabytes
 
 SAMPLE = 256
 """Files of a set of image files whose content is looked at, at most."""
 
 
-def open_logits(cfg: Any, teacher: nn.Module, fingerprint: str, loader: Any, image: Any) -> TeacherLogits:
-    """Open the table that a config means, or make it.
+def open_logits(
+    cfg: Any, teacher: nn.Module, fingerprint: str, loader: Any, image: Any
+) -> TeacherLogits | SeveralTeachersLogits:
+    """Open the table that a config means, or make it; of several teachers, each one's own.
 
     fingerprint: of the teacher's weights. loader: of the training set, data.get_dataset's. image: some of its images,
     as its batches have them. Raises UserError for a teacher whose logits depend on more than the image, for views that
     cannot be counted, for a loader that may draw views as it likes, and as Table.make does.
     """
+    if isinstance(teacher, Teachers):
+        each = zip(config.by_teacher(cfg), members(teacher), fingerprint.split("+"))
+        return SeveralTeachersLogits([_open(one, network, of_one, loader, image) for one, network, of_one in each])
+    return _open(cfg, teacher, fingerprint, loader, image)
+
+
+def _open(cfg: Any, teacher: nn.Module, fingerprint: str, loader: Any, image: Any) -> TeacherLogits:
     samples, order = loader.dataset, passes(loader)
     if not isinstance(samples, Training) or order is None:
         raise UserError(

@@ -151,7 +151,9 @@ def _legend(panel: Axes, seeds: int = 1) -> None:
 def _title(runs: Sequence[Run]) -> str:
     settings = runs[0].settings
     kind, student = settings["DISTILLER.TYPE"], settings["DISTILLER.STUDENT"]
-    pair = student if kind == "NONE" else f"{settings['DISTILLER.TEACHER']} → {student}"
+    others = [one["TEACHER"] for one in settings.get("DISTILLER.MORE_TEACHERS", ())]
+    taught = " + ".join([str(settings["DISTILLER.TEACHER"]), *others])
+    pair = student if kind == "NONE" else f"{taught} → {student}"
     feature = "" if settings["DeepKD.FEATURE"] == "none" else f" and features by {settings['DeepKD.FEATURE']}"
     method = {"NONE": "no distillation", "DeepKD": f"DeepKD over {settings['DeepKD.BASE']}{feature}"}.get(kind, kind)
     seeds = f"seed {runs[0].seed}" if len(runs) == 1 else f"mean of {len(runs)} seeds"

@@ -78,7 +78,7 @@ class Classification(Kind):
         return cfg.SOLVER.EPOCHS
 
     def networks(self, pair: str, cfgs: Sequence[Any]) -> tuple[str, str]:
-        taught = [cfg.DISTILLER.TEACHER for cfg in cfgs if cfg.DISTILLER.TYPE != "NONE"]
+        taught = [config.teacher_name(cfg) for cfg in cfgs if cfg.DISTILLER.TYPE != "NONE"]
         return (taught or [""])[0], cfgs[0].DISTILLER.STUDENT
 
     def protocol(self, cfg: Any) -> str:
@@ -96,11 +96,12 @@ class Classification(Kind):
                 lines.append(str(error))
         missing: dict[str, list[str]] = {}
         for run, cfg in runs:
-            file = "" if cfg.DISTILLER.TYPE == "NONE" else self.teacher_file(cfg)
-            if file is None:
-                missing.setdefault(f"none in the zoo for {cfg.DISTILLER.TEACHER}", []).append(run.pair)
-            elif file and not Path(file).is_file():
-                missing.setdefault(normpath(file), []).append(run.pair)
+            for one in [] if cfg.DISTILLER.TYPE == "NONE" else config.by_teacher(cfg):
+                file = self.teacher_file(one)
+                if file is None:
+                    missing.setdefault(f"none in the zoo for {one.DISTILLER.TEACHER}", []).append(run.pair)
+                elif file and not Path(file).is_file():
+                    missing.setdefault(normpath(file), []).append(run.pair)
         if missing:
             files = "; ".join(f"{file} ({', '.join(dict.fromkeys(of))})" for file, of in missing.items())
             lines.append(
@@ -137,13 +138,17 @@ class Classification(Kind):
         known: dict[tuple[str, ...], str] = {}
         fingerprints = super().teachers(cfgs)
         for cell, cfg in cfgs.items():
-            file = "" if cfg.DISTILLER.TYPE == "NONE" else self.teacher_file(cfg)
-            if file and Path(file).is_file():
-                fed = (str(dict(part)) for part in (cfg.DISTILLER.TEACHER_INPUT, cfg.INPUT))
-                key = (cfg.DATASET.TYPE, cfg.DISTILLER.TEACHER, file, str(cfg.DISTILLER.TEACHER_CLASSES), *fed)
+            each = []
+            for one in [] if cfg.DISTILLER.TYPE == "NONE" else config.by_teacher(cfg):
+                if not (file := self.teacher_file(one)) or not Path(file).is_file():
+                    break
+                fed = (str(dict(part)) for part in (one.DISTILLER.TEACHER_INPUT, one.INPUT))
+                key = (one.DATASET.TYPE, one.DISTILLER.TEACHER, file, str(one.DISTILLER.TEACHER_CLASSES), *fed)
                 if key not in known:
-                    known[key] = checkpoint.fingerprint(self.load_teacher(cfg))
-                fingerprints[cell] = known[key]
+                    known[key] = checkpoint.fingerprint(self.load_teacher(one))
+                each.append(known[key])
+            else:
+                fingerprints[cell] = "+".join(each) or None
         return fingerprints
 
     def load_teacher(self, cfg: Any) -> Any:

@@ -85,7 +85,8 @@ class Timer:
         if pipeline(cfg) == "workers":
             load = cfg.SOLVER.BATCH_SIZE * self.timed(source.augmenter(views), self.budget / 10)
             step = max(step, load / workers) if workers else step + load
-        return cfg.SOLVER.EPOCHS * (source.steps(cfg) * step + student) + sum(teacher)
+        tests = 2 if cfg.DISTILLER.MORE_TEACHERS else 1  # each of several, and their mixture
+        return cfg.SOLVER.EPOCHS * (source.steps(cfg) * step + student) + tests * sum(teacher)
 
     def step(self, cfg: Any) -> float:
         """Time the trainer's step on a batch of SOLVER.BATCH_SIZE, with its share of samples for the GSNR."""
@@ -108,7 +109,8 @@ class Timer:
             noise = source.noise(count, config.views(cfg))
             known = {}
             if _looks_up(cfg):
-                known["teacher_logits"] = torch.randn(count, source.num_classes, device=self.device)
+                several = [1 + len(cfg.DISTILLER.MORE_TEACHERS)] if cfg.DISTILLER.MORE_TEACHERS else []
+                known["teacher_logits"] = torch.randn(count, *several, source.num_classes, device=self.device)
             return lambda: trainer.step(trainer.prepare(noise, 1, 1) | known, 1)
 
         step, monitor = self.least(work, batch), trainer.monitor
@@ -173,5 +175,5 @@ def _looks_up(cfg: Any) -> bool:
 
 def _parts(cfg: Any) -> list[tuple[str, str]]:
     """Name a config's student and, if it has one, teacher."""
-    parts = [("student", cfg.DISTILLER.STUDENT), ("teacher", cfg.DISTILLER.TEACHER)]
+    parts = [("student", cfg.DISTILLER.STUDENT), ("teacher", config.teacher_name(cfg))]
     return parts[:1] if cfg.DISTILLER.TYPE == "NONE" else parts
