@@ -18,6 +18,10 @@ from deepkd_plugin.topk import mask_size
 
 EIGHT = ["kd", "dkd", "mlkd", "crld", "deepkd", "deepkd_dkd", "deepkd_mlkd", "deepkd_crld"]
 TWELVE = [*EIGHT, "deepkd_nomask", "deepkd_dkd_nomask", "deepkd_mlkd_nomask", "deepkd_crld_nomask"]
+LATER = {
+    "cifar100": {"rld", "deepkd_rld", "dist", "kd_ea", "dkd_ea", "mlkd_ea"},
+    "imagenet": {"nkd", "deepkd_nkd", "rld", "deepkd_rld", "dist", "kd_ea", "dkd_ea"},
+}
 DATASETS = ["cifar100", "cifar100_cpu", "glyphs100", "imagenet", "tiny_imagenet"]
 DETECTION = ["coco_torchvision", "glyph_canvas"]
 
@@ -78,9 +82,36 @@ def test_the_tables_are_the_folders_of_configs_and_the_ablations():
 )
 def test_a_table_has_every_pair_and_method_of_its_folder(name, pairs, methods):
     table = tables.find(name)
-    assert (table.dataset, len(table.pairs), names(table)) == (name, pairs, methods)
-    assert all(table.file(pair, method) for pair in table.pairs for method in table.methods)
+    assert (table.dataset, len(table.pairs), list(table.by_default)) == (name, pairs, methods)
+    usual = [row for row in table.methods if row.name in methods]
+    assert all(table.file(pair, method) for pair in table.pairs for method in usual)
+    assert set(names(table)) - set(methods) == LATER.get(name, set())
     assert table.title == name
+
+
+def test_later_methods_are_rows_on_request():
+    """Those of tables that ship; in a folder of one's own every config is trained."""
+    table = tables.find("imagenet")
+    assert names(table)[:8] == ["kd", "dkd", "mlkd", "crld", "nkd", "rld", "deepkd", "deepkd_dkd"]
+    plan = make_plan(table, ["r50_mv1"], ["nkd", "deepkd_nkd", "rld", "deepkd_rld"], 1, [], Path("nowhere"))
+    over = {method.name: (method.label, method.base) for method in plan.document.methods}
+    assert over == {
+        "nkd": ("NKD", None),
+        "rld": ("RLD", None),
+        "deepkd_nkd": ("NKD + DeepKD + DTM", "nkd"),
+        "deepkd_rld": ("RLD + DeepKD + DTM", "rld"),
+    }
+    ours = tables.find(str(shipped("configs") / "imagenet"))
+    assert list(ours.by_default) == names(ours) == names(table)
+
+
+def test_a_row_of_weighted_samples_says_so():
+    table = tables.find("cifar100")
+    weighted = ["kd_ea", "dkd_ea", "mlkd_ea"]
+    plan = make_plan(table, ["res32x4_res8x4"], ["kd", *weighted], 1, [], Path("nowhere"))
+    labels = {method.name: method.label for method in plan.document.methods}
+    said = {name: f"{name.removesuffix('_ea').upper()}, samples weighted by entropy" for name in weighted}
+    assert labels == {"kd": "KD"} | said
 
 
 def test_a_folder_of_configs_is_a_table(folder, tmp_path, monkeypatch):
