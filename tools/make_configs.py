@@ -5,7 +5,8 @@ python tools/make_configs.py --check   writes nothing, names what differs and ex
 
 recipes.csv holds the numbers of the authors' release (commit afb5964), one row for each of its files, its own
 defaults filled in. The tables below hold the rest: which pairs there are, what is wrong in the release's files,
-whose recipe a pair takes that has none, and how the baselines were published.
+whose recipe a pair takes that has none, and how the baselines were published. later_methods.py has the methods that
+the article does not have.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from later_methods import LATER, Later
 
 ROOT = Path(__file__).parents[1]
 BASES = ("KD", "DKD", "MLKD", "CRLD")
@@ -383,30 +386,54 @@ class Configs:
 
     def files(self) -> dict[str, str]:
         """Return path below configs/ -> content."""
-        return {f"{p.dataset}/{p.folder}/{m}.yaml": self.file(p, m) for p in PAIRS for m in METHODS}
+        files = {f"{p.dataset}/{p.folder}/{m}.yaml": self.file(p, m) for p in PAIRS for m in METHODS}
+        for later in LATER:
+            for folder in later.folders:
+                for deepkd in (False, True)[: 1 + (later.twin is not None)]:
+                    name = f"deepkd_{later.method}" if deepkd else later.method
+                    pair = find_pair(later.dataset, folder)
+                    files[f"{later.dataset}/{folder}/{name}.yaml"] = self.later(later, pair, name, deepkd)
+        return files
+
+    def later(self, method: Later, pair: Pair, name: str, deepkd: bool) -> str:
+        """Write the file of a method that the article does not have, or of DeepKD over it."""
+        slow = pair.dataset == "cifar100" and pair.student in SLOW_STUDENTS
+        recipe = replace(
+            self.recipe(pair, "DKD"),
+            batch=method.batch,
+            epochs=method.epochs,
+            lr=method.slow_lr if slow else method.lr,
+            steps=method.steps,
+            weight_decay=method.weight_decay,
+        )
+        what = f"{method.base} + DeepKD with the dynamic top-K mask" if deepkd else method.title
+        lines = [f"{what}, {pair.teacher} to {pair.student}. Made by tools/make_configs.py."]
+        if deepkd:
+            lines.append(f"No recipe for it is published. Protocol, temperature, loss weights: {method.method}.yaml.")
+            lines.append("Ours: the deltas, those of deepkd_dkd.yaml.")
+        else:
+            lines += [f"Source: {method.source}.", *method.notes]
+        tree = experiment(pair, name, "DeepKD" if deepkd else method.base)
+        tree["DISTILLER"] |= method.distiller
+        tree["SOLVER"] = solver(recipe, deepkd, False)
+        if pair.dataset == "imagenet":
+            tree["LOG"] = LOG
+        if deepkd:
+            tree["DeepKD"] = {"BASE": method.base} | (method.twin or {}) | {"MASK": {"TYPE": "dynamic"}}
+        tree |= method.keeps if deepkd else method.nodes
+        return "\n".join([*(f"# {line}" for line in lines), *render(tree), ""])
 
     def file(self, pair: Pair, method: str) -> str:
         base = base_of(method)
         recipe = self.recipe(pair, base)
         deit = (pair.dataset, pair.folder) == DEIT
-        tree: dict[str, Any] = {
-            "EXPERIMENT": {
-                "PROJECT": pair.dataset,
-                "TAG": f"{method},{pair.short_teacher},{pair.short_student}",
-            },
-            "DATASET": DATASETS[pair.dataset],
-            "DISTILLER": {
-                "TYPE": "DeepKD" if is_deepkd(method) else base,
-                "TEACHER": pair.teacher,
-                "STUDENT": pair.student,
-            },
-            "SOLVER": solver(recipe, is_deepkd(method), deit),
-        }
+        tree = experiment(pair, method, "DeepKD" if is_deepkd(method) else base)
+        tree["SOLVER"] = solver(recipe, is_deepkd(method), deit)
         if deit:
             tree["DISTILLER"]["STUDENT_DROP_PATH"] = DEIT_DROP_PATH
             tree["AUGMENT"] = DEIT_MIXING | ({} if base in TWO_VIEWS else DEIT_IMAGES)
         if pair.dataset == "imagenet":
-            tree["LOG"] = {"SAVE_CHECKPOINT_FREQ": 10}
+            tree["LOG"] = LOG
         tree |= deepkd_nodes(recipe, base, masked(method)) if is_deepkd(method) else baseline_nodes(recipe, pair, base)
         return "\n".join([*self.header(pair, method), *render(tree), ""])
 
@@ -510,11 +537,24 @@ DATASETS: dict[str, dict[str, Any]] = {
 }
 
 
+LOG = {"SAVE_CHECKPOINT_FREQ": 10}
+"""Of ImageNet."""
+
+
 class Commented(NamedTuple):
     """A value with a comment behind it."""
 
     value: Any
     comment: str
+
+
+def experiment(pair: Pair, name: str, distiller: str) -> dict[str, Any]:
+    """Make the nodes that say what is trained: names, images, networks and the DISTILLER.TYPE."""
+    return {
+        "EXPERIMENT": {"PROJECT": pair.dataset, "TAG": f"{name},{pair.short_teacher},{pair.short_student}"},
+        "DATASET": DATASETS[pair.dataset],
+        "DISTILLER": {"TYPE": distiller, "TEACHER": pair.teacher, "STUDENT": pair.student},
+    }
 
 
 def solver(recipe: Recipe, deepkd: bool, deit: bool) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def main(words: Sequence[str]) -> int:
     add = parser.add_argument
     add("table", metavar="TABLE", help="cifar100, imagenet, glyphs100, glyph_canvas, coco, ..., or a folder")
     add("--pairs", metavar="PAIR", nargs="+", help="some of the table's pairs (default: all)")
-    add("--methods", metavar="METHOD", nargs="+", help="some of the table's rows (default: all)")
+    add("--methods", metavar="METHOD", nargs="+", help="some of the table's rows (default: the article's, or all)")
     add("--base", metavar="METHOD", help="of an ablation: the row that DeepKD is put over (default: kd)")
     add("--dataset", metavar="NAME", help="of an ablation: glyphs100 (default), cifar100, ..., or a folder")
     weights = "also train each base under the loss weights of DeepKD over it, and take DeepKD's gain over that"

@@ -73,6 +73,7 @@ class Distiller(Taught):
         warmup_factor(epoch, …). `epoch` counts from 1 and is a whole number, but while a warm-up by
         SOLVER.WARMUP_UNIT iteration lasts: then it is a fraction, which the epoch's last iteration makes whole.
     by_iteration: whether `epoch` is such a fraction throughout, whatever WARMUP_UNIT says.
+    by_default: whether the tables that ship train its rows unless `--methods` names others.
     """
 
     name: ClassVar[str]
@@ -83,6 +84,7 @@ class Distiller(Taught):
     in_terms: ClassVar[bool] = False
     soft_labels: ClassVar[bool] = False
     warmup_key: ClassVar[str] = ""
+    by_default: ClassVar[bool] = True
     by_iteration: bool = False
     losses_of: str = ""
     known: Sequence[Tensor] = ()

@@ -23,6 +23,7 @@ class DIST(Distiller):
 
     on_logits = soft_labels = True
     losses_of = "batch"
+    by_default = False
     keys = (
         Key("DIST.CE_WEIGHT", 1.0, "weight of the cross-entropy", *NOT_NEGATIVE),
         Key("DIST.BETA", 2.0, "weight of the correlation over classes", *NOT_NEGATIVE),

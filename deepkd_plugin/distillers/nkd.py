@@ -21,6 +21,7 @@ class NKD(Method):
     """
 
     losses_of = "samples"
+    by_default = False
     keys = (
         Key("NKD.CE_WEIGHT", 1.0, "weight of the cross-entropy", *NOT_NEGATIVE),
         Key("NKD.GAMMA", 1.5, "weight of the non-target classes", *NOT_NEGATIVE),

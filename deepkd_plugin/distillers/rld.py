@@ -20,6 +20,7 @@ class RLD(Method):
     """
 
     losses_of = "samples"
+    by_default = False
     warmup_key = "RLD.WARMUP"
     keys = (
         Key("RLD.CE_WEIGHT", 1.0, "weight of the cross-entropy", *NOT_NEGATIVE),

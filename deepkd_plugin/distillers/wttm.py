@@ -22,6 +22,7 @@ class WTTM(Method):
 
     keeps_weight = True
     losses_of = "samples"
+    by_default = False
     keys = (
         Key("WTTM.CE_WEIGHT", 1.0, "weight of the cross-entropy", *NOT_NEGATIVE),
         Key("WTTM.KD_WEIGHT", 4.0, "weight of the distillation loss", *NOT_NEGATIVE),

@@ -74,6 +74,9 @@ class Run:
 NOMASK = "_nomask"
 """How the row of a DeepKD without its mask is called, behind the name of the one with it."""
 
+WEIGHTED = "_ea"
+"""How the row of a method whose samples are weighted by entropy is called, behind the method's."""
+
 
 def row_name(base: str, deepkd: bool = False) -> str:
     """Name the row of a base method, or of DeepKD over it, as its config file is called."""

@@ -110,6 +110,7 @@ def describe(
         "table": f"{plan.table.title}, {plan.document.metric}: {numbers} = {count(len(plan.runs), 'run')}",
         "pairs": " ".join(parts["pair"]),
         "methods": " ".join(parts["method"]),
+        "on request": _on_request(plan, request),
         "runs": ", ".join(there),
         "protocol": _protocol(plan),
         "options": " ".join(request.options),
@@ -130,6 +131,16 @@ def describe(
         "folder": str(plan.out),
     }
     return "\n".join(_entry(name, text) for name, text in entries.items() if text)
+
+
+def _on_request(plan: Plan, request: Request) -> str:
+    """Name the rows that the pairs asked for have, and that no call trains unless --methods names them."""
+    if request.methods:
+        return ""
+    pairs, usual = {run.pair for run in plan.runs}, plan.table.by_default
+    rows = [row for row in plan.table.methods if row.name not in usual]
+    there = [row.name for row in rows if any(plan.table.file(pair, row) for pair in pairs)]
+    return f"{' '.join(there)} (by --methods)" if there else ""
 
 
 def _as_taken(plan: Plan, states: Mapping[Run, str], taken: Mapping[Run, reuse.Other]) -> tuple[Plan, dict[Run, str]]:
@@ -188,7 +199,8 @@ def _plan(request: Request, each: int | None) -> Plan:
     if table.over is not None and not request.pairs and len(table.pairs) > 1:
         raise UserError(f"command line: --pairs is missing; {table.title} must name some of {', '.join(table.pairs)}")
     pairs = tables.choose(request.pairs, table.pairs, "--pairs")
-    methods = tables.choose(request.methods, [method.name for method in table.methods], "--methods")
+    there = [method.name for method in table.methods]
+    methods = tables.choose(request.methods or table.by_default, there, "--methods")
     methods = matched.with_bases(table, methods)
     out = request.out or Path("output") / table.name
     return make_plan(table, pairs, methods, request.seeds, request.options, out, each)

@@ -16,7 +16,7 @@ from ...streams import STREAMS
 from ..kinds import KINDS
 from ..kinds.kind import Kind
 from ..measures import CLASSIFICATION, DETECTRON2
-from ..table import NOMASK, Cell, row_name, title
+from ..table import NOMASK, WEIGHTED, Cell, row_name, title
 
 TEACHER = "teacher"
 """The config in a pair's folder that makes its teacher and is no row."""
@@ -91,6 +91,12 @@ class Outline:
         pairs = self.kind.pairs(self.source)
         return tuple(pair for pair in pairs if any(self.file(pair, method) for method in self.methods))
 
+    @property
+    def by_default(self) -> tuple[str, ...]:
+        """The rows that are trained unless some are asked for: all, but in tables that ship not later methods'."""
+        all_of_them = self.over is not None or os.path.isabs(self.source)
+        return tuple(row.name for row in self.methods if all_of_them or not _later(row.config))
+
     def file(self, pair: str, method: Row) -> Path | None:
         """Name the config of a cell; None if the pair has none, or not what its options are taken from."""
         if method.twin and self.twin_file(pair, method) is None:
@@ -152,17 +158,27 @@ def label(method: Row, cfg: Any) -> str:
         return method.label
     if cfg.DISTILLER.TYPE == "NONE":
         return "student alone"
+    weighted = "" if cfg.DISTILLER.ENTROPY_WEIGHT == "none" else ", samples weighted by entropy"
     if not _is_deepkd(cfg):
-        return cfg.DISTILLER.TYPE
+        return f"{cfg.DISTILLER.TYPE}{weighted}"
     mask = {"none": "", "static": " + static mask", "dynamic": " + DTM"}[cfg.DeepKD.MASK.TYPE]
-    variant = ", release's momenta" if cfg.SOLVER.DECOUPLED.VARIANT == "release" else ""
+    reading = " (multiply)" if mask and cfg.DeepKD.MASK.READING == "multiply" else ""
+    variant = {"article": ", as in the article", "release": ", release's momenta"}.get(cfg.SOLVER.DECOUPLED.VARIANT, "")
+    matched = ", matched steps" if cfg.SOLVER.DECOUPLED.DAMPENING == "matched" else ""
     feature = f" + {cfg.DeepKD.FEATURE}" if cfg.DeepKD.FEATURE != "none" else ""
-    return f"{cfg.DeepKD.BASE} + {cfg.DISTILLER.TYPE}{mask}{feature}{variant}"
+    over = f"{cfg.DeepKD.BASE} + {cfg.DISTILLER.TYPE}"
+    return f"{over}{mask}{reading}{feature}{variant}{matched}{weighted}"
 
 
 def taken_apart(method: Row, cfg: Any) -> str | None:
     """Name the method that a row's config puts DeepKD over; None without one, and for rows that name their base."""
     return cfg.DeepKD.BASE if method.label is None and _is_deepkd(cfg) else None
+
+
+def _later(config: str) -> bool:
+    """Tell whether a config that ships is of a method that the article does not have, or of DeepKD over one."""
+    later = [name for name, cls in DISTILLERS.items() if not getattr(cls, "by_default", True)]
+    return config.endswith(WEIGHTED) or any(config in (row_name(name), row_name(name, deepkd=True)) for name in later)
 
 
 def _is_deepkd(cfg: Any) -> bool:

@@ -20,6 +20,10 @@ EIGHT = ["kd", "dkd", "mlkd", "crld", "deepkd", "deepkd_dkd", "deepkd_mlkd", "de
 TWELVE = [*EIGHT, "deepkd_nomask", "deepkd_dkd_nomask", "deepkd_mlkd_nomask", "deepkd_crld_nomask"]
 READINGS = [f"deepkd_{name}" for name in ("article", "matched", "matched_nomask", "multiply", "release")]
 VARIANTS = ["vanilla", *EIGHT, *TWELVE[8:], *READINGS]
+LATER = {
+    "cifar100": {"rld", "deepkd_rld", "dist", "kd_ea", "dkd_ea", "mlkd_ea"},
+    "imagenet": {"nkd", "deepkd_nkd", "rld", "deepkd_rld", "dist", "kd_ea", "dkd_ea"},
+}
 DATASETS = [
     "cifar100",
     "cifar100_cpu",
@@ -90,9 +94,36 @@ def test_the_tables_are_the_folders_of_configs_and_the_ablations():
 )
 def test_a_table_has_every_pair_and_method_of_its_folder(name, pairs, methods):
     table = tables.find(name)
-    assert (table.dataset, len(table.pairs), names(table)) == (name, pairs, methods)
-    assert all(table.file(pair, method) for pair in table.pairs for method in table.methods)
+    assert (table.dataset, len(table.pairs), list(table.by_default)) == (name, pairs, methods)
+    usual = [row for row in table.methods if row.name in methods]
+    assert all(table.file(pair, method) for pair in table.pairs for method in usual)
+    assert set(names(table)) - set(methods) == LATER.get(name, set())
     assert table.title == name
+
+
+def test_later_methods_are_rows_on_request():
+    """Those of tables that ship; in a folder of one's own every config is trained."""
+    table = tables.find("imagenet")
+    assert names(table)[:8] == ["kd", "dkd", "mlkd", "crld", "nkd", "rld", "deepkd", "deepkd_dkd"]
+    plan = make_plan(table, ["r50_mv1"], ["nkd", "deepkd_nkd", "rld", "deepkd_rld"], 1, [], Path("nowhere"))
+    over = {method.name: (method.label, method.base) for method in plan.document.methods}
+    assert over == {
+        "nkd": ("NKD", None),
+        "rld": ("RLD", None),
+        "deepkd_nkd": ("NKD + DeepKD + DTM", "nkd"),
+        "deepkd_rld": ("RLD + DeepKD + DTM", "rld"),
+    }
+    ours = tables.find(str(shipped("configs") / "imagenet"))
+    assert list(ours.by_default) == names(ours) == names(table)
+
+
+def test_a_row_of_weighted_samples_says_so():
+    table = tables.find("cifar100")
+    weighted = ["kd_ea", "dkd_ea", "mlkd_ea"]
+    plan = make_plan(table, ["res32x4_res8x4"], ["kd", *weighted], 1, [], Path("nowhere"))
+    labels = {method.name: method.label for method in plan.document.methods}
+    said = {name: f"{name.removesuffix('_ea').upper()}, samples weighted by entropy" for name in weighted}
+    assert labels == {"kd": "KD"} | said
 
 
 def test_a_folder_of_configs_is_a_table(folder, tmp_path, monkeypatch):
@@ -177,6 +208,11 @@ def test_labels_say_what_the_configs_are():
     assert labels("glyphs100", "DeepKD.MASK.TYPE", "none") == {"vanilla": "student alone"} | plain | deep
     assert labels("glyphs100", "DeepKD.MASK.TYPE", "static")["deepkd"] == "KD + DeepKD + static mask"
     assert labels("glyphs100_feature")["deepkd_at"] == "KD + DeepKD + DTM + AT"
+    variants = labels("glyphs100_variants")
+    assert len(set(variants.values())) == len(variants)  # each row says what it is
+    assert variants["deepkd_multiply"] == "KD + DeepKD + DTM (multiply)"
+    assert variants["deepkd_article"] == "KD + DeepKD + DTM, as in the article"
+    assert variants["deepkd_matched_nomask"] == "KD + DeepKD, matched steps"
     assert labels("cifar100_cpu")["deepkd_release"] == "KD + DeepKD + DTM, release's momenta"
 
 
