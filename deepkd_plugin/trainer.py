@@ -36,6 +36,7 @@ from .step import Batch, Outcome
 from .streams import assign_losses
 from .teacher_logits import TeacherLogits, open_logits
 from .terminal import check_interruption
+from .topk import Kept, recorded
 
 READ_EVERY = 20
 """Iterations between two readings of the meters: reading them waits for the device."""
@@ -249,15 +250,14 @@ class Trainer:
                     self.check_finite(means, f"in epoch {epoch}, by iteration {step}")
                     if 0 < self.cfg.SOLVER.CHECKPOINT_MINUTES <= minutes and step < steps:
                         self.save_within(step, {"sums": sums.state_dict(), "seconds": seconds, "waited": waited})
-                    top_k = self.top_k(outcome.logits, epoch, parts)
+                    kept = self.top_k(outcome.logits, epoch, parts)
                     left = seconds / step * (steps * (epochs - epoch + 1) - step)
-                    bar.update(step, step_text(means, top_k, sums.count / seconds, left))
+                    bar.update(step, step_text(means, recorded(kept), sums.count / seconds, left))
         seconds = time.perf_counter() - start
         hits = {name: means.pop(name) for name in list(means) if name.startswith("train_")}
         momenta = dict(self.optimizer.param_groups[0]["momentum"])
         entry = {"loss": means, "train_loss": sum(means.values())} | hits | {"momentum": momenta}
-        if top_k is not None:
-            entry["top_k"] = top_k
+        entry |= recorded(kept)
         if self.windows:
             entry["gsnr"] = self.windows[-1]["gsnr"]
         if self.logits is not None:
@@ -377,8 +377,8 @@ class Trainer:
         right = correct(logits, classes(parts["target"]))
         return {"train_acc": right["top1"], "train_acc_top5": right["top5"]}
 
-    def top_k(self, logits: Tensor, epoch: int, parts: dict[str, Any]) -> int | None:
-        """Return how many non-target classes the method's mask keeps for a batch; None without one."""
+    def top_k(self, logits: Tensor, epoch: int, parts: dict[str, Any]) -> Kept:
+        """Return which non-target classes the method's mask keeps for a batch; None without one."""
         return self.module.top_k(epoch, logits.shape[1]) if hasattr(self.module, "top_k") else None
 
     def test(self) -> dict[str, float]:

@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from ..topk import shown
+
 
 class EpochBar:
     """A bar on stderr that counts an epoch's steps: `with EpochBar("epoch 1/3", 100) as bar: bar.update(20, text)`.
@@ -47,18 +49,17 @@ class EpochBar:
         self._progress.update(self._task, completed=step, text=text, refresh=True)
 
 
-def step_text(means: Mapping[str, float], top_k: int | None, rate: float, seconds_left: float) -> str:
+def step_text(means: Mapping[str, float], mask: Mapping[str, float], rate: float, seconds_left: float) -> str:
     """Say how an epoch goes: losses, accuracy, K, images a second, and the time until the last epoch ends.
 
-    means: losses by stream, and train_acc if it is measured.
+    means: losses by stream, and train_acc if it is measured. mask: topk.recorded of what it keeps.
     """
     losses = " ".join(f"{name} {value:.3f}" for name, value in means.items() if not name.startswith("train_"))
     accuracy = f" top-1 {means['train_acc']:.2f}" if "train_acc" in means else ""
-    mask = "" if top_k is None else f" K {top_k}"
     minutes, seconds = divmod(int(seconds_left), 60)
     hours, minutes = divmod(minutes, 60)
     time_left = f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes:02}:{seconds:02}"
-    return f"{losses}{accuracy}{mask} {rate:.0f} images/s {time_left} left"
+    return f"{losses}{accuracy}{shown(mask)} {rate:.0f} images/s {time_left} left"
 
 
 def epoch_line(entry: Mapping[str, Any], measure: str, name: str, best: float) -> str:
@@ -68,7 +69,7 @@ def epoch_line(entry: Mapping[str, Any], measure: str, name: str, best: float) -
     line calls it. best: the best epoch's.
     """
     trained = f"  train {entry['train_acc']:.2f}" if "train_acc" in entry else ""
-    mask = f"  K {entry['top_k']}" if "top_k" in entry else ""
+    mask = f" {text}" if (text := shown(entry)) else ""
     return (
         f"epoch {entry['epoch']:3d}  loss {entry['train_loss']:.4f}{trained}  {name} {entry[measure]:.2f}  "
         f"best {best:.2f}{mask}  lr {entry['lr']:.4g}  {entry['images_per_second']:.0f} images/s"

@@ -42,8 +42,8 @@ def test_no_bar_without_a_terminal(monkeypatch, forced):
 
 @pytest.mark.parametrize(("seconds", "left"), [(0.9, "00:00"), (125.0, "02:05"), (36125.0, "10:02:05")])
 def test_a_step_s_text(seconds, left):
-    assert step_text(MEANS, None, 99.6, seconds) == f"tog 1.250 tcg 0.500 top-1 12.35 100 images/s {left} left"
-    assert step_text({"task": 2.0}, 50, 8.0, seconds) == f"task 2.000 K 50 8 images/s {left} left"
+    assert step_text(MEANS, {}, 99.6, seconds) == f"tog 1.250 tcg 0.500 top-1 12.35 100 images/s {left} left"
+    assert step_text({"task": 2.0}, {"top_k": 50}, 8.0, seconds) == f"task 2.000 K 50 8 images/s {left} left"
 
 
 def test_an_epoch_s_line():
@@ -55,3 +55,5 @@ def test_an_epoch_s_line():
     assert epoch_line(entry, "test_acc", "AP", 62.25) == (
         "epoch   7  loss 1.2346  train 70.00  AP 61.50  best 62.25  K 31  lr 0.05  1234 images/s"
     )
+    entry["top_p"] = entry.pop("top_k") / 100
+    assert "  best 62.25  p 0.31  lr" in epoch_line(entry, "test_acc", "AP", 62.25)
