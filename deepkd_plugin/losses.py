@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
-from .topk import non_target_index, top_k_index
+from .topk import Kept, TopP, non_target_index, top_k_index, top_p
 
 MASKS = ("renormalise", "multiply")
 FLOAT32_UP_TO = 20.0
@@ -54,7 +54,7 @@ def decoupled_kd(
     teacher_logits: Tensor,
     target: Tensor,
     temperature: float = 4.0,
-    top_k: int | None = None,
+    top_k: Kept = None,
     mask: str = "renormalise",
 ) -> DecoupledKD:
     """Compute TCKD and NCKD of every sample (Zhao et al., 2022, eq. 7), with DeepKD's top-K mask on NCKD.
@@ -63,7 +63,8 @@ def decoupled_kd(
     tensors. With p the teacher's target probability, tckd + (1 − p) · nckd equals kd_divergence if no
     mask is set. With two classes nckd is 0.
 
-    top_k: how many non-target classes count, the teacher's largest; None or C − 1 for all of them.
+    top_k: how many non-target classes count, the teacher's largest; None or C − 1 for all of them. A topk.TopP: as many
+    of each sample as hold a share of the teacher's non-target mass at temperature T; TopP(1.0) is None.
     mask: "renormalise" leaves the others out before the softmax of both networks; "multiply" keeps the
     softmax over all non-target classes and drops the others' terms of the sum, which is then no longer a
     divergence and can be negative.
@@ -86,13 +87,16 @@ def decoupled_kd(
     target_s, target_t = log_s.gather(1, target), log_t.gather(1, target)
     tckd = _kl(torch.cat([target_t, not_t], 1), torch.cat([target_s, not_s], 1))
 
-    kept = rest if top_k is None else top_k_index(teacher_logits, target.squeeze(1), top_k)
-    if mask == "renormalise":
-        log_q_s, log_q_t = (F.log_softmax(z.gather(1, kept), 1) for z in (student, teacher))
+    if isinstance(top_k, TopP):
+        nckd = _nckd_of_mass(student.gather(1, rest), teacher.gather(1, rest), top_k.share, mask)
     else:
-        column = kept - (kept > target).long()  # a class's place among the non-target ones
-        log_q_s, log_q_t = (F.log_softmax(z.gather(1, rest), 1).gather(1, column) for z in (student, teacher))
-    nckd = _kl(log_q_t, log_q_s)
+        kept = rest if top_k is None else top_k_index(teacher_logits, target.squeeze(1), top_k)
+        if mask == "renormalise":
+            log_q_s, log_q_t = (F.log_softmax(z.gather(1, kept), 1) for z in (student, teacher))
+        else:
+            column = kept - (kept > target).long()  # a class's place among the non-target ones
+            log_q_s, log_q_t = (F.log_softmax(z.gather(1, rest), 1).gather(1, column) for z in (student, teacher))
+        nckd = _kl(log_q_t, log_q_s)
     parts = temperature**2 * tckd, temperature**2 * nckd, target_t.squeeze(1).exp()
     return DecoupledKD(*(part.to(wide(student_logits).dtype) for part in parts))
 
@@ -173,6 +177,20 @@ def standardise_logits(logits: Tensor) -> Tensor:
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Compute KL(p ‖ q) over the last dimension, from log-probabilities that are all finite."""
     return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def _nckd_of_mass(student: Tensor, teacher: Tensor, share: float, mask: str) -> Tensor:
+    """Return KL over the classes that hold a share of the teacher's mass, (B,); scaled logits (B, C − 1) each.
+
+    Sets of samples differ in size, so their classes stay in place and the others count as masked.
+    """
+    log_s, log_t = F.log_softmax(student, 1), F.log_softmax(teacher, 1)
+    kept = top_p(log_t.detach(), share)
+    if mask == "multiply":
+        return (log_t.exp() * (log_t - log_s)).masked_fill(~kept, 0.0).sum(1)
+    nothing = torch.finfo(student.dtype).min / 2  # as in _scaled
+    log_s, log_t = (F.log_softmax(z.masked_fill(~kept, nothing), 1) for z in (student, teacher))
+    return _kl(log_t, log_s)
 
 
 def wide(logits: Tensor) -> Tensor:

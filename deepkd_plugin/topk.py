@@ -1,8 +1,8 @@
-"""Which non-target classes a student learns from: the top-K mask and its schedule over training."""
+"""Which non-target classes a student learns from: the top-K and the top-p mask, and their schedules over training."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,35 @@ def top_k_mask(teacher_logits: Tensor, target: Tensor, k: int) -> Tensor:
     index = top_k_index(teacher_logits, target, k)
     # out of place: vmap over the labels writes into no tensor that it does not map
     return torch.zeros_like(teacher_logits, dtype=torch.bool).scatter(1, index, True)
+
+
+class TopP(NamedTuple):
+    """As many non-target classes of each sample as hold a share of the teacher's non-target mass: its top-p set."""
+
+    share: float
+    """In (0, 1]; 1 is all of them."""
+
+
+Kept = int | TopP | None
+"""What a mask keeps of a sample's non-target classes: so many, so much, or all."""
+
+
+def top_p(teacher_log_probs: Tensor, share: float) -> Tensor:
+    """Return the smallest set of largest classes that holds a share of each sample's mass (the nucleus of sampling).
+
+    teacher_log_probs: (B, N), logarithms of probabilities that add up to 1, of the non-target classes alone if it is
+    they that are to be kept. share: in (0, 1]. Returns booleans (B, N): at least one True in a row, all for a share of
+    1. Of equal classes the first count first. Raises ValueError for another share.
+    """
+    if not 0.0 < share <= 1.0:
+        raise ValueError(f"a share of the mass must be in (0, 1], got {share!r}")
+    if share == 1.0:  # whatever the sum of rounded probabilities
+        return torch.ones_like(teacher_log_probs, dtype=torch.bool)
+    mass, order = teacher_log_probs.exp().sort(dim=1, descending=True, stable=True)
+    before = mass.cumsum(1) - mass
+    # the largest is in whatever 0 became by rounding; out of place, as vmap needs it
+    needed = torch.cat([torch.ones_like(before[:, :1], dtype=torch.bool), before[:, 1:] < share], 1)
+    return torch.zeros_like(needed).scatter(1, order, needed)
 
 
 def check_k(k: Any, num_classes: int) -> int:
@@ -93,13 +122,7 @@ class TopKSchedule:
         """Return K at `progress`, the share of training that is done, in [0, 1]."""
         if not 0.0 <= progress <= 1.0:
             raise ValueError(f"progress must be in [0, 1], got {progress!r}")
-        first, second = self.phases
-        if progress < first:
-            return round(self.initial + (self.optimal - self.initial) * progress / first)
-        if progress <= second:
-            return self.optimal
-        share = (progress - second) / (1.0 - second)
-        return round(self.optimal + (self.num_classes - 1 - self.optimal) * share)
+        return round(_by_phases(progress, self.phases, self.initial, self.optimal, self.num_classes - 1))
 
     def __repr__(self) -> str:
         return (
@@ -108,13 +131,43 @@ class TopKSchedule:
         )
 
 
-def mask_size(mask: Any, num_classes: int, progress: float) -> int | None:
-    """Return K of a config node DeepKD.MASK at `progress` in [0, 1]; ValueError if the node does not fit C."""
+def _by_phases(progress: float, phases: Sequence[float], start: float, middle: float, end: float) -> float:
+    """Go from `start` to `middle` in the first phase, stay there in the second, and go to `end` in the third."""
+    first, second = phases
+    if progress < first:
+        return start + (middle - start) * progress / first
+    if progress <= second:
+        return middle
+    share = (progress - second) / (1.0 - second)
+    return middle + (end - middle) * share
+
+
+GROWING = ("dynamic", "top_p")
+"""The values of DeepKD.MASK.TYPE whose mask grows over the training."""
+
+
+def mask_size(mask: Any, num_classes: int, progress: float) -> Kept:
+    """Return what a config node DeepKD.MASK keeps at `progress` in [0, 1]; ValueError if the node does not fit C."""
     if mask.TYPE == "none":
         return None
     if mask.TYPE == "static":
         return count_classes(classes(mask.K), num_classes)
+    if mask.TYPE == "top_p":
+        return TopP(_by_phases(progress, mask.PHASES, mask.INITIAL, mask.OPTIMAL, 1.0))
     return TopKSchedule(num_classes, classes(mask.INITIAL), classes(mask.OPTIMAL), mask.PHASES)(progress)
+
+
+def recorded(kept: Kept) -> dict[str, float]:
+    """Return what a mask keeps as a run's log has it: `top_k` or `top_p`; {} without a mask."""
+    if kept is None:
+        return {}
+    return {"top_p": kept.share} if isinstance(kept, TopP) else {"top_k": kept}
+
+
+def shown(entry: Mapping[str, Any]) -> str:
+    """Say what a mask keeps in a line of a run's log, for people; "" without a mask."""
+    names = {"top_k": "K", "top_p": "p"}
+    return "".join(f" {names[key]} {value:.4g}" for key, value in entry.items() if key in names)
 
 
 def classes(value: float) -> float:

@@ -38,6 +38,7 @@ from .step import Batch, Outcome
 from .streams import assign_losses
 from .teacher_logits import SeveralTeachersLogits, TeacherLogits, open_logits
 from .terminal import check_interruption
+from .topk import Kept, recorded
 
 READ_EVERY = 20
 """Iterations between two readings of the meters: reading them waits for the device."""
@@ -259,18 +260,17 @@ class Trainer:
                     self.check_finite(means, f"in epoch {epoch}, by iteration {step}")
                     if 0 < self.cfg.SOLVER.CHECKPOINT_MINUTES <= minutes and step < steps:
                         self.save_within(step, {"sums": sums.state_dict(), "seconds": seconds, "waited": waited})
-                    top_k = self.top_k(outcome.logits, epoch, parts)
+                    kept = self.top_k(outcome.logits, epoch, parts)
                     left = seconds / step * (steps * (epochs - epoch + 1) - step)
                     if not self.told and not process_group.rank():
                         bar.say(f"time      about {clock(left)} left, by the first {step} of {steps} steps an epoch")
                         self.told = True
-                    bar.update(step, step_text(means, top_k, sums.count / seconds, left, bar.room))
+                    bar.update(step, step_text(means, recorded(kept), sums.count / seconds, left, bar.room))
         seconds = time.perf_counter() - start
         hits = {name: means.pop(name) for name in list(means) if name.startswith("train_")}
         momenta = dict(self.optimizer.param_groups[0]["momentum"])
         entry = {"loss": means, "train_loss": sum(means.values())} | hits | {"momentum": momenta}
-        if top_k is not None:
-            entry["top_k"] = top_k
+        entry |= recorded(kept)
         if self.windows:
             entry["gsnr"] = self.windows[-1]["gsnr"]
         if self.logits is not None:
@@ -390,8 +390,8 @@ class Trainer:
         right = correct(logits, classes(parts["target"]))
         return {"train_acc": right["top1"], "train_acc_top5": right["top5"]}
 
-    def top_k(self, logits: Tensor, epoch: int, parts: dict[str, Any]) -> int | None:
-        """Return how many non-target classes the method's mask keeps for a batch; None without one."""
+    def top_k(self, logits: Tensor, epoch: int, parts: dict[str, Any]) -> Kept:
+        """Return which non-target classes the method's mask keeps for a batch; None without one."""
         return self.module.top_k(epoch, logits.shape[1]) if hasattr(self.module, "top_k") else None
 
     def test(self) -> dict[str, float]:

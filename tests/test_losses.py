@@ -8,7 +8,7 @@ from torch._subclasses import FakeTensorMode
 from torch.func import grad, vmap
 
 from deepkd_plugin.losses import decoupled_kd, kd_divergence, per_sample, standardise_logits
-from deepkd_plugin.topk import top_k_mask
+from deepkd_plugin.topk import TopP, top_k_mask
 
 TEMPERATURES = (1, 4)
 
@@ -137,10 +137,40 @@ def test_masks_against_loops(logits, mask, k):
         assert nckd.abs().max() == 0.0  # one class left: nothing to tell apart
 
 
+@pytest.mark.parametrize("mask", ["renormalise", "multiply"])
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.8, 0.97])
+def test_shares_of_the_mass_against_loops(logits, mask, share):
+    """Each sample has the K that its own teacher asks for, at the temperature of the loss."""
+    student, teacher, target = logits
+    nckd = decoupled_kd(student, teacher, target, 2.0, TopP(share), mask).nckd
+    sizes = []
+    for row, y in zip(teacher, target):
+        others = torch.softmax(torch.cat([row[:y], row[y + 1 :]]) / 2.0, 0).sort(descending=True).values.tolist()
+        sizes.append(next(k for k in range(1, 10) if sum(others[:k]) >= share))
+    expected = [by_hand(s, t, y, 2.0, k, mask) for s, t, y, k in zip(student, teacher, target, sizes)]
+    close(nckd, torch.stack(expected), 1e-12)
+    assert len(set(sizes)) > 1 or share == 0.01
+    one_size = decoupled_kd(student, teacher, target, 2.0, 3, mask).nckd
+    of_three = torch.tensor(sizes) == 3
+    close(nckd[of_three], one_size[of_three], 1e-12)
+
+
+@pytest.mark.parametrize("mask", ["renormalise", "multiply"])
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 50.0])
+def test_the_whole_mass_is_no_mask_bit_by_bit(logits, mask, temperature):
+    student, teacher, target = logits
+    for dtype in (torch.float64, torch.float32):
+        one, other = (student.detach().to(dtype).requires_grad_() for _ in range(2))
+        plain = decoupled_kd(one, teacher.to(dtype), target, temperature)
+        whole = decoupled_kd(other, teacher.to(dtype), target, temperature, TopP(1.0), mask)
+        assert all(torch.equal(a, b) for a, b in zip(whole, plain))
+        assert torch.equal(gradient(whole.nckd.sum(), other), gradient(plain.nckd.sum(), one))
+
+
 def test_two_classes_have_no_non_target_term():
     student = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
     teacher, target = torch.randn(6, 2, dtype=torch.float64), torch.tensor([0, 1, 1, 0, 1, 0])
-    for top_k in (None, 1):
+    for top_k in (None, 1, TopP(0.5)):
         terms = decoupled_kd(student, teacher, target, 2.0, top_k)
         assert terms.nckd.abs().max() == 0.0
         assert gradient(terms.nckd.sum(), student).abs().max() == 0.0
@@ -148,7 +178,7 @@ def test_two_classes_have_no_non_target_term():
 
 
 @pytest.mark.parametrize("mask", ["renormalise", "multiply"])
-@pytest.mark.parametrize("top_k", [None, 1, 5, 9])
+@pytest.mark.parametrize("top_k", [None, 1, 5, 9, TopP(0.5)])
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_finite_at_a_gap_of_a_thousand(temperature, top_k, mask):
     rows = torch.eye(10)[:4] * 1000.0
@@ -278,7 +308,7 @@ class Everything(torch.nn.Module):
 
 
 @pytest.mark.parametrize("mask", ["renormalise", "multiply"])
-@pytest.mark.parametrize("top_k", [None, 1, 5])
+@pytest.mark.parametrize("top_k", [None, 1, 5, TopP(0.6)])
 def test_compiled_whole(logits, top_k, mask):
     torch._dynamo.reset()
     compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
@@ -336,16 +366,17 @@ def test_traced_by_make_fx(logits, tracing_mode):
 
 
 @pytest.mark.parametrize("mask", ["renormalise", "multiply"])
-def test_gradients_of_each_sample(logits, mask):
+@pytest.mark.parametrize("top_k", [3, TopP(0.6)])
+def test_gradients_of_each_sample(logits, mask, top_k):
     def loss(student, teacher, target):
-        terms = decoupled_kd(student[None], teacher[None], target[None], 2.0, 3, mask)
+        terms = decoupled_kd(student[None], teacher[None], target[None], 2.0, top_k, mask)
         return (terms.tckd + terms.nckd + kd_divergence(student[None], teacher[None])).sum()
 
     student, teacher, target = (part.detach() for part in logits)
     mapped = vmap(grad(loss))(student, teacher, target)
     rows = [grad(loss)(*row) for row in zip(student, teacher, target)]
     close(mapped, torch.stack(rows), 1e-14)
-    terms = decoupled_kd(*logits, 2.0, 3, mask)
+    terms = decoupled_kd(*logits, 2.0, top_k, mask)
     total = terms.tckd.sum() + terms.nckd.sum() + kd_divergence(*logits[:2]).sum()
     close(mapped, gradient(total, logits[0]), 1e-12)
 
@@ -379,7 +410,7 @@ def masked(logits, classes):
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 4.0])
 @pytest.mark.parametrize("mask", ["renormalise", "multiply"])
-@pytest.mark.parametrize("top_k", [None, 1, 4])
+@pytest.mark.parametrize("top_k", [None, 1, 4, TopP(0.6)])
 @pytest.mark.parametrize("classes", MASKED.values(), ids=MASKED)
 def test_a_masked_class_is_as_if_it_were_not_there(logits, classes, top_k, mask, temperature):
     student, teacher, target = masked(logits, classes)
@@ -395,7 +426,8 @@ def test_a_masked_class_is_as_if_it_were_not_there(logits, classes, top_k, mask,
             assert all(part[row] == 0 for part in (*terms[:2], *(g.abs().sum(1) for g in grads)))
             continue
         there = torch.tensor([left.index(target[row])])
-        alone = decoupled_kd(*pair, there, temperature, top_k and min(top_k, len(left) - 1), mask)
+        fewer = min(top_k, len(left) - 1) if isinstance(top_k, int) else top_k
+        alone = decoupled_kd(*pair, there, temperature, fewer, mask)
         for part, golden in zip(terms, alone):
             close(part[row : row + 1], golden, 1e-12)
         expected = torch.autograd.grad(alone.tckd.sum() + alone.nckd.sum() + whole.sum(), pair)

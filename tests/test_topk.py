@@ -1,8 +1,21 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
-from deepkd_plugin.topk import TopKSchedule, count_classes, non_target_index, top_k_index, top_k_mask
+from deepkd_plugin.topk import (
+    TopKSchedule,
+    TopP,
+    count_classes,
+    mask_size,
+    non_target_index,
+    recorded,
+    shown,
+    top_k_index,
+    top_k_mask,
+    top_p,
+)
 
 
 def test_non_target_index_lists_the_other_classes():
@@ -96,3 +109,50 @@ def test_bad_schedules(arguments, message):
 def test_progress_outside_training(progress):
     with pytest.raises(ValueError, match="progress must be in"):
         TopKSchedule(100)(progress)
+
+
+def log_q(*rows):
+    return torch.tensor(rows, dtype=torch.float64).log()
+
+
+def test_top_p_keeps_the_fewest_classes_that_hold_the_share():
+    rows = log_q([0.1, 0.6, 0.1, 0.2], [0.25, 0.25, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0])
+    kept = {share: top_p(rows, share).long().tolist() for share in (0.01, 0.6, 0.61, 0.8, 0.95, 1.0)}
+    uniform = [[1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]]
+    peaked = [[0, 1, 0, 0], [0, 1, 0, 0], [0, 1, 0, 1], [0, 1, 0, 1], [1, 1, 1, 1], [1, 1, 1, 1]]
+    for wanted, first, second in zip(kept.values(), peaked, uniform):
+        assert wanted[:2] == [first, second]
+    assert kept[0.95][2] == [1, 0, 0, 0]
+    assert kept[1.0][2] == [1, 1, 1, 1]  # also classes of probability 0
+
+
+def test_top_p_is_the_smallest_set_by_a_search_over_all_sizes():
+    torch.manual_seed(0)
+    rows = torch.log_softmax(3 * torch.randn(64, 40, dtype=torch.float64), 1)
+    for share in (0.05, 0.5, 0.9, 0.999):
+        kept = top_p(rows, share)
+        mass = torch.where(kept, rows.exp(), 0.0).sum(1)
+        assert (mass >= share - 1e-12).all()
+        smallest = torch.where(kept, rows.exp(), 2.0).amin(1)
+        assert (mass - smallest < share).all()  # one class less would not do
+        largest_left = torch.where(kept, -1.0, rows.exp()).amax(1)
+        assert (smallest >= largest_left).all()
+
+
+@pytest.mark.parametrize("share", [0.0, -0.1, 1.1, float("nan")])
+def test_a_share_out_of_range(share):
+    with pytest.raises(ValueError, match=r"a share of the mass must be in \(0, 1\]"):
+        top_p(torch.zeros(1, 4), share)
+
+
+def test_the_share_goes_through_the_phases_to_all():
+    mask = SimpleNamespace(TYPE="top_p", INITIAL=0.3, OPTIMAL=0.8, PHASES=(0.25, 0.75))
+    edges = {0.0: 0.3, 0.125: 0.55, 0.25: 0.8, 0.5: 0.8, 0.75: 0.8, 0.875: 0.9, 1.0: 1.0}
+    for progress, share in edges.items():
+        assert mask_size(mask, 100, progress) == (pytest.approx(share),)
+    assert mask_size(mask, 100, 1.0) == TopP(1.0)
+
+
+def test_what_a_mask_keeps_is_recorded_and_shown():
+    assert [recorded(kept) for kept in (None, 5, TopP(0.25))] == [{}, {"top_k": 5}, {"top_p": 0.25}]
+    assert [shown({"loss": 1.0} | recorded(kept)) for kept in (None, 1000, TopP(1 / 3))] == ["", " K 1000", " p 0.3333"]

@@ -11,7 +11,7 @@ from ..distributed import process_group, sharding
 from ..errors import UserError
 from ..rules import NOT_NEGATIVE, PLAIN, Key, plain
 from ..terminal import warn
-from ..topk import classes, count_classes, mask_size
+from ..topk import GROWING, classes, count_classes, mask_size
 from .keys import ADAMW, FOLD_TEACHER, HOST_KEYS, OF_A_TEACHER, TRAINER, TRAINERS, all_keys, known_streams
 from .meaning import (
     by_teacher,
@@ -206,7 +206,7 @@ def check_schedules(cfg: CfgNode, origin: dict[str, str]) -> None:
             f"{origin.get('SOLVER.LR_DECAY_STAGES', 'default')}: SOLVER.LR_DECAY_STAGES has {late[0]}, and the run "
             f"{solver.EPOCHS} epochs: the learning rate does not fall there"
         )
-    if cfg.DISTILLER.TYPE != "DeepKD" or mask.TYPE != "dynamic" or mask.UNIT != "epoch":
+    if cfg.DISTILLER.TYPE != "DeepKD" or mask.TYPE not in GROWING or mask.UNIT != "epoch":
         return
     first, second = mask.PHASES
     points = [epoch / max(solver.EPOCHS - 1, 1) for epoch in range(solver.EPOCHS)]
@@ -286,6 +286,9 @@ def check_kept(cfg: CfgNode, origin: dict[str, str], num_classes: int) -> None:
         method = f"DeepKD.BASE {cfg.DeepKD.BASE}" if node.TYPE == "DeepKD" else f"DISTILLER.TYPE {node.TYPE}"
         reason = f"{method}, which reads logits at several temperatures" if several else modified(cfg)
         raise wrong(origin, "DISTILLER.LOGITS_K", kept, f"0, which keeps all {num_classes} classes, with {reason}")
+    if node.TYPE == "DeepKD" and cfg.DeepKD.MASK.TYPE == "top_p":
+        allowed = f"0, which keeps all {num_classes} classes, with DeepKD.MASK.TYPE top_p: it may ask for any of them"
+        raise wrong(origin, "DISTILLER.LOGITS_K", kept, allowed)
     epochs = cfg.SOLVER.EPOCHS
     sizes = [mask_size(cfg.DeepKD.MASK, num_classes, epoch / max(epochs - 1, 1)) for epoch in range(epochs)]
     largest = max((size for size in sizes if size is not None and size < num_classes - 1), default=0)
@@ -298,17 +301,25 @@ def check_kept(cfg: CfgNode, origin: dict[str, str], num_classes: int) -> None:
 def check_mask(cfg: CfgNode, origin: dict[str, str], num_classes: int) -> None:
     """Raise UserError if DeepKD.MASK does not fit a data set of `num_classes` classes."""
     mask = cfg.DeepKD.MASK
-    used = {"none": (), "static": ("K",), "dynamic": ("INITIAL", "OPTIMAL")}[mask.TYPE]
-    sizes = {}
+    used = {"static": ("K",), "dynamic": ("INITIAL", "OPTIMAL")}.get(mask.TYPE, ())
+    sizes: dict[str, float] = {}
+    if mask.TYPE == "top_p":
+        sizes = {name: mask[name] for name in ("INITIAL", "OPTIMAL")}
+        for name, share in sizes.items():
+            if share >= 1:
+                allowed = "a share of the teacher's non-target mass in (0, 1) with DeepKD.MASK.TYPE top_p"
+                raise wrong(origin, f"DeepKD.MASK.{name}", share, allowed)
     for name in used:
         path = f"DeepKD.MASK.{name}"
         try:
             sizes[name] = count_classes(classes(mask[name]), num_classes)
         except ValueError as error:
             raise UserError(f"{origin.get(path, 'default')}: {path}: {error}") from None
-    if mask.TYPE == "dynamic" and sizes["INITIAL"] > sizes["OPTIMAL"]:
+    if mask.TYPE in GROWING and sizes["INITIAL"] > sizes["OPTIMAL"]:
         path = next((p for p in ("DeepKD.MASK.INITIAL", "DeepKD.MASK.OPTIMAL") if p in origin), "DeepKD.MASK.INITIAL")
+        counted = [f" ({sizes[name]}{unit})" for name, unit in (("INITIAL", " classes"), ("OPTIMAL", ""))]
+        first, second = counted if mask.TYPE == "dynamic" else ("", "")
         raise UserError(
-            f"{origin.get(path, 'default')}: DeepKD.MASK.INITIAL is {mask.INITIAL} ({sizes['INITIAL']} classes) and "
-            f"DeepKD.MASK.OPTIMAL {mask.OPTIMAL} ({sizes['OPTIMAL']}); the mask must not shrink"
+            f"{origin.get(path, 'default')}: DeepKD.MASK.INITIAL is {mask.INITIAL}{first} and DeepKD.MASK.OPTIMAL "
+            f"{mask.OPTIMAL}{second}; the mask must not shrink"
         )

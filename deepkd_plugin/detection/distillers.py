@@ -19,7 +19,7 @@ from ..distillers.base import Taught, warmup_factor
 from ..distillers.variants import variant
 from ..distributed import collectives
 from ..losses import wide
-from ..topk import mask_size
+from ..topk import Kept, mask_size
 from .losses import losses_by_stream, proposal_kd, proposal_terms
 from .sampling import give_seeds
 
@@ -171,8 +171,8 @@ class DeepKD(Distilled):
             ncg_weight=warmup * node.NCG_WEIGHT,
         )
 
-    def top_k(self, progress: float, num_classes: int) -> int | None:
-        """Return how many non-target classes count at this share of the training; None without a mask."""
+    def top_k(self, progress: float, num_classes: int) -> Kept:
+        """Return which non-target classes count at this share of the training; None without a mask."""
         return mask_size(self.cfg.DeepKD.MASK, num_classes, progress)
 
 

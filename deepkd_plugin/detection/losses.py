@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..distillers import bases
 from ..losses import decoupled_kd, kd_divergence, wide
+from ..topk import Kept
 
 BASES = {name: method for name, method in bases().items() if method.on_proposals}
 """Methods that can be taken apart on proposals."""
@@ -37,7 +38,7 @@ def proposal_terms(
     *,
     base: str = "DKD",
     temperature: float = 1.0,
-    top_k: int | None = None,
+    top_k: Kept = None,
     mask: str = "renormalise",
 ) -> tuple[Tensor, Tensor]:
     """Return the target-class and the non-target-class term over proposals, two scalars without weights.

@@ -11,6 +11,7 @@ from ..data import draws
 from ..distributed import collectives, process_group, sharding
 from ..errors import UserError
 from ..step import Batch
+from ..topk import Kept
 from ..trainer import DecoupledMomentumTrainer
 from .average_precision import average_precision
 from .networks import count_classes
@@ -76,7 +77,7 @@ class DetectionTrainer(DecoupledMomentumTrainer):
         """Return nothing: a high accuracy on proposals means little, because most are background."""
         return {}
 
-    def top_k(self, logits: Tensor, epoch: int, parts: dict[str, Any]) -> int | None:
+    def top_k(self, logits: Tensor, epoch: int, parts: dict[str, Any]) -> Kept:
         module = self.module
         return module.top_k(parts["progress"], logits.shape[1]) if hasattr(module, "top_k") else None
 

@@ -14,6 +14,7 @@ from .. import extensions
 from ..losses import DecoupledKD, decoupled_kd, kd_divergence
 from ..mixture import EACH, Teachers
 from ..rules import Key
+from ..topk import Kept
 from .terms import Term, View, classes, cross_entropy, prepared, total
 
 Losses = dict[str, Tensor]
@@ -296,9 +297,7 @@ class Method(Distiller):
         return None
 
     @classmethod
-    def parts(
-        cls, term: Term, target: Tensor, cfg: Any, top_k: int | None = None, mask: str = "renormalise"
-    ) -> DecoupledKD:
+    def parts(cls, term: Term, target: Tensor, cfg: Any, top_k: Kept = None, mask: str = "renormalise") -> DecoupledKD:
         """Return what a term falls into, for DeepKD's streams; arguments and result as losses.decoupled_kd has them."""
         return decoupled_kd(term.student, term.teacher, target, term.temperature, top_k, mask)
 

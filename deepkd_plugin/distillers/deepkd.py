@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..losses import MASKS
 from ..rules import NOT_NEGATIVE, TEMPERATURE, Key, Rule, one_of, whole
 from ..streams import STREAMS
-from ..topk import mask_size
+from ..topk import GROWING, Kept, mask_size
 from .base import Distiller, Losses, bases, warmup_epochs, warmup_factor
 from .features import FEATURES, KEY, THEIRS, FeatureLoss
 from .terms import Term, classes, cross_entropy, prepared, total
@@ -55,16 +55,20 @@ class DeepKD(Distiller):
             *whole(0),
         ),
         Key(
-            "DeepKD.MASK.TYPE", "dynamic", "top-K mask on the non-target classes", *one_of("none", "static", "dynamic")
+            "DeepKD.MASK.TYPE",
+            "dynamic",
+            "mask on the non-target classes: K of them (static; dynamic: growing), or top_p, a growing share of the "
+            "teacher's non-target mass, so a K for each sample",
+            *one_of("none", "static", *GROWING),
         ),
         Key("DeepKD.MASK.K", 0.5, "classes kept by the static mask", *_CLASSES),
-        Key("DeepKD.MASK.INITIAL", 0.05, "classes kept at the start of the dynamic mask (paper)", *_CLASSES),
-        Key("DeepKD.MASK.OPTIMAL", 0.5, "classes kept in its middle phase (ours; not published)", *_CLASSES),
+        Key("DeepKD.MASK.INITIAL", 0.05, "classes (top_p: the share) kept at the start of a mask (paper)", *_CLASSES),
+        Key("DeepKD.MASK.OPTIMAL", 0.5, "the same in its middle phase (ours; not published)", *_CLASSES),
         Key("DeepKD.MASK.PHASES", (1 / 3, 2 / 3), "ends of its first two phases, of training", *_PHASES),
         Key(
             "DeepKD.MASK.UNIT",
             "epoch",
-            "what the dynamic mask grows by: epochs, or iterations as the article's t; detectors' always by the latter",
+            "what a mask grows by: epochs, or iterations as the article's t; detectors' always by the latter",
             *one_of("epoch", "iteration"),
         ),
         Key(
@@ -81,7 +85,7 @@ class DeepKD(Distiller):
         """num_data: the number of training images, which the feature loss CRD needs."""
         super().__init__(student, teacher, cfg)
         self.base = bases()[cfg.DeepKD.BASE]
-        self.by_iteration = cfg.DeepKD.MASK.UNIT == "iteration" and cfg.DeepKD.MASK.TYPE == "dynamic"
+        self.by_iteration = cfg.DeepKD.MASK.UNIT == "iteration" and cfg.DeepKD.MASK.TYPE in GROWING
         if self.losses_of == "samples":
             self.losses_of = self.base.losses_of
         self.feature = None
@@ -158,8 +162,8 @@ class DeepKD(Distiller):
             non_target.append((term.weight * nckd).mean())
         return total(target_class), total(non_target)
 
-    def top_k(self, epoch: float, num_classes: int) -> int | None:
-        """Return how many non-target classes count in this epoch (from 1; a part of it is it); None without a mask.
+    def top_k(self, epoch: float, num_classes: int) -> Kept:
+        """Return which non-target classes count in this epoch (from 1; a part of it is it); None without a mask.
 
         With DeepKD.MASK.UNIT iteration the part counts: progress is the share of all iterations up to this one.
         """

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..losses import DecoupledKD, wide
 from ..rules import NOT_NEGATIVE, TEMPERATURE, Key
+from ..topk import Kept
 from .base import Method
 from .terms import Term, View
 
@@ -33,9 +34,7 @@ class NKD(Method):
         return [Term(*views[0], temperature or float(cfg.NKD.TEMPERATURE))]
 
     @classmethod
-    def parts(
-        cls, term: Term, target: Tensor, cfg: Any, top_k: int | None = None, mask: str = "renormalise"
-    ) -> DecoupledKD:
+    def parts(cls, term: Term, target: Tensor, cfg: Any, top_k: Kept = None, mask: str = "renormalise") -> DecoupledKD:
         log_s, log_t = (
             F.log_softmax(wide(logits), dim=1).gather(1, target.long().unsqueeze(1)).squeeze(1)
             for logits in (term.student, term.teacher)

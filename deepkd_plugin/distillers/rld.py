@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..losses import DecoupledKD, decoupled_kd
 from ..rules import NOT_NEGATIVE, TEMPERATURE, Key, whole
+from ..topk import Kept
 from .base import Method
 from .terms import Term, View
 
@@ -36,9 +37,7 @@ class RLD(Method):
         return [Term(*views[0], temperature or float(cfg.RLD.T))]
 
     @classmethod
-    def parts(
-        cls, term: Term, target: Tensor, cfg: Any, top_k: int | None = None, mask: str = "renormalise"
-    ) -> DecoupledKD:
+    def parts(cls, term: Term, target: Tensor, cfg: Any, top_k: Kept = None, mask: str = "renormalise") -> DecoupledKD:
         student, teacher, column = term.student, term.teacher, target.long().unsqueeze(1)
         own, largest = teacher.gather(1, column), teacher.max(1, keepdim=True)
         # with the two logits exchanged, the teacher's probability of the target is its largest one

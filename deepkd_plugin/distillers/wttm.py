@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..losses import DecoupledKD, wide
 from ..rules import NOT_NEGATIVE, POSITIVE, Key
+from ..topk import Kept
 from .base import Method
 from .terms import Term, View
 
@@ -40,9 +41,7 @@ class WTTM(Method):
         return weight * super().distance(term, target, cfg)
 
     @classmethod
-    def parts(
-        cls, term: Term, target: Tensor, cfg: Any, top_k: int | None = None, mask: str = "renormalise"
-    ) -> DecoupledKD:
+    def parts(cls, term: Term, target: Tensor, cfg: Any, top_k: Kept = None, mask: str = "renormalise") -> DecoupledKD:
         weight, term = _transformed(term, float(cfg.WTTM.GAMMA))
         tckd, nckd, p = super().parts(term, target, cfg, top_k, mask)
         return DecoupledKD(weight * tckd, weight * nckd, p)

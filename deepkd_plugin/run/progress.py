@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from ..topk import shown
+
 
 class EpochBar:
     """A bar on stderr that counts an epoch's steps: `with EpochBar("epoch 1/3", 100) as bar: bar.update(20, text)`.
@@ -57,22 +59,24 @@ class EpochBar:
         self._progress.start()
 
 
-def step_text(means: Mapping[str, float], top_k: int | None, rate: float, seconds_left: float, room: int = 80) -> str:
+def step_text(
+    means: Mapping[str, float], mask: Mapping[str, float], rate: float, seconds_left: float, room: int = 80
+) -> str:
     """Say how an epoch goes: losses, accuracy, K, images a second, and the time until the last epoch ends.
 
-    means: losses by stream, and train_acc if it is measured. room: characters that there are; where they are few the
-    losses are summed, and what is less worth is left out.
+    means: losses by stream, and train_acc if it is measured. mask: topk.recorded of what it keeps. room: characters
+    that there are; where they are few the losses are summed, and what is less worth is left out.
     """
     by_stream = {name: value for name, value in means.items() if not name.startswith("train_")}
     losses = " ".join(f"{name} {value:.3f}" for name, value in by_stream.items())
     total = f"loss {sum(by_stream.values()):.3f}"
     accuracy = [f"top-1 {means['train_acc']:.2f}"] if "train_acc" in means else []
-    mask = [] if top_k is None else [f"K {top_k}"]
+    kept = [text[1:]] if (text := shown(mask)) else []
     speed, left = f"{rate:.0f} images/s", f"{clock(seconds_left)} left"
     forms = (
-        [losses, *accuracy, *mask, speed, left],
-        [total, *accuracy, *mask, speed, left],
-        [total, *accuracy, *mask, left],
+        [losses, *accuracy, *kept, speed, left],
+        [total, *accuracy, *kept, speed, left],
+        [total, *accuracy, *kept, left],
         [total, *accuracy, left],
         [total, left],
     )
@@ -94,7 +98,7 @@ def epoch_line(entry: Mapping[str, Any], epochs: int, measure: str, name: str, b
     test_acc; name: what the line calls it. best: the best epoch's.
     """
     trained = f"  train {entry['train_acc']:.2f}" if "train_acc" in entry else ""
-    mask = f"  K {entry['top_k']}" if "top_k" in entry else ""
+    mask = f" {text}" if (text := shown(entry)) else ""
     return (
         f"epoch {entry['epoch']:{len(str(epochs))}}/{epochs}  loss {entry['train_loss']:.4g}{trained}  "
         f"{name} {entry[measure]:.2f}  best {best:.2f}{mask}  lr {entry['lr']:.3g}"

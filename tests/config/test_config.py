@@ -342,6 +342,14 @@ def test_files_that_cannot_be_read(cfg, tmp_path):
             {"TYPE": "dynamic", "INITIAL": 60.0},
             r"f.yaml: DeepKD.MASK.INITIAL is 60.0 \(60 classes\) and DeepKD.MASK.OPTIMAL 0.5 \(50\)",
         ),
+        (
+            {"TYPE": "top_p", "INITIAL": 0.6},
+            "f.yaml: DeepKD.MASK.INITIAL is 0.6 and DeepKD.MASK.OPTIMAL 0.5; the mask must not shrink",
+        ),
+        (
+            {"TYPE": "top_p", "OPTIMAL": 50.0},
+            r"f.yaml: DeepKD.MASK.OPTIMAL is 50.0; it must be a share of the teacher's non-target mass in \(0, 1\)",
+        ),
     ],
 )
 def test_masks_that_do_not_fit_the_classes(cfg, mask, expected):
@@ -539,6 +547,10 @@ def test_one_epoch_may_be_all_warm_up(cfg, tmp_path):
         ("SOLVER: {EPOCHS: 180}", "SOLVER.LR_DECAY_STAGES has 180, and the run 180 epochs"),
         ("SOLVER: {EPOCHS: 2, LR_DECAY_STAGES: []}", "leave no epoch of 2 to the phase transition of the mask"),
         ("SOLVER: {EPOCHS: 1, LR_DECAY_STAGES: []}", "leave no epoch of 1 to the phase transition and hard"),
+        (
+            "SOLVER: {EPOCHS: 2, LR_DECAY_STAGES: []}\nDeepKD: {MASK: {TYPE: top_p}}",
+            "leave no epoch of 2 to the phase transition of the mask",
+        ),
         ("SOLVER: {EPOCHS: 4, LR_DECAY_STAGES: [3]}", ""),
         ("{SOLVER: {EPOCHS: 2, LR_DECAY_STAGES: []}, DeepKD: {MASK: {PHASES: [0.0, 0.5]}}}", ""),
         ("SOLVER: {EPOCHS: 2, LR_SCHEDULE: cosine, TRAINER: base}\nDeepKD: {MASK: {TYPE: none}}", ""),

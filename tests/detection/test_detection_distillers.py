@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from deepkd_plugin.detection.distillers import DISTILLERS, training_pass
 from deepkd_plugin.detection.losses import proposal_terms
+from deepkd_plugin.topk import TopP
 
 METHODS = ("NONE", "KD", "DKD", "DeepKD")
 TASK = {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}
@@ -176,6 +177,21 @@ def test_deepkd_has_the_cores_terms_with_the_masks_k(make, batch, base, reading,
     tcg, ncg = proposal_terms(step.logits, taught, step.labels, base=base, top_k=k, mask=reading)
     torch.testing.assert_close(losses["tcg"], 2 * tcg)
     torch.testing.assert_close(losses["ncg"], 3 * ncg)
+
+
+@pytest.mark.parametrize("reading", ["renormalise", "multiply"])
+def test_deepkds_mask_may_go_by_the_mass_of_each_proposal(make, batch, reading):
+    """At the end it is no mask."""
+    words = ("DeepKD.MASK.TYPE", "top_p", "DeepKD.MASK.READING", reading)
+    distiller = make("DeepKD", *WEIGHTS, *words)
+    assert distiller.top_k(0.5, 6) == TopP(0.5)
+    losses, step, taught = run(distiller, batch, progress=0.5)
+    _, ncg = proposal_terms(step.logits, taught, step.labels, top_k=TopP(0.5), mask=reading)
+    torch.testing.assert_close(losses["ncg"], 3 * ncg)
+    last, _, _ = run(distiller, batch, progress=1.0)
+    none, _, _ = run(make("DeepKD", *WEIGHTS, "DeepKD.MASK.TYPE", "none"), batch, progress=1.0)
+    assert torch.equal(last["ncg"], none["ncg"])
+    assert not torch.equal(last["ncg"], losses["ncg"])
 
 
 def test_deepkds_warm_up_is_of_the_distillation_alone(make, batch):

@@ -64,7 +64,7 @@ def test_an_epoch_s_bar_fits_the_terminal(monkeypatch, columns, no_color):
     monkeypatch.setattr(sys, "stderr", terminal)
     means = {"tog": 10.474, "tcg": 11.592, "ncg": 14.391, "train_acc": 10.98}
     with EpochBar("epoch 100/240", 1563) as bar:
-        bar.update(1200, step_text(means, 50, 1063.0, 36125.0, bar.room))
+        bar.update(1200, step_text(means, {"top_k": 50}, 1063.0, 36125.0, bar.room))
         screen = pyte.Screen(columns, 5)
         pyte.Stream(screen).feed(terminal.getvalue().replace("\n", "\r\n"))
         shown = [line.rstrip() for line in screen.display]
@@ -80,8 +80,8 @@ def test_an_epoch_s_bar_fits_the_terminal(monkeypatch, columns, no_color):
 
 @pytest.mark.parametrize(("seconds", "left"), [(0.9, "00:00"), (125.0, "02:05"), (36125.0, "10:02:05")])
 def test_a_step_s_text(seconds, left):
-    assert step_text(MEANS, None, 99.6, seconds, 80) == f"tog 1.250 tcg 0.500 top-1 12.35 100 images/s {left} left"
-    assert step_text({"task": 2.0}, 50, 8.0, seconds) == f"task 2.000 K 50 8 images/s {left} left"
+    assert step_text(MEANS, {}, 99.6, seconds, 80) == f"tog 1.250 tcg 0.500 top-1 12.35 100 images/s {left} left"
+    assert step_text({"task": 2.0}, {"top_k": 50}, 8.0, seconds) == f"task 2.000 K 50 8 images/s {left} left"
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_step_s_text(seconds, left):
     ],
 )
 def test_a_step_s_text_leaves_out_what_has_no_room(room, text):
-    assert step_text(MEANS, 50, 99.6, 125.0, room) == text
+    assert step_text(MEANS, {"top_k": 50}, 99.6, 125.0, room) == text
 
 
 def test_an_epoch_s_line():
@@ -104,6 +104,8 @@ def test_an_epoch_s_line():
     assert epoch_line(entry, 240, "test_acc", "AP", 62.25) == (
         "epoch   7/240  loss 1.235  train 70.00  AP 61.50  best 62.25  K 31  lr 0.05"
     )
+    entry["top_p"] = entry.pop("top_k") / 100
+    assert "  best 62.25  p 0.31  lr" in epoch_line(entry, 240, "test_acc", "AP", 62.25)
 
 
 def test_the_longest_line_of_an_epoch_fits_eighty_columns():

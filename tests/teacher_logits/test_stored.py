@@ -153,6 +153,14 @@ def test_a_mask_beyond_what_is_kept_is_refused():
     read_config(find_host(), file, (*STORED, "DISTILLER.LOGITS_K", "9", "DeepKD.MASK.TYPE", "none"))
 
 
+def test_a_mask_by_mass_needs_all_classes():
+    file, mask = KD.replace("kd.", "deepkd."), ("DeepKD.MASK.TYPE", "top_p")
+    said = "LOGITS_K is 98; it must be 0, which keeps all 100 classes, with DeepKD.MASK.TYPE top_p: it may ask for any"
+    with pytest.raises(UserError, match=said):
+        read_config(find_host(), file, (*STORED, "DISTILLER.LOGITS_K", "98", *mask))
+    read_config(find_host(), file, (*STORED, "DISTILLER.LOGITS_K", "0", *mask))
+
+
 def test_what_is_computed_of_it():
     cfg, _ = read_config(find_host(), KD, (*STORED, "SOLVER.EPOCHS", "12"))
     assert share_of(cfg, 24) == 4 / 24

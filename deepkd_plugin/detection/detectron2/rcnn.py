@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...topk import mask_size
+from ...topk import Kept, mask_size
 from ..losses import losses_by_stream, proposal_kd, proposal_terms
 from . import require
 from .config import TYPES, check_architecture, reading
@@ -110,7 +110,7 @@ class RCNNDeepKD(model.RCNNKD):
         fused = self.kd_trans(list(features.values()))
         return self.kd_args.REVIEWKD.LOSS_WEIGHT * hcl(fused, list(teacher_features.values()))
 
-    def top_k(self, num_logits: int, iteration: int) -> int | None:
-        """Return how many non-target classes the mask keeps in an iteration, counted from 0; None without a mask."""
+    def top_k(self, num_logits: int, iteration: int) -> Kept:
+        """Return which non-target classes the mask keeps in an iteration, counted from 0; None without a mask."""
         progress = min(iteration / max(self.max_iter - 1, 1), 1.0)
         return mask_size(self.kd_args.DEEPKD.MASK, num_logits, progress)

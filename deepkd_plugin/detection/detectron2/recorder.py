@@ -15,6 +15,7 @@ from ... import config
 from ...run import checkpoint, record
 from ...run import folder as run_folder
 from ...run.metrics import RunLog, read_metrics
+from ...topk import Kept, recorded
 
 HOW = (
     *("OUTPUT_DIR", "VIS_PERIOD", "VERSION", "CUDNN_BENCHMARK", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS"),
@@ -89,8 +90,7 @@ class Recorder(HookBase):
             "loss": losses,
             "momentum": dict(trainer.optimizer.param_groups[0]["momentum"]),
         }
-        k = top_k(self.cfg, trainer.model, iteration)
-        entry |= {} if k is None else {"top_k": k}
+        entry |= recorded(top_k(self.cfg, trainer.model, iteration))
         self.log.add(entry | average_precisions(getattr(trainer, "_last_eval_results", None)))
         self._add_minutes()
         run_folder.settle_new(self.folder)
@@ -120,8 +120,8 @@ def average_precisions(results: Any) -> dict[str, float]:
     return {name: 0.0 if math.isnan(value) else float(value) for name, value in numbers.items()}
 
 
-def top_k(cfg: Any, model: Any, iteration: int) -> int | None:
-    """Return the mask's K in the last of `iteration` steps; None without a mask."""
+def top_k(cfg: Any, model: Any, iteration: int) -> Kept:
+    """Return what the mask keeps in the last of `iteration` steps; None without a mask."""
     if not hasattr(model, "top_k") or "DeepKD" not in cfg.KD.TYPE:
         return None
     return model.top_k(cfg.MODEL.ROI_HEADS.NUM_CLASSES + 1, iteration - 1)

@@ -112,6 +112,8 @@ def find(
     notes = []
     if over and masked != name.endswith("+DTM"):
         notes.append("published without DTM, ours with it" if masked else "published with DTM, ours without it")
+    if over and settings["DeepKD.MASK.TYPE"] not in ("none", "dynamic"):
+        notes.append(f"ours with DeepKD.MASK.TYPE {settings['DeepKD.MASK.TYPE']}")
     if network != student:
         notes.append(f"published for {network}, the network that mdistiller has under this name")
     if settings.get("EXPERIMENT.LOGIT_STAND"):

@@ -161,7 +161,7 @@ def label(method: Row, cfg: Any) -> str:
     weighted = "" if cfg.DISTILLER.ENTROPY_WEIGHT == "none" else ", samples weighted by entropy"
     if not _is_deepkd(cfg):
         return f"{cfg.DISTILLER.TYPE}{weighted}"
-    mask = {"none": "", "static": " + static mask", "dynamic": " + DTM"}[cfg.DeepKD.MASK.TYPE]
+    mask = {"none": "", "static": " + static mask", "dynamic": " + DTM", "top_p": " + top-p mask"}[cfg.DeepKD.MASK.TYPE]
     reading = " (multiply)" if mask and cfg.DeepKD.MASK.READING == "multiply" else ""
     variant = {"article": ", as in the article", "release": ", release's momenta"}.get(cfg.SOLVER.DECOUPLED.VARIANT, "")
     matched = ", matched steps" if cfg.SOLVER.DECOUPLED.DAMPENING == "matched" else ""

@@ -218,9 +218,9 @@ def _own(cfg: Any, ranges: Mapping[str, Range], masks: Sequence[str]) -> Point:
 
 
 def _masked(cfg: Any) -> bool:
-    """Tell whether a config's method has a mask; one that is without it on purpose stays without."""
+    """Tell whether a config's method has a mask of K classes; one that is without it on purpose stays without."""
     deepkd = issubclass(DISTILLERS.get(cfg.DISTILLER.TYPE, object), DeepKD)
-    return deepkd and cfg.DeepKD.MASK.TYPE != "none"
+    return deepkd and cfg.DeepKD.MASK.TYPE in MASKS[1:]
 
 
 def _deltas(cfg: Any) -> dict[str, float]:

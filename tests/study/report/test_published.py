@@ -59,6 +59,7 @@ def test_rows_of_no_pair_belong_to_no_cell():
         (None, "published without DTM, ours with it"),
         ({"DeepKD.MASK.TYPE": "dynamic"}, "published without DTM, ours with it"),
         ({"DeepKD.MASK.TYPE": "none"}, ""),
+        ({"DeepKD.MASK.TYPE": "top_p"}, "ours with DeepKD.MASK.TYPE top_p"),
         ({"DeepKD.MASK.TYPE": "none", "EXPERIMENT.LOGIT_STAND": True}, "ours with standardised logits"),
         ({"DeepKD.MASK.TYPE": "none", "DISTILLER.ENTROPY_WEIGHT": "formula"}, "ours with samples weighted by entropy"),
     ],

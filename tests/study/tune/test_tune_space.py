@@ -121,8 +121,9 @@ def test_a_mask_that_is_set_keeps_its_own_ranges_alone():
     assert "k" in space.ask(Chance(0))
 
 
-def test_a_method_without_a_mask_on_purpose_stays_without():
-    space = of("deepkd", options=("DeepKD.MASK.TYPE", "none"))["deepkd"]
+@pytest.mark.parametrize("mask", ["none", "top_p"])
+def test_a_method_without_a_mask_of_k_classes_on_purpose_stays_without(mask):
+    space = of("deepkd", options=("DeepKD.MASK.TYPE", mask))["deepkd"]
     assert space.masks == ()
     assert {*space.ranges} == {"rate", "warmup", "delta"}
 
