@@ -15,6 +15,7 @@ GROUPS = {
         "train": "train a student under a config",
         "init": "write the configs that distill trains under",
         "tune": "choose learning rate, warm-up, deltas and mask by search",
+        "calibrate": "choose the mask's K* by the teacher alone",
         "detect": "train a detector under a config",
         "cache": "list, fill, check and delete tables of teacher logits",
         "shrink": "resize a folder of images once, before training",

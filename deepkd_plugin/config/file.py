@@ -97,3 +97,11 @@ class _Loader(yaml.SafeLoader):
 
 def _problem(text: str, at: Any) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=text, problem_mark=at.start_mark)
+
+
+def put(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set a value of a config file's content, by its dotted key."""
+    *parents, leaf = key.split(".")
+    for name in parents:
+        tree = tree.setdefault(name, {})
+    tree[leaf] = list(value) if isinstance(value, tuple) else value

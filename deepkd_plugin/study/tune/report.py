@@ -82,7 +82,7 @@ def tuned(tuning: Tuning, search: Search) -> str:
     words = [*tuning.request.options, *best.user_attrs[OPTIONS]]
     cfg, tree = kind.read(file, words), config_file.read(file)
     for key in words[::2]:
-        _set(tree, key, get(cfg, key))
+        config_file.put(tree, key, get(cfg, key))
     tree.get("DATASET", {}).pop("HOLDOUT", None)
     space = search.space
     held_out = data.source(cfg).images(tuning.cfgs[search.method])[1]
@@ -93,14 +93,6 @@ def tuned(tuning: Tuning, search: Search) -> str:
         *(f"# {text}" for text in at_edges(search, space)),
     ]
     return "\n".join(lines) + "\n" + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-
-
-def _set(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Set a value of a config file's content."""
-    *parents, leaf = key.split(".")
-    for name in parents:
-        tree = tree.setdefault(name, {})
-    tree[leaf] = list(value) if isinstance(value, tuple) else value
 
 
 def at_edges(search: Search, space: Space) -> list[str]:
