@@ -121,7 +121,9 @@ def our_trainer(cfg: Any, method: str, pair: str, loader: Any) -> Trainer:
     cfg.SOLVER.DECOUPLED.DELTA.update({"TOG": delta, "TCG": -delta, "NCG": delta})
     teacher, student = networks(builtin.cifar_model_dict, pair)
     placed = device.place(distiller(student, teacher, cfg), device.pick(), cfg.SOLVER.CHANNELS_LAST)
-    return trainer("epoch", placed, loader, [], cfg)
+    running = trainer("epoch", placed, loader, [], cfg)
+    running.told = True  # its time is what is measured here
+    return running
 
 
 def our_epoch(running: Trainer) -> Callable[[int], Epoch]:

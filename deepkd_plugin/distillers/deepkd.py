@@ -57,7 +57,7 @@ class DeepKD(Distiller):
         Key(
             "DeepKD.MASK.TYPE",
             "dynamic",
-            "mask on the non-target classes: K of them (static; dynamic: growing), or top_p, a growing share of the "
+            "top-K mask on the non-target classes; static: K of them, dynamic: growing, top_p: a growing share of the "
             "teacher's non-target mass, so a K for each sample",
             *one_of("none", "static", *GROWING),
         ),
@@ -103,7 +103,8 @@ class DeepKD(Distiller):
 
     @classmethod
     def feature_of(cls, cfg: Any) -> str:
-        return "" if cfg.DeepKD.FEATURE == "none" else str(cfg.DeepKD.FEATURE)
+        name = getattr(cfg.DeepKD, "FEATURE", "none")  # runs of before have no such key
+        return "" if name == "none" else str(name)
 
     @classmethod
     def temperature_of(cls, cfg: Any) -> float | None:

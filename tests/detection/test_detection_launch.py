@@ -60,7 +60,7 @@ def test_a_student_of_a_run_is_a_teacher_of_another(detect, any_teacher, capsys)
     file = str(detect.folder / "student_latest")
     code, out, err = detect("KD", "DISTILLER.TEACHER_WEIGHTS", file)
     assert code == 0, err
-    assert out.splitlines()[1].startswith("teacher   ")
+    assert any(line.startswith("teacher   ") for line in out.splitlines())
 
 
 def test_deterministic_algorithms_are_asked_for_before_cuda_starts(detect, monkeypatch):
@@ -231,7 +231,7 @@ def test_exit_codes_of_the_command_line(config_file, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         launch.main(["--help"])
     assert stopped.value.code == 0
-    assert "configs/detection/glyph_canvas/res20_res8/deepkd.yaml" in "".join(capsys.readouterr().out.split())
+    assert "detection/glyph_canvas/res20_res8/deepkd" in "".join(capsys.readouterr().out.split())
     assert Path(find_config(launch.EXAMPLE)).is_file()
 
     def interrupted(**words):
@@ -252,7 +252,7 @@ def test_a_student_without_imagenet_weights_is_told_of_on_coco(detect, any_teach
     monkeypatch.setitem(DETECTION_SETS, "coco", replace(DETECTION_SETS["coco"], read=DETECTION_SETS["tiny"].read))
     code, out, err = detect("NONE", "SOLVER.EPOCHS", "1", "DATASET.TYPE", "coco")
     assert code == 0, err
-    assert out.splitlines()[1].endswith("DETECTION.STUDENT_BACKBONE names no file")
+    assert any(line.endswith("DETECTION.STUDENT_BACKBONE names no file") for line in out.splitlines())
 
 
 def test_mirrored_canvases_are_refused(detect):

@@ -154,7 +154,8 @@ def _title(runs: Sequence[Run]) -> str:
     others = [one["TEACHER"] for one in settings.get("DISTILLER.MORE_TEACHERS", ())]
     taught = " + ".join([str(settings["DISTILLER.TEACHER"]), *others])
     pair = student if kind == "NONE" else f"{taught} → {student}"
-    feature = "" if settings["DeepKD.FEATURE"] == "none" else f" and features by {settings['DeepKD.FEATURE']}"
+    name = settings.get("DeepKD.FEATURE", "none")
+    feature = "" if name == "none" else f" and features by {name}"
     method = {"NONE": "no distillation", "DeepKD": f"DeepKD over {settings['DeepKD.BASE']}{feature}"}.get(kind, kind)
     seeds = f"seed {runs[0].seed}" if len(runs) == 1 else f"mean of {len(runs)} seeds"
     return (
