@@ -276,7 +276,7 @@ def gains(file: str, options: Sequence[str], result: Mapping[str, Any], planned:
                     continue
                 cfg, folder = planned(str(path), _given(options))
                 there = record.find_run(folder)
-                alike = all(config.get(cfg, key) == config.get(ours, key) for key in ALIKE)
+                alike = _shared(cfg) == _shared(ours)
                 if alike and there.get("finished") and "last" in (there.get("result") or {}):
                     found[path.stem] = result["last"] - there["result"]["last"]
     if not found:
@@ -285,8 +285,18 @@ def gains(file: str, options: Sequence[str], result: Mapping[str, Any], planned:
     return f"{words} (last epoch, one run each; `deepkd reproduce` tells how sure)"
 
 
-ALIKE = ("DATASET.TYPE", "DISTILLER.STUDENT", "SOLVER.EPOCHS", "SOLVER.SEED")
-"""What runs must share, for the difference of their accuracies to be a gain."""
+ALIKE = ("DATASET.", "INPUT.", "DISTILLER.STUDENT", "SOLVER.EPOCHS", "SOLVER.SEED")
+"""How keys begin that runs must share, for the difference of their accuracies to be a gain."""
+
+
+def _shared(cfg: Any) -> dict[str, Any]:
+    """Return the values of these keys, as far as they compute."""
+    settings = config.flatten(cfg).items()
+    return {
+        path: config.compared(path, value)
+        for path, value in settings
+        if path.startswith(ALIKE) and config.computes(path)
+    }
 
 
 UNSHARED = ("EXPERIMENT.NAME", "EXPERIMENT.TAG", "DISTILLER.TYPE", "SOLVER.TRAINER")

@@ -78,6 +78,21 @@ def test_the_gain_over_the_runs_beside_it_that_are_alike(train, tmp_path):
     assert "gain      not known" in train("dkd", *named, "SOLVER.SEED", "1")[1]
 
 
+@pytest.mark.parametrize(
+    ("option", "alike"),
+    [
+        (("DATASET.TRAIN_PER_CLASS", "5"), False),
+        (("DATASET.HOLDOUT", "0.1"), False),
+        (("DATASET.TEST.BATCH_SIZE", "10"), True),
+        (("SOLVER.LR", "0.3"), True),
+    ],
+)
+def test_a_gain_is_of_the_same_images(option, alike):
+    file = str(ROOT / "configs" / "glyphs100" / "res20_res8" / "kd.yaml")
+    ours, other = (launch.read_config(registry.find_host(), file, list(options))[0] for options in ((), option))
+    assert (launch._shared(ours) == launch._shared(other)) == alike
+
+
 def test_the_student_file_is_read_by_eval(train, data_root, capsys):
     assert train("vanilla")[0] == 0
     arguments = ["-m", "resnet8", "-c", str(train.folder / "student_latest"), "-d", "glyphs100", "--root"]

@@ -32,6 +32,8 @@ class Calibration(NamedTuple):
     """(images,): the smallest K of each sample that holds the asked share."""
     optimal: int
     """K*: the smallest K that holds the asked share on average."""
+    right: float
+    """The share of the images about which the teacher is right: a file of other classes shows in it."""
 
 
 def main(words: Sequence[str]) -> int:
@@ -67,7 +69,7 @@ def _calibrate(file: str, options: Sequence[str], mass: float, write: Path | Non
     from ..run import checkpoint
 
     host = find_host()
-    cfg, _ = launch.read_config(host, file, [*options, "DISTILLER.TEACHER_LOGITS", "compute"])
+    cfg, _ = launch.read_config(host, file, options)
     if cfg.DISTILLER.TYPE != "DeepKD":
         raise UserError(f"{file}: DISTILLER.TYPE is {cfg.DISTILLER.TYPE!r}; it must be 'DeepKD', which has a mask")
     temperature = config.temperature(cfg)
@@ -75,7 +77,10 @@ def _calibrate(file: str, options: Sequence[str], mass: float, write: Path | Non
         reason = config.modified(cfg) or f"DeepKD.BASE {cfg.DeepKD.BASE}"
         raise UserError(f"{file}: with {reason} the mask does not weigh the softmax of the logits at one temperature")
     found = calibrate(_batches(host, cfg), temperature, mass)
-    print(f"teacher   {config.teacher_name(cfg)} at temperature {temperature:g}, {found.images:,} training images")
+    print(
+        f"teacher   {config.teacher_name(cfg)} at temperature {temperature:g}; {found.images:,} training images, and "
+        f"it is right about {found.right:.1%} of them"
+    )
     print(_told(found, mass))
     if found.optimal < 2:
         raise UserError(f"{file}: a mask of 1 class leaves NCKD nothing to compare; --mass above {mass:g} keeps more")
@@ -129,15 +134,16 @@ def _batches(host: Any, cfg: Any) -> Iterator[tuple[Tensor, Tensor]]:
 def calibrate(batches: Iterable[tuple[Tensor, Tensor]], temperature: float, mass: float) -> Calibration:
     """Find K* from a teacher's logits (B, C) and labels (B,). mass: the share to hold, in (0, 1)."""
     total: Tensor | float = 0.0
-    each = []
+    each, right = [], 0
     for logits, target in batches:
         rest = logits.double().gather(1, non_target_index(target, logits.shape[1]))
         shares = (rest / temperature).softmax(1).sort(1, descending=True).values
         held = shares.cumsum(1)
         total = total + held.sum(0)
         each.append(1 + (held[:, :-1] < mass).sum(1))
+        right += int((logits.argmax(1) == target).sum())
     needed = torch.cat(each).cpu().numpy()
     held_by_k = (torch.as_tensor(total) / len(needed)).cpu().numpy()
     # all classes hold everything, whatever the sum of rounded shares
     optimal = int(min((held_by_k < mass).sum() + 1, len(held_by_k)))
-    return Calibration(len(needed), held_by_k, needed, optimal)
+    return Calibration(len(needed), held_by_k, needed, optimal, right / len(needed))

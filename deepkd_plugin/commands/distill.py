@@ -231,11 +231,7 @@ def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Make of dotted keys the tree that a config file holds."""
     tree: dict[str, Any] = {}
     for path, value in settings.items():
-        *parents, leaf = path.split(".")
-        node = tree
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[leaf] = value
+        config_file.put(tree, path, value)
     return tree
 
 

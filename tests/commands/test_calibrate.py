@@ -32,6 +32,7 @@ def test_k_is_the_least_that_holds_the_mass_on_average(mass, temperature):
     assert found.held == pytest.approx(held, rel=1e-9)
     assert found.optimal == next(k for k in range(1, 12) if held[k - 1] >= mass)
     assert (found.images, len(found.each)) == (30, 30)
+    assert found.right == sum(int(row.argmax()) == label for row, label in zip(logits, target.tolist())) / 30
     log_shares = torch.tensor(rows, dtype=torch.float64).log()
     assert found.each.tolist() == top_p(log_shares, TopP(mass).share).sum(1).tolist()
 
