@@ -60,7 +60,8 @@ def test_a_run_whose_processes_are_killed_goes_on_bitwise(tmp_path):
                 seconds.append(time.monotonic() - end_one.at)
                 resumed += latest
                 if codes.index(-signal.SIGKILL) and codes[0]:
-                    assert "another process of this run has ended" in outputs[0].splitlines()[-1]
+                    # of a run that was whole before, the first process says so, and the other has yet to end
+                    assert re.search("another process of this run has ended|epochs done", outputs[0].splitlines()[-1])
         assert codes == [0, 0] or "epochs done" in outputs[0], outputs
         assert small.same(small.weights(folder / "run"), small.weights(tmp_path / "whole/run"))
         assert several.records(folder / "run") == several.records(tmp_path / "whole/run")

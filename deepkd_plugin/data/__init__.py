@@ -19,6 +19,7 @@ from .normalise import NormalisingLoader
 from .own import OWN, OwnImages
 from .resident import ResidentLoader, known
 from .sources import DATASETS, ZOOS, Source, knows, names, register_dataset, source
+from .workers import end_if_left
 
 __all__ = [
     "DATASETS",
@@ -141,7 +142,9 @@ def _loader(cfg: Any, data_set: Source, samples: Dataset, images: Any, chosen: n
     sampler = Passes(chosen, cfg.SOLVER.SEED, weak_views(cfg)) if training else None
     tested = range(process_group.rank(), len(samples), process_group.size())  # processes share the test images
     if pipeline(cfg) == "workers":
-        loading = {"num_workers": cfg.DATASET.NUM_WORKERS, "pin_memory": target_device.type == "cuda"}
+        loading: dict[str, Any] = {"num_workers": cfg.DATASET.NUM_WORKERS}
+        loading["pin_memory"] = target_device.type == "cuda"
+        loading["worker_init_fn"] = end_if_left
         if sampler is not None and process_group.size() > 1:
             loader = DataLoader(samples, batch_sampler=Shares(sampler, size, config.chunk(cfg)), **loading)
         else:

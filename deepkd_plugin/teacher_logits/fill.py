@@ -15,6 +15,7 @@ from ..data import draws
 from ..data.arrays import Training
 from ..data.normalise import NormalisingLoader
 from ..data.resident import ResidentLoader, batchwise, count_numbers, draw, view_count, view_index
+from ..data.workers import end_if_left
 from ..run.progress import EpochBar
 from .lookup import TeacherLogits, check_teacher
 from .tables import make_key, place
@@ -68,7 +69,8 @@ def _stored(cfg: Any, samples: Any, at: torch.device) -> Batches:
 
     def batches(view: int, places: list[Tensor]) -> Iterator[Tensor]:
         keys = [[(view + 1, place) for place in part.tolist()] for part in places]
-        loader = DataLoader(whole, batch_sampler=keys, num_workers=cfg.DATASET.NUM_WORKERS)
+        workers = cfg.DATASET.NUM_WORKERS
+        loader = DataLoader(whole, batch_sampler=keys, num_workers=workers, worker_init_fn=end_if_left)
         finished = NormalisingLoader(loader, source.mean, source.std, at) if source.in_bytes else loader
         return (image for image, _, _ in finished)
 

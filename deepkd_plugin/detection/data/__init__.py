@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader
 
 from ... import config, device
 from ...data.arrays import Passes, Shares
+from ...data.workers import end_if_left
 from ...distributed import process_group
 from ...errors import UserError
 from . import canvas, coco  # noqa: F401 (each registers its set)
@@ -61,7 +62,9 @@ def _split(count: int, holdout: float) -> tuple[np.ndarray, np.ndarray]:
 
 def _loader(cfg: Any, samples: DetectionSamples, training: bool) -> DataLoader:
     size = cfg.SOLVER.BATCH_SIZE if training else cfg.DATASET.TEST.BATCH_SIZE
-    loading = {"num_workers": cfg.DATASET.NUM_WORKERS, "pin_memory": device.pick().type == "cuda"}
+    loading: dict[str, Any] = {"num_workers": cfg.DATASET.NUM_WORKERS}
+    loading["pin_memory"] = device.pick().type == "cuda"
+    loading["worker_init_fn"] = end_if_left
     sampler = Passes(samples.chosen, cfg.SOLVER.SEED) if training else None
     if process_group.size() > 1:
         # whole batches of tests, for the images of a batch are padded to one size

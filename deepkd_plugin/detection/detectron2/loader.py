@@ -16,6 +16,7 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ... import device
+from ...data.workers import end_if_left
 from ...errors import UserError
 
 Drawn = tuple[int, int]
@@ -92,4 +93,5 @@ def build_train_loader(cfg: Any) -> DataLoader[Any]:
         batch_sampler=Batches(wide, cfg.SOLVER.IMS_PER_BATCH // world, seed, comm.get_rank(), world),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=list,
+        worker_init_fn=end_if_left,
     )
