@@ -1,10 +1,10 @@
-"""Write results/README.md from results/README.md.jinja and the measurements beside it.
+"""Write the pages of results/ from their templates, PAGE.md.jinja, and the measurements beside them.
 
-python tools/results.py           writes the page if it differs
+python tools/results.py           writes the pages
 python tools/results.py --check   writes nothing, shows what differs and exits 1 if anything does
 
-Every number that was measured is an expression of the template, in tables and in sentences alike. The methods of
-Results are the template's vocabulary.
+Every number that was measured is an expression of a template, in tables and in sentences alike. The methods of Results
+are the templates' vocabulary.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MOMENTA = ("none", "fixed", "gsnr")
 
 
 class Results:
-    """The measurements in a folder results/, as the page writes them."""
+    """The measurements in a folder results/, as the pages write them."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -264,8 +264,8 @@ def _wrapped(block: str, width: int) -> str:
     return "\n".join(lines).replace("\0", " ") + "\n" * block.endswith("\n")
 
 
-def render(root: Path = ROOT) -> str:
-    """Make the page from the template and the measurements in `root`."""
+def render(root: Path = ROOT) -> dict[Path, str]:
+    """Make each page from its template and the measurements in `root`; returns the text of each file."""
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
@@ -273,8 +273,10 @@ def render(root: Path = ROOT) -> str:
     environment.globals["row"] = row
     results = Results(root)
     words = {name: getattr(results, name) for name in dir(results) if not name.startswith("_")}
-    template = (root / "results" / "README.md.jinja").read_text(encoding="utf-8")
-    return wrap(environment.from_string(template).render(words))
+    return {
+        template.with_suffix(""): wrap(environment.from_string(template.read_text(encoding="utf-8")).render(words))
+        for template in sorted((root / "results").glob("*.md.jinja"))
+    }
 
 
 def main(argv: Sequence[str], root: Path = ROOT) -> int:
@@ -282,24 +284,21 @@ def main(argv: Sequence[str], root: Path = ROOT) -> int:
     if list(argv) not in ([], ["--check"]):
         print(__doc__, file=sys.stderr)
         return 2
-    page = root / "results" / "README.md"
-    text = page.read_text(encoding="utf-8") if page.is_file() else ""
-    wanted = render(root)
-    if not argv:
-        page.write_text(wanted, encoding="utf-8")
-        return 0
-    lines = difflib.unified_diff(
-        text.splitlines(),
-        wanted.splitlines(),
-        "results/README.md",
-        "what tools/results.py makes",
-        "",
-        "",
-        0,
-        "",
-    )
-    print("\n".join(lines), end="\n" * (text != wanted))
-    return int(text != wanted)
+    differ = False
+    for page, wanted in render(root).items():
+        text = page.read_text(encoding="utf-8") if page.is_file() else ""
+        if text == wanted:
+            continue
+        differ = True
+        if not argv:
+            page.write_text(wanted, encoding="utf-8")
+            continue
+        made = "what tools/results.py makes"
+        lines = difflib.unified_diff(
+            text.splitlines(), wanted.splitlines(), f"results/{page.name}", made, "", "", 0, ""
+        )
+        print("\n".join(lines))
+    return int(bool(argv) and differ)
 
 
 if __name__ == "__main__":
