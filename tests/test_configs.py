@@ -238,7 +238,7 @@ def test_a_baseline_has_the_protocol_of_its_twin(folder, method):
 
 
 EQUAL = {
-    "kd": {"glyphs100/res20_res8", "cifar100_cpu/res20_res8"},
+    "kd": {f"{data}/res20_res8" for data in ("glyphs100", "cifar100_cpu", "cifar100_res8")},
     "dkd": {
         "glyphs100/res20_res8",
         *(f"cifar100/{pair}" for pair in ("res110_res20", "res32x4_res8x4", "res32x4_shuv1", "res32x4_shuv2")),
@@ -262,8 +262,9 @@ def test_which_twins_have_equal_loss_weights(method):
         assert stated["CE"] > 0
         return stated
 
-    embedded = [CONFIGS / "glyphs100" / "res20_res8", CONFIGS / "cifar100_cpu" / "res20_res8"]
-    there = [folder for folder in (*PAIRS, *embedded) if (folder / f"{method}.yaml").is_file()]
+    small = [CONFIGS / data / "res20_res8" for data in ("glyphs100", "cifar100_cpu", "cifar100_res8")]
+    names = (f"{method}.yaml", f"{TWINS[method]}.yaml")
+    there = [folder for folder in (*PAIRS, *small) if all((folder / name).is_file() for name in names)]
     equal = {
         label(folder)
         for folder in there

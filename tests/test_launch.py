@@ -29,7 +29,9 @@ from deepkd_plugin.trainer import DecoupledMomentumTrainer
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(
-    p for name in ("glyphs100", "glyphs100_feature", "cifar100_cpu") for p in (ROOT / "configs" / name).rglob("*.yaml")
+    p
+    for name in ("glyphs100", "glyphs100_feature", "cifar100_cpu", "cifar100_res8")
+    for p in (ROOT / "configs" / name).rglob("*.yaml")
 )
 
 
@@ -151,6 +153,7 @@ def test_every_config_trains_one_step(train, file, tmp_path, monkeypatch, cifar_
         options += ["DATASET.ROOT", str(cifar_root), "DATASET.HOLDOUT", "0.0"]
         if config["DISTILLER"]["TYPE"] != "NONE":
             options += ["DISTILLER.TEACHER_WEIGHTS", "builtin:glyphs100_resnet20"]
+            options += ["DISTILLER.LOGITS_DIR", str(tmp_path)]
     options += ["EXPERIMENT.PROJECT", "glyphs100", "SOLVER.BATCH_SIZE", "100"]
     code, _, err = train(str(file), *options)
     assert code == 0, err

@@ -55,7 +55,7 @@ ROOT = Path(__file__).parents[2]
         (["gsnr", "--run", "a", "--out", "b"], "unrecognized arguments: --run; did you mean --runs?; see"),
         (["gsnr", "--cfg", "a.yaml", "--fast"], "unrecognized arguments: --fast"),
         (["reproduce"], "the following arguments are required: TABLE; see deepkd reproduce --help"),
-        (["reproduce", "glyphs"], "TABLE is 'glyphs'; it must be one of cifar100, cifar100_cpu, glyphs100, "),
+        (["reproduce", "glyphs"], "TABLE is 'glyphs'; it must be one of cifar100, cifar100_cpu, cifar100_res8, "),
         (["reproduce", "glyphs100", "--pairs"], "argument --pairs: expected at least one argument"),
         (["reproduce", "glyphs100", "--pairs", "SOLVER.LR", "1"], "--pairs: expected at least one argument"),
         (["reproduce", "glyphs100", "--out"], "--out: expected one argument; see deepkd reproduce --help"),

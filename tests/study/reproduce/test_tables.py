@@ -24,9 +24,12 @@ LATER = {
     "cifar100": {"rld", "deepkd_rld", "dist", "kd_ea", "dkd_ea", "mlkd_ea"},
     "imagenet": {"nkd", "deepkd_nkd", "rld", "deepkd_rld", "dist", "kd_ea", "dkd_ea"},
 }
+RES8 = ["vanilla", "kd", "dkd", "deepkd", "deepkd_nomask", "deepkd_dkd_nomask", "deepkd_matched_nomask"]
+RES8 += ["deepkd_multiply"]
 DATASETS = [
     "cifar100",
     "cifar100_cpu",
+    "cifar100_res8",
     "glyphs100",
     "glyphs100_feature",
     "glyphs100_variants",
@@ -90,6 +93,7 @@ def test_the_tables_are_the_folders_of_configs_and_the_ablations():
         ("glyphs100_feature", 1, ["kd", "deepkd", "deepkd_at", "deepkd_fitnet"]),
         ("glyphs100_variants", 1, VARIANTS),
         ("cifar100_cpu", 1, ["vanilla", "kd", "dkd", "deepkd", "deepkd_dkd", "deepkd_release"]),
+        ("cifar100_res8", 1, RES8),
     ],
 )
 def test_a_table_has_every_pair_and_method_of_its_folder(name, pairs, methods):
@@ -219,7 +223,7 @@ def test_labels_say_what_the_configs_are():
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (("cifar10",), "TABLE is 'cifar10'; it must be one of cifar100, cifar100_cpu, glyphs100, "),
+        (("cifar10",), "TABLE is 'cifar10'; it must be one of cifar100, cifar100_cpu, cifar100_res8, "),
         (("cifar100", "dkd"), "--base is of the ablations (ablation-momentum, "),
         (("glyphs100", None, "cifar100"), "--dataset is of the ablations (ablation-momentum, "),
         (("ablation-mask", "fitnet"), "--base is 'fitnet'; it must be one of kd, dkd, mlkd, crld"),
