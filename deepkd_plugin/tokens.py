@@ -19,8 +19,8 @@ from .errors import UserError, shown
 from .losses import MASKS, DecoupledKD, check, kl, scaled, wide
 from .topk import TopP, check_k
 
-CELLS = 2**22
-"""Logits that are worked on at once: 16 MiB in float32."""
+PARTS, CELLS = 16, 2**20
+"""Into how many parts the tokens are divided at most, and the logits of a part at least (4 MiB in float32)."""
 
 
 def token_kd(
@@ -132,21 +132,24 @@ class _Tokens(torch.autograd.Function):
         stored = []
         for rows in _parts(counted, classes):
             label = target[rows]
-            z_s, z_t = student[rows, :classes], teacher[rows, :classes]
+            z_s, z_t = (z.index_select(0, rows)[:, :classes] for z in (student, teacher))
             check(z_s, z_t, temperature, label)
             label = label.unsqueeze(1)
             z_s, z_t = scaled(z_s, temperature), scaled(z_t, temperature)
-            # −inf is below what `scaled` makes of a masked class, so topk takes the target last of all
-            others_s, others_t = (z.scatter(1, label, -math.inf) for z in (z_s, z_t))
-            rest_s, rest_t = (z.logsumexp(1, keepdim=True) for z in (others_s, others_t))
-            ahead_s, ahead_t = z_s.gather(1, label) - rest_s, z_t.gather(1, label) - rest_t
+            ahead_s, ahead_t = z_s.gather(1, label), z_t.gather(1, label)
+            for z in (z_s, z_t):  # below what `scaled` makes of a masked class, so topk takes the target last of all
+                z.scatter_(1, label, -math.inf)
+            rest_s, rest_t = z_s.logsumexp(1, keepdim=True), z_t.logsumexp(1, keepdim=True)
+            ahead_s, ahead_t = ahead_s - rest_s, ahead_t - rest_t
             two_s, two_t = (torch.cat([F.logsigmoid(gap), F.logsigmoid(-gap)], 1) for gap in (ahead_s, ahead_t))
             kept = None
             if top_k is None:
-                divergence = ((others_t - rest_t).exp() * (z_t - rest_t - (z_s - rest_s))).sum(1)
+                log_q, log_r = z_t.sub_(rest_t), z_s.sub_(rest_s)
+                q = log_q.exp()
+                divergence = q.mul_(log_q.sub_(log_r).scatter_(1, label, 0.0)).sum(1)
             else:
-                kept = others_t.topk(top_k, dim=1, sorted=False).indices
-                log_r, log_q = (_of_kept(z, rest, kept, mask) for z, rest in ((z_s, rest_s), (z_t, rest_t)))
+                kept = z_t.topk(top_k, dim=1, sorted=False).indices
+                log_q, log_r = (_of_kept(z.gather(1, kept), rest, mask) for z, rest in ((z_t, rest_t), (z_s, rest_s)))
                 divergence = kl(log_q, log_r)
                 kept = kept.int()
             tckd[rows] = (temperature**2 * kl(two_t, two_s)).to(dtype)
@@ -168,42 +171,47 @@ class _Tokens(torch.autograd.Function):
         for number, rows in enumerate(_parts(counted, classes)):
             rest_s, rest_t, shift, kept = stored[4 * number : 4 * number + 4]
             label = target[rows].unsqueeze(1)
-            z_s = scaled(student[rows, :classes], temperature)
             # T² of the loss and 1/T of the scaled logits
-            part = torch.zeros_like(z_s)
-            if of_tckd is not None:
-                weight = temperature * of_tckd[rows].unsqueeze(1).to(z_s.dtype) * shift
-                part.add_((z_s - rest_s).exp() * -weight).scatter_(1, label, weight)
-            if of_nckd is not None:
-                weight = temperature * of_nckd[rows].unsqueeze(1).to(z_s.dtype)
-                z_t = scaled(teacher[rows, :classes], temperature)
-                part.add_(_nckd_gradient(z_s, z_t, rest_s, rest_t, label, kept, mask).mul_(weight))
+            of_t, of_n = (
+                None if loss is None else temperature * loss[rows].unsqueeze(1).to(rest_s.dtype)
+                for loss in (of_tckd, of_nckd)
+            )
+            of_r = None if of_t is None else -of_t * shift  # what r, of all classes but the target, is to be times
+            of_kept = None
+            if of_n is not None and kept is not None:
+                kept = kept.long()
+                z_s, z_t = (scaled(z[rows.unsqueeze(1), kept], temperature) for z in (student, teacher))
+                q = _of_kept(z_t, rest_t, mask).exp_()
+                if mask == "renormalise":
+                    of_kept = of_n * (F.softmax(z_s, 1) - q)
+                else:
+                    of_kept = -of_n * q
+                    of_r = of_n * q.sum(1, keepdim=True) + (0.0 if of_r is None else of_r)
+            elif of_n is not None:
+                of_r = of_n + (0.0 if of_r is None else of_r)
+            if of_r is None:  # nothing but the kept classes has a gradient
+                if of_kept is not None:
+                    gradient[rows.unsqueeze(1), kept] = of_kept.to(gradient.dtype)
+                continue
+            part = (scaled(student.index_select(0, rows)[:, :classes], temperature) - rest_s).exp_().mul_(of_r)
+            if of_kept is not None:
+                part.scatter_add_(1, kept, of_kept)
+            elif of_n is not None:
+                part.sub_((scaled(teacher.index_select(0, rows)[:, :classes], temperature) - rest_t).exp_().mul_(of_n))
+            part.scatter_(1, label, torch.zeros_like(shift) if of_t is None else of_t * shift)
             gradient[rows, :classes] = part.to(gradient.dtype)
         return gradient, *[None] * 7
 
 
-def _nckd_gradient(
-    z_s: Tensor, z_t: Tensor, rest_s: Tensor, rest_t: Tensor, label: Tensor, kept: Tensor | None, mask: str
-) -> Tensor:
-    """Return the gradient of KL over the kept classes by the student's scaled logits, (n, C)."""
-    if kept is None:
-        return ((z_s - rest_s).exp() - (z_t - rest_t).exp()).scatter_(1, label, 0.0)
-    kept = kept.long()
-    log_r, log_q = (_of_kept(z, rest, kept, mask) for z, rest in ((z_s, rest_s), (z_t, rest_t)))
-    if mask == "renormalise":
-        return torch.zeros_like(z_s).scatter_(1, kept, log_r.exp() - log_q.exp())
-    q = log_q.exp()
-    all_r = ((z_s - rest_s).exp() * q.sum(1, keepdim=True)).scatter_(1, label, 0.0)
-    return all_r.scatter_add_(1, kept, -q)
-
-
-def _of_kept(scaled_logits: Tensor, rest: Tensor, kept: Tensor, mask: str) -> Tensor:
-    """Return the kept classes' log-probabilities, (n, K): among themselves, or among all but the target."""
-    chosen = scaled_logits.gather(1, kept)
+def _of_kept(chosen: Tensor, rest: Tensor, mask: str) -> Tensor:
+    """Return the kept classes' log-probabilities, of their logits (n, K): among themselves, or all but the target."""
     return F.log_softmax(chosen, 1) if mask == "renormalise" else chosen - rest
 
 
 def _parts(counted: Tensor, classes: int) -> tuple[Tensor, ...]:
-    """Split the tokens that count into parts of about CELLS logits; one that is empty if none counts."""
-    parts: tuple[Tensor, ...] = torch.split(counted, max(CELLS // classes, 1))
+    """Split the tokens that count: at most PARTS parts, of CELLS logits or more. One part is empty if no token counts.
+
+    So what a pass needs beside its results is a share of the logits, and a GPU gets PARTS times the kernels at most.
+    """
+    parts: tuple[Tensor, ...] = torch.split(counted, max(-(-len(counted) // PARTS), CELLS // classes, 1))
     return parts
