@@ -1,12 +1,12 @@
 """Losses on the tokens of a language model: memory and computing time beside a plain KL and TRL's.
 
-    python benchmarks/tokens.py [--vocabularies 32000 151936] [--tokens 256] [--top-k 100] [--write PATH.md]
+    python benchmarks/tokens.py [--vocabularies 32000 151936] [--tokens 128] [--top-k 100] [--write PATH.md]
 
 Every row is one forward and one backward pass of a loss on float32 logits of student and teacher: the gradient by the
 student's logits, which the networks would take from there. "peak" is what it holds at most beyond both networks'
-logits, its gradient included, as growth of the resident set in a process of its own; "× logits" is that over the bytes
-of one network's logits. Times are medians of the processor time of this process, the rows in turn, so that what else
-the machine does counts for little; read the ratios to the plain KL, not the milliseconds.
+logits, its gradient included: every tensor that PyTorch's allocator gave out, so it is exact and the same each time.
+"× logits" is that over the bytes of one network's logits. Times are medians of the processor time of this process, the
+rows in turn, so that what else the machine does counts for less; read the ratios to the plain KL, not the milliseconds.
 
 KL is torch.nn.functional.kl_div of two log_softmax. TRL's is GKDTrainer.generalized_jsd_loss, called if `trl` can be
 imported: β = 0 is the same KL, β = 0.5 its Jensen-Shannon divergence. It comes with many packages, so it is no extra of
@@ -32,6 +32,7 @@ import torch
 from common import Rows, medians_in_turn, peak_mebibytes, report
 from torch import Tensor
 from torch.nn import functional as F
+from torch.profiler import profile
 
 from deepkd_plugin import decoupled_kd, device, per_sample, token_kd
 from deepkd_plugin.terminal import Parser, guarded
@@ -111,8 +112,25 @@ def make(way: str, vocabulary: int, tokens: int, top_k: int) -> Callable[[], lis
     return step
 
 
+def peak_allocated(make: Callable[[], Callable[[], Any]]) -> float:
+    """Return the most MiB that tensors of a step take at once, beyond what was there before it."""
+    if torch.cuda.is_available():
+        return peak_mebibytes(make)
+    step = make()
+    step()
+    with profile(profile_memory=True) as profiler:
+        results = step()
+    del results
+    held = peak = 0
+    events = profiler.profiler.kineto_results.events()
+    for event in sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak / 2**20
+
+
 def measure(ways: list[str], vocabulary: int, tokens: int, top_k: int, rounds: int) -> Rows:
-    peaks = {way: peak_mebibytes(functools.partial(make, way, vocabulary, tokens, top_k)) for way in ways}
+    peaks = {way: peak_allocated(functools.partial(make, way, vocabulary, tokens, top_k)) for way in ways}
     steps = {way: make(way, vocabulary, tokens, top_k) for way in ways}
     for way in SAME:
         for one, other in zip(steps[way]() if way in steps else (), steps[KL]()):
@@ -136,7 +154,7 @@ def measure(ways: list[str], vocabulary: int, tokens: int, top_k: int, rounds: i
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocabularies", nargs="+", type=int, default=[32_000, 151_936], metavar="C")
-    parser.add_argument("--tokens", type=int, default=256, help="of a batch of 2 sequences, an even number")
+    parser.add_argument("--tokens", type=int, default=128, help="of a batch of 2 sequences, an even number")
     parser.add_argument("--top-k", type=int, default=100, help="non-target classes under the mask")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--write", type=Path, help="Markdown file to write; a .json is written beside it")
