@@ -14,8 +14,7 @@ import torch
 from captures import Captures
 from PIL import Image
 
-from deepkd_plugin import tokens
-from deepkd_plugin import device
+from deepkd_plugin import device, tokens
 from deepkd_plugin.errors import UserError
 
 ROOT = Path(__file__).parents[1]
