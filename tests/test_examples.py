@@ -64,7 +64,7 @@ def assert_same(state, expected, tolerance=1e-12):
 @functools.cache
 def printed(name):
     """What a script prints."""
-    done = subprocess.run([sys.executable, EXAMPLES / f"{name}.py"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, EXAMPLES / f"{name}.py"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
