@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .gsnr import GradientMonitor, GSNRAllocation
 from .losses import DecoupledKD, decoupled_kd, per_sample
 from .optim import DecoupledAdamW, DecoupledMomentumSGD, backward, from_sgd, to_sgd
+from .tokens import shared_vocabulary, token_kd
 from .topk import TopKSchedule
 
 __all__ = [
@@ -26,7 +27,9 @@ __all__ = [
     "load_student",
     "per_sample",
     "register",
+    "shared_vocabulary",
     "to_sgd",
+    "token_kd",
     "train",
 ]
 __version__ = "0.2.0"

@@ -43,10 +43,10 @@ def kd_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: f
     Logits (B, C) each; returns (B,). Raises ValueError for other shapes, integer logits, T ≤ 0 or, on a CPU, a class
     that is −inf in one network alone.
     """
-    _check(student_logits, teacher_logits, temperature)
-    log_s = F.log_softmax(_scaled(student_logits, temperature), dim=1)
-    log_t = F.log_softmax(_scaled(teacher_logits, temperature), dim=1)
-    return (temperature**2 * _kl(log_t, log_s)).to(wide(student_logits).dtype)
+    check(student_logits, teacher_logits, temperature)
+    log_s = F.log_softmax(scaled(student_logits, temperature), dim=1)
+    log_t = F.log_softmax(scaled(teacher_logits, temperature), dim=1)
+    return (temperature**2 * kl(log_t, log_s)).to(wide(student_logits).dtype)
 
 
 def decoupled_kd(
@@ -75,17 +75,17 @@ def decoupled_kd(
     a CPU, a label outside the classes, a masked target or a class that is −inf in one network alone (a check on a GPU
     would stop it for every batch).
     """
-    _check(student_logits, teacher_logits, temperature, target)
+    check(student_logits, teacher_logits, temperature, target)
     if mask not in MASKS:
         raise ValueError(f"mask must be one of {MASKS}, got {mask!r}")
     target = target.long().unsqueeze(1)
-    student, teacher = (_scaled(logits, temperature) for logits in (student_logits, teacher_logits))
+    student, teacher = (scaled(logits, temperature) for logits in (student_logits, teacher_logits))
     rest = non_target_index(target.squeeze(1), student.shape[1])
 
     log_s, log_t = F.log_softmax(student, 1), F.log_softmax(teacher, 1)
     not_s, not_t = (log.gather(1, rest).logsumexp(1, keepdim=True) for log in (log_s, log_t))
     target_s, target_t = log_s.gather(1, target), log_t.gather(1, target)
-    tckd = _kl(torch.cat([target_t, not_t], 1), torch.cat([target_s, not_s], 1))
+    tckd = kl(torch.cat([target_t, not_t], 1), torch.cat([target_s, not_s], 1))
 
     if isinstance(top_k, TopP):
         nckd = _nckd_of_mass(student.gather(1, rest), teacher.gather(1, rest), top_k.share, mask)
@@ -96,7 +96,7 @@ def decoupled_kd(
         else:
             column = kept - (kept > target).long()  # a class's place among the non-target ones
             log_q_s, log_q_t = (F.log_softmax(z.gather(1, rest), 1).gather(1, column) for z in (student, teacher))
-        nckd = _kl(log_q_t, log_q_s)
+        nckd = kl(log_q_t, log_q_s)
     parts = temperature**2 * tckd, temperature**2 * nckd, target_t.squeeze(1).exp()
     return DecoupledKD(*(part.to(wide(student_logits).dtype) for part in parts))
 
@@ -174,7 +174,7 @@ def standardise_logits(logits: Tensor) -> Tensor:
     return (logits - logits.mean(-1, keepdim=True)) / (logits.std(-1, keepdim=True) + 1e-7)
 
 
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Compute KL(p ‖ q) over the last dimension, from log-probabilities that are all finite."""
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
@@ -188,9 +188,9 @@ def _nckd_of_mass(student: Tensor, teacher: Tensor, share: float, mask: str) -> 
     kept = top_p(log_t.detach(), share)
     if mask == "multiply":
         return (log_t.exp() * (log_t - log_s)).masked_fill(~kept, 0.0).sum(1)
-    nothing = torch.finfo(student.dtype).min / 2  # as in _scaled
+    nothing = torch.finfo(student.dtype).min / 2  # as in scaled
     log_s, log_t = (F.log_softmax(z.masked_fill(~kept, nothing), 1) for z in (student, teacher))
-    return _kl(log_t, log_s)
+    return kl(log_t, log_s)
 
 
 def wide(logits: Tensor) -> Tensor:
@@ -198,15 +198,15 @@ def wide(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
-def _scaled(logits: Tensor, temperature: float) -> Tensor:
+def scaled(logits: Tensor, temperature: float) -> Tensor:
     """Return logits / T in float32 or wider, with a number for −inf that still has probability 0 and no gradient.
 
     Above FLOAT32_UP_TO it is float64: what T² is to multiply must not be rounded before. −inf itself makes NaN of
     0 · (−inf + inf) and of the softmax over classes that are all masked.
     """
-    scaled = (wide(logits) if temperature <= FLOAT32_UP_TO else logits.double()) / temperature
+    divided = (wide(logits) if temperature <= FLOAT32_UP_TO else logits.double()) / temperature
     # half, so that subtracting the row's maximum does not bring −inf back
-    return scaled.clamp(min=torch.finfo(scaled.dtype).min / 2)
+    return divided.clamp(min=torch.finfo(divided.dtype).min / 2)
 
 
 def _readable(tensor: Tensor) -> bool:
@@ -225,7 +225,8 @@ def _check_type(*logits: Tensor) -> None:
         raise ValueError(f"logits must be floating-point numbers, got {', '.join(str(part.dtype) for part in logits)}")
 
 
-def _check(student: Tensor, teacher: Tensor, temperature: float, target: Tensor | None = None) -> None:
+def check(student: Tensor, teacher: Tensor, temperature: float, target: Tensor | None = None) -> None:
+    """Raise ValueError for what the losses above refuse: shapes, types, the temperature; values if they can be read."""
     if student.ndim != 2 or student.shape != teacher.shape:
         raise ValueError(
             f"student and teacher logits must have one shape (B, C), got {tuple(student.shape)} and "

@@ -18,15 +18,19 @@ class Distiller(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Do what Trainer does, with `deepkd_plugin.backward` instead of accelerator.backward(loss)."""
-        model.train()
         inputs = self._prepare_inputs(inputs)
         labels = inputs.pop("labels")
         with torch.no_grad():
             teacher_logits = self.teacher(**inputs).logits
-        by_stream = losses(model(**inputs).logits, teacher_logits, labels, int(self.state.epoch))
-        by_stream = {name: loss / self.current_gradient_accumulation_steps for name, loss in by_stream.items()}
+        inputs.pop("index", None)  # by which a stored teacher finds the samples
+        by_stream = self.by_stream(model.train()(**inputs).logits, teacher_logits, labels, num_items_in_batch)
         deepkd_plugin.backward(self.optimizer, by_stream)
         return sum(by_stream.values()).detach()
+
+    def by_stream(self, logits, teacher_logits, labels, items):
+        """Average over a micro-batch; backward adds up those of a step."""
+        share = 1 / self.current_gradient_accumulation_steps
+        return {k: share * v for k, v in losses(logits, teacher_logits, labels, int(self.state.epoch)).items()}
 
 
 def bert(width):
@@ -43,16 +47,15 @@ def sentences():
     return [{"input_ids": row, "labels": row[0] % CLASSES} for row in words]
 
 
-def train(student, teacher, dataset, **options):
+def train(student, teacher, dataset, distiller=Distiller, make_optimizer=optimizer, **options):
     """Train the student in place. options: more of TrainingArguments'."""
     with tempfile.TemporaryDirectory() as folder:
         fixed = {"lr_scheduler_type": "constant", "save_strategy": "no", "report_to": [], "disable_tqdm": True}
         fixed |= {"num_train_epochs": EPOCHS, "per_device_train_batch_size": BATCH, "use_cpu": True}
         arguments = TrainingArguments(folder, **(fixed | options))
-        teacher = teacher.eval().requires_grad_(False)
-        optimizers = (optimizer(student), None)
-        Distiller(teacher, model=student, args=arguments, train_dataset=dataset, optimizers=optimizers).train()
+        optimizers = (make_optimizer(student), None)
+        distiller(teacher, model=student, args=arguments, train_dataset=dataset, optimizers=optimizers).train()
 
 
 if __name__ == "__main__":
-    train(bert(16), bert(32), sentences(), logging_strategy="epoch")
+    train(bert(16), bert(32).eval().requires_grad_(False), sentences(), logging_strategy="epoch")

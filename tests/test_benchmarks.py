@@ -14,7 +14,7 @@ import torch
 from captures import Captures
 from PIL import Image
 
-from deepkd_plugin import device
+from deepkd_plugin import device, tokens
 from deepkd_plugin.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -670,3 +670,26 @@ def test_the_simulation_knows_a_network_by_its_layers(script):
     shares = [done for done, _ in network.gradients]
     assert shares == sorted(shares)
     assert shares[-1] == pytest.approx(1)
+
+
+def test_the_losses_on_tokens(run, script, tmp_path, monkeypatch):
+    """Peaks are exact: KL holds five tensors of the size of the logits, and the whole of a step is told by its own."""
+
+    def missing():
+        raise ImportError("No module named 'trl'")
+
+    monkeypatch.setattr(script("tokens"), "trl", missing)
+    options = ("--vocabularies", 3000, "--tokens", 64, "--top-k", 10, "--rounds", 1)
+    out = run("tokens", *options, "--write", tmp_path / "table.md")
+    assert (tmp_path / "table.md").read_text() == out.removesuffix("\n")
+    record = json.loads((tmp_path / "table.json").read_text())
+    assert record["settings"]["TRL"] == "left out"
+    rows = {row["loss"]: row for row in record["rows"]}
+    assert not [name for name in rows if name.startswith("TRL")]
+    assert rows["KL"]["× logits"] == pytest.approx(5, abs=0.05)
+    assert rows["KL"]["ratio to KL"] == 1
+    assert [row["passes"] for row in rows.values()] == [1, 1, 1, 2, 2]
+    monkeypatch.setattr(tokens, "PARTS", 64)
+    monkeypatch.setattr(tokens, "CELLS", 3000)
+    by_token = script("tokens").measure(["KL", "token_kd, top K"], 3000, 64, 10, 1)[1]
+    assert 1 < by_token["× logits"] < 1.3  # the gradient and one token's share

@@ -211,12 +211,15 @@ def written_out(code, num_classes):
     torch.manual_seed(0)
     nets = [cifar_model_dict[name][0](num_classes=num_classes) for name in ("resnet8", "resnet20")]
     student, teacher = (torch.nn.Sequential(net, First()) for net in nets)
-    before = [p.detach().clone() for p in student.parameters()]
-    scope = {"torch": torch, "student": student, "teacher": teacher.eval().requires_grad_(False)}
+    small, large = (torch.nn.Embedding(200, 200) for _ in range(2))  # as language models
+    moving = [*student.parameters(), *small.parameters()]
+    before = [p.detach().clone() for p in moving]
+    scope = {"small": small, "large": large, "tokens": torch.randint(200, (2, 12))}
+    scope |= {"torch": torch, "student": student, "teacher": teacher.eval().requires_grad_(False)}
     scope |= {"images": torch.randn(4, 3, 32, 32), "labels": torch.randint(0, num_classes, (4,))}
     scope |= {"loader": [(scope["images"], scope["labels"])], "epochs": 3, "num_classes": num_classes}
     exec(code, scope)
-    assert any(not torch.equal(p, q) for p, q in zip(student.parameters(), before))
+    assert any(not torch.equal(p, q) for p, q in zip(moving, before))
     return scope
 
 
@@ -249,8 +252,11 @@ def test_the_loop_is_deepkd_over_kd(code, monkeypatch):
     torch.manual_seed(0)
     student, teacher = torch.nn.Linear(6, 9), torch.nn.Linear(6, 9)
     images, labels = torch.randn(5, 6), torch.randint(0, 9, (5,))
-    before = [p.detach().clone() for p in student.parameters()]
-    scope = {"torch": torch, "student": student, "teacher": teacher, "loader": [(images, labels)], "epochs": 1}
+    small, large = (torch.nn.Embedding(200, 200) for _ in range(2))  # as language models
+    moving = [*student.parameters(), *small.parameters()]
+    before = [p.detach().clone() for p in moving]
+    scope = {"small": small, "large": large, "tokens": torch.randint(200, (2, 12))}
+    scope |= {"torch": torch, "student": student, "teacher": teacher, "loader": [(images, labels)], "epochs": 1}
     exec(code, scope | {"num_classes": 9})
     assert all(torch.equal(p, q) for p, q in zip(student.parameters(), before))
     loss = 0.1 * torch.nn.functional.cross_entropy(student(images), labels)

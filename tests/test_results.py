@@ -261,6 +261,18 @@ def test_the_tables_of_the_page_on_performance():
     assert table(page, "| pair | way |") == expected
 
 
+def test_the_table_of_the_page_on_text():
+    page = (ROOT / "docs" / "text.md").read_text(encoding="utf-8").splitlines()
+    rows = {}
+    for row in json.loads((RESULTS / "tokens.json").read_text(encoding="utf-8"))["rows"]:
+        rows.setdefault(row["loss"], []).append(row)
+    expected = []
+    for name, sizes in rows.items():
+        numbers = [f"{row[column]:.2f}" for column in ("× logits", "ratio to KL") for row in sizes]
+        expected.append(f"| {name} | {' | '.join(numbers)} |")
+    assert table(page, "| loss |") == expected
+
+
 def test_the_simulated_steps_of_the_page_on_scale():
     page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8").splitlines()
     made = json.loads((RESULTS / "scale.json").read_text(encoding="utf-8"))["rows"]

@@ -14,7 +14,7 @@ PACKAGE = Path(deepkd_plugin.__file__).parent
 
 ROOMS = (
     *("errors", "device", "terminal", "distributed", "rules", "extensions"),
-    *("topk", "losses", "streams", "ledger", "updates", "optim", "gsnr", "fold", "mixture"),
+    *("topk", "losses", "tokens", "streams", "ledger", "updates", "optim", "gsnr", "fold", "mixture"),
     *("distillers", "config", "run", "data", "teacher_logits"),
     *("step", "divided", "speed", "choice", "solver", "accuracy", "card", "trainer"),
     *("hosts", "launch", "detection", "study", "students", "commands"),
