@@ -43,7 +43,7 @@ class DeepKD(Distiller):
     it (mixture.sample_weights; of two views, for the weak one).
     """
 
-    streams = STREAMS
+    streams: tuple[str, ...] = STREAMS
     on_logits = in_terms = soft_labels = True
     warmup_key = "DeepKD.WARMUP"
     losses_of = "samples"
