@@ -99,7 +99,7 @@ def correct(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
 
 
 class Alone(nn.Module):
-    """A network under the protocol of `evaluate`; afterwards it knows its number of classes."""
+    """A network, or the mixture of several, under the protocol of `evaluate`; then it knows its number of classes."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -107,6 +107,8 @@ class Alone(nn.Module):
         self.num_classes = 0
 
     def forward(self, image: Tensor) -> Tensor:
-        logits = self.network(image)[0]
+        logits: Tensor = self.network(image)[0]
+        if isinstance(self.network, Teachers):
+            logits = self.network.mix_unlabelled(logits)
         self.num_classes = logits.shape[1]
         return logits

@@ -95,19 +95,19 @@ def pairs(network: nn.Module, image: Tensor) -> list[tuple[str, str]]:
 
 
 def differences(plain: Tensor, folded: Tensor) -> str:
-    """Say in what two computations of logits (B, C) differ beyond rounding; "" if they do not."""
+    """Say in what two computations of logits (…, C) differ beyond rounding; "" if they do not."""
     scale = float(plain.abs().max())
     off = float((plain - folded).abs().max())
     if not off <= TOLERANCE * scale:
         return f"a logit is off by {off:.2g}, and the largest is {scale:.3g}"
-    if plain.shape[1] > TOP and not torch.equal(_largest(plain), _largest(folded)):
+    if plain.shape[-1] > TOP and not torch.equal(_largest(plain), _largest(folded)):
         return f"the {TOP} largest logits of an image are others"
     return ""
 
 
 def _largest(logits: Tensor) -> Tensor:
     """Return which logits of each row are its TOP largest, in the order of the classes."""
-    return logits.topk(TOP, dim=1).indices.sort(dim=1).values
+    return logits.topk(TOP, dim=-1).indices.sort(dim=-1).values
 
 
 def _replace(network: nn.Module, name: str, module: nn.Module) -> None:

@@ -16,11 +16,8 @@ from torch import Tensor, nn
 FIXED, TARGET, ENTROPY = MIXES = ("fixed", "target", "entropy")
 """What teachers weigh by, see sample_weights."""
 
-PROBABILITIES, LOGITS = POOLS = ("probabilities", "logits")
-"""What a mixture is the mean of."""
-
-EACH = "each"
-"""The feature of `Teachers` that has the logits of every teacher."""
+PROBABILITIES, LOGITS, STREAMS = POOLS = ("probabilities", "logits", "streams")
+"""What a mixture is the mean of; STREAMS: there is none in training, DeepKD has streams of each teacher."""
 
 
 def sample_weights(each: Tensor, shares: Tensor, by: str = FIXED, target: Tensor | None = None) -> Tensor:
@@ -66,9 +63,9 @@ def mixed_logits(each: Tensor, weights: Tensor, temperature: float | None) -> Te
 
 
 class Teachers(nn.Module):
-    """Several networks under the protocol of one: images (B, 3, H, W) -> (logits (B, C), {EACH: logits (B, M, C)}).
+    """Several networks that are asked at once: images (B, 3, H, W) -> (each one's logits (B, M, C), no features).
 
-    Its own logits are the mixture's as far as it is known without labels: weights by TARGET are the shares there.
+    Their mixture's logits (B, C) are made of them, by `mix`.
     """
 
     shares: Tensor
@@ -85,9 +82,7 @@ class Teachers(nn.Module):
         self.register_buffer("shares", torch.tensor(shares, dtype=torch.float64), persistent=False)
 
     def forward(self, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        each = torch.stack([network(image)[0].float() for network in self.networks], dim=1)
-        unlabelled = sample_weights(each, self.shares, FIXED if self.by == TARGET else self.by)
-        return mixed_logits(each, unlabelled, self.temperature), {EACH: each}
+        return torch.stack([network(image)[0].float() for network in self.networks], dim=1), {}
 
     def weights(self, each: Tensor, target: Tensor | None) -> Tensor:
         """Return sample_weights of the teachers' logits (B, M, C)."""
@@ -96,6 +91,11 @@ class Teachers(nn.Module):
     def mix(self, each: Tensor, target: Tensor | None) -> Tensor:
         """Return the mixture's logits (B, C) of the teachers' (B, M, C). target: the classes (B,)."""
         return mixed_logits(each, self.weights(each, target), self.temperature)
+
+    def mix_unlabelled(self, each: Tensor) -> Tensor:
+        """Do as `mix` as far as labels need not be known: weights by TARGET are the shares."""
+        weights = sample_weights(each, self.shares, FIXED if self.by == TARGET else self.by)
+        return mixed_logits(each, weights, self.temperature)
 
 
 def members(teacher: Any) -> list[nn.Module]:

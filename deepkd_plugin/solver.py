@@ -82,5 +82,4 @@ def make_allocation(optimizer: StreamOptimizer, cfg: Any) -> GSNRAllocation | No
     node = cfg.SOLVER.DECOUPLED
     if node.ALLOCATION != "gsnr":
         return None
-    bounds = {stream: node.DELTA[stream.upper()] for stream in optimizer.streams}
-    return GSNRAllocation(bounds, node.SEPARATION, node.SMOOTHING)
+    return GSNRAllocation(config.deltas(cfg), node.SEPARATION, node.SMOOTHING)

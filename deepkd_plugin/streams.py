@@ -17,6 +17,15 @@ STREAMS = ("tog", "tcg", "ncg")
 EXTRA_STREAMS = ("feat",)
 """Streams that exist if SOLVER.DECOUPLED.LOSS_STREAMS gives them a loss."""
 
+OF_A_TEACHER = ("tcg", "ncg")
+"""Those that say something of a teacher: with DISTILLER.TEACHER_POOL streams each of several has a pair of them."""
+
+
+def of_teacher(stream: str, number: int) -> str:
+    """Name a stream of OF_A_TEACHER of one of several teachers, counted from 0: tcg, tcg_2, tcg_3, …"""
+    return f"{stream}_{number + 1}" if number else stream
+
+
 Sets = tuple[tuple[str, ...], ...]
 """A partition of the stream names, in their order: each inner tuple is handled as one."""
 

@@ -94,8 +94,9 @@ def test_a_module_of_several_gives_each_ones_logits_and_needs_labels_only_to_mix
     nets = [Fixed(each[0][:, m]) for m in range(3)]
     teacher = Teachers(nets, [1.0, 2.0, 5.0], "target", 4.0)
     logits, features = teacher(torch.zeros(6, 3, 2, 2))
-    assert torch.equal(features["each"], each[0])
-    assert torch.equal(logits, mixed_logits(each[0], sample_weights(each[0], SHARES), 4.0))
+    assert torch.equal(logits, each[0])
+    assert not features
+    assert torch.equal(teacher.mix_unlabelled(logits), mixed_logits(each[0], sample_weights(each[0], SHARES), 4.0))
     with pytest.raises(ValueError, match="need the target"):
         teacher.mix(each[0], None)
     weights = sample_weights(each[0], SHARES, "target", each[1])

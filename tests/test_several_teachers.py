@@ -13,7 +13,7 @@ from deepkd_plugin import config, launch
 from deepkd_plugin.distillers import DISTILLERS
 from deepkd_plugin.divided import DividedStep
 from deepkd_plugin.errors import UserError
-from deepkd_plugin.fold import fold
+from deepkd_plugin.fold import differences, fold
 from deepkd_plugin.hosts.builtin import cifar_model_dict
 from deepkd_plugin.hosts.networks import teacher_network, untrained_teacher
 from deepkd_plugin.hosts.registry import find_host
@@ -185,16 +185,17 @@ def test_teachers_take_images_of_their_own_size_and_kind(other):
     cfg = read("kd", KEY, str([entry]), "DISTILLER.TEACHER_SHARE", "3")
     teacher = teacher_network(find_host(), cfg, 100).eval()
     image = torch.randn(4, 3, 32, 32)
-    logits, features = teacher(image)
-    assert logits.shape == (4, 100)
+    each, _ = teacher(image)
+    assert each.shape == (4, 2, 100)
     first, second = config.by_teacher(cfg)
     for number, one in enumerate((first, second)):
         alone = teacher_network(find_host(), one, 100).eval()
-        assert torch.equal(alone(image)[0], features["each"][:, number])
+        assert torch.equal(alone(image)[0], each[:, number])
         assert checkpoint.fingerprint(alone) == checkpoint.fingerprint(teacher).split("+")[number]
-    p = torch.softmax(features["each"] / 4, dim=2)
-    assert torch.allclose(torch.softmax(logits / 4, dim=1), 0.75 * p[:, 0] + 0.25 * p[:, 1], atol=1e-6)
-    assert untrained_teacher(find_host(), read("kd", KEY, AGAIN), 100).eval()(image)[0].shape == (4, 100)
+    p = torch.softmax(each / 4, dim=2)
+    mixture = torch.softmax(teacher.mix_unlabelled(each) / 4, dim=1)
+    assert torch.allclose(mixture, 0.75 * p[:, 0] + 0.25 * p[:, 1], atol=1e-6)
+    assert untrained_teacher(find_host(), read("kd", KEY, AGAIN), 100).eval()(image)[0].shape == (4, 2, 100)
 
 
 def test_their_mixture_is_folded_as_one(other):
@@ -204,10 +205,10 @@ def test_their_mixture_is_folded_as_one(other):
     assert sum(isinstance(part, nn.BatchNorm2d) for part in folded.modules()) < sum(
         isinstance(part, nn.BatchNorm2d) for part in teacher.modules()
     )
-    for ours, theirs in zip(
-        (folded(image)[0], folded(image)[1]["each"]), (teacher(image)[0], teacher(image)[1]["each"])
-    ):
-        assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+    ours, theirs = folded(image)[0], teacher(image)[0]
+    assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+    assert not differences(theirs, ours)
+    assert differences(theirs, theirs.flip(1))
 
 
 @pytest.mark.parametrize("base", ["KD", "CRLD"])

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from yacs.config import CfgNode
 
 from .. import device
-from ..distillers import DISTILLERS
+from ..distillers import DISTILLERS, Method, bases
 from ..distributed import process_group, sharding
 from ..errors import UserError
+from ..mixture import STREAMS as APART
 from ..rules import NOT_NEGATIVE, PLAIN, Key, plain
 from ..terminal import warn
 from ..topk import GROWING, classes, count_classes, mask_size
@@ -17,6 +18,7 @@ from .meaning import (
     by_teacher,
     chunk,
     contrasts,
+    deltas,
     feature,
     in_terms,
     mixes,
@@ -142,6 +144,16 @@ def check_teachers(cfg: CfgNode, origin: dict[str, str]) -> None:
         raise wrong(
             origin, path, node.MORE_TEACHERS, f"[] with {method}, which needs more of a teacher than its logits"
         )
+    apart = node.TEACHER_POOL == APART
+    if apart and node.TYPE != "DeepKD":
+        allowed = f"'probabilities' or 'logits' with DISTILLER.TYPE {node.TYPE}; DeepKD has streams for each teacher"
+        raise wrong(origin, "DISTILLER.TEACHER_POOL", node.TEACHER_POOL, allowed)
+    if apart and bases()[cfg.DeepKD.BASE].task.__func__ is not Method.task.__func__:  # type: ignore[attr-defined]
+        allowed = f"'logits' with {method}, which compares more with a teacher than what falls into its streams"
+        raise wrong(origin, "DISTILLER.TEACHER_POOL", node.TEACHER_POOL, allowed)
+    if any("DELTA" in one for one in node.MORE_TEACHERS) and not (apart and cfg.SOLVER.TRAINER in TRAINERS):
+        allowed = f"without DELTA unless DISTILLER.TEACHER_POOL is streams and SOLVER.TRAINER {' or '.join(TRAINERS)}"
+        raise wrong(origin, path, node.MORE_TEACHERS, allowed)
     if node.TEACHER_POOL == "probabilities" and (temperature(cfg) is None or modified(cfg)):
         # softmax(z / T) is the mean of the teachers' at one T alone
         reason = modified(cfg) or f"{method}, which reads logits at several temperatures"
@@ -155,9 +167,8 @@ def check_momenta(cfg: CfgNode, origin: dict[str, str]) -> None:
     """Raise UserError if SOLVER.DECOUPLED gives a stream a momentum that is none, or its allocation does not fit."""
     solver, node = cfg.SOLVER, cfg.SOLVER.DECOUPLED
     measured = node.ALLOCATION == "gsnr"
-    for stream in known_streams():
-        path = f"SOLVER.DECOUPLED.DELTA.{stream.upper()}"
-        delta = get(cfg, path)
+
+    def check_delta(path: str, delta: float, origin: dict[str, str]) -> None:
         # an allocation may give a stream either end of its range
         if not all(0 <= solver.MOMENTUM + d < 1 for d in ((delta, -delta) if measured else (delta,))):
             low, high = -solver.MOMENTUM, 1 - solver.MOMENTUM
@@ -165,6 +176,16 @@ def check_momenta(cfg: CfgNode, origin: dict[str, str]) -> None:
             if measured:
                 allowed += ", and minus it too with SOLVER.DECOUPLED.ALLOCATION gsnr"
             raise wrong(origin, path, delta, allowed)
+
+    for number, one in enumerate(cfg.DISTILLER.MORE_TEACHERS, 1):
+        for name, delta in one.get("DELTA", {}).items():
+            path = f"DELTA.{name}"
+            with naming(number):
+                check_delta(path, delta, {path: origin.get("DISTILLER.MORE_TEACHERS", "default")})
+    for stream in known_streams():
+        path = f"SOLVER.DECOUPLED.DELTA.{stream.upper()}"
+        delta = get(cfg, path)
+        check_delta(path, delta, origin)
         if delta and stream not in streams(cfg):
             raise wrong(origin, path, delta, f"0.0: the run's streams are {', '.join(streams(cfg))}")
     if node.VARIANT == "release" and not {"tog", "tcg"} <= set(streams(cfg)):
@@ -178,7 +199,7 @@ def check_momenta(cfg: CfgNode, origin: dict[str, str]) -> None:
     if measured and node.VARIANT == "release":
         allowed = "'fixed' with SOLVER.DECOUPLED.VARIANT release, which ties two streams together"
         raise wrong(origin, path, node.ALLOCATION, allowed)
-    if measured and sum(node.DELTA[stream.upper()] != 0 for stream in streams(cfg)) < 2:
+    if measured and sum(delta != 0 for delta in deltas(cfg).values()) < 2:
         allowed = "'fixed' if fewer than two of SOLVER.DECOUPLED.DELTA differ from 0: their sizes are its bounds"
         raise wrong(origin, path, node.ALLOCATION, allowed)
 

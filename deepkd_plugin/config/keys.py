@@ -31,6 +31,7 @@ from ..rules import (
     whole,
 )
 from ..streams import EXTRA_STREAMS, STREAMS
+from ..streams import OF_A_TEACHER as PAIR
 
 TRAINER, ADAMW = TRAINERS = ("DecoupledMomentumSGD", "DecoupledAdamW")
 """Registry keys of the trainers that read SOLVER.DECOUPLED; the second reads SOLVER.ADAMW too."""
@@ -76,24 +77,28 @@ _AREA: Rule = (
 OF_A_TEACHER = ("TEACHER", "TEACHER_WEIGHTS", "TEACHER_INPUT", "TEACHER_CLASSES", "TEACHER_SHARE")
 """Keys of DISTILLER that say of one teacher which it is; each of DISTILLER.MORE_TEACHERS has its own."""
 
+_DELTA: Rule = ("a number in (-1, 1)", lambda value: -1 < value < 1)
+
 MOST_TEACHERS = 8
 """A mean of more has no use that we know of; each costs a pass in every step."""
 
 _TEACHERS: Rule = (
     f"a list of at most {MOST_TEACHERS - 1} sections, each with the key TEACHER and, as it needs them, "
-    f"{', '.join(OF_A_TEACHER[1:])}, whose section has SIZE, MEAN and STD",
+    f"{', '.join(OF_A_TEACHER[1:])}, DELTA; TEACHER_INPUT has SIZE, MEAN and STD, DELTA numbers in (-1, 1) for "
+    f"{' and '.join(name.upper() for name in PAIR)}",
     lambda value: (
         len(value) < MOST_TEACHERS
         and all(
             isinstance(one, dict)
             and isinstance(one["TEACHER"], str)
-            and one.keys() <= set(OF_A_TEACHER)
+            and one.keys() <= {*OF_A_TEACHER, "DELTA"}
             and one.get("TEACHER_INPUT", {}).keys() <= {"SIZE", "MEAN", "STD"}
+            and one.get("DELTA", {}).keys() <= {name.upper() for name in PAIR}
+            and all(_DELTA[1](delta) for delta in one.get("DELTA", {}).values())
             for one in value
         )
     ),
 )
-_DELTA: Rule = ("a number in (-1, 1)", lambda value: -1 < value < 1)
 
 
 def known_streams() -> tuple[str, ...]:
@@ -247,7 +252,8 @@ _FIXED = (
     Key(
         "DISTILLER.TEACHER_POOL",
         "probabilities",
-        "what is averaged: probabilities, at the one temperature of the method, or logits, for methods of several",
+        "what is averaged: probabilities, at the one temperature of the method, or logits, for methods of several; "
+        "streams: nothing, DeepKD has a pair of streams for each teacher, with momenta by DELTA of its section",
         *one_of(*POOLS),
     ),
     Key("DISTILLER.ANY_TEACHER", False, "go on with a teacher that is at chance on the test images", *FLAG),

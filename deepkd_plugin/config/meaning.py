@@ -11,7 +11,9 @@ from yacs.config import CfgNode
 from ..distillers import DISTILLERS
 from ..distillers.variants import MATCHED, VARIANTS, resolved, variant
 from ..errors import UserError
-from ..streams import EXTRA_STREAMS, STREAMS
+from ..mixture import STREAMS as APART
+from ..streams import EXTRA_STREAMS, STREAMS, of_teacher
+from ..streams import OF_A_TEACHER as PAIR
 from .keys import OF_A_TEACHER
 from .tree import get
 
@@ -83,9 +85,26 @@ def naming(number: int) -> Iterator[None]:
 
 def streams(cfg: CfgNode) -> tuple[str, ...]:
     """Return the streams of a run: those that its distiller declares, else DeepKD's, then those of LOSS_STREAMS."""
-    declared = getattr(DISTILLERS.get(cfg.DISTILLER.TYPE), "streams", ()) or STREAMS
+    distiller = DISTILLERS.get(cfg.DISTILLER.TYPE)
+    asked = getattr(distiller, "streams_of", None)
+    declared = (getattr(distiller, "streams", ()) if asked is None else asked(cfg)) or STREAMS
     assigned = (pair.split(":")[1] for pair in cfg.SOLVER.DECOUPLED.LOSS_STREAMS)
     return tuple(dict.fromkeys((*declared, *(EXTRA_STREAMS if feature(cfg) else ()), *assigned)))
+
+
+def deltas(cfg: CfgNode) -> dict[str, float]:
+    """Return what is added to MOMENTUM for each stream of a run.
+
+    Those of another teacher have what its section says in DELTA, else the first one's.
+    """
+    node = cfg.SOLVER.DECOUPLED.DELTA
+    more = cfg.DISTILLER.MORE_TEACHERS if cfg.DISTILLER.TEACHER_POOL == APART else []
+    own = {
+        of_teacher(name, number): one.get("DELTA", {}).get(name.upper(), node[name.upper()])
+        for number, one in enumerate(more, 1)
+        for name in PAIR
+    }
+    return {stream: own[stream] if stream in own else node[stream.upper()] for stream in streams(cfg)}
 
 
 def feature(cfg: CfgNode) -> str:
@@ -111,7 +130,7 @@ def momenta(cfg: CfgNode) -> tuple[dict[str, float], str]:
     decays = VARIANTS[node.VARIANT].decay_stream if said.decay_stream == MATCHED else said.decay_stream
     if node.ALLOCATION == "gsnr":
         return dict.fromkeys(streams(cfg), cfg.SOLVER.MOMENTUM), decays
-    own = {stream: cfg.SOLVER.MOMENTUM + node.DELTA[stream.upper()] for stream in streams(cfg)}
+    own = {stream: cfg.SOLVER.MOMENTUM + delta for stream, delta in deltas(cfg).items()}
     return {stream: own[said.momentum_of.get(stream, stream)] for stream in own}, decays
 
 

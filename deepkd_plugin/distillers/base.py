@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import extensions
 from ..losses import DecoupledKD, decoupled_kd, kd_divergence
-from ..mixture import EACH, Teachers
+from ..mixture import Teachers
 from ..rules import Key
 from ..topk import Kept
 from .terms import Term, View, classes, cross_entropy, prepared, total
@@ -51,7 +51,7 @@ class Distiller(Taught):
     those of the first view, `compare` does not compute them. In evaluation, `forward(image=)` returns the student's
     logits. Both networks map images (B, 3, H, W) to
     `(logits (B, C), features)`. The teacher may be several (mixture.Teachers): then teacher_logits are (B, M, C), and
-    `compare` gives those of their mixture.
+    `compare` gives those of their mixture, `compare_each` each one's.
 
     A subclass declares what the rest of the package reads of it:
 
@@ -80,7 +80,7 @@ class Distiller(Taught):
     name: ClassVar[str]
     keys: ClassVar[tuple[Key, ...]] = ()
     views: ClassVar[int] = 1
-    streams: ClassVar[tuple[str, ...]] = ()
+    streams: tuple[str, ...] = ()
     on_logits: ClassVar[bool] = False
     in_terms: ClassVar[bool] = False
     soft_labels: ClassVar[bool] = False
@@ -112,6 +112,11 @@ class Distiller(Taught):
     def views_of(cls, cfg: Any) -> int:
         """Return how many views of an image the method needs under a config."""
         return cls.views
+
+    @classmethod
+    def streams_of(cls, cfg: Any) -> tuple[str, ...]:
+        """Return `streams` under a config."""
+        return cls.streams
 
     @classmethod
     def feature_of(cls, cfg: Any) -> str:
@@ -200,6 +205,10 @@ class Distiller(Taught):
         image: (B, 3, H, W), or a list of views, weak before strong. Raises ValueError for another number of
         views than the method needs.
         """
+        return [(student, self._mixed(taught)) for student, taught in self.compare_each(image)]
+
+    def compare_each(self, image: Tensor | Sequence[Tensor]) -> list[View]:
+        """Do as `compare`, with the logits (B, M, C) of several teachers as they are."""
         known = [*self.known, *[None] * self.views_of(self.cfg)]
         return [self._view(one, logits) for one, logits in zip(self._images(image), known)]
 
@@ -229,10 +238,11 @@ class Distiller(Taught):
 
     def _view(self, image: Tensor, teacher_logits: Tensor | None) -> View:
         if teacher_logits is None:
-            said, features = self._teach(self.teacher if self.folded is None else self.folded, image)
-            teacher_logits = features[EACH].clone() if isinstance(self.teacher, Teachers) else said
-        student, taught = self.whole(self.student(image)[0]), self.whole(teacher_logits)
-        return student, self.teacher.mix(taught, self.labels) if isinstance(self.teacher, Teachers) else taught
+            teacher_logits, _ = self._teach(self.teacher if self.folded is None else self.folded, image)
+        return self.whole(self.student(image)[0]), self.whole(teacher_logits)
+
+    def _mixed(self, taught: Tensor) -> Tensor:
+        return self.teacher.mix(taught, self.labels) if isinstance(self.teacher, Teachers) else taught
 
     @staticmethod
     def _teach(teacher: nn.Module, image: Tensor) -> tuple[Tensor, Any]:

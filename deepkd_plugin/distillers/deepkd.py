@@ -7,12 +7,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..losses import MASKS
+from ..mixture import STREAMS as APART
+from ..mixture import Teachers
 from ..rules import NOT_NEGATIVE, TEMPERATURE, Key, Rule, one_of, whole
-from ..streams import STREAMS
+from ..streams import OF_A_TEACHER, STREAMS, of_teacher
 from ..topk import GROWING, Kept, mask_size
 from .base import Distiller, Losses, bases, warmup_epochs, warmup_factor
 from .features import FEATURES, KEY, THEIRS, FeatureLoss
-from .terms import Term, classes, cross_entropy, prepared, total
+from .terms import Term, View, classes, cross_entropy, prepared, total
 from .variants import BY_VARIANT, variant
 
 _CLASSES: Rule = (
@@ -35,9 +37,13 @@ class DeepKD(Distiller):
 
     With DeepKD.FEATURE there is a fourth loss, `feat`: FEAT_WEIGHT times a loss on the features of the weak view
     (features.py), whose connectors are trained with the student and are no part of it.
+
+    With DISTILLER.TEACHER_POOL streams each of several teachers has losses of its own, `tcg` and `ncg` of the first,
+    `tcg_2` and `ncg_2` of the second: those of DeepKD with that one alone, each sample's times the teacher's weight for
+    it (mixture.sample_weights; of two views, for the weak one).
     """
 
-    streams = STREAMS
+    streams: tuple[str, ...] = STREAMS
     on_logits = in_terms = soft_labels = True
     warmup_key = "DeepKD.WARMUP"
     losses_of = "samples"
@@ -85,6 +91,7 @@ class DeepKD(Distiller):
         """num_data: the number of training images, which the feature loss CRD needs."""
         super().__init__(student, teacher, cfg)
         self.base = bases()[cfg.DeepKD.BASE]
+        self.streams = self.streams_of(cfg)
         self.by_iteration = cfg.DeepKD.MASK.UNIT == "iteration" and cfg.DeepKD.MASK.TYPE in GROWING
         if self.losses_of == "samples":
             self.losses_of = self.base.losses_of
@@ -100,6 +107,13 @@ class DeepKD(Distiller):
     @classmethod
     def views_of(cls, cfg: Any) -> int:
         return bases()[cfg.DeepKD.BASE].views
+
+    @classmethod
+    def streams_of(cls, cfg: Any) -> tuple[str, ...]:
+        node = cfg.DISTILLER
+        apart = getattr(node, "TEACHER_POOL", "") == APART  # runs of before have no such key
+        more = len(node.MORE_TEACHERS) if apart else 0
+        return *cls.streams, *(of_teacher(name, number) for number in range(1, more + 1) for name in OF_A_TEACHER)
 
     @classmethod
     def feature_of(cls, cfg: Any) -> str:
@@ -137,21 +151,39 @@ class DeepKD(Distiller):
     ) -> tuple[Tensor, Losses]:
         node, feat = self.cfg.DeepKD, {}
         if self.feature is None:
-            views = self.compare(image)
+            of_each, weights = self._by_teacher(image)
         else:
             views, learned, taught = self.compare_features(image, self.feature.needs)
             weak = image if isinstance(image, Tensor) else image[0]
             whole = {**batch, "image": weak, "target": target, "epoch": epoch}
             feat = {"feat": node.FEAT_WEIGHT * self.feature(learned, taught, whole)}
+            of_each, weights = [views], [1.0]
+        views = of_each[0]
         task = self.base.task(views, self.cfg)
-        tog = total([node.CE_WEIGHT * cross_entropy(views, target), *task.values()])
-        tcg, ncg = self.decoupled(self.base.terms(views, self.cfg, float(node.TEMPERATURE)), classes(target), epoch)
+        losses = {"tog": total([node.CE_WEIGHT * cross_entropy(views, target), *task.values()])}
         warmup = self.warmup(epoch)
-        losses = {"tog": tog, "tcg": warmup * node.TCG_WEIGHT * tcg, "ncg": warmup * node.NCG_WEIGHT * ncg}
+        for number, (of_one, weight) in enumerate(zip(of_each, weights)):
+            terms = self.base.terms(of_one, self.cfg, float(node.TEMPERATURE))
+            tcg, ncg = self.decoupled(terms, classes(target), epoch, weight)
+            losses[of_teacher("tcg", number)] = warmup * node.TCG_WEIGHT * tcg
+            losses[of_teacher("ncg", number)] = warmup * node.NCG_WEIGHT * ncg
         return views[0][0], losses | feat
 
-    def decoupled(self, terms: Sequence[Term], target: Tensor, epoch: float) -> tuple[Tensor, Tensor]:
-        """Return the target-class and the non-target-class parts of the terms, two scalars."""
+    def _by_teacher(self, image: Tensor | Sequence[Tensor]) -> tuple[list[list[View]], list[Tensor | float]]:
+        """Return the views as each teacher sees them that has streams, and its weight for each sample, (B,) or 1."""
+        if self.cfg.DISTILLER.TEACHER_POOL != APART or not isinstance(self.teacher, Teachers):
+            return [self.compare(image)], [1.0]
+        said = self.compare_each(image)
+        weights = self.teacher.weights(said[0][1], self.labels).float().unbind(1)
+        return [[(student, each[:, m]) for student, each in said] for m in range(len(weights))], list(weights)
+
+    def decoupled(
+        self, terms: Sequence[Term], target: Tensor, epoch: float, weight: Tensor | float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Return the target-class and the non-target-class parts of the terms, two scalars.
+
+        weight: of each sample, (B,), or one number for all.
+        """
         top_k = self.top_k(epoch, terms[0].student.shape[1])
         reading = variant(self.cfg).reading
         target_class, non_target = [], []
@@ -159,8 +191,8 @@ class DeepKD(Distiller):
             tckd, nckd, p = self.base.parts(term, target, self.cfg, top_k, reading)
             if self.base.keeps_weight:
                 nckd = (1.0 - p) * nckd
-            target_class.append((term.weight * tckd).mean())
-            non_target.append((term.weight * nckd).mean())
+            target_class.append((weight * term.weight * tckd).mean())
+            non_target.append((weight * term.weight * nckd).mean())
         return total(target_class), total(non_target)
 
     def top_k(self, epoch: float, num_classes: int) -> Kept:

@@ -192,7 +192,8 @@ def _as_classification(cfg: CfgNode) -> CfgNode:
     decoupled = {**cfg.SOLVER.DECOUPLED, "DELTA": delta, "ALLOCATION": "fixed", "LOSS_STREAMS": assigned}
     solver = {"TRAINER": config.TRAINER, "MOMENTUM": cfg.SOLVER.MOMENTUM, "DECOUPLED": decoupled}
     deepkd = {"MASK": cfg.KD.DEEPKD.MASK.clone(), "FEATURE": "none"}
-    return CfgNode({"SOLVER": solver, "DISTILLER": {"TYPE": "DeepKD"}, "DeepKD": deepkd})
+    distiller = {"TYPE": "DeepKD", "MORE_TEACHERS": [], "TEACHER_POOL": "probabilities"}
+    return CfgNode({"SOLVER": solver, "DISTILLER": distiller, "DeepKD": deepkd})
 
 
 def _check_momenta(cfg: CfgNode, origin: Mapping[str, str]) -> None:
