@@ -1,39 +1,19 @@
 """`deepkd calibrate`: how many non-target classes a mask should keep, by the teacher's logits alone."""
 
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 import yaml
-from torch import Tensor
 
 from ..config.shipped import find_config
 from ..errors import UserError
+from ..study.calibration import MASS, Calibration, mask_options, measure
 from ..terminal import Parser
-from ..topk import classes, count_classes, non_target_index
 
-MASS = 0.9
 FRACTIONS = (0.05, 0.1, 0.25, 0.5, 0.75)
 """Of the non-target classes: the K whose share is printed beside K*'s."""
-OTHERWISE = ("RLD", "WTTM")
-"""The bases whose non-target term has other probabilities than the softmax of the logits."""
-
-
-class Calibration(NamedTuple):
-    """What a pass over the training images found."""
-
-    images: int
-    held: np.ndarray
-    """(C − 1,): the share of the teacher's non-target mass that a sample's K largest classes hold on average, by K."""
-    each: np.ndarray
-    """(images,): the smallest K of each sample that holds the asked share."""
-    optimal: int
-    """K*: the smallest K that holds the asked share on average."""
-    right: float
-    """The share of the images about which the teacher is right: a file of other classes shows in it."""
 
 
 def main(words: Sequence[str]) -> int:
@@ -70,24 +50,16 @@ def _calibrate(file: str, options: Sequence[str], mass: float, write: Path | Non
 
     host = find_host()
     cfg, _ = launch.read_config(host, file, options)
-    if cfg.DISTILLER.TYPE != "DeepKD":
-        raise UserError(f"{file}: DISTILLER.TYPE is {cfg.DISTILLER.TYPE!r}; it must be 'DeepKD', which has a mask")
-    temperature = config.temperature(cfg)
-    if temperature is None or cfg.DeepKD.BASE in OTHERWISE or config.modified(cfg):
-        reason = config.modified(cfg) or f"DeepKD.BASE {cfg.DeepKD.BASE}"
-        raise UserError(f"{file}: with {reason} the mask does not weigh the softmax of the logits at one temperature")
-    found = calibrate(_batches(host, cfg), temperature, mass)
+    try:
+        found, temperature = measure(cfg, mass)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
     print(
         f"teacher   {config.teacher_name(cfg)} at temperature {temperature:g}; {found.images:,} training images, and "
         f"it is right about {found.right:.1%} of them"
     )
     print(_told(found, mass))
-    if found.optimal < 2:
-        raise UserError(f"{file}: a mask of 1 class leaves NCKD nothing to compare; --mass above {mass:g} keeps more")
-    pairs = ["DeepKD.MASK.TYPE", "dynamic", "DeepKD.MASK.OPTIMAL", str(found.optimal)]
-    if count_classes(classes(cfg.DeepKD.MASK.INITIAL), len(found.held) + 1) > found.optimal:
-        pairs += ["DeepKD.MASK.INITIAL", str(found.optimal)]  # a mask does not shrink
-    words = [*options, *pairs]
+    words = [*options, *mask_options(cfg, found)]
     if write is None:
         print(f"next      {shlex.join(['deepkd', 'train', '--cfg', file, *words])}")
         return 0
@@ -112,38 +84,3 @@ def _told(found: Calibration, mass: float) -> str:
         f"samples   a tenth needs at most {low}, half {middle}, nine tenths {high}; DeepKD.MASK.TYPE top_p gives each "
         f"its own K"
     )
-
-
-def _batches(host: Any, cfg: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the teacher's logits and the labels of every training image, in the weak view of the first epoch."""
-    from .. import data, device
-    from ..hosts.networks import teacher_network
-    from ..run.progress import EpochBar
-
-    device.tune(cfg.SOLVER.DETERMINISTIC)
-    at = device.pick()
-    loader = data.get_dataset(cfg)[0]
-    teacher = teacher_network(host, cfg, data.num_classes(cfg)).to(at).eval()
-    with EpochBar("training images", len(loader)) as bar, torch.inference_mode():
-        for number, (image, target, *_) in enumerate(loader, 1):
-            weak = image if isinstance(image, Tensor) else image[0]
-            yield teacher(weak.to(at))[0], target.to(at)
-            bar.update(number, "")
-
-
-def calibrate(batches: Iterable[tuple[Tensor, Tensor]], temperature: float, mass: float) -> Calibration:
-    """Find K* from a teacher's logits (B, C) and labels (B,). mass: the share to hold, in (0, 1)."""
-    total: Tensor | float = 0.0
-    each, right = [], 0
-    for logits, target in batches:
-        rest = logits.double().gather(1, non_target_index(target, logits.shape[1]))
-        shares = (rest / temperature).softmax(1).sort(1, descending=True).values
-        held = shares.cumsum(1)
-        total = total + held.sum(0)
-        each.append(1 + (held[:, :-1] < mass).sum(1))
-        right += int((logits.argmax(1) == target).sum())
-    needed = torch.cat(each).cpu().numpy()
-    held_by_k = (torch.as_tensor(total) / len(needed)).cpu().numpy()
-    # all classes hold everything, whatever the sum of rounded shares
-    optimal = int(min((held_by_k < mass).sum() + 1, len(held_by_k)))
-    return Calibration(len(needed), held_by_k, needed, optimal, right / len(needed))

@@ -7,8 +7,8 @@ import torch
 
 from deepkd_plugin import launch
 from deepkd_plugin.commands import cli
-from deepkd_plugin.commands.calibrate import calibrate
 from deepkd_plugin.hosts.registry import find_host
+from deepkd_plugin.study.calibration import calibrate
 from deepkd_plugin.topk import TopP, top_p
 
 CONFIG = "glyphs100/res20_res8/deepkd"

@@ -142,10 +142,10 @@ def _resolve(table: Outline, pair: str, method: Row, file: Path, options: Sequen
             row: Sequence[str] = matched.options(base, kind.read(twin, options))
         except UserError as error:
             raise UserError(f"{twin}: {error}") from None
-    else:
-        row = method.options(base)
-    words = [*method.defaults(base), *options, *row]
     try:
+        if not twin:
+            row = method.options(base)
+        words = [*method.defaults(base), *options, *row]
         cfg = kind.read(file, words) if row else base
         kind.check(cfg)
     except UserError as error:  # the row's own options are nobody's words
