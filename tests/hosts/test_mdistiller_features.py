@@ -16,6 +16,7 @@ from deepkd_plugin.hosts import builtin
 from deepkd_plugin.hosts import mdistiller as mdistiller_host
 from deepkd_plugin.hosts.registry import BUILTIN, register
 from deepkd_plugin.launch import make_distiller, read_config
+from deepkd_plugin.study.kinds import classification
 
 ROOT = Path(__file__).parents[2]
 NODES = {
@@ -141,6 +142,16 @@ def test_the_command_of_the_docs_has_a_fourth_loss(mdistiller, data_root):
     _, losses = distiller(image=image, target=target, index=index, epoch=1)
     assert list(losses) == ["tog", "tcg", "ncg", "feat"]
     assert losses["feat"].item() > 0
+
+
+def test_how_long_a_run_with_crd_takes_can_be_told(mdistiller, data_root, monkeypatch):
+    """Its steps are timed with contrast indices of noise."""
+    monkeypatch.setattr(classification, "find_host", lambda: mdistiller)
+    options = ["DeepKD.FEATURE", "CRD", "DATASET.ROOT", str(data_root), "DATASET.TRAIN_PER_CLASS", "1"]
+    options += ["CRD.FEAT.STUDENT_DIM", "64", "CRD.FEAT.TEACHER_DIM", "64", "CRD.NCE.K", "4", "SOLVER.BATCH_SIZE", "4"]
+    cfg, _ = read_config(mdistiller, "configs/glyphs100/res20_res8/deepkd.yaml", options)
+    (seconds,) = classification.Classification().seconds([cfg], 1, [1])
+    assert seconds > 0
 
 
 def test_their_launcher_has_all_but_crd(mdistiller):
