@@ -37,7 +37,7 @@ NOMASK = {f"{twin}_nomask": twin for twin in TWINS.values()}
 DEEPKD = [*TWINS.values(), *NOMASK]
 METHODS = sorted([*TWINS, *DEEPKD])
 PAIRS = sorted(folder for dataset in DATASETS for folder in (CONFIGS / dataset).iterdir())
-LATER = {"nkd", "deepkd_nkd", "rld", "deepkd_rld", "dist", "kd_ea", "dkd_ea", "mlkd_ea"}
+LATER = {"nkd", "deepkd_nkd", "rld", "deepkd_rld", "wttm", "deepkd_wttm", "dist", "kd_ea", "dkd_ea", "mlkd_ea"}
 """Methods that the article does not have: test_later_configs.py."""
 
 

@@ -21,17 +21,35 @@ RLD = (
     *("wrn40_2_wrn_16_2", "wrn40_2_wrn_40_1"),
 )
 DIST = ("res32x4_res8x4", "res32x4_shuv1", "res32x4_shuv2", "res50_mv2", "res56_res20", "wrn40_2_wrn_40_1")
+WTTM = {
+    "res110_res20": (0.2, 2.0),
+    "res110_res32": (0.1, 1.5),
+    "res32x4_res8x4": (0.1, 3.0),
+    "res32x4_shuv1": (0.2, 1.4),
+    "res32x4_shuv2": (0.4, 16.0),
+    "res50_mv2": (0.2, 5.0),
+    "res56_res20": (0.3, 1.5),
+    "vgg13_mv2": (0.2, 3.0),
+    "vgg13_vgg8": (0.1, 2.25),
+    "wrn40_2_shuv1": (0.3, 3.0),
+    "wrn40_2_wrn_16_2": (0.1, 4.0),
+    "wrn40_2_wrn_40_1": (0.1, 3.0),
+    "r34_r18": (0.8, 1.6),
+    "r50_mv1": (0.7, 3.5),
+}
+"""γ and β, tables 8 to 10 of the article."""
 IMAGENET = ("imagenet/r34_r18", "imagenet/r50_mv1")
 REPORTED = {
     "nkd": {*IMAGENET},
     "rld": {*(f"cifar100/{pair}" for pair in RLD), *IMAGENET},
+    "wttm": {*(f"cifar100/{pair}" for pair in list(WTTM)[:-2]), *IMAGENET},
     "dist": {*(f"cifar100/{pair}" for pair in DIST), *IMAGENET},
     "kd_ea": {"cifar100/res32x4_res8x4", "imagenet/r34_r18"},
     "dkd_ea": {"cifar100/res32x4_res8x4", "imagenet/r34_r18"},
     "mlkd_ea": {"cifar100/res32x4_res8x4"},
 }
 """Method -> the pairs that its authors report and publish numbers for."""
-REPORTED |= {f"deepkd_{method}": REPORTED[method] for method in ("nkd", "rld")}
+REPORTED |= {f"deepkd_{method}": REPORTED[method] for method in ("nkd", "rld", "wttm")}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -65,10 +83,10 @@ def test_a_file_trains_a_step(file):
 @pytest.mark.parametrize("file", FILES, ids=label)
 def test_its_protocol_is_its_authors(file):
     cfg = read(file)
-    rates = {"nkd": 0.1, "dist": 0.1, "rld": 0.2, "kd_ea": 0.2, "dkd_ea": 0.2}
+    rates = {"nkd": 0.1, "dist": 0.1, "wttm": 0.1, "rld": 0.2, "kd_ea": 0.2, "dkd_ea": 0.2}
     method = file.stem.removeprefix("deepkd_")
     if file.parts[-3] == "imagenet":
-        batch = 256 if method in ("nkd", "dist") else 512
+        batch = 256 if method in ("nkd", "dist", "wttm") else 512
         wanted = (batch, 100, rates[method], [30, 60, 90], 1e-4)
     else:
         usual = (240, 0.01 if cfg.DISTILLER.STUDENT in SLOW else 0.05)
@@ -83,12 +101,15 @@ def test_its_protocol_is_its_authors(file):
     assert same.EXPERIMENT.TAG.replace("kd,", f"{file.stem},", 1) == cfg.EXPERIMENT.TAG
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file.stem in ("nkd", "rld", "dist")], ids=label)
+@pytest.mark.parametrize("file", [file for file in FILES if file.stem in ("nkd", "rld", "wttm", "dist")], ids=label)
 def test_its_weights_are_its_authors(file):
     imagenet, node = file.parts[-3] == "imagenet", file.stem.upper()
     wanted = {"CE_WEIGHT": 1.0}
     if node == "NKD":
         wanted |= {"GAMMA": 1.5, "TEMPERATURE": 1.0}
+    elif node == "WTTM":
+        gamma, beta = WTTM[file.parent.name]
+        wanted |= {"KD_WEIGHT": beta, "GAMMA": gamma}
     elif node == "DIST":
         wanted |= {"BETA": 2.0, "GAMMA": 2.0, "TEMPERATURE": 1.0 if imagenet else 4.0}
     else:
@@ -120,8 +141,8 @@ def test_deepkd_over_it_has_its_protocol_weights_and_temperature_and_the_deltas_
     stated = [DISTILLERS[cfg.DISTILLER.TYPE].loss_weights(cfg) for cfg in (ours, base)]
     assert stated[0] == stated[1] != {}
     node = base[ours.DeepKD.BASE]
-    assert node.get("T", node.get("TEMPERATURE")) == ours.DeepKD.TEMPERATURE
-    assert ours.RLD.ALPHA_T == base.RLD.ALPHA_T
+    assert node.get("T", node.get("TEMPERATURE", 1.0)) == ours.DeepKD.TEMPERATURE  # WTTM's student has none
+    assert (ours.RLD.ALPHA_T, ours.WTTM.GAMMA) == (base.RLD.ALPHA_T, base.WTTM.GAMMA)
     assert ours.SOLVER.DECOUPLED.DELTA == read(file.with_name("deepkd_dkd.yaml")).SOLVER.DECOUPLED.DELTA
     for cfg in (ours, base):
         cfg.defrost()

@@ -62,7 +62,7 @@ def test_commands(command, train, data_root, cifar_root, capsys, monkeypatch, re
             options += ["DATASET.ROOT", str(cifar_root), "DATASET.HOLDOUT", "0.0", "SOLVER.BATCH_SIZE", "50"]
             options += ["DISTILLER.TEACHER", "resnet20", "DISTILLER.STUDENT", "resnet8"]
             options += ["DISTILLER.TEACHER_WEIGHTS", "builtin:glyphs100_resnet20", "SOLVER.EPOCHS", "1"]
-        if "REVIEWKD" in words:  # mdistiller's; tests/hosts/test_mdistiller_features.py has it
+        if "REVIEWKD" in words:  # mdistiller's; tests/hosts/test_mdistiller_features.py takes this line
             return
         if "configs/folder/" in words[3]:  # tests/test_own_images.py trains on such
             return

@@ -1,6 +1,7 @@
 """The methods that the article does not have, for the pairs that each one's authors report: make_configs.py's data.
 
-The numbers are those of the authors' files, at the commits that `source` names; they were read in November 2026.
+The numbers are those of the authors' files, at the commits that `source` names, and WTTM's those of its article's
+tables; they were read in November 2026.
 """
 
 from __future__ import annotations
@@ -66,6 +67,43 @@ def _rld(alpha: float, beta: float, t: float, warmup: int) -> dict[str, Any]:
         "twin": twin,
         "keeps": {"RLD": {"ALPHA_T": 1.0}},
     }
+
+
+_WTTM = {
+    "res110_res20": (0.2, 2.0),
+    "res110_res32": (0.1, 1.5),
+    "res32x4_res8x4": (0.1, 3.0),
+    "res32x4_shuv1": (0.2, 1.4),
+    "res32x4_shuv2": (0.4, 16.0),
+    "res50_mv2": (0.2, 5.0),
+    "res56_res20": (0.3, 1.5),
+    "vgg13_mv2": (0.2, 3.0),
+    "vgg13_vgg8": (0.1, 2.25),
+    "wrn40_2_shuv1": (0.3, 3.0),
+    "wrn40_2_wrn_16_2": (0.1, 4.0),
+    "wrn40_2_wrn_40_1": (0.1, 3.0),
+}
+"""γ and β of WTTM's tables 8 and 9 by pair of CIFAR-100. ResNet50 to vgg8 (0.1, 2) is no pair of ours."""
+
+_WTTM_IMAGENET = {"r34_r18": (0.8, 1.6), "r50_mv1": (0.7, 3.5)}
+"""Those of table 10."""
+
+
+def _wttm(dataset: str, folder: str, gamma: float, beta: float, tables: str, taken_from: str, **protocol: Any) -> Later:
+    """Make what WTTM and DeepKD over it say of a pair; its student has no temperature, which is 1."""
+    return Later(
+        "wttm",
+        "WTTM",
+        "Weighted transformed teacher matching",
+        dataset,
+        (folder,),
+        f"Zheng and Yang, ICLR 2024 (arXiv 2402.11148), appendix A.4, {tables}",
+        {"WTTM": {"CE_WEIGHT": 1.0, "KD_WEIGHT": beta, "GAMMA": gamma}},
+        notes=(f"Protocol: {taken_from}.",),
+        twin={"CE_WEIGHT": 1.0, "TCG_WEIGHT": beta, "NCG_WEIGHT": beta, "TEMPERATURE": 1.0},
+        keeps={"WTTM": {"GAMMA": gamma}},
+        **protocol,
+    )
 
 
 def _entropy(weight: str, temperature: float) -> dict[str, Any]:
@@ -194,5 +232,13 @@ LATER = (
         _entropy("formula", 2.0),
         notes=("That file's temperature of the weight is 2; its code reads it over KD alone, and takes 3 here.",),
         **_MDISTILLERS_IMAGENET,
+    ),
+    *(
+        _wttm("cifar100", folder, gamma, beta, "tables 8 and 9", "zkxufo/TTM, train_student.py")
+        for folder, (gamma, beta) in _WTTM.items()
+    ),
+    *(
+        _wttm("imagenet", folder, gamma, beta, "table 10", "torchdistill's for KD", **_OTHERS_IMAGENET)
+        for folder, (gamma, beta) in _WTTM_IMAGENET.items()
     ),
 )

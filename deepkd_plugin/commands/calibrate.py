@@ -1,39 +1,23 @@
 """`deepkd calibrate`: how many non-target classes a mask should keep, by the teacher's logits alone."""
 
+import csv
+import re
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 import yaml
-from torch import Tensor
 
 from ..config.shipped import find_config
-from ..errors import UserError
+from ..errors import UserError, shown
+from ..study.calibration import MASS, Calibration, mask_options, measure
 from ..terminal import Parser
-from ..topk import classes, count_classes, non_target_index
+from ..topk import classes, count_classes
 
-MASS = 0.9
 FRACTIONS = (0.05, 0.1, 0.25, 0.5, 0.75)
 """Of the non-target classes: the K whose share is printed beside K*'s."""
-OTHERWISE = ("RLD", "WTTM")
-"""The bases whose non-target term has other probabilities than the softmax of the logits."""
-
-
-class Calibration(NamedTuple):
-    """What a pass over the training images found."""
-
-    images: int
-    held: np.ndarray
-    """(C − 1,): the share of the teacher's non-target mass that a sample's K largest classes hold on average, by K."""
-    each: np.ndarray
-    """(images,): the smallest K of each sample that holds the asked share."""
-    optimal: int
-    """K*: the smallest K that holds the asked share on average."""
-    right: float
-    """The share of the images about which the teacher is right: a file of other classes shows in it."""
 
 
 def main(words: Sequence[str]) -> int:
@@ -53,16 +37,19 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument(
         "--write", metavar="FILE", type=Path, help="write the config with K* in it; no file is replaced"
     )
+    parser.add_argument(
+        "--trials", metavar="FILE", type=Path, help="trials.csv of deepkd tune: also compare K* with what it chose"
+    )
     parser.add_pairs()
     args = parser.parse(words)
     if not 0.0 < args.mass < 1.0:
         parser.error(f"--mass is {args.mass:g}; it must be above 0 and below 1")
     if args.write and args.write.exists():
         parser.error(f"--write: {args.write} is there, and stays; name another")
-    return _calibrate(find_config(args.cfg), args.options, args.mass, args.write)
+    return _calibrate(find_config(args.cfg), args.options, args.mass, args.write, args.trials)
 
 
-def _calibrate(file: str, options: Sequence[str], mass: float, write: Path | None) -> int:
+def _calibrate(file: str, options: Sequence[str], mass: float, write: Path | None, trials: Path | None) -> int:
     from .. import config, launch
     from ..config import file as config_file
     from ..hosts.registry import find_host
@@ -70,24 +57,18 @@ def _calibrate(file: str, options: Sequence[str], mass: float, write: Path | Non
 
     host = find_host()
     cfg, _ = launch.read_config(host, file, options)
-    if cfg.DISTILLER.TYPE != "DeepKD":
-        raise UserError(f"{file}: DISTILLER.TYPE is {cfg.DISTILLER.TYPE!r}; it must be 'DeepKD', which has a mask")
-    temperature = config.temperature(cfg)
-    if temperature is None or cfg.DeepKD.BASE in OTHERWISE or config.modified(cfg):
-        reason = config.modified(cfg) or f"DeepKD.BASE {cfg.DeepKD.BASE}"
-        raise UserError(f"{file}: with {reason} the mask does not weigh the softmax of the logits at one temperature")
-    found = calibrate(_batches(host, cfg), temperature, mass)
+    try:
+        found, temperature = measure(cfg, mass)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
     print(
         f"teacher   {config.teacher_name(cfg)} at temperature {temperature:g}; {found.images:,} training images, and "
         f"it is right about {found.right:.1%} of them"
     )
     print(_told(found, mass))
-    if found.optimal < 2:
-        raise UserError(f"{file}: a mask of 1 class leaves NCKD nothing to compare; --mass above {mass:g} keeps more")
-    pairs = ["DeepKD.MASK.TYPE", "dynamic", "DeepKD.MASK.OPTIMAL", str(found.optimal)]
-    if count_classes(classes(cfg.DeepKD.MASK.INITIAL), len(found.held) + 1) > found.optimal:
-        pairs += ["DeepKD.MASK.INITIAL", str(found.optimal)]  # a mask does not shrink
-    words = [*options, *pairs]
+    if trials is not None:
+        print(against(trials, Path(file).stem, cfg.DeepKD.MASK, found))
+    words = [*options, *mask_options(cfg, found)]
     if write is None:
         print(f"next      {shlex.join(['deepkd', 'train', '--cfg', file, *words])}")
         return 0
@@ -114,36 +95,41 @@ def _told(found: Calibration, mass: float) -> str:
     )
 
 
-def _batches(host: Any, cfg: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the teacher's logits and the labels of every training image, in the weak view of the first epoch."""
-    from .. import data, device
-    from ..hosts.networks import teacher_network
-    from ..run.progress import EpochBar
+def against(file: Path, method: str, mask: Any, found: Calibration) -> str:
+    """Compare K* with the complete trials of a method that `deepkd tune` left in trials.csv.
 
-    device.tune(cfg.SOLVER.DETERMINISTIC)
-    at = device.pick()
-    loader = data.get_dataset(cfg)[0]
-    teacher = teacher_network(host, cfg, data.num_classes(cfg)).to(at).eval()
-    with EpochBar("training images", len(loader)) as bar, torch.inference_mode():
-        for number, (image, target, *_) in enumerate(loader, 1):
-            weak = image if isinstance(image, Tensor) else image[0]
-            yield teacher(weak.to(at))[0], target.to(at)
-            bar.update(number, "")
+    mask: the config's, for what a trial did not choose. A trial without a mask has all non-target classes. Told are the
+    best trial's K, and Spearman's correlation of a trial's distance from K* with its held-out top-1: below 0 if trials
+    near K* are the better ones. Raises UserError for another file, or one without such a trial.
+    """
+    number, tried = len(found.held), []
+    try:
+        with file.open(newline="", encoding="utf-8") as lines:
+            for row in csv.DictReader(lines):
+                if row["method"] == method and row["held_out"]:
+                    given = dict(re.findall(r"DeepKD\.MASK\.(TYPE|K|OPTIMAL) (\S+)", row["options"]))
+                    kind = given.get("TYPE", mask.TYPE)
+                    share = {"static": given.get("K", mask.K), "dynamic": given.get("OPTIMAL", mask.OPTIMAL)}.get(kind)
+                    kept = number if share is None else count_classes(classes(float(share)), number + 1)
+                    tried.append((float(row["held_out"]), kept, kind))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--trials: {file} must be a trials.csv of deepkd tune ({shown(str(error))})") from None
+    if not tried:
+        raise UserError(f"--trials: {file} has no complete trial of {method}; it must be of this config")
+    top, kept, kind = max(tried)
+    apart = [abs(k - found.optimal) for _, k, _ in tried]
+    line = f"tuned     the best of {len(tried)} trials keeps {kept} of {number} (mask {kind}, {top:.2f} % held out)"
+    if len(set(apart)) < 2 or len({value for value, *_ in tried}) < 2:
+        return line
+    correlation = _spearman(apart, [value for value, *_ in tried])
+    return f"{line};\n          rank correlation of a trial's distance from K* with its top-1: {correlation:+.2f}"
 
 
-def calibrate(batches: Iterable[tuple[Tensor, Tensor]], temperature: float, mass: float) -> Calibration:
-    """Find K* from a teacher's logits (B, C) and labels (B,). mass: the share to hold, in (0, 1)."""
-    total: Tensor | float = 0.0
-    each, right = [], 0
-    for logits, target in batches:
-        rest = logits.double().gather(1, non_target_index(target, logits.shape[1]))
-        shares = (rest / temperature).softmax(1).sort(1, descending=True).values
-        held = shares.cumsum(1)
-        total = total + held.sum(0)
-        each.append(1 + (held[:, :-1] < mass).sum(1))
-        right += int((logits.argmax(1) == target).sum())
-    needed = torch.cat(each).cpu().numpy()
-    held_by_k = (torch.as_tensor(total) / len(needed)).cpu().numpy()
-    # all classes hold everything, whatever the sum of rounded shares
-    optimal = int(min((held_by_k < mass).sum() + 1, len(held_by_k)))
-    return Calibration(len(needed), held_by_k, needed, optimal, right / len(needed))
+def _spearman(first: Any, second: Any) -> float:
+    """Return the correlation of two lists' ranks, of equal values the mean rank."""
+
+    def ranks(values: Any) -> Any:
+        values = np.asarray(values)
+        return [(values < value).sum() + ((values == value).sum() - 1) / 2 for value in values]
+
+    return float(np.corrcoef(ranks(first), ranks(second))[0, 1])

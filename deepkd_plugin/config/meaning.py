@@ -23,8 +23,12 @@ HOW = (
     *("DISTILLER.LOGITS_DIR", "GSNR.MEASURE", "GSNR.LAYERS", "SOLVER.CHECKPOINT_MINUTES"),
 )
 """Keys that say where a run finds things and what it looks at, not what it computes. (A teacher's file is
-compared by its content; the number of workers decides which random numbers an image gets.)"""
+compared by its content.)"""
 
+
+WORKERS = "DATASET.NUM_WORKERS"
+"""Any number of workers gives the same run: an image's random numbers are of seed, epoch and image (data/draws.py).
+It is compared as 0 rather than left out, so that hashes of runs without workers stay what they were."""
 
 AUTO = {"DATASET.PIPELINE": "workers"}
 """Keys whose value may be `auto`, which chooses by the machine what gives the same results, and the value that it is
@@ -38,6 +42,8 @@ def compared(path: str, value: Any) -> Any:
     """Return a key's value as runs are compared by it; of a list of teachers without their files, as of the first."""
     if path == MORE_TEACHERS and isinstance(value, list) and all(isinstance(one, dict) for one in value):
         return [{name: part for name, part in one.items() if name != "TEACHER_WEIGHTS"} for one in value]
+    if path == WORKERS:
+        return 0
     return AUTO[path] if path in AUTO and isinstance(value, str) and value == "auto" else value
 
 

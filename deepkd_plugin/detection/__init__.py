@@ -4,5 +4,5 @@ losses.py is the core: it turns the class logits of sampled proposals into losse
 trains torchvision's Faster R-CNNs (tools/train_detection.py). It consists of keys.py, data/, networks.py,
 distillers.py, trainer.py, average_precision.py and launch.py; evaluate.py tests a saved detector. The package
 detectron2/ is the other host, inside mdistiller's detection branch; its merge.py makes the file that its runs start
-from.
+from. queries.py has the same terms for DETR-like heads, which no host trains.
 """

@@ -16,7 +16,7 @@ from . import checkpoint
 
 FUTURE = (
     *("SOLVER.LR", "SOLVER.MIN_LR", "SOLVER.LR_SCHEDULE", "SOLVER.LR_DECAY_STAGES", "SOLVER.LR_DECAY_RATE"),
-    *("SOLVER.EPOCHS", "DATASET.NUM_WORKERS"),
+    "SOLVER.EPOCHS",
 )
 """Keys that compute, and that --resume may change: they say how a run goes on, not what was done."""
 

@@ -136,7 +136,7 @@ class Table:
         text = json.dumps(plan, indent=1, ensure_ascii=False) + "\n"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(self.folder / FILE, lambda file: file.write(text.encode()))
+            write_whole(self.folder / FILE, lambda file: file.write(text.encode(errors="surrogateescape")))
         except OSError as error:
             raise UserError(f"{self.folder}: --out must be a folder that can be written ({error.strerror})") from None
 

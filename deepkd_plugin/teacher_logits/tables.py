@@ -145,7 +145,8 @@ def _fingerprint(images: Any) -> str:
     """Hash the pixels of images, in their order."""
     digest, places = hashlib.sha256(), np.arange(len(images))
     for start in range(0, len(places), 1000):
-        digest.update(images.pixels(places[start : start + 1000]))
+        # images that were just drawn, or a user's own, may lie in memory in another order
+        digest.update(np.ascontiguousarray(images.pixels(places[start : start + 1000])))
     return digest.hexdigest()[:16]
 
 

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+from scipy.stats import spearmanr
 
 from deepkd_plugin import launch
 from deepkd_plugin.commands import cli
-from deepkd_plugin.commands.calibrate import calibrate
 from deepkd_plugin.hosts.registry import find_host
+from deepkd_plugin.study.calibration import calibrate
 from deepkd_plugin.topk import TopP, top_p
 
 CONFIG = "glyphs100/res20_res8/deepkd"
@@ -91,3 +92,28 @@ def test_what_is_refused(command, words, complaint):
     assert code == 2
     assert complaint in printed.err
     assert printed.err.count("\n") == 1
+
+
+def test_it_is_compared_with_what_tune_chose(command, tmp_path):
+    """Spearman's correlation against scipy's. Trials of other methods, and those that ended early, do not count."""
+    file = tmp_path / "trials.csv"
+    rows = [
+        ("deepkd", 70.0, "DeepKD.MASK.TYPE dynamic DeepKD.MASK.OPTIMAL 0.3 DeepKD.MASK.PHASES [0.1, 0.5]"),
+        ("deepkd", 60.0, "DeepKD.MASK.TYPE static DeepKD.MASK.K 0.6"),
+        ("deepkd", 65.0, "DeepKD.MASK.TYPE none"),
+        ("deepkd", "", "DeepKD.MASK.TYPE none"),
+        ("kd", 90.0, "SOLVER.LR 0.1"),
+    ]
+    text = "".join(f'{method},{value},"{options}"\n' for method, value, options in rows)
+    file.write_text("method,held_out,options\n" + text)
+    code, printed = command("--cfg", CONFIG, "--trials", str(file))
+    assert code == 0, printed.err
+    optimal = int(printed.out.split("K*")[1].split()[0])
+    assert "tuned     the best of 3 trials keeps 30 of 99 (mask dynamic, 70.00 % held out)" in printed.out
+    wanted = spearmanr([abs(k - optimal) for k in (30, 60, 99)], [70, 60, 65]).statistic
+    assert float(printed.out.split("with its top-1: ")[1].split()[0]) == pytest.approx(wanted, abs=0.005)
+    for content, complaint in (("method\n", "has no complete trial of deepkd"), ("a,b\n1,2\n", "must be a trials.csv")):
+        file.write_text(content)
+        code, printed = command("--cfg", CONFIG, "--trials", str(file))
+        assert (code, printed.err.count("\n")) == (2, 1)
+        assert complaint in printed.err

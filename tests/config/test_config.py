@@ -412,6 +412,15 @@ def test_a_key_overrides_its_variant_and_no_other(cfg, key, value):
     assert config_hash(cfg) != unlike
 
 
+def test_any_number_of_workers_gives_the_same_run(cfg):
+    """tests/datasets/test_draws.py shows that it does. The hash is that of runs without workers, as it was."""
+    hashes = []
+    for cfg.DATASET.NUM_WORKERS in (0, 2, 16):
+        hashes.append(config_hash(cfg))
+    assert len(set(hashes)) == 1
+    assert config.comparable(config.flatten(cfg))["DATASET.NUM_WORKERS"] == 0
+
+
 ALLOCATED = (
     *("SOLVER.TRAINER", "DecoupledMomentumSGD", "SOLVER.DECOUPLED.ALLOCATION", "gsnr"),
     *("SOLVER.DECOUPLED.DELTA.TOG", "0.075", "SOLVER.DECOUPLED.DELTA.TCG", "-0.075"),

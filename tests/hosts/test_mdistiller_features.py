@@ -1,6 +1,8 @@
 """mdistiller's methods on features as DeepKD's fourth stream, beside what mdistiller's own distillers say."""
 
 import copy
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,9 @@ from deepkd_plugin.hosts import builtin
 from deepkd_plugin.hosts import mdistiller as mdistiller_host
 from deepkd_plugin.hosts.registry import BUILTIN, register
 from deepkd_plugin.launch import make_distiller, read_config
+from deepkd_plugin.study.kinds import classification
 
+ROOT = Path(__file__).parents[2]
 NODES = {
     "CRD": {"FEAT": {"DIM": 8, "STUDENT_DIM": 64, "TEACHER_DIM": 64}},
     "REVIEWKD": {"SHAPES": [1, 8, 16, 32], "OUT_SHAPES": [1, 8, 16, 32], "WARMUP_EPOCHS": 4}
@@ -123,6 +127,31 @@ def test_the_contrast_of_crd_gets_its_indices(mdistiller, data_root):
     ):
         with pytest.raises(UserError, match=message):
             read_config(mdistiller, "configs/glyphs100/res20_res8/deepkd.yaml", options + keys)
+
+
+def test_the_command_of_the_docs_has_a_fourth_loss(mdistiller, data_root):
+    text = (ROOT / "docs/feature_streams.md").read_text(encoding="utf-8").replace("\\\n", "")
+    (command,) = (line for line in text.splitlines() if "DeepKD.FEATURE REVIEWKD" in line)
+    tool, flag, file, *options = shlex.split(command)[1:]
+    assert (tool, flag) == ("tools/train.py", "--cfg")
+    options += ["DATASET.ROOT", str(data_root), "DATASET.TRAIN_PER_CLASS", "1", "SOLVER.BATCH_SIZE", "4"]
+    cfg, _ = read_config(mdistiller, str(ROOT / file), options)
+    loader, _, count, num_classes = data.get_dataset(cfg)
+    distiller = make_distiller(mdistiller, cfg, count, num_classes).train()
+    image, target, index = next(iter(loader))
+    _, losses = distiller(image=image, target=target, index=index, epoch=1)
+    assert list(losses) == ["tog", "tcg", "ncg", "feat"]
+    assert losses["feat"].item() > 0
+
+
+def test_how_long_a_run_with_crd_takes_can_be_told(mdistiller, data_root, monkeypatch):
+    """Its steps are timed with contrast indices of noise."""
+    monkeypatch.setattr(classification, "find_host", lambda: mdistiller)
+    options = ["DeepKD.FEATURE", "CRD", "DATASET.ROOT", str(data_root), "DATASET.TRAIN_PER_CLASS", "1"]
+    options += ["CRD.FEAT.STUDENT_DIM", "64", "CRD.FEAT.TEACHER_DIM", "64", "CRD.NCE.K", "4", "SOLVER.BATCH_SIZE", "4"]
+    cfg, _ = read_config(mdistiller, "configs/glyphs100/res20_res8/deepkd.yaml", options)
+    (seconds,) = classification.Classification().seconds([cfg], 1, [1])
+    assert seconds > 0
 
 
 def test_their_launcher_has_all_but_crd(mdistiller):

@@ -10,6 +10,7 @@ from torchvision.transforms import v2
 
 from deepkd_plugin.commands import cli
 from deepkd_plugin.data import DATASETS, Source, get_dataset
+from deepkd_plugin.data.arrays import ArrayDataset
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.hosts.networks import trained_network
 from deepkd_plugin.hosts.registry import find_host
@@ -19,7 +20,7 @@ from deepkd_plugin.run.checkpoint import fingerprint
 from deepkd_plugin.teacher_logits import open_logits
 from deepkd_plugin.teacher_logits.record import Record
 from deepkd_plugin.teacher_logits.table import Table
-from deepkd_plugin.teacher_logits.tables import _fingerprint_with_labels, share_of
+from deepkd_plugin.teacher_logits.tables import _fingerprint, _fingerprint_with_labels, share_of
 
 KD = "configs/glyphs100/res20_res8/kd.yaml"
 STORED = ("DISTILLER.TEACHER_LOGITS", "stored")
@@ -246,3 +247,11 @@ def test_files_and_labels_are_told_apart(folders, tmp_path):
     images.targets[3] -= 1
     (tmp_path / "train" / "05.png").write_bytes(b"another")
     assert _fingerprint_with_labels(images) != first
+
+
+def test_images_are_the_same_however_they_lie_in_memory():
+    """As glyphs that a run has just drawn, and read from their file by the next one."""
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 3, 8, 8), dtype=np.uint8)
+    drawn = ArrayDataset(pixels.transpose(0, 2, 3, 1), np.arange(5), None)
+    read = ArrayDataset(np.ascontiguousarray(drawn.images), np.arange(5), None)
+    assert _fingerprint(drawn) == _fingerprint(read)

@@ -1,8 +1,9 @@
 """`deepkd gsnr`: the gradient signal-to-noise ratio of measured runs, as tables and a summary."""
 
 from collections.abc import Iterable, Sequence
+from itertools import combinations, pairwise
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from ...errors import UserError
@@ -92,10 +93,39 @@ def summarise(runs: Sequence[Run]) -> str:
         f"{windows[0]['coordinates']} of {windows[0]['parameters']} coordinates, {seeds}"
     )
     lines = [measured, *table]
+    if first.settings["SOLVER.DECOUPLED.ALLOCATION"] == "gsnr":
+        lines += [f"{name:10}{text}" for name, text in swings(runs)]
     if first.pairs:
         angles = [f"{p.upper()} {_median((w['angle'][p] for w in windows), '.1f', '°')}" for p in first.pairs]
         lines.append(f"angles    {', '.join(angles)} (medians)")
     return "\n".join(lines)
+
+
+def swings(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Say whether momenta that follow the GSNR settle: how far they move from window to window, and change places.
+
+    Moves are means over runs and pairs of neighbouring windows, of all of them and of the second half of each run. Two
+    streams change places if the one whose momentum was higher now has the lower one.
+    """
+    steps = [(run, list(pairwise(run.windows))) for run in runs]
+    halves = {"all": [s for _, of in steps for s in of], "late": [s for _, of in steps for s in of[len(of) // 2 :]]}
+    if not halves["all"]:
+        return []
+
+    def moved(stream: str, when: str) -> float:
+        return fmean(abs(new["momentum"][stream] - old["momentum"][stream]) for old, new in halves[when])
+
+    def exchanged(one: str, other: str, when: str) -> int:
+        gaps = [[w["momentum"][one] - w["momentum"][other] for w in step] for step in halves[when]]
+        return sum(old * new < 0 for old, new in gaps)
+
+    streams = [stream for stream in runs[0].streams if stream != "feat"]
+    moves = ", ".join(f"{s.upper()} {moved(s, 'all'):.3f} (late {moved(s, 'late'):.3f})" for s in streams)
+    told = [("momenta", f"move by {moves} a window")]
+    for one, other in combinations(streams, 2):
+        counts = [f"{exchanged(one, other, when)} of {len(of)}" for when, of in halves.items()]
+        told.append(("", f"{one.upper()} and {other.upper()} change places in {counts[0]} windows, late {counts[1]}"))
+    return told
 
 
 def _median(values: Iterable[float | None], form: str = ".4g", unit: str = "") -> str:

@@ -106,8 +106,9 @@ class Timer:
                 group["momentum"] = {s: m - i / 1000 for i, (s, m) in enumerate(group["momentum"].items())}
 
         def work(count: int) -> Callable[[], Any]:
-            noise = source.noise(count, config.views(cfg))
-            known = {}
+            noise, known = [*source.noise(count, config.views(cfg))], {}
+            if config.contrasts(cfg):
+                noise.append(torch.randint(source.images(cfg)[0], (count, 1 + cfg.CRD.NCE.K)))
             if _looks_up(cfg):
                 several = [1 + len(cfg.DISTILLER.MORE_TEACHERS)] if cfg.DISTILLER.MORE_TEACHERS else []
                 known["teacher_logits"] = torch.randn(count, *several, source.num_classes, device=self.device)

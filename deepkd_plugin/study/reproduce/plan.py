@@ -6,7 +6,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ...errors import UserError
+from ...errors import UserError, shown
 from ...run.record import find_run
 from ..measures import MEASURES
 from ..table import FILE, Cell, Method, Pair, Run, Table, row_name
@@ -48,6 +48,13 @@ def make_plan(
     configs of a pair leave to a measurement is settled once for all its runs (Kind.settle). Nothing is written. Raises
     UserError for a config or option that is wrong, and if `out` holds another table.
     """
+    try:
+        str(out.absolute()).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"command line: --out is {shown(str(out.absolute()))}, which is no text under this locale; set "
+            f"PYTHONUTF8=1, or a locale of UTF-8"
+        ) from None
     for key, instead in table.kind.ours.items():
         if key in options[::2]:
             raise UserError(f"command line: {key} is set for each run by the plan; use {instead} instead")
@@ -135,10 +142,10 @@ def _resolve(table: Outline, pair: str, method: Row, file: Path, options: Sequen
             row: Sequence[str] = matched.options(base, kind.read(twin, options))
         except UserError as error:
             raise UserError(f"{twin}: {error}") from None
-    else:
-        row = method.options(base)
-    words = [*method.defaults(base), *options, *row]
     try:
+        if not twin:
+            row = method.options(base)
+        words = [*method.defaults(base), *options, *row]
         cfg = kind.read(file, words) if row else base
         kind.check(cfg)
     except UserError as error:  # the row's own options are nobody's words

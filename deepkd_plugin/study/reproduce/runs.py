@@ -277,7 +277,7 @@ class Crew:
                 if self.stopping:
                     return None
                 command = shlex.join([*self.command(kind.tool), *words])
-                log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {command}\n".encode())
+                log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {command}\n".encode(errors="surrogateescape"))
                 log.flush()
                 log_start = log.tell()  # which moves with what the process writes
                 process = self.begin(run, how, lock, log, slot)

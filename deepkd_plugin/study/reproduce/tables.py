@@ -13,6 +13,7 @@ from ...data import source
 from ...distillers import DISTILLERS, DeepKD, bases
 from ...errors import UserError
 from ...streams import STREAMS
+from ..calibration import MASS, mask_options, measure
 from ..kinds import KINDS
 from ..kinds.kind import Kind
 from ..measures import CLASSIFICATION, DETECTRON2
@@ -283,6 +284,11 @@ def _steps(dampening: str, decay: str = "variant") -> list[str]:
     return ["SOLVER.DECOUPLED.DAMPENING", dampening, "SOLVER.DECOUPLED.WEIGHT_DECAY_STREAM", decay]
 
 
+def _calibrated(cfg: Any) -> list[str]:
+    """Ask the teacher for K*, as `deepkd calibrate` does, whenever the table is planned: it is the same each time."""
+    return mask_options(cfg, measure(cfg, MASS)[0])
+
+
 def _deltas(size: float, cfg: Any) -> list[str]:
     """Give every delta of a config this size, and leave its sign."""
     return [word for path in _DELTAS for word in (path, str(_sign(get(cfg, path)) * size + 0.0))]
@@ -319,6 +325,9 @@ MASKS = {
     for percent in (5, 10, 25, 50, 75)
 } | {"dynamic": ("dynamic mask", ("DeepKD.MASK.TYPE", "dynamic"))}
 """Masks by name: what they are, and their options."""
+
+TOP_P = ("DeepKD.MASK.TYPE", "top_p", "DeepKD.MASK.INITIAL", "0.5", "DeepKD.MASK.OPTIMAL", str(MASS))
+"""The mask by each sample's own mass, with the share on which K* is calibrated."""
 
 SWEEP = (0.0, 0.025, 0.05, 0.075, 0.099)
 """Sizes of Δ. The paper's range ends at 0.1, where MOMENTUM 0.9 plus it is a sum that never forgets, which the config
@@ -364,6 +373,15 @@ ABLATIONS: dict[str, tuple[tuple[str, ...], Sequence[Row]]] = {
                 for name, (what, mask) in MASKS.items()
                 for way in ("renormalise", "multiply")
             ),
+        ],
+    ),
+    "ablation-calibration": (
+        ("DeepKD.MASK.TYPE", "DeepKD.MASK.OPTIMAL", "DeepKD.MASK.INITIAL"),
+        [
+            Row("none", "no mask", options=fixed("DeepKD.MASK.TYPE", "none")),
+            Row("fixed", "K* by hand", options=fixed("DeepKD.MASK.TYPE", "dynamic")),
+            Row("calibrated", f"K* that holds {MASS:.0%} of the teacher's mass on average", options=_calibrated),
+            Row("sample", f"top-p: {MASS:.0%} of each sample's mass", options=fixed(*TOP_P)),
         ],
     ),
     "ablation-delta": (

@@ -19,6 +19,9 @@ PAIRS = {"tog-tcg": 85.0, "tog-ncg": 60.0, "tcg-ncg": 95.0}
 MOMENTUM = {"tog": 0.975, "tcg": 0.825, "ncg": 0.975}
 
 
+GSNR = {"DECOUPLED": {"ALLOCATION": "gsnr"}}
+
+
 def window(k, tog=0.2, tcg=0.15, ncg=0.3, **changes):
     """The k-th window's record: `ratio` of each stream as given, `mean` twice that."""
     gsnr = {
@@ -263,6 +266,23 @@ def test_the_summary(make, tmp_path):
         "angles    TOG-TCG 85.0°, TOG-NCG 60.0°, TCG-NCG 95.0° (medians)",
         f"files     {out}/ (gsnr.csv, gsnr_angles.csv, gsnr.png, gsnr.svg)",
     ]
+
+
+def test_momenta_that_follow_the_gsnr_are_said_to_move_and_to_change_places(make):
+    """Means over both runs' steps; the late ones are those of the second half of each."""
+    first = [{"tog": 0.9, "tcg": tcg, "ncg": ncg} for tcg, ncg in ((0.8, 0.9), (0.9, 0.8), (0.8, 0.9))]
+    second = [{"tog": 0.9, "tcg": 0.8, "ncg": ncg} for ncg in (0.9, 0.94, 0.94)]
+    runs = [
+        make(str(seed), [window(k, momentum=held) for k, held in enumerate(momenta, 1)], seed, SOLVER=GSNR)
+        for seed, momenta in enumerate((first, second))
+    ]
+    said = summarise(read_runs(runs)).splitlines()
+    assert "momenta   move by TOG 0.000 (late 0.000), TCG 0.050 (late 0.050), NCG 0.060 (late 0.050) a window" in said
+    assert "          TCG and NCG change places in 2 of 4 windows, late 1 of 2" in said
+    fixed = summarise(read_runs([make("fixed", [window(1), window(2)])]))
+    assert "change places" not in fixed
+    alone = summarise(read_runs([make("one", [window(1)], SOLVER=GSNR)]))
+    assert "change places" not in alone
 
 
 def test_the_two_summaries_are_counted_apart(make):

@@ -39,6 +39,14 @@ def complaint(call, *arguments, **named):
     return str(error.value)
 
 
+def test_a_folder_that_is_no_text_under_the_locale_is_refused_before_any_run(tmp_path):
+    """As a path in Chinese is where neither the locale nor PYTHONUTF8 says UTF-8."""
+    where = tmp_path / "\u4e2d".encode().decode("ascii", "surrogateescape")
+    said = complaint(make, where)
+    assert "is no text under this locale; set PYTHONUTF8=1" in said
+    said.encode()
+
+
 def keys(runs):
     return [(run.method, run.seed) for run in runs]
 

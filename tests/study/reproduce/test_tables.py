@@ -12,17 +12,18 @@ from deepkd_plugin.data import source
 from deepkd_plugin.distillers import DISTILLERS, KD
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.optim import DecoupledMomentumSGD
+from deepkd_plugin.study.calibration import measure
 from deepkd_plugin.study.reproduce import tables
 from deepkd_plugin.study.reproduce.plan import make_plan
-from deepkd_plugin.topk import mask_size
+from deepkd_plugin.topk import TopP, mask_size
 
 EIGHT = ["kd", "dkd", "mlkd", "crld", "deepkd", "deepkd_dkd", "deepkd_mlkd", "deepkd_crld"]
 TWELVE = [*EIGHT, "deepkd_nomask", "deepkd_dkd_nomask", "deepkd_mlkd_nomask", "deepkd_crld_nomask"]
 READINGS = [f"deepkd_{name}" for name in ("article", "matched", "matched_nomask", "multiply", "release")]
 VARIANTS = ["vanilla", *EIGHT, *TWELVE[8:], *READINGS]
 LATER = {
-    "cifar100": {"rld", "deepkd_rld", "dist", "kd_ea", "dkd_ea", "mlkd_ea"},
-    "imagenet": {"nkd", "deepkd_nkd", "rld", "deepkd_rld", "dist", "kd_ea", "dkd_ea"},
+    "cifar100": {"rld", "deepkd_rld", "wttm", "deepkd_wttm", "dist", "kd_ea", "dkd_ea", "mlkd_ea"},
+    "imagenet": {"nkd", "deepkd_nkd", "rld", "deepkd_rld", "wttm", "deepkd_wttm", "dist", "kd_ea", "dkd_ea"},
 }
 RES8 = ["vanilla", "kd", "dkd", "deepkd", "deepkd_nomask", "deepkd_dkd_nomask", "deepkd_matched_nomask"]
 RES8 += ["deepkd_multiply"]
@@ -79,7 +80,8 @@ def bases(folder, *methods):
 
 
 def test_the_tables_are_the_folders_of_configs_and_the_ablations():
-    ablations = ["ablation-momentum", "ablation-steps", "ablation-mask", "ablation-delta", "ablation-phases"]
+    ablations = ["ablation-momentum", "ablation-steps", "ablation-mask", "ablation-calibration"]
+    ablations += ["ablation-delta", "ablation-phases"]
     assert tables.names() == [*DATASETS, *DETECTION, "coco", *ablations]
 
 
@@ -108,7 +110,7 @@ def test_a_table_has_every_pair_and_method_of_its_folder(name, pairs, methods):
 def test_later_methods_are_rows_on_request():
     """Those of tables that ship; in a folder of one's own every config is trained."""
     table = tables.find("imagenet")
-    assert names(table)[:8] == ["kd", "dkd", "mlkd", "crld", "nkd", "rld", "deepkd", "deepkd_dkd"]
+    assert names(table)[:8] == ["kd", "dkd", "mlkd", "crld", "nkd", "rld", "wttm", "deepkd"]
     plan = make_plan(table, ["r50_mv1"], ["nkd", "deepkd_nkd", "rld", "deepkd_rld"], 1, [], Path("nowhere"))
     over = {method.name: (method.label, method.base) for method in plan.document.methods}
     assert over == {
@@ -249,7 +251,7 @@ def test_a_choice_keeps_the_table_s_order_and_names_what_there_is():
 
 
 @pytest.mark.parametrize("base", ["kd", "dkd", "mlkd", "crld"])
-@pytest.mark.parametrize("name", tables.ABLATIONS)
+@pytest.mark.parametrize("name", [name for name in tables.ABLATIONS if name != "ablation-calibration"])
 def test_every_row_of_an_ablation_passes_the_config_check(name, base):
     for dataset in ("glyphs100", "cifar100"):
         table = tables.find(name, base, dataset)
@@ -338,6 +340,26 @@ def test_mask_none_a_sweep_and_dynamic_in_both_readings():
         found.setdefault(name, []).append(sizes)
     static = {f"static{k}": [[k] * 3] * 2 for k in (5, 10, 25, 50, 75)}
     assert found == static | {"dynamic": [[50, 50, 99]] * 2}
+
+
+def test_fixed_calibrated_and_per_sample(data_root):
+    """Planned with the K* that `deepkd calibrate` finds for the very config of the row."""
+    given = ["DATASET.ROOT", str(data_root), "DATASET.TRAIN_PER_CLASS", "2", "DeepKD.MASK.PHASES", "[0.25, 0.5]"]
+    held = {row: cfg.DeepKD.MASK for row, cfg in configs(tables.find("ablation-calibration"), given).items()}
+    assert {row: mask.TYPE for row, mask in held.items()} == {
+        "none": "none",
+        "fixed": "dynamic",
+        "calibrated": "dynamic",
+        "sample": "top_p",
+    }
+    cfg = tables.KINDS["classification"].read(CONFIGS / "deepkd.yaml", given)
+    found, _ = measure(cfg, 0.9)
+    sizes = {row: [mask_size(mask, 100, at) for at in (0.0, 0.3, 1.0)] for row, mask in held.items()}
+    assert sizes["fixed"] == [5, 50, 99]
+    assert sizes["calibrated"] == [5, found.optimal, 99]
+    assert sizes["sample"] == [TopP(0.5), TopP(0.9), TopP(1.0)]
+    complained = complaint(configs, tables.find("ablation-calibration", "mlkd"), given)
+    assert complained.startswith("ablation-calibration, res20_res8 calibrated: with DeepKD.BASE MLKD the mask does not")
 
 
 def test_delta_keeps_the_signs():
