@@ -20,7 +20,7 @@ from ..hosts.libraries import FORMS
 from ..hosts.registry import find_host
 from ..run import checkpoint, record
 from ..study.kinds import KINDS
-from ..study.shared import cores, duration
+from ..study.shared import busy, cores, duration, entry
 from ..study.table import CLASSIFICATION
 from ..terminal import Parser, count, guarded, one_process, spoken
 
@@ -239,15 +239,19 @@ def _show(request: Request, planned: Sequence[Planned], cfgs: Mapping[str, Any])
     source = data.source(cfgs[request.method])
     train, tested = source.images(cfgs[request.method])
     weights = "trained first" if request.train_teacher else request.weights or "its library's weights"
+    disturbed = busy()
     timed = KINDS[CLASSIFICATION].seconds([cfgs[one.name] for one in planned], cores(), [1] * len(planned))
-    print(
-        f"images    {request.images}: {source.num_classes} classes, {train} to train on, {tested} to test on\n"
-        f"teacher   {request.teacher}, {weights}\n"
-        f"student   {request.student}, by {request.method}{', and alone' if request.compare else ''}\n"
-        f"runs      {len(planned)} of {cfgs[request.method].SOLVER.EPOCHS} epochs, about {duration(sum(timed))} here, "
-        f"timed on noise; reading images comes on top\n"
-        f"configs   {', '.join(str(one.file) for one in planned)}"
-    )
+    files = ", ".join(one.file.name for one in planned)
+    entries = {
+        "images": f"{source.num_classes} classes, {train} to train on, {tested} to test on, in {request.images}",
+        "teacher": f"{request.teacher}, {weights}",
+        "student": f"{request.student}, by {request.method}{', and alone' if request.compare else ''}",
+        "runs": f"{len(planned)} of {cfgs[request.method].SOLVER.EPOCHS} epochs, about {duration(sum(timed))} here, "
+        f"timed on noise; reading images comes on top",
+        "busy": disturbed,
+        "configs": f"{files} in {request.out}",
+    }
+    print("\n".join(entry(name, text) for name, text in entries.items() if text))
 
 
 def _train(one: Planned, overwrite: bool) -> None:

@@ -37,10 +37,10 @@ def distil(images, *words, command="distill", networks=NETWORKS):
 def test_one_command_trains_teacher_and_student_and_says_what_was_gained(images, capsys):
     assert distil(images, "--compare") == 0
     out = capsys.readouterr().out
-    assert "images    " in out
-    assert "2 classes, 48 to train on, 12 to test on" in out
+    assert "images    2 classes, 48 to train on, 12 to test on, in" in out
     assert "teacher   resnet14, trained first" in out
     assert "runs      3 of 2 epochs, about " in out
+    assert "configs   teacher.yaml, deepkd.yaml, alone.yaml in" in out
     results = {}
     for name in ("teacher", "deepkd", "alone"):
         folder = images.parent / "out" / name
