@@ -38,6 +38,7 @@ ROOT = Path(__file__).parents[2]
             ["train", "--cfg", "a", "--batch-size", "8"],
             "arguments: --batch-size; a config key goes without --, as SOLVER.SEED 1, and `deepkd keys batch_size` ",
         ),
+        (["export", "a"], "--to is missing; it must be one of safetensors, onnx, torch; see deepkd export --help"),
         (["keys", "--hlep"], "unrecognized arguments: --hlep; did you mean --help?"),
         (["aply"], "there is no command 'aply'; did you mean apply?; see deepkd --help"),
         (["keys", "nothing of that name"], "no line of `deepkd keys` has 'nothing of that name'"),

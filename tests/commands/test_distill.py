@@ -68,7 +68,8 @@ def test_the_same_call_goes_on_after_an_interruption(images, stopped, kept, caps
 
     monkeypatch.setattr(Trainer, "train_epoch", stop)
     assert distil(images) == 130
-    capsys.readouterr()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"deepkd: or go on with all runs: deepkd distill --images {images} ")
     assert distil(images) == 0
     assert len(epochs) == 5  # two runs of two epochs, and one that was begun twice
     assert ("teacher: finished before" in capsys.readouterr().out) == (stopped == 3)
