@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import platform
 import statistics
+import textwrap
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +18,9 @@ import torch
 
 from deepkd_plugin import device
 from deepkd_plugin.run.record import commit, processor
+
+LINE = 120
+"""Characters of a line of text that report() writes; a table's lines are as long as they are."""
 
 Rows = list[dict[str, Any]]
 """A table: each row maps the columns to its values, all with the same columns."""
@@ -145,7 +149,8 @@ def report(
 def markdown(record: Mapping[str, Any]) -> str:
     """Write what report() leaves as JSON as Markdown."""
     about = record.get("settings", {}) | record["machine"]
-    lines = [f"{record['title']}. " + ", ".join(f"{key} {value}" for key, value in about.items()) + "."]
+    intro = f"{record['title']}. " + ", ".join(f"{key} {value}" for key, value in about.items()) + "."
+    lines = textwrap.wrap(intro, LINE, break_long_words=False, break_on_hyphens=False)
     for table in (record[name] for name in ("rows", "parts") if name in record):
         columns = list(table[0])
         lines += ["", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]

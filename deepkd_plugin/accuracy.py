@@ -70,14 +70,13 @@ def _measure(teacher: nn.Module, loader: Any, cfg: Any, name: str, source: str) 
     error = math.sqrt(chance * (1.0 - chance) / len(loader.dataset))
     above, count = accuracy / 100.0 - chance, len(loader.dataset)
     if above < max(0.01 * (1.0 - chance), 3.0 * error):
+        luck = above >= 0.01 * (1.0 - chance) and count < FEW
         text = (
-            f"{source}: the teacher {name} from DISTILLER.TEACHER_WEIGHTS is at chance on {cfg.DATASET.TYPE} "
-            f"({accuracy:.2f} % top-1"
+            f"{source}: the teacher {name} from DISTILLER.TEACHER_WEIGHTS {'may be' if luck else 'is'} at chance on "
+            f"{cfg.DATASET.TYPE} ({accuracy:.2f} % top-1"
         )
-        if above >= 0.01 * (1.0 - chance) and count < FEW:
-            warn(
-                f"{text} on {count} images, which may be luck; {100 * chance:.2f} % is chance): more images would tell"
-            )
+        if luck:
+            warn(f"{text} on {count} images, and {100 * chance:.2f} % is chance): more images would tell")
         elif cfg.DISTILLER.ANY_TEACHER:
             warn(f"{text}); it is taken as it is, by DISTILLER.ANY_TEACHER")
         else:

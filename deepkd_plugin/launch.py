@@ -27,7 +27,7 @@ from .hosts.registry import find_host, register
 from .rules import LONGEST_NAME
 from .run import folder as run_folder
 from .run import record
-from .run.metrics import weights_and_biases
+from .run.metrics import check_login, weights_and_biases
 from .terminal import Parser, Stopped, check_interruption, exit_code, guarded, open_streams, spoken, used_up, version
 from .trainer import Trainer
 
@@ -76,6 +76,7 @@ def train(file: str, options: Sequence[str], resume: bool, overwrite: bool, comm
     resume, overwrite = run_folder.restarted(folder, resume, overwrite)
     with run_folder.held(folder, resume, overwrite, record_needed=issubclass(make, Trainer)):
         check_files(host, cfg)  # before images are read, which may take minutes
+        check_login(cfg)
         target_device = device.pick()
         device.seed_everything(cfg.SOLVER.SEED)
         with collectives.in_turn():

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from textwrap import wrap
@@ -104,12 +105,20 @@ class Parser(argparse.ArgumentParser):
                 free.append(word)
         for name in (word.partition("=")[0] for word in flags if word.startswith("--")):
             if name not in self._option_string_actions:
-                self.error(f"unrecognized arguments: {name[:100]}{nearest(name, self._option_string_actions)}")
+                self.error(f"unrecognized arguments: {name[:100]}{self._meant(name)}")
         args = self.parse_args([*free, *flags])
         if self.takes_pairs:
             # what is neither is at the end, where a word without its value is told of
             args.options = [*pairs, *args.options]
         return args
+
+    def _meant(self, flag: str) -> str:
+        """Say what a flag that is none may mean: one that is written alike, or else a config key."""
+        alike = nearest(flag, self._option_string_actions)
+        word = flag[2:].replace("-", "_")
+        if alike or not (self.takes_pairs and word.isidentifier()):
+            return alike
+        return f"; a config key goes without --, as SOLVER.SEED 1, and `deepkd keys {word[:100]}` looks for one"
 
     def parse_args(self, *args: Any, **options: Any) -> Any:  # typeshed's has overloads
         if _building:
@@ -189,15 +198,28 @@ def warn(text: str) -> None:
 
 
 def used_up(error: BaseException) -> str | None:
-    """Say in a line what the system refused; None if it was something else that failed."""
+    """Say in a line what the system refused, or its libraries; None if it was something else that failed."""
     text = " ".join(str(error).split())
     if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or re.search("Too many open files|ancdata", text):
         return f"too many open files ({text}); `ulimit -n` must be higher, or DATASET.NUM_WORKERS lower"
     if isinstance(error, BrokenPipeError) and error.filename is None:
         return "nobody reads the output any more"
+    if re.match("operator torchvision::.* does not exist", text):
+        return (
+            "torch and torchvision do not go together: one is for the CPU and the other for CUDA, or for another "
+            "version; install both anew, by one command of https://pytorch.org/get-started/locally/"
+        )
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.filename}: {error.strerror}" if error.filename else text
     return None
+
+
+def run_script(module: str, **options: Any) -> int:
+    """Import a command's module and run its `main`; returns the exit code. options: what `main` takes.
+
+    What the import fails by is told in a line too, if a user can mend it.
+    """
+    return guarded(lambda: import_module(module).main(**options))
 
 
 def spoken(tool: str) -> list[str]:

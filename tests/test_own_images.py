@@ -192,7 +192,7 @@ class Right(torch.nn.Module):
 @pytest.mark.parametrize(
     ("right", "count", "classes", "outcome"),
     [
-        (16, 20, 2, "80.00 % top-1 on 20 images, which may be luck; 50.00 % is chance"),
+        (16, 20, 2, "80.00 % top-1 on 20 images, and 50.00 % is chance"),
         (18, 20, 2, ""),
         (10, 20, 2, "refused"),
         (9, 20, 2, "refused"),

@@ -67,6 +67,10 @@ def test_a_reader_that_has_gone_is_one_line():
             'RuntimeError("received 0 items of ancdata")',
             "too many open files (received 0 items of ancdata); `ulimit -n`",
         ),
+        (
+            'RuntimeError("operator torchvision::nms does not exist")',
+            "torch and torchvision do not go together: one is for the CPU",
+        ),
     ],
 )
 def test_what_the_system_refuses_is_one_line(error, line):
@@ -74,6 +78,20 @@ def test_what_the_system_refuses_is_one_line(error, line):
     assert ended.returncode == 2
     assert ended.stderr.startswith(f"deepkd: error: {line}")
     assert ended.stderr.count("\n") == 1
+
+
+def test_what_an_import_ends_with_is_one_line_too(tmp_path):
+    """As importing torchvision does if it was built for another torch."""
+    package = tmp_path / "torchvision"
+    package.mkdir()
+    (package / "__init__.py").write_text('raise RuntimeError("operator torchvision::nms does not exist")\n')
+    paths = os.pathsep.join((str(tmp_path), str(ROOT)))
+    for words in (["tools/train.py", "--cfg", "a.yaml"], ["-m", "deepkd_plugin", "doctor"]):
+        ended = subprocess.run(
+            [sys.executable, *words], cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True
+        )
+        assert (ended.returncode, ended.stdout) == (2, "")
+        assert ended.stderr.startswith("deepkd: error: torch and torchvision do not go together")
 
 
 def test_other_errors_keep_their_traceback():

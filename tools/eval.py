@@ -2,6 +2,6 @@
 
 import sys
 
-from deepkd_plugin.commands.eval import main
+from deepkd_plugin.terminal import run_script
 
-sys.exit(main(tool="tools/eval.py"))
+sys.exit(run_script("deepkd_plugin.commands.eval", tool="tools/eval.py"))

@@ -2,6 +2,6 @@
 
 import sys
 
-from deepkd_plugin.launch import main
+from deepkd_plugin.terminal import run_script
 
-sys.exit(main())
+sys.exit(run_script("deepkd_plugin.launch"))

@@ -19,10 +19,11 @@ from ..errors import UserError
 from ..hosts.libraries import FORMS
 from ..hosts.registry import find_host
 from ..run import checkpoint, record
+from ..run.metrics import check_login
 from ..study.kinds import KINDS
-from ..study.shared import cores, duration
+from ..study.shared import busy, cores, duration, entry
 from ..study.table import CLASSIFICATION
-from ..terminal import Parser, count, guarded, one_process, spoken
+from ..terminal import Parser, Stopped, count, guarded, one_process, spoken
 
 DELTAS = {"TOG": 0.075, "TCG": -0.075, "NCG": 0.075}
 """Of SOLVER.DECOUPLED.DELTA: the paper's."""
@@ -108,7 +109,8 @@ def main(words: Sequence[str], only_write: bool = False) -> int:
             "command goes on after an interruption."
         )
     )
-    return guarded(lambda: _distill(_arguments(words, name, does), only_write))
+    again = shlex.join([*spoken(f"deepkd {name}"), *(word for word in words if word != "--overwrite")])
+    return guarded(lambda: _distill(_arguments(words, name, does), only_write, again))
 
 
 def _arguments(words: Sequence[str], name: str, description: str) -> argparse.Namespace:
@@ -137,7 +139,8 @@ def _arguments(words: Sequence[str], name: str, description: str) -> argparse.Na
     return args
 
 
-def _distill(args: argparse.Namespace, only_write: bool) -> None:
+def _distill(args: argparse.Namespace, only_write: bool, again: str) -> None:
+    """Write the configs, show the plan and train. again: the command, for whoever interrupts it."""
     one_process()
     request = _request(args)
     planned, cfgs = request.planned(), {}
@@ -146,13 +149,18 @@ def _distill(args: argparse.Namespace, only_write: bool) -> None:
             one.settings.update({"INPUT.MEAN": list(cfgs[request.method].INPUT.MEAN)})
             one.settings.update({"INPUT.STD": list(cfgs[request.method].INPUT.STD)})
         cfgs[one.name] = _checked(one, args.options)
+        if not only_write:
+            check_login(cfgs[one.name])
     _write(planned, args.options, args.overwrite)
     _show(request, planned, cfgs)
     if only_write:
         print("next      " + "\n          ".join(_command(one.file) for one in planned))
         return
-    for one in planned:
-        _train(one, args.overwrite)
+    try:
+        for one in planned:
+            _train(one, args.overwrite)
+    except Stopped as stopped:
+        raise Stopped(f"{stopped}\ndeepkd: or go on with all runs: {again}", stopped.code) from None
     _summarise(request, planned)
 
 
@@ -239,15 +247,19 @@ def _show(request: Request, planned: Sequence[Planned], cfgs: Mapping[str, Any])
     source = data.source(cfgs[request.method])
     train, tested = source.images(cfgs[request.method])
     weights = "trained first" if request.train_teacher else request.weights or "its library's weights"
+    disturbed = busy()
     timed = KINDS[CLASSIFICATION].seconds([cfgs[one.name] for one in planned], cores(), [1] * len(planned))
-    print(
-        f"images    {request.images}: {source.num_classes} classes, {train} to train on, {tested} to test on\n"
-        f"teacher   {request.teacher}, {weights}\n"
-        f"student   {request.student}, by {request.method}{', and alone' if request.compare else ''}\n"
-        f"runs      {len(planned)} of {cfgs[request.method].SOLVER.EPOCHS} epochs, about {duration(sum(timed))} here, "
-        f"timed on noise; reading images comes on top\n"
-        f"configs   {', '.join(str(one.file) for one in planned)}"
-    )
+    files = ", ".join(one.file.name for one in planned)
+    entries = {
+        "images": f"{source.num_classes} classes, {train} to train on, {tested} to test on, in {request.images}",
+        "teacher": f"{request.teacher}, {weights}",
+        "student": f"{request.student}, by {request.method}{', and alone' if request.compare else ''}",
+        "runs": f"{len(planned)} of {cfgs[request.method].SOLVER.EPOCHS} epochs, about {duration(sum(timed))} here, "
+        f"timed on noise; reading images comes on top",
+        "busy": disturbed,
+        "configs": f"{files} in {request.out}",
+    }
+    print("\n".join(entry(name, text) for name, text in entries.items() if text))
 
 
 def _train(one: Planned, overwrite: bool) -> None:

@@ -19,13 +19,16 @@ def main(words: Sequence[str]) -> int:
         ),
     )
     parser.add_argument("student", metavar="STUDENT", type=Path)
-    parser.add_argument("--to", required=True, choices=("safetensors", "onnx", "torch"))
+    formats = ("safetensors", "onnx", "torch")
+    parser.add_argument("--to", choices=formats, help="the kind of file to write; it must be named")
     parser.add_argument("--out", metavar="FILE", type=Path, help="default: beside the student, with another suffix")
     parser.add_argument("--images", metavar="IMAGE", type=Path, nargs="+", default=[], help="images to compare on")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     parser.add_argument("--trust", action="store_true", help="let the file name a module to import")
     parser.add_pairs()
     args = parser.parse(words)
+    if args.to is None:
+        parser.error(f"--to is missing; it must be one of {', '.join(formats)}")
     if args.images and args.options:
         parser.error("KEY VALUE are of the run's config, which is not read with --images")
     from ..students.export import export, real_images

@@ -238,8 +238,8 @@ def check_schedules(cfg: CfgNode, origin: dict[str, str]) -> None:
     }
     if missing := [name for name, has in phases.items() if not has]:
         warn(
-            f"{origin.get('DeepKD.MASK.PHASES', 'default')}: DeepKD.MASK.PHASES {list(mask.PHASES)} leave no epoch of "
-            f"{solver.EPOCHS} to the phase {' and '.join(missing)} of the mask"
+            f"{origin.get('DeepKD.MASK.PHASES', 'default')}: DeepKD.MASK.PHASES [{first:.3g}, {second:.3g}] leave no "
+            f"epoch of {solver.EPOCHS} to the phase {' and '.join(missing)} of the mask"
         )
 
 

@@ -91,7 +91,10 @@ class ImageFiles(Dataset[tuple[Any, ...]]):
             with Image.open(self.opened(path)) as file:
                 image = self.convert(file)
         except Exception as error:  # a damaged image can raise nearly anything
-            raise UserError(f"{self.named(path)}: DATASET.ROOT has an image that cannot be read ({error})") from None
+            raise UserError(
+                f"{self.named(path)}: DATASET.ROOT has an image that cannot be read ({error}); "
+                f"it must be a whole one, or be taken out of the folder"
+            ) from None
         if self.size and image.size != self.size:
             raise UserError(
                 f"{self.named(path)}: this image is {image.width} x {image.height}; those of its data set must be "

@@ -14,6 +14,7 @@ from ..hosts import builtin
 from ..launch import announce, experiment_name, gains, read_words, run, show_sibling
 from ..run import checkpoint, record
 from ..run import folder as run_folder
+from ..run.metrics import check_login
 from ..terminal import guarded, spoken
 from .average_precision import import_pycocotools
 from .data import DETECTION_SETS, get_detection_sets
@@ -51,6 +52,7 @@ def train(
     """
     cfg, origin = read_config(file, options)
     check_files(cfg)  # before images are read, which may take minutes
+    check_login(cfg)
     import_pycocotools()  # now, because AP is first measured after an epoch
     name = experiment_name(cfg, options)
     folder = Path(cfg.LOG.PREFIX) / name

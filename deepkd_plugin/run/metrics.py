@@ -187,18 +187,28 @@ def weights_and_biases(folder: Path, cfg: Any) -> Any:
 
     if wandb.run:
         return wandb.run
-    project, tags = cfg.EXPERIMENT.PROJECT, cfg.EXPERIMENT.TAG.split(",")
+    check_login(cfg)  # for callers that have not: init leaves a folder behind
     try:
-        # asked first, because init leaves a folder behind
-        if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.api.api_key:
-            raise ValueError("nobody is logged in")
-        return wandb.init(project=project, name=folder.name, tags=tags)
+        return wandb.init(project=cfg.EXPERIMENT.PROJECT, name=folder.name, tags=cfg.EXPERIMENT.TAG.split(","))
     except Exception as error:  # its own errors have no common base
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"LOG.WANDB is True and Weights & Biases cannot be reached ({reason}); it must be False, or log in with "
-            f"`wandb login`, or set WANDB_MODE=offline"
-        ) from None
+        raise _unreachable(str(error)) from None
+
+
+def check_login(cfg: Any) -> None:
+    """Raise UserError if a config logs to W&B and nobody is logged in there; before images are read, and teachers."""
+    if not cfg.LOG.WANDB or os.environ.get("WANDB_MODE", "online") != "online":
+        return
+    import wandb
+
+    if not (wandb.run or wandb.api.api_key):
+        raise _unreachable("nobody is logged in")
+
+
+def _unreachable(reason: str) -> UserError:
+    return UserError(
+        f"LOG.WANDB is True and Weights & Biases cannot be reached ({' '.join(reason.split())}); it must be False, or "
+        f"log in with `wandb login`, or set WANDB_MODE=offline"
+    )
 
 
 def _numbers(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:

@@ -4,7 +4,9 @@ import contextlib
 import csv
 import io
 import os
+import shutil
 import signal
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +14,17 @@ from typing import Any
 def cores() -> int:
     """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def busy() -> str:
+    """Say that other programs take this machine's cores, so that what is timed now takes longer; "" if they do not.
+
+    By the load of the last minute, which leaves out what has begun in the last seconds.
+    """
+    load, there = os.getloadavg()[0], os.cpu_count() or 1
+    if load < there / 2:
+        return ""
+    return f"other programs keep this machine busy (load {load:.1f} on {there} cores), and without them it is faster"
 
 
 def threads(jobs: int, cores: int) -> int:
@@ -28,6 +41,19 @@ def duration(seconds: float, short: bool = False) -> str:
         if seconds >= least * length:
             return f"{seconds / length:.{0 if unit == 'minutes' else 1}f} {letter if short else unit}"
     return f"{seconds:.0f} {'s' if short else 'seconds'}"
+
+
+def entry(name: str, text: str) -> str:
+    """Make a line of a plan; one that is longer than the terminal is wide, or than 110, goes on below."""
+    indent = " " * 10
+    return textwrap.fill(
+        text,
+        min(110, shutil.get_terminal_size((110, 0)).columns),
+        initial_indent=f"{name:<10}",
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def ending(code: int) -> str:

@@ -37,10 +37,10 @@ def distil(images, *words, command="distill", networks=NETWORKS):
 def test_one_command_trains_teacher_and_student_and_says_what_was_gained(images, capsys):
     assert distil(images, "--compare") == 0
     out = capsys.readouterr().out
-    assert "images    " in out
-    assert "2 classes, 48 to train on, 12 to test on" in out
+    assert "images    2 classes, 48 to train on, 12 to test on, in" in out
     assert "teacher   resnet14, trained first" in out
     assert "runs      3 of 2 epochs, about " in out
+    assert "configs   teacher.yaml, deepkd.yaml, alone.yaml in" in out
     results = {}
     for name in ("teacher", "deepkd", "alone"):
         folder = images.parent / "out" / name
@@ -68,7 +68,8 @@ def test_the_same_call_goes_on_after_an_interruption(images, stopped, kept, caps
 
     monkeypatch.setattr(Trainer, "train_epoch", stop)
     assert distil(images) == 130
-    capsys.readouterr()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"deepkd: or go on with all runs: deepkd distill --images {images} ")
     assert distil(images) == 0
     assert len(epochs) == 5  # two runs of two epochs, and one that was begun twice
     assert ("teacher: finished before" in capsys.readouterr().out) == (stopped == 3)

@@ -1,5 +1,6 @@
 """What a run writes down: sums, lines, TensorBoard's events, the worklog."""
 
+import importlib.util
 import json
 import struct
 import sys
@@ -10,6 +11,7 @@ import small
 import torch
 from tensorboardX.proto.event_pb2 import Event
 
+from deepkd_plugin import data
 from deepkd_plugin.accuracy import correct
 from deepkd_plugin.errors import UserError
 from deepkd_plugin.run.metrics import GSNR, METRICS, RunLog, Sums, read_lines, read_metrics, weights_and_biases
@@ -170,6 +172,16 @@ def test_weights_and_biases_that_cannot_be_reached_leave_nothing(tmp_path, monke
     ):
         small.train(cfg)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_login_is_asked_for_before_images_are_read(tmp_path, train, monkeypatch):
+    fake = types.SimpleNamespace(run=None, api=types.SimpleNamespace(api_key=None))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(data, "get_dataset", lambda cfg: pytest.fail("images are read"))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    code, out, err = train("kd", "LOG.WANDB", "True")
+    assert (code, out, "nobody is logged in" in err) == (2, "", True)
 
 
 def test_without_a_login_runs_can_be_kept_offline(tmp_path, monkeypatch):

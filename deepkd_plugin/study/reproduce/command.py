@@ -3,7 +3,6 @@
 import ast
 import shlex
 import sys
-import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from ...run import record
 from ...run.lock import locked
 from ...run.metrics import read_metrics
 from ...terminal import Stopped, exit_code, spoken
-from ..shared import cores, count, threads
+from ..shared import cores, count, entry, threads
 from ..table import Run
 from . import matched, reuse, slurm, tables
 from .estimate import Estimate, estimate
@@ -86,7 +85,7 @@ def reproduce(request: Request) -> int:
     print(describe(plan, states, where, expected, request, unfit))
     if request.dry_run:
         for problem in missing:
-            print(_entry("missing", problem))
+            print(entry("missing", problem))
         return 0
     with locked(plan.out):
         plan.document.write()
@@ -130,7 +129,7 @@ def describe(
         "time": str(expected or ""),
         "folder": str(plan.out),
     }
-    return "\n".join(_entry(name, text) for name, text in entries.items() if text)
+    return "\n".join(entry(name, text) for name, text in entries.items() if text)
 
 
 def _on_request(plan: Plan, request: Request) -> str:
@@ -220,12 +219,12 @@ def _run(request: Request, plan: Plan, jobs: int, together: int) -> int:
     for failure in failures:
         print(failure, file=sys.stderr)
     done = len(plan.runs) - len(failures)
-    print(_entry("done", f"{done} of {len(plan.runs)} runs are finished"))
+    print(entry("done", f"{done} of {len(plan.runs)} runs are finished"))
     if saved := _saved(plan.runs):
-        print(_entry("teacher", saved))
+        print(entry("teacher", saved))
     if failures:
-        print(_entry("again", f"the same command tries the others again: {request.command}"))
-    print(_entry("report", ", ".join(str(path) for path in report(plan.out))))
+        print(entry("again", f"the same command tries the others again: {request.command}"))
+    print(entry("report", ", ".join(str(path) for path in report(plan.out))))
     return 1 if failures else 0
 
 
@@ -242,8 +241,8 @@ def _saved(runs: Sequence[Run]) -> str:
 def _submit(request: Request, plan: Plan, parameters: Mapping[str, Any]) -> int:
     jobs = slurm.submit(plan.runs, plan.out, parameters, overwrite=request.overwrite)
     if jobs:
-        print(_entry("jobs", f"{len(jobs)} submitted, {jobs[0]} to {jobs[-1]}; logs in {plan.out / 'slurm'}"))
-    print(_entry("then", shlex.join([*spoken("deepkd report"), str(plan.out)])))
+        print(entry("jobs", f"{len(jobs)} submitted, {jobs[0]} to {jobs[-1]}; logs in {plan.out / 'slurm'}"))
+    print(entry("then", shlex.join([*spoken("deepkd report"), str(plan.out)])))
     return 0
 
 
@@ -298,16 +297,3 @@ def _machine(jobs: int, together: int) -> str:
 def _cluster(parameters: Mapping[str, Any]) -> str:
     given = ", ".join(f"{key} {value}" for key, value in parameters.items())
     return f"Slurm, one array job{f' ({given})' if given else ''}"
-
-
-def _entry(name: str, text: str) -> str:
-    """Make a line of the plan; a long one goes on below."""
-    indent = " " * 10
-    return textwrap.fill(
-        text,
-        110,
-        initial_indent=f"{name:<10}",
-        subsequent_indent=indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )

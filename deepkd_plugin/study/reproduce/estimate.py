@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ... import device
 from ...run.metrics import count_epochs
 from ...run.record import processes, read_run
-from ..shared import cores, duration, threads
+from ..shared import busy, cores, duration, threads
 
 if TYPE_CHECKING:
     from ..table import Cell, Run
@@ -49,6 +49,7 @@ def estimate(plan: Plan, states: Mapping[Run, str], jobs: int, together: int = 1
             untimed.setdefault(cell[0], []).append(cell)
     if untimed and not (here and kind.timed):
         return Estimate(None, "not known: no run of each pair and method is finished yet")
+    disturbed = busy() if untimed else ""  # asked first, for timing makes a load too
     if len(untimed) > 1:
         print(f"timing the networks of {len(untimed)} pairs, some seconds each", file=sys.stderr, flush=True)
     alone: dict[Cell, float] = {}
@@ -70,6 +71,7 @@ def estimate(plan: Plan, states: Mapping[Run, str], jobs: int, together: int = 1
     by_finished = len(left) - timed
     how = [f"{by_finished} by finished runs of their kind"] * (by_finished > 0)
     how += [f"{timed} by their networks' passes over noise, timed here, {_share(each, jobs, together)}"] * (timed > 0)
+    how += [disturbed] * bool(disturbed)
     return Estimate(total_seconds(seconds, jobs), f"an estimate: {'; '.join(how)}")
 
 

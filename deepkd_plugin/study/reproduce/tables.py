@@ -13,6 +13,7 @@ from ...data import source
 from ...distillers import DISTILLERS, DeepKD, bases
 from ...errors import UserError
 from ...streams import STREAMS
+from ...terminal import nearest
 from ..calibration import MASS, mask_options, measure
 from ..kinds import KINDS
 from ..kinds.kind import Kind
@@ -133,7 +134,9 @@ def find(name: str, base: str | None = None, dataset: str | None = None) -> Outl
     datasets, taken_apart = KINDS[CLASSIFICATION].tables(), [row_name(base) for base in bases()]
     over, source = base or taken_apart[0], _source("--dataset", dataset or DATASET, datasets)
     if over not in taken_apart:
-        raise UserError(f"command line: --base is {over!r}; it must be one of {', '.join(taken_apart)}")
+        raise UserError(
+            f"command line: --base is {over!r}; it must be one of {', '.join(taken_apart)}{nearest(over, taken_apart)}"
+        )
     config = row_name(over, deepkd=True)
     varies, (first, *others) = ABLATIONS[name]
     rows = (replace(first, config=config), *(replace(row, config=config, base=first.name) for row in others))
@@ -149,7 +152,9 @@ def choose(given: Sequence[str] | None, there: Sequence[str], flag: str) -> tupl
     """Put the names given on the command line into the table's order; all without any. UserError for an unknown one."""
     unknown = [name for name in given or () if name not in there]
     if unknown:
-        raise UserError(f"command line: {flag} is {unknown[0]!r}; it must be one of {', '.join(there)}")
+        raise UserError(
+            f"command line: {flag} is {unknown[0]!r}; it must be one of {', '.join(there)}{nearest(unknown[0], there)}"
+        )
     return tuple(name for name in there if name in (given or there))
 
 
@@ -242,7 +247,7 @@ def _source(what: str, word: str, known: Sequence[str]) -> str:
     if not path.is_dir():
         raise UserError(
             f"command line: {what} is {word!r}; it must be one of {', '.join(known)}, or a folder of configs "
-            f"PAIR/METHOD.yaml"
+            f"PAIR/METHOD.yaml{nearest(word, known)}"
         )
     if not any(path.glob("*/*.yaml")):
         raise UserError(f"command line: {what} is {word!r}; it must hold configs PAIR/METHOD.yaml, and has none")

@@ -89,6 +89,13 @@ def entry(out, name):
     return " ".join(line[10:] for line in text)
 
 
+def test_the_plan_fits_the_terminal(reproduce, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "70")
+    code, out, _ = reproduce("reproduce", "glyphs100", "--dry-run", "--methods", "kd", "deepkd")
+    plan = [line for line in out.splitlines() if line.startswith(("time ", " " * 10))]
+    assert (code, len(plan) > 1, max(map(len, plan)) <= 70) == (0, True, True)
+
+
 def test_all_of_it(reproduce, calls, tmp_path):
     code, out, err = reproduce(*GLYPHS, "--jobs", "3", "SOLVER.EPOCHS", "4")
     assert (code, err) == (0, "")

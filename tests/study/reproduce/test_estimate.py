@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from deepkd_plugin import device
+from deepkd_plugin.study import shared
 from deepkd_plugin.study.kinds.classification import Classification
 from deepkd_plugin.study.reproduce import estimate, tables
 from deepkd_plugin.study.reproduce.plan import make_plan
@@ -51,6 +53,7 @@ def timed(monkeypatch):
 
     monkeypatch.setattr(Classification, "seconds", seconds)
     monkeypatch.setattr(estimate, "cores", lambda: 8)
+    monkeypatch.setattr(estimate, "busy", lambda: "")
     monkeypatch.setattr(device, "count", lambda: 0)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     return calls
@@ -63,6 +66,17 @@ def test_a_plan_without_runs_is_timed_once_a_pair(timed):
     assert timed == [(["NONE", "KD", "DKD"], 4)]  # eight cores are shared out to two jobs
     how = "an estimate: 6 by their networks' passes over noise, timed here, each on 4 of 8 cores"
     assert str(told) == f"about {duration(told.seconds)}; {how}"
+
+
+@pytest.mark.parametrize(("load", "said"), [(0.9, False), (9.4, True)])
+def test_a_busy_machine_is_told_of_beside_what_it_makes_slow(timed, monkeypatch, load, said):
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(estimate, "busy", shared.busy)
+    made = plan()
+    told = estimate.estimate(made, dict.fromkeys(made.runs, "new"), 1)
+    assert told.how.endswith("; other programs keep this machine busy (load 9.4 on 2 cores), and without them it is "
+                             "faster") == said  # fmt: skip
 
 
 @pytest.mark.parametrize(("gpus", "jobs", "turns"), [(0, 2, 1), (0, 16, 2), (1, 4, 4), (2, 4, 2), (4, 2, 1)])
