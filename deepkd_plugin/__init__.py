@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .gsnr import GradientMonitor, GSNRAllocation
-from .losses import DecoupledKD, decoupled_kd, per_sample
+from .losses import DecoupledKD, Samples, decoupled_kd, kd_divergence, per_sample
 from .optim import DecoupledAdamW, DecoupledMomentumSGD, backward, from_sgd, to_sgd
-from .topk import TopKSchedule
+from .topk import TopKSchedule, top_k_index, top_k_mask
 
 __all__ = [
     "DecoupledAdamW",
@@ -19,14 +19,18 @@ __all__ = [
     "DecoupledMomentumSGD",
     "GSNRAllocation",
     "GradientMonitor",
+    "Samples",
     "TopKSchedule",
     "backward",
     "decoupled_kd",
     "from_sgd",
+    "kd_divergence",
     "load_student",
     "per_sample",
     "register",
     "to_sgd",
+    "top_k_index",
+    "top_k_mask",
     "train",
 ]
 __version__ = "0.2.0"
