@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .gsnr import GradientMonitor, GSNRAllocation
-from .losses import DecoupledKD, decoupled_kd, per_sample
+from .losses import DecoupledKD, Samples, decoupled_kd, kd_divergence, per_sample
 from .optim import DecoupledAdamW, DecoupledMomentumSGD, backward, from_sgd, to_sgd
 from .tokens import shared_vocabulary, token_kd
-from .topk import TopKSchedule
+from .topk import TopKSchedule, top_k_index, top_k_mask
 
 __all__ = [
     "DecoupledAdamW",
@@ -20,16 +20,20 @@ __all__ = [
     "DecoupledMomentumSGD",
     "GSNRAllocation",
     "GradientMonitor",
+    "Samples",
     "TopKSchedule",
     "backward",
     "decoupled_kd",
     "from_sgd",
+    "kd_divergence",
     "load_student",
     "per_sample",
     "register",
     "shared_vocabulary",
     "to_sgd",
     "token_kd",
+    "top_k_index",
+    "top_k_mask",
     "train",
 ]
 __version__ = "0.2.0"

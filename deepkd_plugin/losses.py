@@ -12,7 +12,7 @@ all that. Elsewhere a class that is masked in one network alone gives a loss tha
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,8 +40,9 @@ class DecoupledKD(NamedTuple):
 def kd_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
     """Compute T² · KL(teacher ‖ student) of the softmax at temperature T (Hinton et al., 2015).
 
-    Logits (B, C) each; returns (B,). Raises ValueError for other shapes, integer logits, T ≤ 0 or, on a CPU, a class
-    that is −inf in one network alone.
+    Logits (B, C) each; returns (B,). Raises TypeError for what is no tensor, ValueError for other shapes, integer
+    logits, T ≤ 0, logits of which the teacher's alone need a gradient or, on a CPU, a class that is −inf in one network
+    alone.
     """
     check(student_logits, teacher_logits, temperature)
     log_s = F.log_softmax(scaled(student_logits, temperature), dim=1)
@@ -71,9 +72,10 @@ def decoupled_kd(
 
     Logits of other shapes, soft labels and positions to ignore: see per_sample.
 
-    Raises ValueError for shapes that do not fit, integer logits, T ≤ 0, K outside 1 … C − 1, an unknown mask, and, on
-    a CPU, a label outside the classes, a masked target or a class that is −inf in one network alone (a check on a GPU
-    would stop it for every batch).
+    Raises TypeError for what is no tensor, ValueError for shapes that do not fit, integer logits, T ≤ 0, K outside
+    1 … C − 1, an unknown mask, logits of which the teacher's alone need a gradient (swapped networks), and, on a CPU,
+    a label outside the classes, a masked target or a class that is −inf in one network alone (a check on a GPU would
+    stop it for every batch).
     """
     check(student_logits, teacher_logits, temperature, target)
     if mask not in MASKS:
@@ -136,8 +138,9 @@ def per_sample(
     A soft label's target class is its largest, the first of equals. TCKD then speaks of that class, and NCKD of all
     others, those that the label names beside it included.
 
-    Raises ValueError for shapes or types that do not fit.
+    Raises TypeError for what is no tensor, ValueError for shapes or types that do not fit.
     """
+    _check_tensors(student_logits=student_logits, teacher_logits=teacher_logits, target=target)
     shape = tuple(student_logits.shape)
     if len(shape) < 2 or shape != teacher_logits.shape or not -len(shape) <= class_dim < len(shape):
         raise ValueError(
@@ -211,9 +214,13 @@ def scaled(logits: Tensor, temperature: float) -> Tensor:
 
 def _readable(tensor: Tensor) -> bool:
     """Tell whether a check may read values: on a CPU, and nothing traces, fakes, shards or maps the tensor."""
+    return tensor.device.type == "cpu" and _plain(tensor)
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Tell whether nothing traces, fakes, shards or maps the tensor."""
     return (
-        tensor.device.type == "cpu"
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and type(tensor) in (Tensor, Parameter)
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
         and torch._C._len_torch_dispatch_stack() == 0
@@ -225,14 +232,29 @@ def _check_type(*logits: Tensor) -> None:
         raise ValueError(f"logits must be floating-point numbers, got {', '.join(str(part.dtype) for part in logits)}")
 
 
+def _check_tensors(**values: Any) -> None:
+    """Raise TypeError for the first value that is no tensor, such as the tuple that mdistiller's networks return."""
+    for name, value in values.items():
+        if value is not None and not isinstance(value, Tensor):
+            pick = "; take the logits out of what the network returns" if name.endswith("logits") else ""
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}{pick}")
+
+
 def check(student: Tensor, teacher: Tensor, temperature: float, target: Tensor | None = None) -> None:
-    """Raise ValueError for what the losses above refuse: shapes, types, the temperature; values if they can be read."""
+    """Raise for what the losses above refuse: types, shapes, swapped networks, T; values if they can be read."""
+    _check_tensors(student_logits=student, teacher_logits=teacher, target=target)
     if student.ndim != 2 or student.shape != teacher.shape:
         raise ValueError(
             f"student and teacher logits must have one shape (B, C), got {tuple(student.shape)} and "
             f"{tuple(teacher.shape)}; per_sample flattens logits with more dimensions"
         )
     _check_type(student, teacher)
+    alone = teacher.requires_grad and not student.requires_grad
+    if alone and torch.is_grad_enabled() and _plain(student) and _plain(teacher):
+        raise ValueError(
+            "teacher_logits need a gradient and student_logits need none: are the two swapped? If they are not, call "
+            "the teacher under torch.no_grad()"
+        )
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature!r}")
     num_classes = student.shape[1]

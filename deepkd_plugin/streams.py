@@ -85,6 +85,8 @@ def backward_by_set(
     """
     known = [name for names in sets for name in names]
     _check_losses(losses, known)
+    if not params:
+        raise RuntimeError("no parameter needs a gradient: all are frozen (requires_grad False), or there are none")
     totals: list[Tensor | None] = []
     for names in sets:
         parts = [losses[name] for name in names if name in losses and losses[name].requires_grad]
@@ -92,8 +94,6 @@ def backward_by_set(
     present = {i: total for i, total in enumerate(totals) if total is not None}
     if not present:
         raise RuntimeError(f"none of the losses {list(losses)} needs a gradient")
-    if not params:
-        raise RuntimeError("no parameter needs a gradient: all are frozen (requires_grad False), or there are none")
     columns: list[list[Tensor | None]] = [[None] * len(params) for _ in sets]
     seen = set[int]()
     for i, total in present.items():

@@ -121,7 +121,10 @@ class TopKSchedule:
     def __call__(self, progress: float) -> int:
         """Return K at `progress`, the share of training that is done, in [0, 1]."""
         if not 0.0 <= progress <= 1.0:
-            raise ValueError(f"progress must be in [0, 1], got {progress!r}")
+            raise ValueError(
+                f"progress must be in [0, 1], got {progress!r}: it is the share of training that is done, such as "
+                f"epoch / (epochs - 1)"
+            )
         return round(_by_phases(progress, self.phases, self.initial, self.optimal, self.num_classes - 1))
 
     def __repr__(self) -> str:

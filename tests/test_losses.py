@@ -277,6 +277,36 @@ def test_bad_input_is_named(logits, change, message):
         decoupled_kd(**given)
 
 
+@pytest.mark.parametrize("name", ["student_logits", "teacher_logits"])
+def test_what_a_network_returns_beside_its_logits_is_refused(logits, name):
+    """mdistiller's networks return (logits, features), others a dictionary."""
+    given = dict(zip(("student_logits", "teacher_logits", "target"), logits))
+    for output, kind in (((given[name], {}), "tuple"), ({"logits": given[name]}, "dict")):
+        for loss in (decoupled_kd, per_sample):
+            with pytest.raises(TypeError, match=f"{name} must be a tensor, got {kind}; take the logits out of what"):
+                loss(**given | {name: output})
+    for labels, kind in ((given["target"].tolist(), "list"), (given["target"].numpy(), "ndarray")):
+        with pytest.raises(TypeError, match=f"target must be a tensor, got {kind}$"):
+            decoupled_kd(**given | {"target": labels})
+
+
+def test_swapped_networks_are_refused(logits):
+    student, teacher, target = logits
+    for loss in (lambda: decoupled_kd(teacher, student, target), lambda: kd_divergence(teacher, student)):
+        with pytest.raises(ValueError, match="student_logits need none: are the two swapped"):
+            loss()
+        with torch.no_grad():  # a measurement, in which nobody learns
+            loss()
+
+
+def test_a_teacher_without_no_grad_changes_nothing(logits):
+    """If both need a gradient there is nothing to tell them apart by, and the student's gradient is the same."""
+    student, teacher, target = logits
+    losses = [decoupled_kd(student, kept, target, top_k=3) for kept in (teacher, teacher.clone().requires_grad_())]
+    one, other = (torch.autograd.grad(loss.tckd.sum() + loss.nckd.sum(), student) for loss in losses)
+    assert torch.equal(one[0], other[0])
+
+
 def test_one_class_cannot_be_decoupled():
     with pytest.raises(ValueError, match="at least 2 classes"):
         decoupled_kd(torch.zeros(2, 1), torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64))

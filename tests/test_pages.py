@@ -42,3 +42,9 @@ def test_lines_are_at_most_120_characters_long(page):
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
 def test_pages_are_at_most_150_lines_long(page):
     assert len(page.read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_the_page_on_the_api_names_what_the_package_exports():
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8").partition("## For methods")[0]
+    named = [name.strip() for line in re.findall(r"members: \[(.+)\]", page) for name in line.split(",")]
+    assert sorted(named) == sorted(deepkd_plugin.__all__)

@@ -107,7 +107,7 @@ def test_bad_schedules(arguments, message):
 
 @pytest.mark.parametrize("progress", [-0.01, 1.01, float("nan")])
 def test_progress_outside_training(progress):
-    with pytest.raises(ValueError, match="progress must be in"):
+    with pytest.raises(ValueError, match=r"progress must be in .* such as epoch / \(epochs - 1\)"):
         TopKSchedule(100)(progress)
 
 

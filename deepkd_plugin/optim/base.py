@@ -85,8 +85,8 @@ class StreamOptimizer(Optimizer):
     """How the refusal of a state without streams ends."""
 
     def __init__(self, params: Iterable[Any], momentum: Mapping[str, float] | float, options: dict[str, Any]) -> None:
-        if not isinstance(momentum, Mapping):
-            momentum = {"task": momentum}
+        if isinstance(momentum, Real):
+            momentum = {"task": float(momentum)}
         _check_names(momentum)
         self._pending = Ledger()
         super().__init__(params, {"lr": options.pop("lr"), "momentum": dict(momentum), **options})
@@ -374,7 +374,7 @@ def _shares(momentum: Mapping[str, float]) -> dict[str, float]:
 
 
 def _check_names(momentum: Mapping[str, float]) -> None:
-    if not momentum:
+    if not momentum or not isinstance(momentum, Mapping):
         raise ValueError(f"momentum must map stream names to numbers, or be a number, got {momentum!r}")
     for name in momentum:
         if not isinstance(name, str) or not name or "+" in name:

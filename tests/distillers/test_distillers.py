@@ -245,7 +245,7 @@ def test_the_loss_weights_that_a_method_states_are_those_of_its_loss(cfg, settin
     cfg.DKD.update({"CE_WEIGHT": 0.4, "ALPHA": 1.5, "BETA": 6.0, "WARMUP": 10})
     cfg.DeepKD.update({"BASE": base or "KD", "CE_WEIGHT": 0.2, "TCG_WEIGHT": 1.1, "NCG_WEIGHT": 2.5, "WARMUP": 10})
     cfg.DeepKD.MASK.TYPE = "none"
-    logits, labels = (student.logits.detach(), teacher.logits), batch["target"]
+    logits, labels = (student.logits.detach(), teacher.logits.detach()), batch["target"]
     tckd, nckd, p = decoupled_kd(*logits, labels, 4.0)
     parts = {"TCKD": tckd.mean(), "NCKD": nckd.mean(), "(1 − p) NCKD": ((1 - p) * nckd).mean()}
     parts |= {"KD": parts["TCKD"] + parts["(1 − p) NCKD"]}

@@ -522,7 +522,7 @@ GOOD = {"lr": 0.1, "momentum": {"a": 0.9, "b": 0.5}, "weight_decay": 0.1, "weigh
         ({"momentum": {"a": "0.9", "b": 0.5}}, "momentum of stream 'a' must be in"),
         ({"momentum": {"a+b": 0.9}}, r"a stream's name must be a word without '\+', got 'a\+b'"),
         ({"momentum": {1: 0.9}}, "a stream's name must be a word"),
-        ({"momentum": [0.9]}, r"momentum of stream 'task' must be in \[0, 1\), got \[0.9\]"),
+        ({"momentum": [0.9]}, r"momentum must map stream names to numbers, or be a number, got \[0.9\]"),
         ({"lr": float("inf")}, "lr must be at least 0 and finite, got inf"),
         ({"lr": torch.tensor([0.1])}, r"a tensor of shape \(\), got a tensor of shape \(1,\)"),
         ({"lr": torch.tensor([0.1, 0.1])}, r"a tensor of shape \(\), got a tensor of shape \(2,\)"),
