@@ -85,11 +85,10 @@ class StreamOptimizer(Optimizer):
     """How the refusal of a state without streams ends."""
 
     def __init__(self, params: Iterable[Any], momentum: Mapping[str, float] | float, options: dict[str, Any]) -> None:
-        if isinstance(momentum, Real):
-            momentum = {"task": float(momentum)}
-        _check_names(momentum)
+        named = {"task": float(momentum)} if isinstance(momentum, (float, Real)) else momentum
+        _check_names(named)
         self._pending = Ledger()
-        super().__init__(params, {"lr": options.pop("lr"), "momentum": dict(momentum), **options})
+        super().__init__(params, {"lr": options.pop("lr"), "momentum": dict(named), **options})
 
     def _coefficients(self, group: Mapping[str, Any]) -> Mapping[str, Hashable]:
         """Return stream → what a set of streams must have in common; of `_check_options` they are checked."""
