@@ -61,8 +61,9 @@ def test_the_rows_and_their_bases():
     for base in BASES:
         twin = tables.row_name(base, deepkd=True)
         bases |= {twin: f"{base}_matched", f"{twin}_nomask": f"{base}_matched"}
-    bases |= {"rld_matched": "rld", "deepkd_rld": "rld_matched"}
-    assert not {"rld", "rld_matched", "deepkd_rld"} & {*table.by_default}
+    for base in ("rld", "wttm"):
+        bases |= {f"{base}_matched": base, f"deepkd_{base}": f"{base}_matched"}
+        assert not {base, f"{base}_matched", f"deepkd_{base}"} & {*table.by_default}
     assert {row.name: row.base for row in table.methods if row.base} == bases
     names = [row.name for row in table.methods]
     assert names[:8] == [name for base in BASES for name in (base, f"{base}_matched")]
