@@ -21,7 +21,7 @@ def _show(words: Sequence[str], name: str, description: str, example: str, lines
     all_lines = list(lines())
     found = [line for line in all_lines if word.lower() in line.lower()]
     if not found:
-        meant = nearest(word, {part.strip(".,:;()'") for line in all_lines for part in line.split()})
+        meant = nearest(word, [part.strip(".,:;()'") for line in all_lines for part in line.split()])
         raise UserError(
             f"command line: no line of `deepkd {name}` has {shown(word)}; without a word it lists all{meant}"
         )
