@@ -163,6 +163,8 @@ def _distill(args: argparse.Namespace, only_write: bool, again: str) -> None:
             one.settings.update({"INPUT.STD": list(cfgs[request.method].INPUT.STD)})
         with _by_flag(request, one, args.options):
             cfgs[one.name] = _checked(one, args.options)
+            if not request.train_teacher:
+                launch.check_files(find_host(), cfgs[one.name])
             if not only_write:
                 check_login(cfgs[one.name])
     with _by_flag(request, next(one for one in planned if one.name == request.method), args.options):

@@ -136,6 +136,7 @@ def test_mistakes_are_one_line_and_leave_nothing(images, words, message, capsys)
     ("networks", "message"),
     [
         (("--train-teacher", "resnet9"), "command line: --train-teacher is 'resnet9'"),
+        (("--teacher", "resnet14"), "--teacher-weights names no file and the zoo has no weights of resnet14"),
         (("--teacher", "resnet9", "--teacher-weights", "t"), "command line: --teacher is 'resnet9'"),
         (
             ("--teacher", "resnet14", "--teacher-weights", "nowhere.pt"),
@@ -148,6 +149,7 @@ def test_a_mistake_in_a_teacher_names_the_flag_that_was_typed(images, networks, 
     (line,) = errors(capsys)
     assert message in line
     assert "DISTILLER" not in line
+    assert not (images.parent / "out").exists()
 
 
 @pytest.mark.parametrize("command", ["distill", "init"])
