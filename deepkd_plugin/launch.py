@@ -225,7 +225,8 @@ def experiment_name(cfg: Any, options: Sequence[str] = ()) -> str:
 def announce(name: str, cfg: Any, count: int, torch_device: Any) -> None:
     """Print what a run will be, of how many training images, and by which code on which device."""
     print(
-        f"{name}: {cfg.DISTILLER.TYPE} on {cfg.DATASET.TYPE}, {count} images, {cfg.SOLVER.EPOCHS} epochs\n"
+        f"{name}: {cfg.DISTILLER.TYPE} on {cfg.DATASET.TYPE}, {count} images, {cfg.SOLVER.EPOCHS} "
+        f"epoch{'s' * (cfg.SOLVER.EPOCHS > 1)}\n"
         f"by        deepkd_plugin {version()} in {record.PACKAGE}; {device.describe(torch_device)}"
     )
 
@@ -309,9 +310,11 @@ def _given(options: Sequence[str]) -> list[str]:
 
 
 def _beside(file: str) -> list[Path]:
-    """List the other configs of a config's folder, the bases first."""
+    """List the other configs of a config's folder: first the one that DeepKD is over in it, then other bases."""
     others = sorted(path for path in Path(file).parent.glob("*.yaml") if path.name != Path(file).name)
-    return sorted(others, key=lambda path: path.stem not in ("kd", "dkd"))
+    over = Path(file).stem.removeprefix("deepkd").removeprefix("_").partition("_")[0]
+    first = (over, "kd", "dkd")
+    return sorted(others, key=lambda path: first.index(path.stem) if path.stem in first else len(first))
 
 
 @contextlib.contextmanager

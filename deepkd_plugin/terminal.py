@@ -39,9 +39,10 @@ SCRIPTS = {
 
 
 def nearest(word: str, names: Iterable[str]) -> str:
-    """Return "; did you mean NAME?" of the name that is most like a word; "" if none is."""
-    near = get_close_matches(word[:100], list(names), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    """Return "; did you mean NAME?" of the name that is most like a word, in capitals or not; "" if none is."""
+    known = {name.lower(): name for name in names}
+    near = get_close_matches(word[:100].lower(), known, n=1)
+    return f"; did you mean {known[near[0]]}?" if near else ""
 
 
 class Parser(argparse.ArgumentParser):
@@ -124,6 +125,13 @@ class Parser(argparse.ArgumentParser):
         if _building:
             raise _Built(self)
         return super().parse_args(*args, **options)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += nearest(str(value), map(str, action.choices or ()))
+            raise
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"command line: {message}; see {self.prog} --help")
@@ -241,50 +249,6 @@ def spoken(tool: str) -> list[str]:
     if called == here / "__main__.py":
         return [sys.orig_argv[0], "-m", here.name, *command]
     return [str(called) if called.name == name and not shutil.which(name) else name, *command]
-
-
-def world_size() -> int:
-    """Return how many processes a launcher such as torchrun has started, by WORLD_SIZE; 1 without one."""
-    return _whole_numbers(WORLD_SIZE="1")[0] or 1
-
-
-def process_share(*needed: str) -> tuple[int, int, int]:
-    """Return this process's number among a launcher's, how many these are, and its number on this machine.
-
-    From RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them; (0, 1, 0) without. needed: variables that must be set
-    too if there are several. Raises UserError for other values, and for several processes without a number.
-    """
-    size = world_size()
-    missing = [name for name in ("RANK", "LOCAL_RANK", *needed) if not os.environ.get(name, "").strip()]
-    if size > 1 and missing:
-        raise UserError(
-            f"environment: WORLD_SIZE is {size} and {', '.join(missing)} is missing; start several processes by "
-            f"torchrun, which sets them all, and one without WORLD_SIZE"
-        )
-    rank, local = _whole_numbers(RANK="0", LOCAL_RANK="0")
-    if rank >= size:
-        raise UserError(f"environment: RANK is {rank}; it must be below WORLD_SIZE, {size}, as torchrun sets them")
-    return rank, size, local
-
-
-def _whole_numbers(**usual: str) -> list[int]:
-    """Read numbers from the environment; usual: their values if they are not set. UserError for what is no number."""
-    numbers = []
-    for name, value in usual.items():
-        text = os.environ.get(name, "").strip() or value
-        if not (text.isascii() and text.isdecimal()):
-            raise UserError(f"environment: {name} is {shown(text)}; it must be a whole number, as torchrun sets them")
-        numbers.append(int(text))
-    return numbers
-
-
-def one_process() -> None:
-    """Raise UserError in one of several processes of a launcher such as torchrun: each would do the same work."""
-    if (size := world_size()) > 1:
-        raise UserError(
-            f"environment: WORLD_SIZE is {size}; this is work for one process, so start it without torchrun (it is "
-            f"tools/train.py and tools/train_detection.py that train one run in several)"
-        )
 
 
 def version() -> str:

@@ -80,6 +80,12 @@ def test_the_gain_over_the_runs_beside_it_that_are_alike(train, tmp_path):
     assert "gain      not known" in train("dkd", *named, "SOLVER.SEED", "1")[1]
 
 
+@pytest.mark.parametrize(("name", "first"), [("deepkd", "kd"), ("deepkd_dkd", "dkd"), ("kd", "dkd"), ("vanilla", "kd")])
+def test_the_config_that_is_named_next_is_the_base_of_this_one(name, first):
+    beside = launch._beside(str(ROOT / "configs" / "glyphs100" / "res20_res8" / f"{name}.yaml"))
+    assert beside[0].stem == first
+
+
 @pytest.mark.parametrize(
     ("option", "alike"),
     [
@@ -202,6 +208,10 @@ def mistake(train, config, *options, flags=()):
             "command line: SOLVER.TRAINER is 'deepkd'; it must be one of base, Dec",
         ),
         (("DATASET.TYPE", "cifar1000"), "DATASET.TYPE is 'cifar1000'; it must be one of cifar100, glyphs100"),
+        (("DATASET.TYPE", "glyph100"), "package.module:function; did you mean glyphs100?"),
+        (("DISTILLER.TYPE", "deepkd"), ", DeepKD; did you mean DeepKD?"),
+        (("DISTILLER.STUDENT", "resnt8"), "package.module:constructor; did you mean resnet8?"),
+        (("DISTILLER.TEACHER_WEIGHTS", "builtin:glyphs_resnet20"), "; did you mean builtin:glyphs100_resnet20?"),
         (
             ("DISTILLER.TEACHER_WEIGHTS", "none.pt"),
             "none.pt: no such file; DISTILLER.TEACHER_WEIGHTS must name",

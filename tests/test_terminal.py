@@ -130,18 +130,6 @@ def test_a_flag_must_be_written_out():
     assert parser.parse(["--overwrite"]).overwrite
 
 
-@pytest.mark.parametrize(("size", "refused"), [("4", True), ("1", False), ("", False), (None, False)])
-def test_one_of_several_processes_is_refused(monkeypatch, size, refused):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    if size is not None:
-        monkeypatch.setenv("WORLD_SIZE", size)
-    if not refused:
-        terminal.one_process()
-        return
-    with pytest.raises(UserError, match="WORLD_SIZE is 4; this is work for one process"):
-        terminal.one_process()
-
-
 @pytest.mark.parametrize(("error", "shown"), [("ConnectionResetError", False), ("EOFError", False), ("KeyError", True)])
 def test_a_thread_says_nothing_of_a_loaders_process_that_is_gone(error, shown):
     """As multiprocessing's thread does: it hands what it caught to sys.excepthook."""

@@ -5,8 +5,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..config.shipped import find_config
+from ..distributed.environment import process_share
 from ..errors import UserError
-from ..terminal import Parser, process_share
+from ..terminal import Parser
 
 DEFAULT = Path("data/teacher_logits")
 

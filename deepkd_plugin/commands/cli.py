@@ -49,18 +49,15 @@ COMMANDS = {name: what for group in GROUPS.values() for name, what in group.item
 
 
 class _Root(Parser):
-    """The parser of what is in front of a command; its help is a line for each command, and fits a terminal."""
+    """The parser of what is in front of a command; its help and the prompt fit 24 lines of 80."""
 
     def format_help(self) -> str:
-        lines = [f"usage: {self.prog} COMMAND …"]
+        flags = ", ".join(name for name in self._option_string_actions if name.startswith("--"))
+        lines = [f"usage: {self.prog} COMMAND [--help]. Also: {flags}"]
         for group, commands in GROUPS.items():
             names = [group, *[""] * (len(commands) - 1)]
             lines += [f"{group:8} {name:11} {what}" for group, (name, what) in zip(names, commands.items())]
-        return "\n".join([*lines, f"{self.prog} COMMAND --help has examples. {_flags(self)}", ""])
-
-
-def _flags(parser: Parser) -> str:
-    return "Also: " + ", ".join(name for name in parser._option_string_actions if name.startswith("--"))
+        return "\n".join([*lines, ""])
 
 
 def entry() -> NoReturn:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +16,8 @@ import yaml
 from .. import config, data, extensions, launch
 from ..config import file as config_file
 from ..config import theirs
-from ..data.folders import is_image, visible_files
+from ..data.folders import ImageFiles, is_image, visible_files
+from ..distributed.environment import one_process
 from ..errors import UserError
 from ..hosts.libraries import FORMS
 from ..hosts.registry import find_host
@@ -23,7 +26,7 @@ from ..run.metrics import check_login
 from ..study.kinds import KINDS
 from ..study.shared import busy, cores, duration, entry
 from ..study.table import CLASSIFICATION
-from ..terminal import Parser, Stopped, count, guarded, one_process, spoken
+from ..terminal import Parser, Stopped, count, guarded, spoken
 
 DELTAS = {"TOG": 0.075, "TCG": -0.075, "NCG": 0.075}
 """Of SOLVER.DECOUPLED.DELTA: the paper's."""
@@ -41,6 +44,16 @@ METHODS: dict[str, dict[str, Any]] = {
     },
 }
 """What a config says of each method, with the loss weights of most of configs/cifar100/."""
+
+FLAGS = {
+    **{"DISTILLER.STUDENT": "--student", "DISTILLER.TEACHER": "--teacher", "DATASET.ROOT": "--images"},
+    **{"DISTILLER.TEACHER_WEIGHTS": "--teacher-weights", "DATASET.HOLDOUT": "--holdout", "INPUT.SIZE": "--size"},
+    **{"SOLVER.BATCH_SIZE": "--batch", "SOLVER.EPOCHS": "--epochs"},
+}
+"""Config keys, and what sets them on the command line."""
+
+NAMED = 10
+"""How many damaged images an error names."""
 
 TEACHER, ALONE = "teacher", "alone"
 """Names of the runs beside the method's."""
@@ -148,20 +161,65 @@ def _distill(args: argparse.Namespace, only_write: bool, again: str) -> None:
         if one.name == ALONE:  # it sees the images that the taught student sees
             one.settings.update({"INPUT.MEAN": list(cfgs[request.method].INPUT.MEAN)})
             one.settings.update({"INPUT.STD": list(cfgs[request.method].INPUT.STD)})
-        cfgs[one.name] = _checked(one, args.options)
-        if not only_write:
-            check_login(cfgs[one.name])
+        with _by_flag(request, one, args.options):
+            cfgs[one.name] = _checked(one, args.options)
+            if not request.train_teacher:
+                launch.check_files(find_host(), cfgs[one.name])
+            if not only_write:
+                check_login(cfgs[one.name])
+    with _by_flag(request, next(one for one in planned if one.name == request.method), args.options):
+        source = data.source(cfgs[request.method])
+        counts = source.images(cfgs[request.method])
+        _check_images(source, cfgs[request.method].DATASET)
     _write(planned, args.options, args.overwrite)
-    _show(request, planned, cfgs)
+    _show(request, planned, cfgs, source.num_classes, counts)
     if only_write:
         print("next      " + "\n          ".join(_command(one.file) for one in planned))
         return
     try:
         for one in planned:
-            _train(one, args.overwrite)
+            with _by_flag(request, one, args.options):
+                _train(one, args.overwrite)
     except Stopped as stopped:
         raise Stopped(f"{stopped}\ndeepkd: or go on with all runs: {again}", stopped.code) from None
     _summarise(request, planned)
+
+
+@contextlib.contextmanager
+def _by_flag(request: Request, one: Planned, options: Sequence[str]) -> Iterator[None]:
+    """Let an error name the flag that was typed, and not the key that a run's config makes of it."""
+    try:
+        yield
+    except UserError as error:
+        flags = dict(FLAGS)
+        if request.train_teacher:
+            trained = "--train-teacher"
+            # its file is one that the command itself writes
+            flags |= {"DISTILLER.STUDENT" if one.name == TEACHER else "DISTILLER.TEACHER": trained}
+            del flags["DISTILLER.TEACHER_WEIGHTS"]
+        text = str(error)
+        for key, flag in flags.items():
+            if key not in options:
+                text = re.sub(rf"(?<![\w.]){re.escape(key)}(?!\w|\.\w)", flag, text)
+        if text == str(error):
+            raise
+        raise UserError(text.replace(f"{one.file}: --", "command line: --", 1)) from None
+
+
+def _check_images(source: data.Source, node: Any) -> None:
+    """Raise UserError that names the images which cannot be opened, before any training would meet the first."""
+    names: list[str] = []
+    for split in ("train", "test")[: 1 + (not node.HOLDOUT)]:
+        images = source.load(node, split)
+        names += images.damaged() if isinstance(images, ImageFiles) else []
+    if names:
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        said = ", ".join(name.removeprefix(f"{node.ROOT}/") for name in names[:NAMED])
+        one = len(names) == 1
+        raise UserError(
+            f"{node.ROOT}: DATASET.ROOT has {len(names)} {'image' if one else 'images'} that cannot be read: "
+            f"{said}{more}; {'it' if one else 'they'} must be whole, or be taken out of the folder"
+        )
 
 
 def _request(args: argparse.Namespace) -> Request:
@@ -243,15 +301,17 @@ def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _show(request: Request, planned: Sequence[Planned], cfgs: Mapping[str, Any]) -> None:
-    source = data.source(cfgs[request.method])
-    train, tested = source.images(cfgs[request.method])
+def _show(
+    request: Request, planned: Sequence[Planned], cfgs: Mapping[str, Any], classes: int, counts: tuple[int, int]
+) -> None:
+    """Print the plan; counts: of images to train on and to test on."""
+    train, tested = counts
     weights = "trained first" if request.train_teacher else request.weights or "its library's weights"
     disturbed = busy()
     timed = KINDS[CLASSIFICATION].seconds([cfgs[one.name] for one in planned], cores(), [1] * len(planned))
     files = ", ".join(one.file.name for one in planned)
     entries = {
-        "images": f"{source.num_classes} classes, {train} to train on, {tested} to test on, in {request.images}",
+        "images": f"{classes} classes, {train} to train on, {tested} to test on, in {request.images}",
         "teacher": f"{request.teacher}, {weights}",
         "student": f"{request.student}, by {request.method}{', and alone' if request.compare else ''}",
         "runs": f"{len(planned)} of {cfgs[request.method].SOLVER.EPOCHS} epochs, about {duration(sum(timed))} here, "

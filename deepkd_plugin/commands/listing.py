@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 
 from ..errors import UserError, shown
-from ..terminal import Parser, guarded
+from ..terminal import Parser, guarded, nearest
 
 
 def show(words: Sequence[str], name: str, description: str, word: str, lines: Callable[[], Iterable[str]]) -> int:
@@ -18,7 +18,11 @@ def _show(words: Sequence[str], name: str, description: str, example: str, lines
     parser = Parser(f"deepkd {name}", description=description, examples=("", example))
     parser.add_argument("word", metavar="WORD", nargs="?", default="", help="only what has this in it")
     word = parser.parse(words).word
-    found = [line for line in lines() if word.lower() in line.lower()]
+    all_lines = list(lines())
+    found = [line for line in all_lines if word.lower() in line.lower()]
     if not found:
-        raise UserError(f"command line: no line of `deepkd {name}` has {shown(word)}; without a word it lists all")
+        meant = nearest(word, [part.strip(".,:;()'") for line in all_lines for part in line.split()])
+        raise UserError(
+            f"command line: no line of `deepkd {name}` has {shown(word)}; without a word it lists all{meant}"
+        )
     print("\n".join(found))

@@ -5,7 +5,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..terminal import Parser, count, one_process
+from ..distributed.environment import one_process
+from ..terminal import Parser, count
 
 
 def main(words: Sequence[str]) -> int:

@@ -8,6 +8,7 @@ import ast
 import contextlib
 import difflib
 import os
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from yacs.config import CfgNode
 
 from ..errors import UserError, shown
 from ..rules import AUTO, Key, plain
+from ..terminal import nearest
 from . import file as config_file
 from .keys import CHOICES, MIXED, PATHS, REMOVED, all_keys
 
@@ -161,7 +163,10 @@ def nest(settings: Mapping[str, Any]) -> CfgNode:
 
 def wrong(origin: dict[str, str], path: str, value: Any, allowed: str) -> UserError:
     """Make the error for a config value: where it came from, which key, its value, what is allowed."""
-    return UserError(f"{origin.get(path, 'default')}: {path} is {shown(value)}; it must be {allowed}")
+    one_of, _, rest = allowed.partition("one of ")
+    names = [] if one_of or not isinstance(value, str) else re.split(r";| for |, ", rest)
+    meant = "" if value in names else nearest(str(value), names)
+    return UserError(f"{origin.get(path, 'default')}: {path} is {shown(value)}; it must be {allowed}{meant}")
 
 
 def _merge(root: CfgNode, node: CfgNode, tree: dict[str, Any], prefix: str, file: str, origin: dict[str, str]) -> None:

@@ -15,6 +15,7 @@ from torchvision.transforms import v2
 
 from .. import device, extensions
 from ..errors import UserError, shown
+from ..terminal import nearest
 from .arrays import ArrayDataset
 from .draws import Draw
 from .folders import ImageFiles, ImageTensors
@@ -201,7 +202,9 @@ class Sources(dict[str, S], Generic[S]):
         self.purpose = purpose
 
     def __missing__(self, name: str) -> S:
-        raise UserError(f"DATASET.TYPE is {shown(name)}; {self.purpose}it must be one of {', '.join(self)}")
+        raise UserError(
+            f"DATASET.TYPE is {shown(name)}; {self.purpose}it must be one of {', '.join(self)}{nearest(name, self)}"
+        )
 
     def register(self, name: str, source: S) -> None:
         """Add a data set; UserError if its name is taken."""
@@ -252,7 +255,9 @@ def source(of: Any) -> Source:
     name = of if isinstance(of, str) else of.DATASET.TYPE
     make = None if isinstance(of, str) or name in DATASETS else maker(name)
     if make is None and name not in DATASETS:
-        raise UserError(f"DATASET.TYPE is {shown(name)}; it must be one of {', '.join(names())}")
+        raise UserError(
+            f"DATASET.TYPE is {shown(name)}; it must be one of {', '.join(names())}{nearest(name, names())}"
+        )
     return DATASETS[name] if make is None else make(of)
 
 

@@ -21,7 +21,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from .. import device
 from ..errors import UserError
-from ..terminal import Stopped, is_interrupted, process_share, spoken, world_size
+from ..terminal import Stopped, is_interrupted, spoken
+from .environment import process_share, world_size
 
 PATIENCE = datetime.timedelta(minutes=30)
 """How long a process waits for another, which may draw a data set or test a network alone."""

@@ -12,6 +12,7 @@ from ..distillers.features import FEATURES, PROBED, THEIRS
 from ..distributed import process_group
 from ..errors import UserError, shown
 from ..teacher_logits.tables import count_views
+from ..terminal import nearest
 from .libraries import FORMS, find
 
 MDISTILLERS_OWN = {
@@ -63,7 +64,7 @@ class Host:
             size = f" and INPUT.SIZE {source.side}" if isinstance(source, data.OwnImages) else ""
             raise UserError(
                 f"{where} is {shown(name)}; it must be one of {', '.join(models)} for the data set {kind}{size}, or "
-                f"{FORMS}"
+                f"{FORMS}{nearest(name, models)}"
             )
 
     def distiller(self, cfg: CfgNode) -> Any:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..distributed import collectives, process_group
+from ..distributed.environment import one_process
 from ..errors import UserError
-from ..terminal import one_process
 from . import checkpoint, lock, record
 
 REPLACED = "replaced"

@@ -1,6 +1,9 @@
 """From a folder of images to a taught student, in one command."""
 
+import importlib.util
 import json
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,6 +31,11 @@ def images(tmp_path):
             pixels = rng.normal(light, 25, (*size, 3)).clip(0, 255).astype("uint8")
             Image.fromarray(pixels).save(folder / f"{i}.jpg")
     return tmp_path / "images"
+
+
+def errors(capsys):
+    """Return what stderr has beside warnings, each of which comes once in a process."""
+    return [line for line in capsys.readouterr().err.splitlines() if not line.startswith("deepkd: warning: ")]
 
 
 def distil(images, *words, command="distill", networks=NETWORKS):
@@ -111,15 +119,56 @@ def test_other_methods(images, method, capsys):
     [
         (("--method", "nkd"), "invalid choice: 'nkd'"),
         (("--teacher-weights", "t.pt"), "--teacher-weights goes with --teacher"),
-        (("DISTILLER.STUDENT", "resnet9"), "DISTILLER.STUDENT is 'resnet9'"),
+        (("DISTILLER.STUDENT", "resnet9"), "command line: DISTILLER.STUDENT is 'resnet9'"),
+        (("--student", "resnet9"), "error: command line: --student is 'resnet9'"),
+        (("--holdout", "1.5"), "error: command line: --holdout is 1.5"),
         (("SOLVER.LR", "-1"), "SOLVER.LR is -1"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(images, words, message, capsys):
     assert distil(images, *words) == 2
-    err = capsys.readouterr().err
-    assert message in err
-    assert err.count("\n") == 1
+    (line,) = errors(capsys)
+    assert message in line
+    assert not (images.parent / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("networks", "message"),
+    [
+        (("--train-teacher", "resnet9"), "command line: --train-teacher is 'resnet9'"),
+        (("--teacher", "resnet14"), "--teacher-weights names no file and the zoo has no weights of resnet14"),
+        (("--teacher", "resnet9", "--teacher-weights", "t"), "command line: --teacher is 'resnet9'"),
+        (
+            ("--teacher", "resnet14", "--teacher-weights", "nowhere.pt"),
+            "no such file; --teacher-weights must",
+        ),
+    ],
+)
+def test_a_mistake_in_a_teacher_names_the_flag_that_was_typed(images, networks, message, capsys):
+    assert distil(images, networks=("--student", "resnet8", *networks)) == 2
+    (line,) = errors(capsys)
+    assert message in line
+    assert "DISTILLER" not in line
+    assert not (images.parent / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["distill", "init"])
+def test_damaged_images_are_all_named_before_anything_is_written(images, command, capsys):
+    for i in range(12):
+        (images / "light" / f"{i:02}.png").write_text("<html>")
+    assert distil(images, command=command) == 2
+    (line,) = errors(capsys)
+    assert "--images has 12 images that cannot be read: light/00.png, " in line
+    assert "light/09.png and 2 more; they must be whole" in line
+    assert not (images.parent / "out").exists()
+
+
+def test_a_login_is_asked_for_before_the_first_run(images, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(run=None, api=SimpleNamespace(api_key=None)))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    assert distil(images, "LOG.WANDB", "True") == 2
+    assert "nobody is logged in" in capsys.readouterr().err
     assert not (images.parent / "out").exists()
 
 

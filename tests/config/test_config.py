@@ -191,7 +191,8 @@ def test_values_come_from_the_file_and_then_from_the_options(cfg, tmp_path):
         ),
         (
             "DeepKD: {BASE: CRDD}",
-            "some.yaml: DeepKD.BASE is 'CRDD'; it must be one of KD, DKD, MLKD, CRLD, NKD, RLD, WTTM",
+            "some.yaml: DeepKD.BASE is 'CRDD'; it must be one of KD, DKD, MLKD, CRLD, NKD, RLD, WTTM; "
+            "did you mean CRLD?",
         ),
         (
             "DeepKD: {MASK: {K: 0}}",

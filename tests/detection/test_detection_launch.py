@@ -1,9 +1,11 @@
+import importlib.util
 import json
 import shlex
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,6 +53,15 @@ def test_what_the_terminal_shows(detect, any_teacher, capsys):
     assert run["command"].startswith("python tools/train_detection.py --cfg ")
     assert run["teacher_acc"] == pytest.approx(float(lines[2].split()[3]), abs=0.01)
     assert yaml.safe_load((detect.folder / "config.yaml").read_text())["DETECTION"]["PROPOSALS"] == 8
+
+
+def test_a_login_is_asked_for_before_images_are_read(detect, any_teacher, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(run=None, api=SimpleNamespace(api_key=None)))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(launch, "get_detection_sets", lambda cfg: pytest.fail("images are read"))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    code, out, err = detect("KD", "LOG.WANDB", "True")
+    assert (code, out, "nobody is logged in" in err) == (2, "", True)
 
 
 def test_a_student_of_a_run_is_a_teacher_of_another(detect, any_teacher, capsys):

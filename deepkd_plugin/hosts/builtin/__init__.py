@@ -9,6 +9,7 @@ from yacs.config import CfgNode
 
 from ...distillers import DISTILLERS
 from ...errors import UserError, shown
+from ...terminal import nearest
 from ...trainer import Trainer
 from .models import cifar_model_dict, imagenet_model_dict, tiny_imagenet_model_dict
 
@@ -41,7 +42,10 @@ def shipped_weights(name: str) -> str:
     folder = files(__package__).joinpath("weights")
     ours = {SHIPPED + file.name.removesuffix(".pt"): str(file) for file in folder.iterdir()}
     if name not in ours:
-        raise UserError(f"the weights {shown(name)} do not ship with the package; these do: {', '.join(sorted(ours))}")
+        raise UserError(
+            f"the weights {shown(name)} do not ship with the package; these do: {', '.join(sorted(ours))}"
+            f"{nearest(name, ours)}"
+        )
     return ours[name]
 
 

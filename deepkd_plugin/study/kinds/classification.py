@@ -18,6 +18,7 @@ from ...hosts.networks import network, teacher_network, untrained_teacher, weigh
 from ...hosts.registry import find_host, register
 from ...rules import automatic
 from ...run import checkpoint
+from ...run.metrics import check_login
 from ...solver import check_window, samples_gradients
 from ...trainer import Trainer
 from ..measures import CLASSIFICATION
@@ -86,7 +87,7 @@ class Classification(Kind):
         return f"{count(epochs, 'epoch')} in batches of {cfg.SOLVER.BATCH_SIZE} images"
 
     def problems(self, runs: Sequence[tuple[Run, Any]], prepare: bool) -> list[str]:
-        """Name data sets that are not there, and teachers without a file. (Torchvision's are fetched later.)"""
+        """Name data sets that are not there, teachers without a file, and W&B's login; torchvision fetches later."""
         lines = []
         sets = {(cfg.DATASET.TYPE, cfg.DATASET.ROOT): cfg for _, cfg in runs}
         for cfg in sets.values():
@@ -94,6 +95,11 @@ class Classification(Kind):
                 self.look_at_data(cfg, prepare)
             except UserError as error:
                 lines.append(str(error))
+        try:
+            for _, cfg in runs:
+                check_login(cfg)
+        except UserError as error:
+            lines.append(str(error))
         missing: dict[str, list[str]] = {}
         for run, cfg in runs:
             for one in [] if cfg.DISTILLER.TYPE == "NONE" else config.by_teacher(cfg):

@@ -1,5 +1,6 @@
 """`deepkd reproduce`: what it shows, what it starts, how it ends. Nothing is trained here."""
 
+import importlib.util
 import json
 import shutil
 import signal
@@ -150,6 +151,15 @@ def test_what_is_missing_stops_a_table_before_its_plan(reproduce, calls, tmp_pat
     assert "DATASET.ROOT holds no CIFAR-100; " in err
     assert "; DISTILLER.TEACHER_WEIGHTS: files of teachers are missing: " in err
     assert (calls.executed, list(tmp_path.iterdir())) == ([], [])
+
+
+def test_a_login_is_asked_for_before_the_first_run(reproduce, calls, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(run=None, api=types.SimpleNamespace(api_key=None)))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    code, _, err = reproduce(*GLYPHS, "LOG.WANDB", "True")
+    assert (code, "nobody is logged in" in err, err.count("\n")) == (2, True, 1)
+    assert not calls.executed
 
 
 def test_runs_that_failed_are_told_and_the_report_is_made(reproduce, calls, data_root):
