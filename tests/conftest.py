@@ -55,6 +55,12 @@ def no_choice_by_chance(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def idle_machine(monkeypatch):
+    """No plan says that other programs keep the machine busy, which tests beside it do."""
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+
+
+@pytest.fixture(autouse=True)
 def builtin_host(monkeypatch):
     """Commands run on the built-in host in a test, whatever is installed, unless it asks for mdistiller."""
     monkeypatch.setattr(mdistiller_host, "locate", lambda: None)

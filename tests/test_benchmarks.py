@@ -441,7 +441,14 @@ def teacher_of(row):
     return () if row["teacher"] == "computed" else (row["teacher"],)
 
 
-@pytest.mark.parametrize(("amp", "precision"), [(True, "bfloat16 autocast"), (False, "float32")])
+@pytest.mark.parametrize(
+    ("amp", "precision"),
+    [
+        # minutes on a processor without bfloat16
+        pytest.param(True, "bfloat16 autocast", marks=pytest.mark.slow),
+        (False, "float32"),
+    ],
+)
 def test_epochs_of_both_pipelines(run, data_root, tmp_path, amp, precision):
     options = ("--channels-last", "--amp") if amp else ("--channels-last",)
     record, rows = epochs_of(run, data_root, tmp_path / "table.md", *options)

@@ -381,7 +381,7 @@ def test_configs_lists_what_ships_and_each_is_found_from_anywhere(capsys, tmp_pa
     monkeypatch.chdir(tmp_path)
     assert cli.main(["configs", "R34"]) == 0
     names = capsys.readouterr().out.split()
-    assert len(names) == 19
+    assert len(names) == 21
     for name in names:
         assert Path(find_config(name)) == ROOT / "configs" / f"{name}.yaml"
     Path("mine.yaml").touch()
