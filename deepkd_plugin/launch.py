@@ -6,7 +6,9 @@ import io
 import json
 import re
 import shlex
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -123,6 +125,15 @@ def train_from_python(file: str, resume: bool, overwrite: bool, sections: Mappin
     return Result(result["best"], result["last"], folder)
 
 
+def _let_loaders_end() -> None:
+    """Hear no more of a loader's processes that end: torch raises for each of them, wherever Python is just then.
+
+    A signal to the whole group, as torchrun sends it, ends them while this process says what is left of its run.
+    """
+    if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
 def run(trainer: Trainer, resume: bool, overwrite: bool, command: str) -> dict[str, Any]:
     """Train; whatever ends it from outside is told with what is left of the run and the command that goes on.
 
@@ -130,9 +141,10 @@ def run(trainer: Trainer, resume: bool, overwrite: bool, command: str) -> dict[s
     """
     try:
         return trainer.train(resume, overwrite, command)
-    except UserError:
-        raise
     except (KeyboardInterrupt, Exception) as error:
+        _let_loaders_end()
+        if isinstance(error, UserError):
+            raise
         again = f"Start again with: {command} --overwrite"
         if trainer.has_checkpoint:
             again = f"Resume with: {command} --resume"

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch.utils.data import DataLoader
 
 import deepkd_plugin
 from deepkd_plugin import data, device, launch
@@ -20,11 +21,13 @@ from deepkd_plugin.commands import cli
 from deepkd_plugin.commands import eval as evaluate
 from deepkd_plugin.detection import evaluate as detection_evaluate
 from deepkd_plugin.detection import launch as detection_launch
+from deepkd_plugin.errors import UserError
 from deepkd_plugin.hosts import registry
 from deepkd_plugin.hosts.builtin.models import cifar_model_dict
 from deepkd_plugin.launch import main
 from deepkd_plugin.run import checkpoint, record
 from deepkd_plugin.run.metrics import read_metrics
+from deepkd_plugin.terminal import Stopped
 from deepkd_plugin.trainer import DecoupledMomentumTrainer
 
 ROOT = Path(__file__).parents[1]
@@ -477,3 +480,37 @@ def test_an_interrupted_run_keeps_its_last_checkpoint_and_says_how_to_go_on(data
     assert epochs == list(range(1, len(epochs) + 1))
     assert len(epochs) > state["epoch"]
     assert len(json.loads((folder / "run.json").read_text())["resumed"]) == 1
+
+
+class Interrupted:
+    """What `launch.run` needs of a trainer, whose loader is at work when its training ends by an error."""
+
+    epoch, has_checkpoint = 0, False
+
+    def __init__(self, error):
+        self.error = error
+
+    def train(self, *_):
+        self.batches = iter(DataLoader(range(8), num_workers=1))
+        next(self.batches)
+        raise self.error
+
+    def resume_point(self):
+        return "Nothing is left."
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), UserError("the images are gone")])
+def test_a_loader_s_process_that_ends_after_its_run_raises_nothing(error):
+    """torchrun ends all processes of a group at once, and a loader's may be the last to go."""
+    before = signal.getsignal(signal.SIGCHLD)
+    trainer = Interrupted(error)
+    try:
+        with pytest.raises((Stopped, UserError)):
+            launch.run(trainer, False, False, "train")
+        (worker,) = trainer.batches._workers
+        os.kill(worker.pid, signal.SIGKILL)
+        worker.join(60)
+        time.sleep(0.1)  # a signal that is waiting is handled now
+        assert worker.exitcode == -signal.SIGKILL
+    finally:
+        signal.signal(signal.SIGCHLD, before)

@@ -83,7 +83,7 @@ def test_the_parts_import_nothing_above_them():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     ground = ("device", "distributed", "errors", "terminal")  # what several processes need
     parts = ("gsnr", "ledger", "losses", "optim", "streams", "tokens", "topk", "updates")
-    parts += tuple(f"distributed.{part}" for part in ("buckets", "collectives", "process_group"))
+    parts += tuple(f"distributed.{part}" for part in ("buckets", "collectives", "environment", "process_group"))
     parts += tuple(f"optim.{part}" for part in ("adamw", "base", "sgd", "state"))
     parts = [f"deepkd_plugin.{part}" for part in sorted((*ground, *parts))]
     assert done.stdout.splitlines() == [str(parts), "[]"]

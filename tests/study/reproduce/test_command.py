@@ -140,7 +140,7 @@ def test_a_dry_run_starts_and_writes_nothing(reproduce, calls, tmp_path):
         "deepkd_dkd_nomask deepkd_crld_nomask); 480 epochs in batches of 64 images (mlkd deepkd_mlkd "
         "deepkd_mlkd_nomask)"
     )
-    assert entry(out, "on request") == "rld deepkd_rld dist (by --methods)"
+    assert entry(out, "on request") == "rld wttm deepkd_rld deepkd_wttm dist (by --methods)"
     assert list(tmp_path.iterdir()) == []
 
 
